@@ -1,0 +1,29 @@
+# `make demo` and `make test` need nothing but Python 3.10 to 3.13 with venv, and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	@BIN=$(BIN) sh examples/demo.sh
+
+test: .venv/installed lint types
+	$(BIN)/pytest -n auto
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not follow the directory -> import map of an editable install, so it gets the packages under their import names.
+types: .venv/installed
+	@rm -rf build/types && mkdir -p build/types && cp -r convert build/types/kconvert && cp -r manifests build/types/kconvert/
+	MYPYPATH=build/types $(BIN)/mypy -p kconvert
+
+clean:
+	rm -rf .venv build *.egg-info

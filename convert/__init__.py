@@ -1,0 +1,77 @@
+"""kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
+
+The public API is four functions; each takes a checkpoint's directory and raises `KconvertError` with a one-sentence
+message. They are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from kconvert.checkpoint.source import open_checkpoint
+from kconvert.errors import CheckFailed, KconvertError
+from kconvert.model import Model, understand
+from kconvert.plan import Plan, make_plan
+from kconvert.recipe import Recipe
+from kconvert.verify import Report, verify
+
+__all__ = ["CheckFailed", "KconvertError", "Model", "Plan", "Recipe", "Report", "convert", "inspect", "plan", "verify"]
+
+StrPath = str | os.PathLike[str]
+
+
+def inspect(source: StrPath) -> Model:
+    """What the checkpoint in directory `source` is: weights with role, shape and format, and the rest."""
+    return understand(open_checkpoint(source))
+
+
+def plan(source: StrPath, recipe: Recipe) -> Plan:
+    """What a conversion will write, byte for byte; reads headers only."""
+    return make_plan(inspect(source), recipe)
+
+
+def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[str]:
+    """KconvertError when `plan` cannot be carried out into `destination`; the names of the shards finished earlier."""
+    from kconvert.journal import finished_shards
+    from kconvert.preflight import check_paths, check_space
+
+    target = Path(destination)
+    if plan.source is not None:
+        check_paths(plan.source.root, target)
+    finished = finished_shards(target, plan, overwrite)
+    check_space(plan, target, finished)
+    return finished
+
+
+def convert(
+    plan: Plan,
+    destination: StrPath,
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Carry out `plan` into directory `destination`, or finish an earlier run that was interrupted.
+
+    `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
+    checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
+    """
+    advance = advance or (lambda nbytes: None)
+    from kconvert.engine import Limits, Run
+    from kconvert.finalize import finalize
+    from kconvert.journal import Journal
+    from kconvert.preflight import check_values
+
+    target = Path(destination)
+    check_values(plan, check(plan, target, overwrite=overwrite))
+    with Journal(target, plan, overwrite) as journal:
+        advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
+        with plan.source.reader() if plan.source else nullcontext() as reader:
+            Run(plan, reader, journal, Limits.choose(threads, memory), advance).execute()
+        finalize(plan, journal)

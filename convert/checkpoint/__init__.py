@@ -1,0 +1,1 @@
+"""Checkpoints at rest: headers, files, configuration."""

@@ -1,0 +1,173 @@
+"""The safetensors header: parse, lay out, encode.
+
+Format: https://github.com/huggingface/safetensors#format. A file is an 8-byte little-endian length N, N bytes of JSON
+`{name: {"dtype", "shape", "data_offsets": [start, stop]}, "__metadata__": {str: str}}`, then the tensors' bytes. Offsets
+count from the end of the header and must cover the data without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kconvert.errors import KconvertError
+from kconvert.files import PAGE
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a header; `start` counts bytes from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS) and shape."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list[Entry]:
+    """Parse the header of `file`, `size` bytes long, whose bytes `read(start, nbytes)` delivers.
+
+    Raises KconvertError, naming the file and the tensor, for everything that is not a whole and sound safetensors file.
+    """
+    if size < LENGTH.size:
+        raise KconvertError(f"{file}: {size} bytes are too few for a safetensors file; fetch it again")
+    (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    if length > MAX_HEADER_BYTES:
+        raise KconvertError(
+            f"{file}: its header claims {length} bytes, over the limit of {MAX_HEADER_BYTES}; this is no safetensors file"
+        )
+    if LENGTH.size + length > size:
+        raise KconvertError(
+            f"{file}: its header claims {length} bytes but the file has {size}; it is truncated, fetch it again"
+        )
+    return parse_header(file, size, read(LENGTH.size, length))
+
+
+def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
+    """Parse the JSON of a header, in the order of the data; see read_header."""
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise KconvertError(f"{file}: its header is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(table, dict):
+        raise KconvertError(f"{file}: its header is not a JSON object; this is no safetensors file")
+    table.pop("__metadata__", None)
+    data_start = LENGTH.size + len(text)
+    entries = [_entry(file, name, info, data_start) for name, info in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    _check_cover(file, size, entries, data_start)
+    return entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it names {name!r} twice")
+    return table
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
+    where = f"{file}: tensor {name!r}"
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise KconvertError(f"{where} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise KconvertError(f"{where} has the shape {shape!r}, which is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise KconvertError(f"{where} has the data_offsets {offsets!r}, which are not two sizes")
+    start, stop = offsets
+    if stop - start != tensor_bytes(dtype, shape) or math.prod(shape) * DTYPE_BITS[dtype] % 8:
+        raise KconvertError(
+            f"{where} is {dtype} {shape}, {tensor_bytes(dtype, shape)} bytes, but its data_offsets span {stop - start}"
+        )
+    return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) -> None:
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            fault = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+            raise KconvertError(f"{file}: tensor {entry.name!r} {fault}; the file is damaged, fetch it again")
+        position += entry.nbytes
+    if position != size:
+        fault = "is truncated" if position > size else "has bytes that no tensor owns"
+        raise KconvertError(
+            f"{file} {fault}: its header describes {position} bytes, the file has {size}; fetch it again"
+        )
+
+
+def layout(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Entry]]:
+    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the entries in file order.
+
+    Wide dtypes come first, so that every tensor is aligned to its element; otherwise the given order stays. The header is
+    padded with spaces to a page, so that big tensors begin on page boundaries and can be written without the page cache.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor[1]])
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in ordered:
+        stop = position + tensor_bytes(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    data_start = math.ceil((LENGTH.size + len(text)) / PAGE) * PAGE
+    if data_start - LENGTH.size > MAX_HEADER_BYTES:
+        raise KconvertError(
+            f"a shard of {len(ordered)} tensors needs a header over {MAX_HEADER_BYTES} bytes; choose a smaller --shard-size"
+        )
+    header = LENGTH.pack(data_start - LENGTH.size) + text.ljust(data_start - LENGTH.size)
+    entries = []
+    position = data_start
+    for name, dtype, shape in ordered:
+        entries.append(Entry(name, dtype, shape, position, tensor_bytes(dtype, shape)))
+        position += entries[-1].nbytes
+    return header, entries

@@ -1,0 +1,243 @@
+"""A checkpoint on disk: its configuration, every tensor by name, and reads of any byte range."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kconvert.checkpoint.header import read_header
+from kconvert.errors import KconvertError, explain_os_error
+from kconvert.files import PAGE, open_direct, read_at
+
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+STATE_DIR = ".kconvert"
+# Weights in other containers: not tensors of this checkpoint, and stale beside a converted one.
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An entry of a safetensors file; `start` counts bytes from the beginning of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size in bytes, and a stamp that changes when the content does."""
+
+    nbytes: int
+    stamp: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything about a checkpoint but its weights' values.
+
+    `tensors` are in file order, `files` are the safetensors files, `side_files` everything that a converted copy takes
+    along (paths relative to `root`), `left_out` what it does not (weights in files that the checkpoint does not name).
+    """
+
+    root: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, FileStat]
+    side_files: Mapping[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """`org/name@revision` of a Hub cache snapshot, the directory's name otherwise."""
+        if self.root.parent.name == "snapshots" and self.root.parents[1].name.startswith("models--"):
+            repo = self.root.parents[1].name.removeprefix("models--").replace("--", "/")
+            return f"{repo}@{self.root.name}"
+        return self.root.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def reader(self) -> Reader:
+        return Reader(self.root)
+
+
+class Reader:
+    """Positional reads of a checkpoint's files from any thread; files are opened once and closed together."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._cached: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: str, start: int, nbytes: int) -> bytes:
+        """Some bytes of `file`, by way of the page cache: for what is small or read again."""
+        buffer = memoryview(bytearray(nbytes))
+        self._fill(file, self._cached, start, buffer, nbytes)
+        return bytes(buffer)
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
+        """Bulk bytes of `file`, past the page cache where the filesystem can: a view of `nbytes` bytes in `room`.
+
+        `room` begins on a page and has 2 * PAGE bytes more than wanted, because such reads are whole pages. The view's
+        address is equal to `start` modulo PAGE.
+        """
+        skip = start % PAGE
+        whole = -(-(skip + nbytes) // PAGE) * PAGE
+        self._fill(file, self._direct, start - skip, room[:whole], skip + nbytes)
+        return room[skip : skip + nbytes]
+
+    def _fill(self, file: str, descriptors: dict[str, int], start: int, buffer: memoryview, needed: int) -> None:
+        try:
+            done = read_at(self._open(file, descriptors), buffer, start, needed)
+        except OSError as error:
+            raise explain_os_error(error, f"cannot read {self.root / file}") from None
+        if done < needed:
+            raise KconvertError(
+                f"{self.root / file} ends at byte {start + done}, inside a tensor; it shrank while it was being read, "
+                "restore it and run the same command again"
+            )
+
+    def _open(self, file: str, descriptors: dict[str, int]) -> int:
+        with self._lock:
+            if file not in descriptors:
+                opener = open_direct if descriptors is self._direct else os.open
+                descriptors[file] = opener(self.root / file, os.O_RDONLY)
+            return descriptors[file]
+
+    def close(self) -> None:
+        for descriptors in (self._cached, self._direct):
+            while descriptors:
+                os.close(descriptors.popitem()[1])
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read configuration, index and headers of the checkpoint in directory `path`, which may be a Hub cache snapshot.
+
+    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
+    that leads outside the directory.
+    """
+    root = Path(os.path.abspath(path))
+    if not root.is_dir():
+        raise KconvertError(f"{path} is not a directory; give the directory that holds the checkpoint's config.json")
+    try:
+        inventory = _inventory(root)
+        weight_map = _weight_map(root, inventory)
+        names = sorted(set(weight_map.values())) if weight_map is not None else _lone_shards(root, inventory)
+        tensors: dict[str, Tensor] = {}
+        with Reader(root) as reader:
+            for file in names:
+                _add_tensors(root, file, inventory[file].nbytes, reader, weight_map, tensors)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot read {root}") from None
+    if weight_map is not None and len(weight_map) != len(tensors):
+        missing = next(name for name in weight_map if name not in tensors)
+        raise KconvertError(
+            f"{root / weight_map[missing]}: tensor {missing!r} is in {INDEX_NAME} but not in the file; fetch both again"
+        )
+    known = {*names, INDEX_NAME, CONFIG_NAME}
+    others = {file: stat for file, stat in inventory.items() if file not in known}
+    return Checkpoint(
+        root=root,
+        config=_read_json(root / CONFIG_NAME) if CONFIG_NAME in inventory else {},
+        tensors=tensors,
+        files={file: inventory[file] for file in names},
+        side_files={file: stat.nbytes for file, stat in others.items() if not file.endswith(OTHER_WEIGHTS)},
+        left_out=tuple(file for file in others if file.endswith(OTHER_WEIGHTS)),
+    )
+
+
+def _inventory(root: Path) -> dict[str, FileStat]:
+    """Every regular file below `root`, by relative path; hidden directories (.git, .cache, our own) are not content."""
+    homes = [root.resolve()]
+    if root.parent.name == "snapshots":
+        homes.append(root.parents[1].resolve() / "blobs")
+    found: dict[str, FileStat] = {}
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in [*sorted(files), *folders]):
+            if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+                raise KconvertError(
+                    f"{path} is a symbolic link to {path.resolve()}, outside the checkpoint; put the file itself there"
+                )
+            if path.is_file():
+                stat = path.stat()
+                found[str(path.relative_to(root))] = FileStat(stat.st_size, f"{stat.st_size}:{stat.st_mtime_ns}")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise KconvertError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(table, dict):
+        raise KconvertError(f"{path} is not a JSON object; fetch it again")
+    return table
+
+
+def _weight_map(root: Path, inventory: Mapping[str, FileStat]) -> dict[str, str] | None:
+    if INDEX_NAME not in inventory:
+        return None
+    path = root / INDEX_NAME
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise KconvertError(f"{path} has no weight_map; fetch it again")
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if isinstance(file, str) and file in checked:
+            continue
+        if not isinstance(file, str) or os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
+            raise KconvertError(
+                f"{path}: tensor {name!r} is said to be in {file!r}, outside the checkpoint; mend the index"
+            )
+        if file not in inventory:
+            raise KconvertError(f"{root / file} is missing; the index says that it holds tensor {name!r}, fetch it")
+        checked.add(file)
+    return weight_map
+
+
+def _lone_shards(root: Path, inventory: Mapping[str, FileStat]) -> list[str]:
+    shards = [file for file in inventory if file.endswith(".safetensors")]
+    if not shards:
+        raise KconvertError(f"{root} holds no safetensors files; give the directory of a safetensors checkpoint")
+    if len(shards) > 1:
+        raise KconvertError(f"{root} holds {len(shards)} safetensors files but no {INDEX_NAME}; fetch it")
+    return shards
+
+
+def _add_tensors(
+    root: Path,
+    file: str,
+    size: int,
+    reader: Reader,
+    weight_map: Mapping[str, str] | None,
+    tensors: dict[str, Tensor],
+) -> None:
+    for entry in read_header(str(root / file), size, lambda start, nbytes: reader.read(file, start, nbytes)):
+        if weight_map is not None and weight_map.get(entry.name) != file:
+            said = weight_map.get(entry.name)
+            fault = f"{INDEX_NAME} places it in {said}" if said else f"{INDEX_NAME} does not name it"
+            raise KconvertError(f"{root / file}: tensor {entry.name!r} is here but {fault}; mend the index")
+        tensors[entry.name] = Tensor(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)

@@ -1,0 +1,239 @@
+"""Runs a plan: worker threads take tasks in order, each reads, decodes and encodes tile by tile, and writes.
+
+A worker does all four by itself; with more workers than cores, reading and writing overlap the arithmetic, and the only
+memory is each worker's few reused buffers. The kernels and the system calls run without the GIL.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from math import lcm
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from kconvert.files import PAGE
+from kconvert.formats import Part
+from kconvert.journal import Journal
+from kconvert.plan import Copy, Place, Plan, Step, Transcode
+from kconvert.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes
+
+DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
+MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
+BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
+TILE_BYTES = 512 << 10  # of f32: small enough to stay in a core's cache
+
+
+class Source(Protocol):
+    """Where the bytes come from; see checkpoint.source.Reader."""
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor."""
+
+    step: Step
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many workers there are and how many bytes of buffers each may have."""
+
+    threads: int
+    memory: int
+
+    @classmethod
+    def choose(cls, threads: int | None = None, memory: int | None = None) -> Limits:
+        return cls(threads or len(os.sched_getaffinity(0)) + 2, memory or DEFAULT_MEMORY)
+
+    @property
+    def task_bytes(self) -> int:
+        """Input and output of a task together."""
+        return min(MAX_TASK, self.memory // self.threads)
+
+    def peak(self, plan: Plan) -> int:
+        """What a run of `plan` needs in bytes of RAM, about."""
+        shapes = {replace(step, name="", reads=(), writes=()) for step in plan.steps if isinstance(step, Transcode)}
+        return BASE_MEMORY + self.threads * max(
+            (_footprint(step, self.task_bytes) for step in shapes), default=MAX_TASK
+        )
+
+
+class Buffers:
+    """A worker's buffers: page-aligned, kept from task to task, grown when a task needs more."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def take(self, use: str, nbytes: int, alignment: int = 0) -> Bytes:
+        """`nbytes` bytes for `use`, whose address is `alignment` modulo PAGE."""
+        held = self._maps.get(use)
+        if held is None or len(held) < nbytes + PAGE:
+            held = self._maps[use] = mmap.mmap(-1, nbytes + PAGE)
+        return np.frombuffer(held, np.uint8, nbytes, alignment % PAGE)
+
+    def fetch(self, source: Source | None, use: str, file: str, start: int, nbytes: int) -> Bytes:
+        """Bytes of `file`, in the buffer for `use`."""
+        assert source is not None
+        room = self.take(use, nbytes + 2 * PAGE)
+        return np.frombuffer(source.fetch(file, start, nbytes, room.data), np.uint8)
+
+
+@dataclass
+class Run:
+    """One execution of a plan. `advance` is called with the bytes of output that have been written."""
+
+    plan: Plan
+    source: Source | None
+    journal: Journal
+    limits: Limits
+    advance: Callable[[int], None]
+    _writers: dict[str, ShardWriter] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def execute(self) -> None:
+        """Write every shard that the journal does not know as finished. On an error unfinished shards are removed."""
+        self._shards = {shard.name: shard for shard in self.plan.shards}
+        self._done = frozenset(self.journal.finished)
+        tasks = self._tasks()
+        try:
+            with ThreadPoolExecutor(self.limits.threads, thread_name_prefix="worker") as pool:
+                workers = [pool.submit(self._work, tasks) for _ in range(self.limits.threads)]
+                try:
+                    for worker in workers:
+                        worker.result()
+                finally:
+                    self._stop.set()
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+
+    def _tasks(self) -> Iterator[Task]:
+        for step in self.plan.steps:
+            if any(place.file not in self._done for place in step.writes):
+                size, unit = _task_size(step, self.limits.task_bytes)
+                last = step.rows if isinstance(step, Transcode) else step.nbytes
+                count = max(unit, size // unit * unit)
+                for first in range(0, max(last, 1), count):
+                    yield Task(step, first, min(first + count, last))
+
+    def _work(self, tasks: Iterator[Task]) -> None:
+        buffers = Buffers()
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                if isinstance(task.step, Transcode):
+                    self._transcode(task.step, task.first, task.last, buffers)
+                else:
+                    self._copy(task.step, task.first, task.last, buffers)
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
+        source, target = step.reads[0], step.writes[0]
+        data = buffers.fetch(self.source, "copy", source.file, source.start + first, last - first)
+        if (source.start - target.start) % PAGE:
+            moved = buffers.take("moved", last - first, target.start + first)
+            moved[:] = data
+            data = moved
+        self._write(target.file, target.start + first, data)
+
+    def _transcode(self, step: Transcode, first: int, last: int, buffers: Buffers) -> None:
+        inputs = [
+            self._read(step, part, place, first, last, buffers)
+            for part, place in zip(step.source_parts, step.reads, strict=True)
+        ]
+        outputs = [
+            self._room(step, part, place, first, last, buffers)
+            for part, place in zip(step.target_parts, step.writes, strict=True)
+        ]
+        count = _tile_rows(step)
+        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+        for row in range(first, last, count):
+            stop = min(row + count, last)
+            tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
+            step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+        for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
+            if part.every is not None or first == 0:
+                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+
+    def _read(self, step: Transcode, part: Part, place: Place, first: int, last: int, buffers: Buffers) -> Bytes:
+        start, stop = part.span(step.rows, first, last)
+        return buffers.fetch(self.source, "in." + part.suffix, place.file, place.start + start, stop - start)
+
+    def _room(self, step: Transcode, part: Part, place: Place, first: int, last: int, buffers: Buffers) -> Bytes:
+        start, stop = part.span(step.rows, first, last)
+        data = buffers.take("out." + part.suffix, stop - start, place.start + start)
+        if part.constant is not None:
+            data[:] = np.frombuffer(part.constant, np.uint8)
+        return data
+
+    def _write(self, file: str, offset: int, data: Bytes) -> None:
+        if file in self._done or not len(data):
+            return
+        with self._lock:
+            writer = self._writers.get(file)
+            if writer is None:
+                shard = self._shards[file]
+                path = self.journal.destination / file
+                writer = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+                self._writers[file] = writer
+        if writer.write(data.data, offset):
+            writer.commit()
+            with self._lock:
+                del self._writers[file]
+            self.journal.record(file)
+        self.advance(len(data))
+
+
+def row_unit(step: Transcode) -> int:
+    """Tiles begin at multiples of this many rows, so that no slice of a part is cut."""
+    return lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
+
+
+def _tile_rows(step: Transcode) -> int:
+    unit = row_unit(step)
+    return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
+
+
+def _task_size(step: Step, nbytes: int) -> tuple[int, int]:
+    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
+    if isinstance(step, Copy):
+        return nbytes, PAGE
+    return int(nbytes / max(_row_bytes(step), 1)), row_unit(step)
+
+
+def _row_bytes(step: Transcode) -> float:
+    return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
+
+
+def _footprint(step: Transcode, nbytes: int) -> int:
+    size, unit = _task_size(step, nbytes)
+    return int(max(unit, size) * _row_bytes(step)) + 4 * _tile_rows(step) * step.cols
+
+
+def _cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
+    """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
+    cuts = []
+    for part, bytes_ in zip(parts, data, strict=True):
+        origin = part.span(rows, base, base)[0] if part.every else 0
+        start, stop = part.span(rows, first, last)
+        cuts.append(bytes_[start - origin : stop - origin])
+    return cuts

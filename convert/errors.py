@@ -1,0 +1,29 @@
+"""The two ways a command ends badly; `cli` turns them into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class KconvertError(Exception):
+    """Wrong usage or bad input (exit code 2). The message is one sentence that names file and tensor."""
+
+
+class CheckFailed(KconvertError):
+    """A check that ran to its end and found a difference (exit code 1)."""
+
+
+def explain_os_error(error: OSError, doing: str) -> KconvertError:
+    """Turn the error of a system call into one sentence: what was being done, what went wrong, what would help."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    where = f" {path}" if path and path not in doing else ""
+    advice = {
+        errno.ENOSPC: "; free some space and run the same command again, finished shards are kept",
+        errno.EDQUOT: "; your disk quota is used up, free some space and run the same command again",
+        errno.EIO: "; the disk reported an error, check it and run the same command again",
+        errno.EACCES: "; check the permissions",
+        errno.EPERM: "; check the permissions",
+        errno.EROFS: "; the file system is mounted read-only",
+    }.get(error.errno or 0, "")
+    return KconvertError(f"{doing}{where}: {error.strerror or error}{advice}")

@@ -1,0 +1,89 @@
+"""System calls on files: positional and whole, past the page cache where the filesystem can.
+
+O_DIRECT needs offsets, lengths and addresses in whole pages. Where a filesystem does not know it, or refuses a call, the
+descriptor quietly goes on through the page cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from kconvert.errors import explain_os_error
+
+PAGE = 4096
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def open_direct(path: Path, flags: int) -> int:
+    """A descriptor of `path` that bypasses the page cache if it can."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags | os.O_CLOEXEC)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int, needed: int) -> int:
+    """Read from `offset` until at least `needed` bytes are in `buffer` or the file ends; returns how many there are."""
+    done = 0
+    while done < needed:
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            _leave_direct(descriptor, error)
+            continue
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(descriptor, data[done:], offset + done)
+        except OSError as error:
+            _leave_direct(descriptor, error)
+
+
+def _leave_direct(descriptor: int, error: OSError) -> None:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if error.errno != errno.EINVAL or not flags & O_DIRECT:
+        raise error
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+
+
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Take the disk space now: a full disk shows before the work, and parallel writes need not extend the file."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.ftruncate(descriptor, nbytes)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in directory `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, partial: Path, data: bytes) -> None:
+    """A small file, whole or not at all; `partial` is its name until then. An OSError becomes a KconvertError."""
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot write {path}") from None

@@ -1,0 +1,85 @@
+"""What an encoding is: the tensors that spell a weight, and the way from them to an f32 tile and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kconvert.checkpoint.header import tensor_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from kconvert.checkpoint.config import Scheme
+    from numpy.typing import NDArray
+
+    Bytes = NDArray[np.uint8]
+    Tile = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of an encoded weight, called `{module}.{suffix}`.
+
+    `every` rows of the weight share one slice of the part (1 for codes, 128 for the scales of a block format); None means
+    that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
+    `is_scale` marks the parts whose values must be finite.
+    """
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    every: int | None = 1
+    constant: bytes | None = None
+    is_scale: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+    def span(self, rows: int, first: int, last: int) -> tuple[int, int]:
+        """Byte range, within the part of a weight of `rows` rows, that rows `first` to `last` (exclusive) need."""
+        if self.every is None:
+            return 0, self.nbytes
+        stride = self.nbytes // math.ceil(rows / self.every)
+        return first // self.every * stride, math.ceil(last / self.every) * stride
+
+
+class Format(Protocol):
+    """An encoding with all its parameters. Instances are frozen dataclasses; they know no files.
+
+    A tile is a C-contiguous f32 array [rows, cols] whose values are exactly representable in the weight's own dtype.
+    The arrays of parts are flat bytes, as cut by `Part.span` for the rows of the tile; `first_row` is a multiple of every
+    part's `every`. Both directions work on the caller's buffers and allocate nothing that grows with the tile.
+    """
+
+    @property
+    def label(self) -> str:
+        """What people call it: `bf16`, `int4 group 32`."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]: ...
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None: ...
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None: ...
+
+
+class Family(Protocol):
+    """What a module of this package offers: the recognition of its encodings among a checkpoint's tensors."""
+
+    SUFFIXES: frozenset[str]
+
+    def from_scheme(self, scheme: Scheme) -> Format | None:
+        """The format in which this scheme of config.json spells a weight; None when it is not one of this family's."""
+        ...
+
+    def recognise(
+        self, scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
+    ) -> tuple[Format, tuple[int, int]]:
+        """The format and shape [out, in] of a weight, from its scheme in config.json and its tensors {suffix: (dtype,
+        shape)}; `shape` is what the manifest demands. Raises ValueError saying what does not fit."""
+        ...

@@ -1,0 +1,62 @@
+"""Plain floating-point weights: one tensor, `weight`, BF16 [out, in]; half to even when rounding from f32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kconvert.formats.base import Part
+
+if TYPE_CHECKING:
+    from kconvert.checkpoint.config import Scheme
+    from kconvert.formats.base import Bytes, Tile
+
+SUFFIXES = frozenset({"weight"})
+DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """`dtype` is one of DTYPES."""
+
+    dtype: str = "BF16"
+
+    @property
+    def label(self) -> str:
+        return self.dtype.lower()
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return (Part("weight", self.dtype, (rows, cols)),)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        from kconvert.formats import kernels
+
+        if self.dtype == "BF16":
+            kernels.decode_bf16(parts[0].view("u2"), tile.reshape(-1))
+        else:
+            tile.reshape(-1)[:] = parts[0].view("f2" if self.dtype == "F16" else "f4")
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
+        from kconvert.formats import kernels
+
+        if self.dtype == "BF16":
+            kernels.encode_bf16(tile.reshape(-1), parts[0].view("u2"))
+        else:
+            parts[0].view("f2" if self.dtype == "F16" else "f4")[:] = tile.reshape(-1)
+
+
+def from_scheme(scheme: Scheme) -> None:
+    """See formats.base.Family."""
+
+
+def recognise(
+    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
+) -> tuple[Dense, tuple[int, int]]:
+    """See formats.base.Family."""
+    dtype, own_shape = found["weight"]
+    if dtype not in DTYPES:
+        raise ValueError(f"its weight is {dtype} and no scale stands beside it")
+    if len(own_shape) != 2:
+        raise ValueError(f"its weight {list(own_shape)} is not a matrix")
+    return Dense(dtype), shape or (own_shape[0], own_shape[1])

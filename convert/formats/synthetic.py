@@ -1,0 +1,85 @@
+"""Made-up weights for `kconvert sample`: a format that decodes from nothing.
+
+Values are heavy-tailed (Student's t, 4 degrees of freedom, scaled to 0.02) and exact in bf16; one group of 32 in 128 is
+all zero. They depend on the seed, the tensor's name and the place in it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kconvert.formats.base import Part
+from kconvert.formats.dense import Dense
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes, Tile
+
+POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
+ZERO_EVERY = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """The weight called `name`: `center` + `gain` * heavy-tailed values. A gain of 1 keeps them exact in bf16."""
+
+    name: str
+    seed: int = 0
+    center: float = 0.0
+    gain: float = 1.0
+
+    @property
+    def label(self) -> str:
+        return "synthetic"
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return ()
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        import numpy as np
+        from kconvert.formats import kernels
+
+        key = np.uint64(int.from_bytes(hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()[:8], "little"))
+        kernels.fill_synthetic(_pool(self.seed), key, first_row, np.float32(self.center), np.float32(self.gain), tile)
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
+        raise NotImplementedError("nothing is written as synthetic weights")
+
+
+@dataclass(frozen=True, slots=True)
+class Unquantised:
+    """A tensor that is no Linear, of any rank, as the target of synthetic values."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return self.dtype.lower()
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return (Part(self.suffix, self.dtype, self.shape),)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        raise NotImplementedError("nothing is read as an unquantised tensor, they are copied")
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
+        Dense(self.dtype).encode(tile, parts)
+
+
+@cache
+def _pool(seed: int) -> Tile:
+    import numpy as np
+    from kconvert.formats import kernels
+
+    values = 0.02 * np.random.default_rng(seed).standard_t(4, (POOL_GROUPS, 32))
+    values[::ZERO_EVERY] = 0
+    bits = np.empty(values.size, np.uint16)
+    pool = values.astype(np.float32)
+    kernels.encode_bf16(pool.reshape(-1), bits)
+    kernels.decode_bf16(bits, pool.reshape(-1))
+    return pool

@@ -1,0 +1,133 @@
+"""The state of one run in DST/.kconvert: a lock, unfinished files, and a record of every finished shard.
+
+The journal is a line of JSON for the plan it belongs to and one for each shard, appended once the shard is durable. A
+record holds what the file looked like then, so that a rerun trusts a shard only if nobody has touched it since.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from kconvert.checkpoint.source import INDEX_NAME, STATE_DIR
+from kconvert.errors import KconvertError, explain_os_error
+from kconvert.files import write_file
+from kconvert.plan import Plan
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """Exclusive hold of a DST for one plan; a context manager. `finished` names the shards that need no more work."""
+
+    def __init__(self, destination: Path, plan: Plan, overwrite: bool) -> None:
+        self.destination = destination
+        self.finished = finished_shards(destination, plan, overwrite)
+        self._state = destination / STATE_DIR
+        self._lock = threading.Lock()
+        try:
+            self._state.mkdir(parents=True, exist_ok=True)
+            self._held = self._take_lock()
+            try:
+                self._clear(overwrite)
+                lines = [
+                    _head(plan),
+                    *({"shard": name, **_looks(destination / name)} for name in sorted(self.finished)),
+                ]
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
+            except BaseException:
+                os.close(self._held)
+                raise
+        except OSError as error:
+            raise explain_os_error(error, f"cannot write to {destination}") from None
+
+    def partial(self, name: str) -> Path:
+        """Where the file called `name` lies until it is complete."""
+        return self._state / (name.replace("/", "__") + ".part")
+
+    def record(self, shard: str) -> None:
+        """Note that `shard` is complete, durable and under its name."""
+        with self._lock:
+            with open(self._state / JOURNAL, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"shard": shard, **_looks(self.destination / shard)}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self.finished.add(shard)
+
+    def _take_lock(self) -> int:
+        held = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise KconvertError(
+                f"another kconvert is writing to {self.destination}; wait for it, or choose another directory"
+            ) from None
+        return held
+
+    def _clear(self, overwrite: bool) -> None:
+        """Remove what a killed run left unfinished, and on `overwrite` the checkpoint in DST; nothing else."""
+        stale = list(self._state.glob("*.part"))
+        if overwrite:
+            stale += [*self.destination.glob("*.safetensors"), self.destination / INDEX_NAME]
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._held)
+
+
+def finished_shards(destination: Path, plan: Plan, overwrite: bool) -> set[str]:
+    """The shards that an earlier run of this plan finished and nobody has touched since; only looks, writes nothing.
+
+    KconvertError when DST holds anything else, unless the user said to `overwrite` it.
+    """
+    if overwrite or not destination.exists():
+        return set()
+    advice = "choose another directory, or --overwrite to replace the checkpoint in it"
+    try:
+        lines = _read_lines(destination / STATE_DIR / JOURNAL)
+        if not lines:
+            foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
+            if foreign is not None:
+                raise KconvertError(f"{destination} is not empty ({foreign}); {advice}")
+        elif lines[0] != _head(plan):
+            same = lines[0].get("plan") == plan.hash
+            what = "from source files that have changed since" if same else "with other settings, or of another source"
+            raise KconvertError(f"{destination} holds a conversion {what}; {advice}")
+        known = {shard.name for shard in plan.shards if (destination / shard.name).is_file()}
+        records = {line.pop("shard", None): line for line in lines[1:]}
+        return {name for name in known if records.get(name) == _looks(destination / name)}
+    except OSError as error:
+        raise explain_os_error(error, f"cannot read {destination}") from None
+
+
+def _head(plan: Plan) -> dict[str, object]:
+    return {"plan": plan.hash, "source": plan.stamp}
+
+
+def _looks(path: Path) -> dict[str, object]:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _read_lines(path: Path) -> list[dict[str, object]]:
+    """The journal's records; a last line that a crash cut short is no record."""
+    lines: list[dict[str, object]] = []
+    if path.exists():
+        for text in path.read_text("utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines

@@ -1,0 +1,188 @@
+"""A checkpoint understood: its tensors gathered into weights, each with role, shape and format.
+
+Nothing is guessed: a tensor that no rule owns, a missing part or a shape that disagrees is an error naming it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from kconvert import formats
+from kconvert.checkpoint.config import QuantizationConfig, read_quantization
+from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.errors import KconvertError
+from kconvert.formats import Format, Part
+from kconvert.manifest import Manifest, Match, Names, manifest_for
+
+# Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
+CACHE_SUFFIXES = frozenset({"k_scale", "v_scale", "q_scale"})
+UNKNOWN = Match(rule=None, indices={}, shape=())  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`."""
+
+    name: str
+    role: str
+    rows: int
+    cols: int
+    format: Format
+    tensors: tuple[Tensor, ...]
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return parts_of(self.format, self.rows, self.cols)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A tensor that is no Linear: it is copied as it is."""
+
+    tensor: Tensor
+    role: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """`weights` and `plain` in natural order of their names; `dropped` are the tensors that a conversion leaves behind."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    quantization: QuantizationConfig
+    weights: tuple[Weight, ...]
+    plain: tuple[Plain, ...]
+    dropped: tuple[Tensor, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Weights and plain tensors' elements: what people call the size of the model."""
+        elements = sum(weight.rows * weight.cols for weight in self.weights)
+        for plain in self.plain:
+            count = 1
+            for size in plain.tensor.shape:
+                count *= size
+            elements += count
+        return elements
+
+    def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
+        """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`."""
+        include, exclude = tuple(include), tuple(exclude)
+        if not include and not exclude:
+            return self
+
+        def wanted(name: str) -> bool:
+            hit = not include or any(fnmatchcase(name, glob) for glob in include)
+            return hit and not any(fnmatchcase(name, glob) for glob in exclude)
+
+        weights = tuple(weight for weight in self.weights if wanted(weight.name))
+        plain = tuple(plain for plain in self.plain if wanted(plain.tensor.name))
+        if not weights and not plain:
+            raise KconvertError("--include and --exclude leave no tensor; `kconvert inspect` lists the names' patterns")
+        return Model(self.checkpoint, self.manifest, self.quantization, weights, plain, self.dropped)
+
+
+@lru_cache(maxsize=4096)
+def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
+    """`format.parts(rows, cols)`, shared: a model has 70,000 weights in a handful of shapes."""
+    return format.parts(rows, cols)
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+
+
+def understand(checkpoint: Checkpoint) -> Model:
+    """Match every tensor of the checkpoint to the manifest of its model; KconvertError for the first that does not fit."""
+    manifest = manifest_for(checkpoint.config)
+    names = manifest.bind(checkpoint.config)
+    quantization = read_quantization(checkpoint.config)
+    modules, plain, dropped = _sort_out(checkpoint, names)
+    weights = [_weight(name, modules[name], names, quantization) for name in sorted(modules, key=natural_key)]
+    if not manifest.accepts_any:
+        _check_complete(checkpoint, names, modules, {p.tensor.name for p in plain})
+    plain.sort(key=lambda p: natural_key(p.tensor.name))
+    return Model(checkpoint, manifest, quantization, tuple(weights), tuple(plain), tuple(dropped))
+
+
+def _sort_out(checkpoint: Checkpoint, names: Names) -> tuple[dict[str, dict[str, Tensor]], list[Plain], list[Tensor]]:
+    """Every tensor is part of a Linear, plain, or dropped by rule."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    plain: list[Plain] = []
+    dropped: list[Tensor] = []
+    quantised = {name.rpartition(".")[0] for name in checkpoint.tensors if _suffix(name) in formats.QUANTISED_SUFFIXES}
+    for name, tensor in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        match = names.match(name)
+        if match is not None:
+            if tensor.shape != match.shape:
+                raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
+            plain.append(Plain(tensor, match.rule.role, match.indices.get("layer")))
+        elif suffix in CACHE_SUFFIXES:
+            dropped.append(tensor)
+        elif names.match(module) is not None or (names.manifest.accepts_any and module in quantised):
+            if names.manifest.accepts_any and suffix not in formats.SUFFIXES:
+                plain.append(Plain(tensor, "other"))
+            else:
+                modules.setdefault(module, {})[suffix] = tensor
+        elif names.manifest.accepts_any:
+            plain.append(Plain(tensor, "other"))
+        else:
+            raise KconvertError(
+                f"{tensor} belongs to no weight that the manifest {names.manifest.name} knows; remove it, or add it there"
+            )
+    return modules, plain, dropped
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: QuantizationConfig) -> Weight:
+    match = names.match(name)
+    shape = None if match is None else (match.shape[0], match.shape[1])
+    file = next(iter(found.values())).file
+    try:
+        facts = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in found.items()}
+        format, (rows, cols) = formats.recognise(quantization.scheme_for(name), facts, shape)
+    except ValueError as error:
+        raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
+    tensors = []
+    for part in parts_of(format, rows, cols):
+        tensor = found[part.suffix]
+        if (tensor.dtype, tensor.shape) != (part.dtype, part.shape):
+            raise KconvertError(
+                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
+                f"{part.dtype} {list(part.shape)} there; fetch the file again"
+            )
+        tensors.append(tensor)
+    if match is None:
+        return Weight(name, "other", rows, cols, format, tuple(tensors))
+    indices = match.indices
+    return Weight(
+        name, match.rule.role, rows, cols, format, tuple(tensors), indices.get("layer"), indices.get("expert")
+    )
+
+
+def _check_complete(checkpoint: Checkpoint, names: Names, modules: Mapping[str, object], plain: set[str]) -> None:
+    missing = [name for name, _ in names.expected() if name not in modules and name not in plain]
+    if missing:
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise KconvertError(
+            f"{checkpoint.root}: {missing[0]!r}{rest} missing, which a {names.manifest.name} with this config.json has; "
+            "fetch the rest of the checkpoint"
+        )
+
+
+def format_counts(weights: Iterable[Weight]) -> Counter[str]:
+    """How many weights there are of each format's label."""
+    return Counter(weight.format.label for weight in weights)

@@ -1,0 +1,243 @@
+"""From a recipe and the source's headers to a Plan: what every byte of the output comes from. Reads no tensor data.
+
+Names, offsets and shard numbers are fixed here, so the output's bytes depend on nothing that happens later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import kconvert
+from kconvert.checkpoint.header import layout, tensor_bytes
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
+from kconvert.errors import KconvertError
+from kconvert.formats import Format, Part
+from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
+from kconvert.recipe import Recipe
+
+SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes begin: `start` counts from the beginning of `file`."""
+
+    file: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transcode:
+    """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`."""
+
+    name: str
+    rows: int
+    cols: int
+    source: Format
+    reads: tuple[Place, ...]
+    target: Format
+    writes: tuple[Place, ...] = ()
+
+    @property
+    def source_parts(self) -> tuple[Part, ...]:
+        return parts_of(self.source, self.rows, self.cols)
+
+    @property
+    def target_parts(self) -> tuple[Part, ...]:
+        return parts_of(self.target, self.rows, self.cols)
+
+    @property
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of what it writes."""
+        return [(f"{self.name}.{part.suffix}", part.dtype, part.shape) for part in self.target_parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor keeps its name, dtype, shape and bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        return [(self.name, self.dtype, self.shape)]
+
+
+Step: TypeAlias = Transcode | Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its header and its size in bytes, header included."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. `texts` are the small files written last, in this order, config.json and the index at its end.
+
+    `recipe` says in words what was asked for, `facts` what a user wants to know; a synthetic sample has no `source`.
+    """
+
+    recipe: str
+    source: Checkpoint | None
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    texts: Mapping[str, bytes]
+    facts: Mapping[str, Any]
+
+    @property
+    def side_files(self) -> Mapping[str, int]:
+        return self.source.side_files if self.source else {}
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Everything that will lie in DST, in bytes."""
+        texts = sum(map(len, self.texts.values()))
+        return sum(shard.nbytes for shard in self.shards) + sum(self.side_files.values()) + texts
+
+    @cached_property
+    def hash(self) -> str:
+        """Stable over runs and machines: equal plans write equal bytes from equal sources."""
+        digest = hashlib.sha256(f"{kconvert.__version__} {self.recipe}".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
+        for step in self.steps:
+            digest.update(repr(step).encode())
+        for name, text in self.texts.items():
+            digest.update(name.encode() + text)
+        digest.update(repr(sorted(self.side_files.items())).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def stamp(self) -> str:
+        """Changes when the source's files do."""
+        files = self.source.files if self.source else {}
+        return hashlib.sha256(repr([(name, stat.stamp) for name, stat in files.items()]).encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON: what `--dry-run --json` prints."""
+        return {
+            "plan": self.hash,
+            **self.facts,
+            "output_bytes": self.output_bytes,
+            "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
+            "side_files": list(self.side_files),
+        }
+
+
+def make_plan(model: Model, recipe: Recipe) -> Plan:
+    """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    recipe.check_source(model)
+    model = model.select(recipe.include, recipe.exclude)
+    steps, shards = place(list(_drafts(model, recipe)), recipe.shard_size)
+    transcoded = [step for step in steps if isinstance(step, Transcode)]
+    texts = final_texts(recipe.config(model.checkpoint.config), shards, model.parameters)
+    facts = {
+        "source": model.checkpoint.name,
+        "manifest": model.manifest.name,
+        "to": recipe.to,
+        "parameters": model.parameters,
+        "weights": dict(format_counts(model.weights)),
+        "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
+        + sum(plain.tensor.nbytes for plain in model.plain),
+        "transcoded": len(transcoded),
+        "copied": len(steps) - len(transcoded),
+        "dropped": [tensor.name for tensor in model.dropped],
+        "left_out": list(model.checkpoint.left_out),
+    }
+    return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
+
+
+def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
+    """A step without places for each weight and tensor, in natural order of the output's names."""
+    items: list[Weight | Plain] = [*model.weights, *model.plain]
+    items.sort(key=lambda item: natural_key(item.name if isinstance(item, Weight) else item.tensor.name))
+    for item in items:
+        if isinstance(item, Plain):
+            yield _copy(item.tensor)
+            continue
+        target = recipe.target(item)
+        if target is None:
+            yield from map(_copy, item.tensors)
+        else:
+            reads = tuple(Place(tensor.file, tensor.start) for tensor in item.tensors)
+            yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)
+
+
+def _copy(tensor: Tensor) -> Copy:
+    return Copy(tensor.name, tensor.dtype, tensor.shape, (Place(tensor.file, tensor.start),))
+
+
+def place(
+    drafts: Sequence[Step], shard_size: int, shard_name: str = SHARD_NAME, scatter: bool = False
+) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Give every output tensor its shard and offset; shards hold at most `shard_size` bytes, or one weight.
+
+    The tensors of one weight share a shard, unless `scatter` deals them to shards that follow one another.
+    """
+    numbers = _shard_numbers(drafts, shard_size)
+    total = numbers[-1] + 1
+    contents: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in range(total)]
+    for draft, number in zip(drafts, numbers, strict=True):
+        for k, output in enumerate(draft.outputs):
+            contents[(number + k * scatter) % total].append(output)
+    shards = []
+    places: dict[str, Place] = {}
+    for number, content in enumerate(contents, start=1):
+        if not content:
+            raise KconvertError("--scatter needs more tensors in each shard; choose a larger --shard-size")
+        name = shard_name.format(number=number, total=total)
+        header, entries = layout(content, METADATA)
+        shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))
+        places.update((entry.name, Place(name, entry.start)) for entry in entries)
+    if len(places) != sum(map(len, contents)):
+        raise KconvertError(
+            "two weights have the same name in the output; this is a fault of kconvert, please report it"
+        )
+    steps = tuple(replace(draft, writes=tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
+    return steps, tuple(shards)
+
+
+def _shard_numbers(drafts: Iterable[Step], shard_size: int) -> list[int]:
+    numbers: list[int] = []
+    number = filled = 0
+    for draft in drafts:
+        size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in draft.outputs)
+        if filled and filled + size > shard_size:
+            number, filled = number + 1, 0
+        filled += size
+        numbers.append(number)
+    return numbers
+
+
+def final_texts(config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
+    """config.json and the index, which carries total_size in bytes of tensors and total_parameters."""
+    shards = tuple(shards)
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    metadata = {"total_size": total, "total_parameters": parameters}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return {CONFIG_NAME: _json(config), INDEX_NAME: _json(index)}
+
+
+def _json(table: Mapping[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -1,0 +1,96 @@
+"""Checks before the first byte is written: room on the disk, and the values that a header cannot vouch for.
+
+Scales are a ninth of an INT4 checkpoint's bytes or less. Reading them first means that a NaN in the last layer shows after
+a minute and not after hours; the pages stay in the page cache for the conversion where there is memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kconvert.checkpoint.source import Checkpoint, Reader
+from kconvert.errors import KconvertError
+from kconvert.formats import Part
+from kconvert.plan import Place, Plan, Transcode
+
+# The exponent bits of a dtype: all set means Inf or NaN.
+EXPONENTS = {"BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00), "F32": ("u4", 0x7F800000)}
+
+
+def check_paths(source: Path, destination: Path) -> None:
+    """KconvertError when writing `destination` could touch `source`."""
+    source, destination = source.resolve(), destination.resolve()
+    if source == destination:
+        raise KconvertError(f"SRC and DST are both {source}; choose another directory for the output")
+    if destination.is_relative_to(source):
+        raise KconvertError(f"{destination} lies inside SRC; choose a directory outside {source}")
+    if source.is_relative_to(destination):
+        raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
+
+
+def check_space(plan: Plan, destination: Path, finished: set[str]) -> None:
+    """KconvertError when the disk of `destination` cannot hold what is still to be written."""
+    folder = destination
+    while not folder.exists():
+        folder = folder.parent
+    partials = sum(path.stat().st_size for path in destination.glob(".kconvert/*.part"))
+    needed = plan.output_bytes - sum(shard.nbytes for shard in plan.shards if shard.name in finished) - partials
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise KconvertError(
+            f"{destination} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free; free some space "
+            "or choose another disk"
+        )
+
+
+def check_values(plan: Plan, finished: set[str]) -> None:
+    """Read the scales and shapes of every weight still to be converted; KconvertError for the first that is not sound."""
+    if plan.source is None:
+        return
+    steps = [
+        step
+        for step in plan.steps
+        if isinstance(step, Transcode) and any(place.file not in finished for place in step.writes)
+    ]
+    batches = [steps[i : i + 64] for i in range(0, len(steps), 64)]
+    with plan.source.reader() as reader, ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+        checkpoint = plan.source
+        for _ in pool.map(lambda batch: _check_batch(checkpoint, reader, batch), batches):
+            pass
+
+
+def _check_batch(checkpoint: Checkpoint, reader: Reader, steps: Iterable[Transcode]) -> None:
+    for step in steps:
+        for part, place in _doubtful(step):
+            where = f"{checkpoint.root / place.file}: tensor {f'{step.name}.{part.suffix}'!r}"
+            data = reader.read(place.file, place.start, part.nbytes)
+            if part.constant is not None and data != part.constant:
+                code = {"I32": "i", "I64": "q"}[part.dtype]
+                values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
+                raise KconvertError(
+                    f"{where} says {values}, but the weight is [{step.rows}, {step.cols}]; fetch the file again"
+                )
+            if part.is_scale:
+                _check_finite(where, part, data)
+
+
+def _doubtful(step: Transcode) -> Iterator[tuple[Part, Place]]:
+    for part, place in zip(step.source_parts, step.reads, strict=True):
+        if part.is_scale or part.constant is not None:
+            yield part, place
+
+
+def _check_finite(where: str, part: Part, data: bytes) -> None:
+    import numpy as np
+
+    code, exponent = EXPONENTS[part.dtype]
+    bits = np.frombuffer(data, code)
+    bad = np.flatnonzero((bits & exponent) == exponent)
+    if len(bad):
+        index = [int(i) for i in np.unravel_index(bad[0], part.shape)]
+        raise KconvertError(f"{where} is not finite at {index}; the checkpoint is damaged, fetch the file again")

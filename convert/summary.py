@@ -1,0 +1,143 @@
+"""What a user wants to know about a checkpoint, a plan and a finished run: as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kconvert.manifest import manifest_for
+from kconvert.model import Model
+from kconvert.plan import Plan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Facts for people and programs: `facts` are the JSON, `lines` the text."""
+
+    facts: Mapping[str, Any]
+    lines: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.facts)
+
+    def as_text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def human(nbytes: float) -> str:
+    """3_456_000_000 -> '3.46 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def summarise(model: Model) -> Summary:
+    """`kconvert inspect`: family, sizes, formats, roles, findings."""
+    checkpoint = model.checkpoint
+    roles: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for weight in model.weights:
+        roles[weight.role, weight.format.label].update(
+            tensors=len(weight.tensors),
+            parameters=weight.rows * weight.cols,
+            bytes=sum(tensor.nbytes for tensor in weight.tensors),
+            count=1,
+        )
+    for plain in model.plain:
+        tensor = plain.tensor
+        roles[plain.role, tensor.dtype.lower()].update(
+            tensors=1, parameters=math.prod(tensor.shape), bytes=tensor.nbytes, count=1
+        )
+    table: list[dict[str, Any]] = [{"role": role, "format": label, **counts} for (role, label), counts in roles.items()]
+    findings = list(find(model))
+    facts = {
+        "name": checkpoint.name,
+        "manifest": model.manifest.name,
+        "parameters": model.parameters,
+        "bytes": checkpoint.nbytes,
+        "shards": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "schemes": [str(scheme) for scheme in model.quantization.schemes],
+        "roles": table,
+        "side_files": list(checkpoint.side_files),
+        "findings": findings,
+    }
+    lines = [
+        f"{checkpoint.name}: {model.manifest.name}, {model.parameters:,} parameters, {human(checkpoint.nbytes)} in "
+        f"{len(checkpoint.files)} shards, {len(checkpoint.tensors):,} tensors",
+        *(f"quantisation: {scheme}" for scheme in model.quantization.schemes),
+        f"{'role':<20}{'format':<18}{'weights':>10}{'parameters':>20}{'size':>10}",
+        *(
+            f"{row['role']:<20}{row['format']:<18}{row['count']:>10,}{row['parameters']:>20,}{human(row['bytes']):>10}"
+            for row in table
+        ),
+        *(f"finding: {finding}" for finding in findings),
+    ]
+    return Summary(facts, tuple(lines))
+
+
+def find(model: Model) -> list[str]:
+    """What is sound but worth knowing."""
+    findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
+    findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
+    names = manifest_for(model.checkpoint.config).bind(model.checkpoint.config)
+    for plain in model.plain:
+        match = names.match(plain.tensor.name)
+        if match is not None and match.rule.dtype != plain.tensor.dtype:
+            findings.append(f"{plain.tensor.name} is {plain.tensor.dtype}, the published model's is {match.rule.dtype}")
+    return findings
+
+
+def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: int | None) -> Summary:
+    """`--dry-run`: output bytes, shards, peak RAM, free disk."""
+    from kconvert.engine import Limits
+
+    limits = Limits.choose(threads, memory)
+    folder = destination.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    facts = {
+        **plan.as_dict(),
+        "peak_memory_bytes": limits.peak(plan),
+        "threads": limits.threads,
+        "free_disk_bytes": free,
+    }
+    notes = [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
+    notes += [f"not copied: {name}" for name in plan.facts.get("left_out", ())]
+    lines = (
+        *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, (str, int))),
+        f"output: {human(plan.output_bytes)} in {len(plan.shards)} shards and {len(plan.side_files)} side files",
+        f"memory: about {human(limits.peak(plan))} with {limits.threads} threads",
+        f"disk: {human(free)} free at {folder}",
+        *notes,
+    )
+    return Summary(facts, lines)
+
+
+class Outcome(Summary):
+    """The closing summary of a run."""
+
+    @classmethod
+    def now(cls, plan: Plan, destination: Path, seconds: float) -> Outcome:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        facts = {
+            "output": str(destination),
+            "bytes": plan.output_bytes,
+            "shards": len(plan.shards),
+            "seconds": round(seconds, 3),
+            "bytes_per_second": round(plan.output_bytes / seconds),
+            "peak_memory_bytes": peak,
+        }
+        line = (
+            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
+            f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
+        )
+        return cls(facts, (line,))

@@ -1,0 +1,232 @@
+"""Proof that a checkpoint is what another one was converted to: coverage, integrity and parity.
+
+Parity goes a way of its own: never through the kernels that wrote the output, but through compressed-tensors and torch.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from kconvert.checkpoint.config import quantization_tables
+from kconvert.checkpoint.source import Checkpoint, Reader, open_checkpoint
+from kconvert.errors import CheckFailed
+from kconvert.formats.dense import Dense
+from kconvert.formats.int4 import Int4
+from kconvert.model import Model, Plain, Weight, understand
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_ELEMENTS = 4 << 20  # at a time; bounds the memory of a worker to some 100 MB
+Advance: TypeAlias = Callable[[int], None]
+Pair: TypeAlias = tuple[Weight, Weight] | tuple[Plain, Plain]  # of the source and of the output
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared; `weights` and `tensors` count those whose every value was found equal to `reference`'s."""
+
+    source: str
+    output: str
+    reference: str
+    weights: int
+    tensors: int
+    skipped: int
+    side_files: int
+    dropped: tuple[str, ...]
+
+
+def verify(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    sample: float = 1.0,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    advance: Advance | None = None,
+) -> Report:
+    """Compare a converted checkpoint with its source, both directories; CheckFailed names the first difference.
+
+    `sample` is the share of the tensors whose values are compared, the same ones every time and some of each role;
+    `include` and `exclude` must be those of the conversion. `advance` is called with bytes of output compared.
+    """
+    original, converted = (
+        understand(open_checkpoint(source)).select(include, exclude),
+        understand(open_checkpoint(output)),
+    )
+    pairs = _check_coverage(original, converted)
+    _check_config(converted)
+    side_files = _check_side_files(original.checkpoint, converted.checkpoint)
+    chosen = [pair for pair in pairs if _chosen(pair, sample)] if sample < 1 else pairs
+    with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
+        for fault in _compare_all(chosen, ours, theirs, advance or (lambda nbytes: None)):
+            if fault:
+                raise CheckFailed(f"{converted.checkpoint.root}: {fault}")
+    weights = sum(isinstance(pair[0], Weight) for pair in chosen)
+    return Report(
+        source=original.checkpoint.name,
+        output=converted.checkpoint.name,
+        reference="compressed-tensors decompression",
+        weights=weights,
+        tensors=len(chosen) - weights,
+        skipped=len(pairs) - len(chosen),
+        side_files=side_files,
+        dropped=tuple(tensor.name for tensor in original.dropped),
+    )
+
+
+def _check_coverage(original: Model, converted: Model) -> list[Pair]:
+    """Every weight and tensor of the source has its counterpart, and there are no others."""
+    root = converted.checkpoint.root
+    pairs: list[Pair] = []
+    ours = {weight.name: weight for weight in original.weights}
+    theirs = {weight.name: weight for weight in converted.weights}
+    plain = {item.tensor.name: item for item in original.plain}
+    plain_theirs = {item.tensor.name: item for item in converted.plain}
+    # A manifest that demands no names takes an unquantised matrix for a plain tensor.
+    for name in ours.keys() - theirs.keys():
+        if (item := plain_theirs.pop(f"{name}.weight", None)) is not None:
+            rows, cols = item.tensor.shape if len(item.tensor.shape) == 2 else (0, 0)
+            theirs[name] = Weight(name, item.role, rows, cols, Dense(item.tensor.dtype), (item.tensor,))
+    for have, want in ((theirs.keys() | plain_theirs.keys(), ours.keys() | plain.keys()),):
+        if missing := sorted(want - have):
+            raise CheckFailed(f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)")
+        if extra := sorted(have - want):
+            raise CheckFailed(f"{root}: {extra[0]!r} is not in the source ({len(extra)} such in all)")
+    for name, weight in ours.items():
+        other = theirs[name]
+        if (weight.rows, weight.cols) != (other.rows, other.cols):
+            raise CheckFailed(f"{root}: {name!r} is [{other.rows}, {other.cols}], not [{weight.rows}, {weight.cols}]")
+        pairs.append((weight, other))
+    for name, item in plain.items():
+        tensor, other_tensor = item.tensor, plain_theirs[name].tensor
+        if (tensor.dtype, tensor.shape) != (other_tensor.dtype, other_tensor.shape):
+            raise CheckFailed(
+                f"{root}: {name!r} is {other_tensor.dtype} {list(other_tensor.shape)}, in the source {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        pairs.append((item, plain_theirs[name]))
+    return pairs
+
+
+def _check_config(converted: Model) -> None:
+    quantised = any(not isinstance(weight.format, Dense) for weight in converted.weights)
+    if not quantised and any(quantization_tables(converted.checkpoint.config)):
+        raise CheckFailed(
+            f"{converted.checkpoint.root / 'config.json'} declares a quantisation, but no weight is quantised; remove it"
+        )
+
+
+def _check_side_files(original: Checkpoint, converted: Checkpoint) -> int:
+    for name in original.side_files:
+        if name not in converted.side_files:
+            raise CheckFailed(f"{converted.root / name} is missing; the source has it")
+        if not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
+            raise CheckFailed(f"{converted.root / name} differs from the source's")
+    return len(original.side_files)
+
+
+def _chosen(pair: Pair, sample: float) -> bool:
+    """By a hash of the name, so that every run takes the same; the first layer's first expert always, for its roles."""
+    item = pair[0]
+    if isinstance(item, Weight) and item.expert in (None, 0):
+        return True
+    name = item.name if isinstance(item, Weight) else item.tensor.name
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < sample * 2**64
+
+
+def _compare_all(pairs: list[Pair], ours: Reader, theirs: Reader, advance: Advance) -> Iterator[str | None]:
+    """The fault of each pair, None for none, in order."""
+    import torch
+
+    torch.set_num_threads(1)
+    compare = partial(_compare, ours=ours, theirs=theirs, advance=advance)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        try:
+            yield from pool.map(compare, pairs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compare(pair: Pair, ours: Reader, theirs: Reader, advance: Advance) -> str | None:
+    match pair:
+        case Weight(), Weight():
+            return _compare_weights(*pair, ours, theirs, advance)
+        case Plain(), Plain():
+            return _compare_plain(*pair, ours, theirs, advance)
+    raise AssertionError(pair)
+
+
+def _compare_weights(ours: Weight, theirs: Weight, source: Reader, output: Reader, advance: Advance) -> str | None:
+    """Values of every row, equal bit for bit and finite."""
+    import torch
+
+    count = max(1, CHUNK_ELEMENTS // max(ours.cols, 1))
+    for first in range(0, ours.rows, count):
+        last = min(first + count, ours.rows)
+        expected, found = independent_values(ours, source, first, last), independent_values(theirs, output, first, last)
+        expected = expected.to(found.dtype)
+        if not torch.equal(expected.view(torch.int16), found.view(torch.int16)):
+            row, col = (int(i) for i in (expected.view(torch.int16) != found.view(torch.int16)).nonzero()[0])
+            return (
+                f"tensor {theirs.tensors[0].name!r} differs at [{first + row}, {col}]: it is {float(found[row, col])!r}, "
+                f"compressed-tensors gives {float(expected[row, col])!r}"
+            )
+        if not bool(torch.isfinite(found).all()):
+            return f"tensor {theirs.tensors[0].name!r} has a value that is not finite"
+        advance((last - first) * ours.cols * found.element_size())
+    return None
+
+
+def _compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance) -> str | None:
+    a, b = ours.tensor, theirs.tensor
+    for start in range(0, a.nbytes, CHUNK_ELEMENTS):
+        size = min(CHUNK_ELEMENTS, a.nbytes - start)
+        one, two = source.read(a.file, a.start + start, size), output.read(b.file, b.start + start, size)
+        if one != two:
+            byte = start + next(i for i in range(size) if one[i] != two[i])
+            element = byte * math.prod(a.shape) // a.nbytes
+            return f"tensor {b.name!r} differs from the source's at element {element}"
+        advance(size)
+    return None
+
+
+def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
+    """Rows `first` to `last` of a weight in its own dtype, decoded by torch (dense) or compressed-tensors (quantised)."""
+    import torch
+
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32}
+    state: dict[str, torch.Tensor] = {}
+    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
+        if part.constant is None:
+            start, stop = part.span(weight.rows, first, last)
+            data = torch.frombuffer(
+                bytearray(reader.read(tensor.file, tensor.start + start, stop - start)), dtype=dtypes[part.dtype]
+            )
+            state[part.suffix] = data.view(last - first, -1)
+    if isinstance(weight.format, Dense):
+        return state["weight"]
+    assert isinstance(weight.format, Int4)
+    return _decompress_int4(weight.format, state, (last - first, weight.cols))
+
+
+def _decompress_int4(format: Int4, state: dict[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    import torch
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    strategy = "group" if format.group_size else "channel"
+    args = QuantizationArgs(num_bits=4, symmetric=True, strategy=strategy, group_size=format.group_size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    values: torch.Tensor = PackedQuantizationCompressor.decompress(
+        {**state, "weight_shape": torch.tensor(shape)}, scheme
+    )["weight"]
+    return values

@@ -1,0 +1,16 @@
+#!/bin/sh
+# `make demo`: a small Kimi-K2-shaped INT4 checkpoint, converted to BF16 and verified.
+set -eu
+BIN=${BIN:-.venv/bin}
+DIR=$(mktemp -d)
+trap 'rm -rf "$DIR"' EXIT
+
+say() { printf '\n\033[1m$ kconvert %s\033[0m\n' "$*"; "$BIN/kconvert" "$@"; }
+
+say sample "$DIR/int4" --layers 4 --experts 32 --hidden 1024 --moe-intermediate 512 --vocab 8192 --shard-size 200MB
+say inspect "$DIR/int4"
+say int4-to-bf16 "$DIR/int4" "$DIR/bf16" --dry-run --shard-size 200MB
+say int4-to-bf16 "$DIR/int4" "$DIR/bf16" --shard-size 200MB
+say verify "$DIR/int4" "$DIR/bf16"
+printf '\n'
+ls -lh "$DIR/bf16"

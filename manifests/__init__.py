@@ -1,0 +1,1 @@
+"""One TOML a model family; read by `kconvert.manifest`."""
