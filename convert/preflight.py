@@ -18,8 +18,15 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.plan import Place, Plan, Transcode
 
-# The exponent bits of a dtype: all set means Inf or NaN.
-EXPONENTS = {"BF16": ("u2", 0x7F80), "F16": ("u2", 0x7C00), "F32": ("u4", 0x7F800000)}
+# dtype -> numpy code, sign bit, bits that are all set in Inf and NaN
+SCALE_BITS = {
+    "BF16": ("u2", 0x8000, 0x7F80),
+    "F16": ("u2", 0x8000, 0x7C00),
+    "F32": ("u4", 0x80000000, 0x7F800000),
+    "F8_E4M3": ("u1", 0x80, 0x7F),
+    "F8_E8M0": ("u1", 0, 0xFF),
+    "U8": ("u1", 0, 0xFF),  # E8M0 by another name: a power of two, never zero
+}
 
 
 def check_paths(source: Path, destination: Path) -> None:
@@ -75,22 +82,25 @@ def _check_batch(checkpoint: Checkpoint, reader: Reader, steps: Iterable[Transco
                 raise KconvertError(
                     f"{where} says {values}, but the weight is [{step.rows}, {step.cols}]; fetch the file again"
                 )
-            if part.is_scale:
-                _check_finite(where, part, data)
+            if part.values != "any":
+                _check_scale(where, part, data)
 
 
 def _doubtful(step: Transcode) -> Iterator[tuple[Part, Place]]:
     for part, place in zip(step.source_parts, step.reads, strict=True):
-        if part.is_scale or part.constant is not None:
+        if part.values != "any" or part.constant is not None:
             yield part, place
 
 
-def _check_finite(where: str, part: Part, data: bytes) -> None:
+def _check_scale(where: str, part: Part, data: bytes) -> None:
     import numpy as np
 
-    code, exponent = EXPONENTS[part.dtype]
+    code, sign, special = SCALE_BITS[part.dtype]
     bits = np.frombuffer(data, code)
-    bad = np.flatnonzero((bits & exponent) == exponent)
-    if len(bad):
-        index = [int(i) for i in np.unravel_index(bad[0], part.shape)]
-        raise KconvertError(f"{where} is not finite at {index}; the checkpoint is damaged, fetch the file again")
+    faults = {"is not finite": (bits & special) == special, "is negative": (bits & sign != 0) & (bits != sign)}
+    if part.values == "positive" and sign:
+        faults["is zero"] = bits & ~np.array(sign, code) == 0
+    for fault, bad in faults.items():
+        if bad.any():
+            index = [int(i) for i in np.unravel_index(int(bad.argmax()), part.shape)]
+            raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")

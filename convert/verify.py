@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import Checkpoint, Reader, open_checkpoint
 from kconvert.errors import CheckFailed
 from kconvert.formats.dense import Dense
-from kconvert.formats.int4 import Int4
 from kconvert.model import Model, Plain, Weight, understand
-
-if TYPE_CHECKING:
-    import torch
+from kconvert.oracle import independent_values
 
 CHUNK_ELEMENTS = 4 << 20  # at a time; bounds the memory of a worker to some 100 MB
 Advance: TypeAlias = Callable[[int], None]
@@ -197,36 +194,3 @@ def _compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, a
             return f"tensor {b.name!r} differs from the source's at element {element}"
         advance(size)
     return None
-
-
-def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
-    """Rows `first` to `last` of a weight in its own dtype, decoded by torch (dense) or compressed-tensors (quantised)."""
-    import torch
-
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32}
-    state: dict[str, torch.Tensor] = {}
-    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
-        if part.constant is None:
-            start, stop = part.span(weight.rows, first, last)
-            data = torch.frombuffer(
-                bytearray(reader.read(tensor.file, tensor.start + start, stop - start)), dtype=dtypes[part.dtype]
-            )
-            state[part.suffix] = data.view(last - first, -1)
-    if isinstance(weight.format, Dense):
-        return state["weight"]
-    assert isinstance(weight.format, Int4)
-    return _decompress_int4(weight.format, state, (last - first, weight.cols))
-
-
-def _decompress_int4(format: Int4, state: dict[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    import torch
-    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    strategy = "group" if format.group_size else "channel"
-    args = QuantizationArgs(num_bits=4, symmetric=True, strategy=strategy, group_size=format.group_size)
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
-    values: torch.Tensor = PackedQuantizationCompressor.decompress(
-        {**state, "weight_shape": torch.tensor(shape)}, scheme
-    )["weight"]
-    return values

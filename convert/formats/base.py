@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from kconvert.checkpoint.header import tensor_bytes
 
@@ -24,7 +24,7 @@ class Part:
 
     `every` rows of the weight share one slice of the part (1 for codes, 128 for the scales of a block format); None means
     that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
-    `is_scale` marks the parts whose values must be finite.
+    `values` says what is demanded of a part's values: scales are finite and nonnegative or positive, codes are any bits.
     """
 
     suffix: str
@@ -32,7 +32,7 @@ class Part:
     shape: tuple[int, ...]
     every: int | None = 1
     constant: bytes | None = None
-    is_scale: bool = False
+    values: Literal["any", "nonnegative", "positive"] = "any"
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,9 @@ class Format(Protocol):
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None: ...
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None: ...
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
+        ...
 
 
 class Family(Protocol):

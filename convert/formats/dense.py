@@ -30,20 +30,21 @@ class Dense:
         return (Part("weight", self.dtype, (rows, cols)),)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats import kernels
+        from kconvert.formats.kernels import dense as kernels
 
         if self.dtype == "BF16":
             kernels.decode_bf16(parts[0].view("u2"), tile.reshape(-1))
         else:
             tile.reshape(-1)[:] = parts[0].view("f2" if self.dtype == "F16" else "f4")
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
-        from kconvert.formats import kernels
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import dense as kernels
 
         if self.dtype == "BF16":
             kernels.encode_bf16(tile.reshape(-1), parts[0].view("u2"))
         else:
             parts[0].view("f2" if self.dtype == "F16" else "f4")[:] = tile.reshape(-1)
+        return 0
 
 
 def from_scheme(scheme: Scheme) -> None:

@@ -55,25 +55,26 @@ class Int4:
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         groups = cols // self.group_size if self.group_size else 1
         packed = Part("weight_packed", "I32", (rows, math.ceil(cols / 8)))
-        scale = Part("weight_scale", "BF16", (rows, groups), is_scale=True)
+        scale = Part("weight_scale", "BF16", (rows, groups), values="nonnegative")
         if self.shape_dtype is None:
             return packed, scale
         shape = struct.pack(SHAPE_CODES[self.shape_dtype], rows, cols)
         return packed, scale, Part("weight_shape", self.shape_dtype, (2,), every=None, constant=shape)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats import kernels
+        from kconvert.formats.kernels import int4 as kernels
 
         groups = tile.reshape(-1, self.group_size or tile.shape[1])
         kernels.decode_int4(parts[0].reshape(len(groups), -1), parts[1].view("u2"), groups)
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
-        from kconvert.formats import kernels
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import int4 as kernels
 
         groups = tile.reshape(-1, self.group_size or tile.shape[1])
         divisor, lowest = self.convention.divisor, self.convention.lowest
         codes = parts[0].reshape(len(groups), -1)
         kernels.encode_int4(groups, groups.dtype.type(divisor), groups.dtype.type(lowest), codes, parts[1].view("u2"))
+        return 0
 
 
 def from_scheme(scheme: Scheme) -> Int4 | None:

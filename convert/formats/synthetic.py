@@ -40,12 +40,12 @@ class Synthetic:
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
-        from kconvert.formats import kernels
+        from kconvert.formats.kernels import synthetic as kernels
 
         key = np.uint64(int.from_bytes(hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()[:8], "little"))
         kernels.fill_synthetic(_pool(self.seed), key, first_row, np.float32(self.center), np.float32(self.gain), tile)
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         raise NotImplementedError("nothing is written as synthetic weights")
 
 
@@ -67,14 +67,14 @@ class Unquantised:
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         raise NotImplementedError("nothing is read as an unquantised tensor, they are copied")
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> None:
-        Dense(self.dtype).encode(tile, parts)
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        return Dense(self.dtype).encode(tile, parts)
 
 
 @cache
 def _pool(seed: int) -> Tile:
     import numpy as np
-    from kconvert.formats import kernels
+    from kconvert.formats.kernels import dense as kernels
 
     values = 0.02 * np.random.default_rng(seed).standard_t(4, (POOL_GROUPS, 32))
     values[::ZERO_EVERY] = 0
