@@ -64,6 +64,7 @@ def main() -> None:
 
 
 directory = click.Path(file_okay=False, path_type=Path)
+revision_option = click.option("--revision", help="Revision of SRC, when that is a repository of the Hub's cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
@@ -78,6 +79,7 @@ def output_options(function: Command) -> Command:
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST."),
         json_option,
         quiet_option,
+        click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),
     ]
     return _apply(options, function)
 
@@ -99,8 +101,9 @@ def _apply(options: Sequence[Callable[[Command], Command]], function: Command) -
 
 @main.command()
 @click.argument("source", metavar="SRC", type=directory)
+@revision_option
 @json_option
-def inspect(source: Path, as_json: bool) -> None:
+def inspect(source: Path, revision: str | None, as_json: bool) -> None:
     """Say what SRC is: family, sizes, formats, roles and findings.
 
     \b
@@ -109,7 +112,7 @@ def inspect(source: Path, as_json: bool) -> None:
     import kconvert
     from kconvert.summary import summarise
 
-    summary = summarise(kconvert.inspect(source))
+    summary = summarise(kconvert.inspect(source, revision))
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
 
 
@@ -118,6 +121,7 @@ def conversion(function: Command) -> Command:
 
     @click.argument("source", metavar="SRC", type=directory)
     @click.argument("destination", metavar="DST", type=directory)
+    @revision_option
     @selection_options
     @output_options
     @wraps(function)
@@ -156,6 +160,7 @@ def _convert(
     *,
     to: str,
     expect: str | None,
+    revision: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     shard_size: int,
@@ -164,7 +169,7 @@ def _convert(
     import kconvert
 
     recipe = kconvert.Recipe(to, expect, shard_size, include, exclude)
-    _carry_out(kconvert.plan(source, recipe), destination, **options)
+    _carry_out(kconvert.plan(source, recipe, revision), destination, **options)
 
 
 def _carry_out(
@@ -177,6 +182,7 @@ def _carry_out(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
 ) -> None:
     import kconvert
     from kconvert.summary import Outcome, describe_plan
@@ -186,6 +192,8 @@ def _carry_out(
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, overwrite=overwrite)
         return
+    if verbose and not as_json:
+        click.echo(description.as_text())
     started = time.monotonic()
     with progress(plan.output_bytes, quiet) as advance:
         kconvert.convert(plan, destination, threads=threads, memory=memory, overwrite=overwrite, advance=advance)
