@@ -44,7 +44,7 @@ def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[s
     if plan.source is not None:
         check_paths(plan.source.root, target)
     finished = finished_shards(target, plan, overwrite)
-    check_space(plan, target, finished)
+    check_space(plan, target, finished, overwrite)
     return finished
 
 

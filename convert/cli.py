@@ -224,9 +224,9 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
     import dataclasses
 
     import kconvert
-    from kconvert.checkpoint.source import open_checkpoint
 
-    with progress(int(open_checkpoint(output).nbytes * sample), quiet) as advance:
+    total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    with progress(int(total * sample), quiet) as advance:
         report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))

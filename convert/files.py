@@ -29,12 +29,12 @@ def open_direct(path: Path, flags: int) -> int:
 
 def read_at(descriptor: int, buffer: memoryview, offset: int, needed: int) -> int:
     """Read from `offset` until at least `needed` bytes are in `buffer` or the file ends; returns how many there are."""
-    done = 0
+    done, refused = 0, False
     while done < needed:
         try:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            _leave_direct(descriptor, error)
+            refused = _leave_direct(descriptor, error, refused)
             continue
         if count == 0:
             break
@@ -44,19 +44,20 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, needed: int) -> in
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
-    done = 0
+    done, refused = 0, False
     while done < len(data):
         try:
             done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
-            _leave_direct(descriptor, error)
+            refused = _leave_direct(descriptor, error, refused)
 
 
-def _leave_direct(descriptor: int, error: OSError) -> None:
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if error.errno != errno.EINVAL or not flags & O_DIRECT:
+def _leave_direct(descriptor: int, error: OSError, refused: bool) -> bool:
+    """Make the descriptor go through the page cache from now on; another thread may have done so in the meantime."""
+    if error.errno != errno.EINVAL or refused:
         raise error
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT)
+    return True
 
 
 def reserve(descriptor: int, nbytes: int) -> None:

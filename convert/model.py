@@ -5,6 +5,7 @@ Nothing is guessed: a tensor that no rule owns, a missing part or a shape that d
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,11 +18,10 @@ from kconvert.checkpoint.config import QuantizationConfig, read_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
-from kconvert.manifest import Manifest, Match, Names, manifest_for
+from kconvert.manifest import Manifest, Names, manifest_for
 
 # Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
 CACHE_SUFFIXES = frozenset({"k_scale", "v_scale", "q_scale"})
-UNKNOWN = Match(rule=None, indices={}, shape=())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,8 @@ class Model:
     @property
     def parameters(self) -> int:
         """Weights and plain tensors' elements: what people call the size of the model."""
-        elements = sum(weight.rows * weight.cols for weight in self.weights)
-        for plain in self.plain:
-            count = 1
-            for size in plain.tensor.shape:
-                count *= size
-            elements += count
-        return elements
+        weights = sum(weight.rows * weight.cols for weight in self.weights)
+        return weights + sum(math.prod(plain.tensor.shape) for plain in self.plain)
 
     def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
         """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`."""
@@ -101,14 +96,17 @@ def natural_key(name: str) -> list[str | int]:
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
 
 
-def understand(checkpoint: Checkpoint) -> Model:
-    """Match every tensor of the checkpoint to the manifest of its model; KconvertError for the first that does not fit."""
+def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
+    """Match every tensor of the checkpoint to the manifest of its model; KconvertError for the first that does not fit.
+
+    A `partial` checkpoint may lack some of the model's weights.
+    """
     manifest = manifest_for(checkpoint.config)
     names = manifest.bind(checkpoint.config)
     quantization = read_quantization(checkpoint.config)
     modules, plain, dropped = _sort_out(checkpoint, names)
     weights = [_weight(name, modules[name], names, quantization) for name in sorted(modules, key=natural_key)]
-    if not manifest.accepts_any:
+    if not manifest.accepts_any and not partial:
         _check_complete(checkpoint, names, modules, {p.tensor.name for p in plain})
     plain.sort(key=lambda p: natural_key(p.tensor.name))
     return Model(checkpoint, manifest, quantization, tuple(weights), tuple(plain), tuple(dropped))

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import kconvert
@@ -121,7 +121,7 @@ class Plan:
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
         for step in self.steps:
-            digest.update(repr(step).encode())
+            digest.update(f"{step.name} {_formats(step)} {[(p.file, p.start) for p in step.reads]}".encode())
         for name, text in self.texts.items():
             digest.update(name.encode() + text)
         digest.update(repr(sorted(self.side_files.items())).encode())
@@ -142,6 +142,15 @@ class Plan:
             "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
             "side_files": list(self.side_files),
         }
+
+
+def _formats(step: Step) -> str:
+    return "copy" if isinstance(step, Copy) else f"{_spelled(step.source)} -> {_spelled(step.target)}"
+
+
+@lru_cache(maxsize=4096)
+def _spelled(format: Format) -> str:
+    return repr(format)
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:

@@ -179,9 +179,10 @@ def _snapshot(root: Path, revision: str | None) -> Path:
             )
         return root
     name = revision or "main"
+    inside = not os.path.isabs(name) and ".." not in Path(name).parts
     reference = root / "refs" / name
     snapshot = root / "snapshots" / (reference.read_text("utf-8").strip() if reference.is_file() else name)
-    if ".." in Path(name).parts or not snapshot.is_dir():
+    if not inside or not snapshot.is_dir():
         raise KconvertError(f"{root} has no snapshot of the revision {name!r}; fetch it")
     return snapshot
 
