@@ -13,11 +13,12 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from kconvert import formats
+from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import QuantizationConfig
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
-from kconvert.manifest import Manifest, Names, manifest_for
+from kconvert.manifest import Manifest, Names
 
 # Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
 CACHE_SUFFIXES = frozenset({"k_scale", "v_scale", "q_scale"})

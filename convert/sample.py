@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kconvert import formats
+from kconvert.catalogue import load_manifest, manifest_for
 from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.formats.synthetic import Synthetic, Unquantised
-from kconvert.manifest import Manifest, Match, load_manifest, lookup, manifest_for
+from kconvert.manifest import Manifest, Match, lookup
 from kconvert.model import natural_key
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
 from kconvert.recipe import DEFAULT_SHARD_SIZE

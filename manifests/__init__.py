@@ -1,4 +1,4 @@
-"""One TOML file a model family; read by `kconvert.manifest`.
+"""One TOML file a model family; read by `kconvert.catalogue`.
 
     name, model_types   what `--like` calls it, and the `model_type` of the config.json files that it describes
     base                another manifest: everything is as there but what stands here; tables are merged key by key, and
@@ -10,7 +10,7 @@
     indices             placeholder = its numbers, [start, stop] or [start, stop, step]; or { list = key of config.json,
                         first = the number of its first layer }; `without` leaves out the numbers of another placeholder.
                         `layer.moe` counts on the axis `layer`.
-    limits              key of config.json = the symbol that bounds it, where a sample is smaller than the model
+    limits              key of config.json = an expression that bounds it, for samples smaller than the model
     optional_layers     a placeholder: the names in these layers are all there or all missing
     config, side_files, shard_name    what `kconvert sample` writes: the published model's config.json and names
 
