@@ -13,7 +13,7 @@ import math
 import operator
 from collections import ChainMap
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
@@ -130,7 +130,8 @@ class Manifest:
             if symbol not in self.dims:
                 raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
             _assign(section, self.dims[symbol], value)
-        known = self._sizes(section)
+        with self._explain_faults():
+            known = self._sizes(section)
         for key, bound in self.limits.items():
             with suppress(KeyError):
                 _assign(section, key, _limited(lookup(section, key), evaluate(bound, known)))
@@ -139,8 +140,8 @@ class Manifest:
     def bind(self, config: Mapping[str, Any]) -> Names:
         """The names and shapes that a checkpoint with this config.json has; KconvertError when a dimension is missing."""
         section = self.section(config)
-        sizes = self._sizes(section)
-        try:
+        with self._explain_faults():
+            sizes = self._sizes(section)
             numbers: dict[str, tuple[int, ...]] = {}
             for name, index in self.indices.items():
                 numbers[name] = _numbers(index, section, sizes, numbers)
@@ -149,6 +150,13 @@ class Manifest:
                 shape = self._shape(rule, section, sizes)
                 if shape is not None:
                     names.add(rule, shape, rule.may_be_missing(section))
+        return names
+
+    @contextmanager
+    def _explain_faults(self) -> Iterator[None]:
+        """Turn what goes wrong with the sizes of a config.json into one sentence."""
+        try:
+            yield
         except KeyError as error:
             key = self.dims[error.args[0]]
             raise KconvertError(
@@ -156,7 +164,6 @@ class Manifest:
             ) from None
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             raise KconvertError(f"config.json: its sizes do not make a {self.name} ({error})") from None
-        return names
 
     def _shape(self, rule: Rule, section: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...] | None:
         """None where the model has no such tensors; optional ones need not have a size in config.json."""
@@ -235,13 +242,16 @@ class Names:
     def _known(self) -> dict[str, Match]:
         known = {}
         for rule, shape, optional in self._families:
-            axes = [placeholder.partition(".")[0] for placeholder in rule.placeholders]
+            placeholders = rule.placeholders
+            axes = [placeholder.partition(".")[0] for placeholder in placeholders]
+            layer_at, expert_at = (axes.index(axis) if axis in axes else None for axis in ("layer", "expert"))
             template = rule.name
-            for placeholder in rule.placeholders:
+            for placeholder in placeholders:
                 template = template.replace(f"{{{placeholder}}}", "{}")
-            for numbers in itertools.product(*(self._numbers[placeholder] for placeholder in rule.placeholders)):
-                at = dict(zip(axes, numbers, strict=True))
-                known[template.format(*numbers)] = Match(rule, shape, at.get("layer"), at.get("expert"), optional)
+            for numbers in itertools.product(*(self._numbers[placeholder] for placeholder in placeholders)):
+                layer = None if layer_at is None else numbers[layer_at]
+                expert = None if expert_at is None else numbers[expert_at]
+                known[template.format(*numbers)] = Match(rule, shape, layer, expert, optional)
         return known
 
 
