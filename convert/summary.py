@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kconvert.manifest import manifest_for
 from kconvert.model import Model
 from kconvert.plan import Plan
 
@@ -87,7 +86,7 @@ def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
     findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
     findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
-    names = manifest_for(model.checkpoint.config).bind(model.checkpoint.config)
+    names = model.manifest.bind(model.checkpoint.config)
     for plain in model.plain:
         match = names.match(plain.tensor.name)
         if match is not None and match.rule.dtype != plain.tensor.dtype:
