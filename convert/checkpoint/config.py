@@ -181,8 +181,9 @@ def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:
 
 def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
     """compressed-tensors' presets FP8_BLOCK (strategy `block`) and FP8_DYNAMIC (`channel`), for these Linears."""
-    weights: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
-    inputs: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights: dict[str, Any] = {**common, "strategy": strategy, "dynamic": False}
+    inputs: dict[str, Any] = {**common, "dynamic": True}
     if strategy == "block":
         weights["block_structure"] = [128, 128]
         inputs.update(strategy="group", group_size=128)

@@ -93,7 +93,9 @@ class Fp8:
 
     def block_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """How many rows and columns of a weight or tile [rows, cols] share a scale."""
-        return {"block": self.block, "channel": (1, max(cols, 1)), "tensor": (max(rows, 1), max(cols, 1))}[self.strategy]
+        if self.strategy == "block":
+            return self.block
+        return (1 if self.strategy == "channel" else max(rows, 1)), max(cols, 1)
 
     def _scale(self, rows: int, cols: int) -> tuple[tuple[int, ...], int | None]:
         """Shape of the scale, and how many rows share a slice of it."""
