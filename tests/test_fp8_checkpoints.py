@@ -13,13 +13,12 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert.checkpoint.config import fp8_table, ignore_list, read_quantization
+from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, ignore_list, with_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor
-from kconvert.formats import from_scheme
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
-from kconvert.manifest import load_manifest
 from kconvert.model import Model, understand
+from kconvert.sample import SampleRecipe, plan_synthetic
 
 LAYOUTS = ("experts", "all", "compressed-tensors", "compressed-tensors-channel")
 LAYER = "model.layers.1.mlp.experts.0.gate_proj"
@@ -48,18 +47,10 @@ def in_fp8(model: Model) -> set[str]:
 @pytest.fixture(scope="session")
 def kimi_k2() -> Model:
     """Kimi-K2-Thinking without a byte of its weights, with two experts a layer for brevity."""
-    manifest = load_manifest("kimi-k2-thinking")
-    config = manifest.resize(manifest.config, {"experts": 2})
-    quantization = read_quantization(config)
-    tensors = {}
-    for name, match in manifest.bind(config).expected():
-        if match.rule.dtype is not None:
-            tensors[name] = Tensor(name, match.rule.dtype, match.shape, "file", 0, 0)
-            continue
-        scheme = quantization.scheme_for(name)
-        for part in (from_scheme(scheme) if scheme else Dense()).parts(*match.shape):
-            tensors[f"{name}.{part.suffix}"] = Tensor(f"{name}.{part.suffix}", part.dtype, part.shape, "file", 0, 0)
-    return understand(Checkpoint(Path("k2"), config, tensors, {}, {}, ()))
+    made = plan_synthetic(SampleRecipe("kimi-k2-thinking", {"experts": 2}))
+    outputs = [output for step in made.steps for output in step.outputs]
+    tensors = {name: Tensor(name, dtype, shape, "file", 0, 0) for name, dtype, shape in outputs}
+    return understand(Checkpoint(Path("k2"), made.facts["config"], tensors, {}, {}, ()))
 
 
 def test_the_default_layout_lists_the_489_linears_of_k2_that_stay(kimi_k2: Model) -> None:
@@ -106,7 +97,7 @@ def test_compressed_tensors_understands_the_config_and_ignores_what_stays(kimi_k
 
 
 def test_the_compressed_tensors_table_is_llm_compressors() -> None:
-    table = {name: value for name, value in _compressed_table().items() if name != "ignore"}
+    table = {name: value for name, value in compressed_fp8_table("block", [], []).items() if name != "ignore"}
     assert table == {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -135,12 +126,6 @@ def test_the_compressed_tensors_table_is_llm_compressors() -> None:
     }
 
 
-def _compressed_table() -> dict[str, Any]:
-    from kconvert.checkpoint.config import compressed_fp8_table
-
-    return compressed_fp8_table("block", [], [])
-
-
 def test_names_below_a_language_model_are_listed_with_and_without_its_prefix() -> None:
     names = ["language_model.lm_head", "language_model.model.layers.0.self_attn.o_proj", "vision_tower.blocks.0.wo"]
     assert fp8_table(names)["modules_to_not_convert"] == [
@@ -160,8 +145,6 @@ def test_a_pattern_that_would_hit_a_quantised_linear_gives_way_to_names() -> Non
 def test_a_nested_quantisation_goes_to_the_top_and_leaves_no_other(kimi_k2: Model) -> None:
     config = dict(kimi_k2.checkpoint.config)
     nested = {"text_config": {"quantization_config": config.pop("quantization_config"), "vocab_size": 3}}
-    from kconvert.checkpoint.config import with_quantization
-
     written = with_quantization({**config, **nested}, {"quant_method": "fp8"})
     assert written["quantization_config"] == {"quant_method": "fp8"}
     assert written["text_config"] == {"vocab_size": 3}
