@@ -16,6 +16,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.formats import Part
 from kconvert.journal import Journal
@@ -169,7 +170,12 @@ class Run:
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
             step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-            step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+            try:
+                step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+            except ValueError as error:
+                raise KconvertError(
+                    f"weight {step.name!r} cannot be written as {step.target.label}: {error} in rows {row} to {stop - 1}"
+                ) from None
         for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
             if part.every is not None or first == 0:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)

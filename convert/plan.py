@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -17,6 +18,7 @@ from kconvert.checkpoint.header import layout, tensor_bytes
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
+from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
 
@@ -159,21 +161,34 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     model = model.select(recipe.include, recipe.exclude)
     steps, shards = place(list(_drafts(model, recipe)), recipe.shard_size)
     transcoded = [step for step in steps if isinstance(step, Transcode)]
-    texts = final_texts(recipe.config(model.checkpoint.config), shards, model.parameters)
+    texts = final_texts(recipe.config(model), shards, model.parameters)
     facts = {
         "source": model.checkpoint.name,
         "manifest": model.manifest.name,
         "to": recipe.to,
+        **({"layout": recipe.layout} if recipe.layout else {}),
         "parameters": model.parameters,
         "weights": dict(format_counts(model.weights)),
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
         + sum(plain.tensor.nbytes for plain in model.plain),
         "transcoded": len(transcoded),
         "copied": len(steps) - len(transcoded),
+        "lossless": _pairs(step for step in transcoded if lossless(step)),
+        "lossy": _pairs(step for step in transcoded if not lossless(step)),
         "dropped": [tensor.name for tensor in model.dropped],
         "left_out": list(model.checkpoint.left_out),
     }
     return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
+
+
+def lossless(step: Transcode) -> bool:
+    """Whether the output has the weight's very values. They are bf16 whatever spells them, so BF16 holds them all."""
+    return step.target == Dense("BF16")
+
+
+def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:
+    """How many weights go from which format to which."""
+    return dict(Counter(f"{step.source.label} -> {step.target.label}" for step in steps))
 
 
 def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:

@@ -109,7 +109,12 @@ def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: in
         "threads": limits.threads,
         "free_disk_bytes": free,
     }
-    notes = [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
+    notes = [
+        f"{fate}: {pair}, {count:,} weights"
+        for fate in ("lossless", "lossy")
+        for pair, count in plan.facts.get(fate, {}).items()
+    ]
+    notes += [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
     notes += [f"not copied: {name}" for name in plan.facts.get("left_out", ())]
     lines = (
         *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, (str, int))),
