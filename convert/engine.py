@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,10 +65,9 @@ class Limits:
 
     def peak(self, plan: Plan) -> int:
         """What a run of `plan` needs in bytes of RAM, about."""
-        shapes = {replace(step, name="", reads=(), writes=()) for step in plan.steps if isinstance(step, Transcode)}
-        return BASE_MEMORY + self.threads * max(
-            (_footprint(step, self.task_bytes) for step in shapes), default=MAX_TASK
-        )
+        kinds = {(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}
+        footprints = [_footprint(step, self.task_bytes) for step in kinds.values()]
+        return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
 
 
 class Buffers:

@@ -220,6 +220,10 @@ def place(
     """
     numbers = _shard_numbers(drafts, shard_size)
     total = numbers[-1] + 1
+    if scatter and total == 1:
+        raise KconvertError(
+            "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
+        )
     contents: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in range(total)]
     for draft, number in zip(drafts, numbers, strict=True):
         for k, output in enumerate(draft.outputs):
@@ -228,7 +232,7 @@ def place(
     places: dict[str, Place] = {}
     for number, content in enumerate(contents, start=1):
         if not content:
-            raise KconvertError("--scatter needs more tensors in each shard; choose a larger --shard-size")
+            raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
         name = shard_name.format(number=number, total=total)
         header, entries = layout(content, METADATA)
         shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kconvert import formats
-from kconvert.catalogue import load_manifest, manifest_for
+from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.formats.synthetic import Synthetic, Unquantised
 from kconvert.manifest import Manifest, Match, lookup
-from kconvert.model import natural_key
+from kconvert.model import natural_key, understand
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
 from kconvert.recipe import DEFAULT_SHARD_SIZE
 
@@ -43,6 +43,8 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     drafts: list[Step] = []
     names = sorted(manifest.bind(config).expected(), key=lambda item: natural_key(item[0]))
     for name, match in names:
+        if 0 in match.shape:
+            raise KconvertError(f"{name!r} would be {list(match.shape)}, without any element; choose larger sizes")
         if match.rule.dtype is None:
             # The patterns of a published config.json are about the language model, wherever it is.
             scheme = quantization.scheme_for(name.removeprefix(manifest.prefix))
@@ -82,7 +84,7 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
 
     Layers that follow the last one (MTP) are left out with it.
     """
-    manifest = manifest_for(checkpoint.config)
+    manifest = understand(checkpoint).manifest
     _check_cut(manifest, checkpoint, recipe)
     sizes = dict(recipe.sizes)
     if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
