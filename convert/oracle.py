@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats.dense import Dense
-from kconvert.formats.int4 import Int4
+from kconvert.formats.packed import Packed
 from kconvert.model import Weight
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     match weight.format:
         case Dense():
             return state["weight"]
-        case Int4():
+        case Packed():
             return _pack_quantized(weight.format, state, (last - first, weight.cols))
     raise NotImplementedError(f"no independent decoder of {weight.format.label}")
 
@@ -41,7 +41,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(last - first, -1)
 
 
-def _pack_quantized(format: Int4, state: State, shape: tuple[int, int]) -> torch.Tensor:
+def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
