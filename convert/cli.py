@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import click
 from kconvert import __version__
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.recipe import TARGETS
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -138,9 +139,44 @@ def int4_to_bf16(source: Path, destination: Path, **options: Any) -> None:
     _convert(source, destination, to="bf16", expect="int4", **options)
 
 
+def layout_option(*targets: str) -> Callable[[Command], Command]:
+    layouts = [layout for target in targets for layout in TARGETS[target] if layout]
+    return click.option("--layout", type=click.Choice(layouts), help="Which weights, and in whose dialect.")
+
+
+@main.command("int4-to-fp8")
+@conversion
+@layout_option("fp8")
+def int4_to_fp8(source: Path, destination: Path, **options: Any) -> None:
+    """Convert the INT4 checkpoint SRC to FP8 in DST.
+
+    \b
+    experts                     128x128 blocks, routed experts only; the rest stays bit for bit (the default)
+    all                         128x128 blocks, every Linear: the layout of DeepSeek-V3 and Kimi-K2-Instruct
+    compressed-tensors          128x128 blocks as llm-compressor's FP8_BLOCK
+    compressed-tensors-channel  a scale for each row, as llm-compressor's FP8_DYNAMIC
+
+    \b
+    Example: kconvert int4-to-fp8 ./Kimi-K2-Thinking ./Kimi-K2-Thinking-FP8
+    """
+    _convert(source, destination, to="fp8", expect="int4", **options)
+
+
+@main.command("fp8-to-bf16")
+@conversion
+def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
+    """Convert the FP8 checkpoint SRC to BF16 in DST.
+
+    \b
+    Example: kconvert fp8-to-bf16 ./Kimi-K2-Instruct ./Kimi-K2-Instruct-BF16
+    """
+    _convert(source, destination, to="bf16", expect="fp8", **options)
+
+
 @main.command()
 @conversion
-@click.option("--to", required=True, type=click.Choice(["bf16"]), help="The encoding to write.")
+@click.option("--to", required=True, type=click.Choice(list(TARGETS)), help="The encoding to write.")
+@layout_option(*TARGETS)
 def convert(source: Path, destination: Path, to: str, **options: Any) -> None:
     """Convert the checkpoint SRC, in any encoding that can be read, to another one in DST.
 
@@ -159,11 +195,12 @@ def _convert(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     shard_size: int,
+    layout: str | None = None,
     **options: Any,
 ) -> None:
     import kconvert
 
-    recipe = kconvert.Recipe(to, expect, shard_size, include, exclude)
+    recipe = kconvert.Recipe(to, expect, shard_size, include, exclude, layout or "")
     _carry_out(kconvert.plan(source, recipe), destination, **options)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader
+from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
 
@@ -17,28 +20,59 @@ if TYPE_CHECKING:
 
 def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` (exclusive) of `weight`, [last - first, cols] in the weight's own dtype."""
+    unit = row_unit(weight)
+    start = first // unit * unit
     state = {
-        part.suffix: _rows(weight, index, reader, first, last)
+        part.suffix: _rows(weight, index, reader, start, last)
         for index, part in enumerate(weight.parts)
         if part.constant is None
     }
     match weight.format:
         case Dense():
-            return state["weight"]
+            values = state["weight"]
         case Packed():
-            return _pack_quantized(weight.format, state, (last - first, weight.cols))
-    raise NotImplementedError(f"no independent decoder of {weight.format.label}")
+            values = _pack_quantized(weight.format, state, (last - start, weight.cols))
+        case Fp8():
+            values = _float_quantized(weight.format, state)
+        case _:
+            raise NotImplementedError(f"no independent decoder of {weight.format.label}")
+    return values[first - start :]
+
+
+def expected_parts(values: torch.Tensor, format: Format) -> State:
+    """What `format` must make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}."""
+    import torch
+    from kconvert.formats.reference import fp8
+
+    match format:
+        case Fp8():
+            dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
+            codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
+            return {"weight": codes, format.scale_name: scale}
+    raise NotImplementedError(f"no reference encoder of {format.label}")
+
+
+def row_unit(weight: Weight) -> int:
+    """Ranges of rows that begin at multiples of this can be decoded and encoded by themselves."""
+    return math.lcm(*(part.every for part in weight.parts if part.every))
 
 
 def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> torch.Tensor:
     """The rows of one part that these rows of the weight need, as torch reads them."""
     import torch
 
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I32": torch.int32}
+    dtypes = {
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F32": torch.float32,
+        "I32": torch.int32,
+        "F8_E4M3": torch.float8_e4m3fn,
+    }
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
-    return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(last - first, -1)
+    shape = part.shape if part.every is None else (-1, *part.shape[1:])
+    return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
 
 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
@@ -47,8 +81,51 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if format.group_size else "channel"
-    args = QuantizationArgs(num_bits=4, symmetric=True, strategy=strategy, group_size=format.group_size)
+    args = QuantizationArgs(
+        num_bits=format.bits, symmetric=format.symmetric, strategy=strategy, group_size=format.group_size
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
+    if format.ordered:
+        return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
     return values
+
+
+def _unordered(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
+    """compressed-tensors unpacks weights with a g_idx, but no longer multiplies them by the scales of its groups."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    scale, groups = state["weight_scale"], state["weight_g_idx"].long()
+    codes = unpack_from_int32(state["weight_packed"], format.bits, shape).to(scale.dtype)
+    if not format.symmetric:
+        zero = unpack_from_int32(state["weight_zero_point"], format.bits, scale.shape, packed_dim=0)
+        codes = codes - zero[:, groups].to(scale.dtype)
+    values: torch.Tensor = codes * scale[:, groups]
+    return values
+
+
+def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
+    """FP8 of every strategy by compressed-tensors, DeepSeek's block scales under the name that it knows.
+
+    It computes in the scale's dtype. Widened to f32, exact, the value is one f32 product that is then rounded to bf16.
+    """
+    import torch
+    from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(
+        num_bits=8,
+        type="float",
+        symmetric=True,
+        strategy=format.strategy,
+        block_structure=list(format.block) if format.strategy == "block" else None,
+    )
+    scale = state[format.scale_name].float()
+    # It refuses no channel scale [out], but would broadcast it along the rows.
+    scale = scale.view(-1, 1) if format.strategy == "channel" else scale
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    values: torch.Tensor = FloatQuantizationCompressor.decompress(
+        {"weight": state["weight"], "weight_scale": scale}, scheme
+    )["weight"]
+    return values.to(torch.bfloat16)

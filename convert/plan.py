@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,11 +18,14 @@ from kconvert.checkpoint.header import layout, tensor_bytes
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
+from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
 
 SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 METADATA = {"format": "pt"}
+FATES = ("lossless", "recovered", "lossy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +154,38 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     model = model.select(recipe.include, recipe.exclude)
     steps, shards = place(list(_drafts(model, recipe)), recipe.shard_size)
     transcoded = [step for step in steps if isinstance(step, Transcode)]
-    texts = final_texts(recipe.config(model.checkpoint.config), shards, model.parameters)
+    texts = final_texts(recipe.config(model), shards, model.parameters)
     facts = {
         "source": model.checkpoint.name,
         "manifest": model.manifest.name,
         "to": recipe.to,
+        **({"layout": recipe.layout} if recipe.layout else {}),
         "parameters": model.parameters,
         "weights": dict(format_counts(model.weights)),
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
         + sum(plain.tensor.nbytes for plain in model.plain),
         "transcoded": len(transcoded),
         "copied": len(steps) - len(transcoded),
+        **{fate: _pairs(step for step in transcoded if fate_of(step) == fate) for fate in FATES},
         "dropped": [tensor.name for tensor in model.dropped],
         "left_out": list(model.checkpoint.left_out),
     }
     return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
+
+
+def fate_of(step: Transcode) -> str:
+    """What becomes of the weight's values. They are bf16 whatever spells them, so BF16 holds them all.
+
+    `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
+    """
+    if step.target == Dense("BF16"):
+        return "lossless"
+    return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
+
+
+def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:
+    """How many weights go from which format to which."""
+    return dict(Counter(f"{step.source.label} -> {step.target.label}" for step in steps))
 
 
 def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:

@@ -2,40 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kconvert.checkpoint.config import without_quantization
+from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, with_quantization, without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
 from kconvert.model import Model, Weight, format_counts
 
-TARGETS = ("bf16",)
 DEFAULT_SHARD_SIZE = 5_000_000_000
+# Modules of these roles are Linears that engines build quantised or not as config.json says. `other` is the role where no
+# manifest knows the model: a weight is then one that the source has quantised.
+LINEARS = frozenset({"expert", "shared", "dense", "attention", "other"})
+EXPERTS = frozenset({"expert", "other"})
+# llm-compressor's recipes leave them: engines fuse the two, and 576 rows of kv_a are no whole number of blocks.
+COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
+# Matrices that no engine takes for a Linear of its quantisation config …
+NO_LINEARS = frozenset({"embedding", "router"})
+# … except the router gate in the engines' code for these model types.
+LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An encoding, the weights that get it, and what config.json says of it.
+
+    `roles` are first words of the roles that are taken, None for every weight that the source has quantised, but for the
+    whole roles in `keeps`. `table` makes the quantization_config from the names of the Linears that the output has
+    quantised and of those that it has not; None when there is nothing to declare.
+    """
+
+    format: Format
+    roles: frozenset[str] | None = None
+    keeps: frozenset[str] = frozenset()
+    table: Callable[[list[str], list[str]], dict[str, Any]] | None = None
+
+    def takes(self, weight: Weight) -> bool:
+        if self.roles is None:
+            return not isinstance(weight.format, Dense)
+        return weight.role.partition(".")[0] in self.roles and weight.role not in self.keeps
+
+
+def _fp8_experts_table(quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    return fp8_table(unquantised)
+
+
+def _fp8_all_table(quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    """The published layout lists nothing, and no engine takes lm_head for a Linear: it needs no entry."""
+    return fp8_table(name for name in unquantised if name.rpartition(".")[2] != "lm_head")
+
+
+COMPRESSED_FP8 = {
+    strategy: Target(
+        # llm-compressor's scales have the model's dtype, and transformers dequantises to the scales'.
+        Fp8(strategy, scale_name="weight_scale", scale_dtype="BF16"),
+        LINEARS,
+        COMPRESSED_KEEPS,
+        partial(compressed_fp8_table, strategy),
+    )
+    for strategy in ("block", "channel")
+}
+# Target -> layout -> what it means; the first layout is the default.
+TARGETS: Mapping[str, Mapping[str, Target]] = {
+    "bf16": {"": Target(Dense("BF16"))},
+    "fp8": {
+        "experts": Target(Fp8(), EXPERTS, table=_fp8_experts_table),
+        "all": Target(Fp8(), LINEARS, table=_fp8_all_table),
+        "compressed-tensors": COMPRESSED_FP8["block"],
+        "compressed-tensors-channel": COMPRESSED_FP8["channel"],
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`to` is one of TARGETS. `source`, when given, is what the quantised weights must be (`int4`); else any will do."""
+    """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
+
+    `source`, when given, is what the quantised weights must be (`int4`); else any will do.
+    """
 
     to: str
     source: str | None = None
     shard_size: int = DEFAULT_SHARD_SIZE
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    layout: str = ""
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
             raise KconvertError(f"there is no target {self.to!r}; there are {', '.join(TARGETS)}")
+        layouts = TARGETS[self.to]
+        # The default goes by its name, so that naming it makes the same plan.
+        object.__setattr__(self, "layout", self.layout or next(iter(layouts)))
+        if self.layout not in layouts:
+            known = ", ".join(name for name in layouts if name) or "none"
+            raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {known}")
         if self.shard_size <= 0:
             raise KconvertError(f"a shard size of {self.shard_size} bytes is not possible; the default is 5GB")
 
     def check_source(self, model: Model) -> None:
         """KconvertError when the checkpoint is not what the command's name says."""
         quantised = [weight for weight in model.weights if not isinstance(weight.format, Dense)]
-        if not quantised:
+        if not quantised and (self.source or self._target.roles is None):
             raise KconvertError(f"{model.checkpoint.root} holds no quantised weights; there is nothing to convert")
         for weight in quantised:
             if self.source and not weight.format.label.startswith(self.source):
@@ -44,11 +116,41 @@ class Recipe:
                     f"{weight.tensors[0]} is {weight.format.label}, not {self.source} (the checkpoint holds {have}); "
                     f"use `kconvert convert --to {self.to}`"
                 )
+        if all(self.target(weight) is None for weight in model.weights):
+            raise KconvertError(
+                f"{model.checkpoint.root} has every weight as {self.to} {self.layout} would write it; there is nothing to "
+                "convert"
+            )
+
+    @property
+    def _target(self) -> Target:
+        return TARGETS[self.to][self.layout]
+
+    def encoding(self, weight: Weight) -> Format:
+        """What spells this weight in the output."""
+        if self._target.takes(weight):
+            return self._target.format
+        return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""
-        return None if isinstance(weight.format, Dense) else Dense("BF16")
+        encoding = self.encoding(weight)
+        return None if encoding == weight.format else encoding
 
-    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def config(self, model: Model) -> dict[str, Any]:
         """config.json of the output."""
-        return without_quantization(config)
+        config = model.checkpoint.config
+        if self._target.table is None:
+            return without_quantization(config)
+        quantised = [weight.name for weight in model.weights if not isinstance(self.encoding(weight), Dense)]
+        unquantised = [weight.name for weight in model.weights if isinstance(self.encoding(weight), Dense)]
+        return with_quantization(config, self._target.table(quantised, [*unquantised, *_plain_linears(model)]))
+
+
+def _plain_linears(model: Model) -> Iterable[str]:
+    """Modules of matrices that are copied as they are, which an engine may take for Linears to be quantised."""
+    roles = NO_LINEARS - {"router"} if model.checkpoint.config.get("model_type") in LINEAR_ROUTERS else NO_LINEARS
+    for plain in model.plain:
+        module, _, suffix = plain.tensor.name.rpartition(".")
+        if suffix == "weight" and len(plain.tensor.shape) == 2 and plain.role not in roles:
+            yield module

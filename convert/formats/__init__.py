@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kconvert.formats import dense, packed
+from kconvert.formats import dense, fp8, packed
 from kconvert.formats.base import Family, Format, Part
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise"]
 
-FAMILIES: tuple[Family, ...] = (dense, packed)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8)
 SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES))
 QUANTISED_SUFFIXES = SUFFIXES - dense.SUFFIXES
 
@@ -34,7 +34,9 @@ def recognise(
 
     Raises ValueError, saying what does not fit, when no family or not exactly this one claims them all.
     """
-    for family in FAMILIES:
-        if found.keys() <= family.SUFFIXES:
-            return family.recognise(scheme, found, shape)
-    raise ValueError(f"no encoding has the tensors {', '.join(sorted(found))}")
+    claims = [family for family in FAMILIES if found.keys() <= family.SUFFIXES]
+    if not claims:
+        raise ValueError(f"no encoding has the tensors {', '.join(sorted(found))}")
+    # Families share names of tensors, so config.json decides; a lone `weight` is dense whatever it says.
+    declared = [family for family in claims if family is dense or (scheme and family.from_scheme(scheme))]
+    return (declared or claims)[0].recognise(scheme, found, shape)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -41,17 +41,19 @@ SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_
 class Packed:
     """`group_size` columns share a scale, None: the whole row. `shape_dtype` None: there is no weight_shape tensor.
 
-    `exact`, `convention` and `scales` (`amax` or `mse`) say how values become codes; they mean nothing when decoding.
+    How values become codes is no part of the encoding, so formats that differ in this are equal: the `convention`; `exact`:
+    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error.
     """
 
     group_size: int | None
     shape_dtype: str | None = "I32"
-    convention: Convention = KIMI
+    convention: Convention = field(default=KIMI, compare=False)
     bits: int = 4
     symmetric: bool = True
     scale_dtype: str = "BF16"
     ordered: bool = False
-    exact: bool = False
+    exact: bool = field(default=False, compare=False)
+    strict: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -109,7 +111,9 @@ class Packed:
             parts[1].view("u2"),
         )
         if lost < 0:
-            raise ValueError("a value is not finite")
+            raise ValueError("it has a value that is not finite")
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} groups have values that no codes and bf16 scale reproduce")
         return lost
 
 

@@ -1,0 +1,101 @@
+"""e4m3 codes with a scale for each block of rows and columns; see formats.fp8.
+
+Every operation on u32 is wrapped in U, because numba would widen it to 64 bits and halve the vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from kconvert.formats.kernels.bits import bits_of, float_of, inline, kernel, round_bf16
+
+U = np.uint32
+MAGNITUDE = U(0x7FFFFFFF)
+EXPONENT = U(0x7F800000)
+LARGEST = U(0x43E00000)  # 448 as f32
+SMALLEST_BINADE = U(121 << 23)  # 2**-6: below it the steps of e4m3 stay as they are
+TO_MAGIC = U(20 << 23)  # adding 2**20 times the binade leaves steps of an eighth of the binade
+REBIAS = np.float32(2.0**120)  # exponent bias of f32 less that of e4m3
+
+
+@inline
+def widen_e4m3(code: Any) -> Any:
+    """u8 -> f32, exact; 0x7F and 0xFF are NaN. Read as f32, the shifted bits are the value times 2**-120."""
+    magnitude = U(code & np.uint8(0x7F))
+    bits = bits_of(float_of(U(magnitude << U(20))) * REBIAS)
+    bits = U(bits | EXPONENT) if magnitude == U(0x7F) else bits
+    return float_of(U(bits | U(U(code & np.uint8(0x80)) << U(24))))
+
+
+@inline
+def round_e4m3(value: Any) -> Any:
+    """f32 -> u8, the nearest e4m3, half to even, saturating at 448; not for NaN.
+
+    The addition of `magic` does the rounding: a sum's lowest bit is worth one step of e4m3 in the value's binade.
+    """
+    bits = bits_of(value)
+    magnitude = U(min(U(bits & MAGNITUDE), LARGEST))
+    binade = U(max(U(magnitude & EXPONENT), SMALLEST_BINADE))
+    magic = U(binade + TO_MAGIC)
+    steps = U(bits_of(float_of(magnitude) + float_of(magic)) - magic)
+    code = U(steps + U(U(binade - SMALLEST_BINADE) >> U(20)))
+    return np.uint8(code | U(U(bits >> U(24)) & U(0x80)))
+
+
+@kernel
+def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> None:
+    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale)."""
+    for row in range(tile.shape[0]):
+        for block in range(scale.shape[1]):
+            step = scale[row // block_rows, block]
+            source = codes[row, block * block_cols : (block + 1) * block_cols]
+            target = tile[row, block * block_cols : (block + 1) * block_cols]
+            for i in range(target.shape[0]):
+                target[i] = round_bf16(widen_e4m3(source[i]) * step)
+
+
+@kernel
+def encode_fp8(tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, codes: Any, scale: Any) -> Any:
+    """tile f32 [rows, cols] -> codes u8 [rows, cols], scale f32 [row blocks, col blocks]; how many blocks hold Inf or NaN.
+
+    scale = amax / 448 of the block, rounded to bf16 when `bf16_scale`, 1 where that is 0; code = e4m3(value / scale).
+    Goes row by row and keeps the amax of a row of blocks in `scale`: block by block would miss the TLB at every row.
+    """
+    faults = 0
+    for group in range(scale.shape[0]):
+        first, last = group * block_rows, min((group + 1) * block_rows, tile.shape[0])
+        steps = scale[group]
+        steps[:] = np.float32(0)
+        for row in range(first, last):
+            _raise_to_amax(tile[row], block_cols, steps)
+        for block in range(steps.shape[0]):
+            faults += bits_of(steps[block]) >= EXPONENT
+            step = steps[block] / np.float32(448)
+            step = round_bf16(step) if bf16_scale else step
+            steps[block] = step if step > np.float32(0) else np.float32(1)
+        for row in range(first, last):
+            _quantise(tile[row], block_cols, steps, codes[row])
+    return faults
+
+
+@inline
+def _raise_to_amax(values: Any, block_cols: Any, amax: Any) -> None:
+    """amax f32 [blocks] becomes at least the largest |value| of each block; compared as integers, where NaN is largest."""
+    for block in range(amax.shape[0]):
+        source = values[block * block_cols : (block + 1) * block_cols]
+        peak = bits_of(amax[block])
+        for i in range(source.shape[0]):
+            peak = U(max(peak, U(bits_of(source[i]) & MAGNITUDE)))
+        amax[block] = float_of(peak)
+
+
+@inline
+def _quantise(values: Any, block_cols: Any, steps: Any, codes: Any) -> None:
+    """codes u8 = e4m3(values f32 / steps f32 [blocks]), one row."""
+    for block in range(steps.shape[0]):
+        step = steps[block]
+        source = values[block * block_cols : (block + 1) * block_cols]
+        target = codes[block * block_cols : (block + 1) * block_cols]
+        for i in range(target.shape[0]):
+            target[i] = round_e4m3(source[i] / step)
