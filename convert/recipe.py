@@ -15,13 +15,14 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-# Modules of these roles are Linears that engines build quantised or not as config.json says. `other` is the role where no
-# manifest knows the model: a weight is then one that the source has quantised.
+# First words of the roles that are quantised as "every Linear"; not lm_head, nor the gates of linear attention, which are
+# small and narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the source
+# has quantised.
 LINEARS = frozenset({"expert", "shared", "dense", "attention", "other"})
 EXPERTS = frozenset({"expert", "other"})
 # llm-compressor's recipes leave them: engines fuse the two, and 576 rows of kv_a are no whole number of blocks.
 COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
-# Matrices that no engine takes for a Linear of its quantisation config …
+# Last words of the roles of matrices that no engine takes for a Linear of its quantisation config …
 NO_LINEARS = frozenset({"embedding", "router"})
 # … except the router gate in the engines' code for these model types.
 LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
@@ -31,8 +32,8 @@ LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
 class Target:
     """An encoding, the weights that get it, and what config.json says of it.
 
-    `roles` are first words of the roles that are taken, None for every weight that the source has quantised, but for the
-    whole roles in `keeps`. `table` makes the quantization_config from the names of the Linears that the output has
+    `roles` are the first words of the roles that are taken, except for the whole roles in `keeps`; None: every weight that
+    the source has quantised. `table` makes the quantization_config from the names of the Linears that the output has
     quantised and of those that it has not; None when there is nothing to declare.
     """
 
@@ -152,5 +153,5 @@ def _plain_linears(model: Model) -> Iterable[str]:
     roles = NO_LINEARS - {"router"} if model.checkpoint.config.get("model_type") in LINEAR_ROUTERS else NO_LINEARS
     for plain in model.plain:
         module, _, suffix = plain.tensor.name.rpartition(".")
-        if suffix == "weight" and len(plain.tensor.shape) == 2 and plain.role not in roles:
+        if suffix == "weight" and len(plain.tensor.shape) == 2 and plain.role.rpartition(".")[2] not in roles:
             yield module

@@ -1,0 +1,121 @@
+"""What config.json says of FP8 weights, in the words of each engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+from kconvert import Recipe
+from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, ignore_list, with_quantization
+from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.formats.dense import Dense
+from kconvert.model import Model, understand
+from kconvert.sample import SampleRecipe, plan_synthetic
+
+
+@pytest.fixture(scope="session")
+def kimi_k2() -> Model:
+    """Kimi-K2-Thinking without a byte of its weights, with two experts a layer for brevity."""
+    made = plan_synthetic(SampleRecipe("kimi-k2-thinking", {"experts": 2}))
+    outputs = [output for step in made.steps for output in step.outputs]
+    tensors = {name: Tensor(name, dtype, shape, "file", 0, 0) for name, dtype, shape in outputs}
+    return understand(Checkpoint(Path("k2"), made.facts["config"], tensors, {}, {}, ()))
+
+
+def test_the_default_layout_lists_the_489_linears_of_k2_that_stay(kimi_k2: Model) -> None:
+    table = Recipe("fp8").config(kimi_k2)["quantization_config"]
+    names = table.pop("modules_to_not_convert")
+    assert table == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    attention = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj")
+    mlp = ("gate_proj", "up_proj", "down_proj")
+    expected = {f"model.layers.{layer}.self_attn.{name}" for layer in range(61) for name in attention}
+    expected |= {f"model.layers.0.mlp.{name}" for name in mlp} | {"lm_head"}
+    expected |= {f"model.layers.{layer}.mlp.shared_experts.{name}" for layer in range(1, 61) for name in mlp}
+    assert len(names) == 489
+    assert set(names) == expected
+
+
+def test_layout_all_of_k2_is_the_published_one_and_lists_nothing(kimi_k2: Model) -> None:
+    assert Recipe("fp8", layout="all").config(kimi_k2)["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "compressed-tensors-channel"])
+def test_compressed_tensors_understands_the_config_and_ignores_what_stays(kimi_k2: Model, layout: str) -> None:
+    recipe = Recipe("fp8", layout=layout)
+    table = recipe.config(kimi_k2)["quantization_config"]
+    parsed = QuantizationConfig.model_validate(table)
+    scheme = parsed.config_groups["group_0"]
+    assert scheme.weights.strategy == ("channel" if layout.endswith("channel") else "block")
+    assert scheme.input_activations.dynamic is True
+    assert parsed.format == "float-quantized"
+    for weight in kimi_k2.weights:
+        ignored = any(match_name(weight.name, pattern) for pattern in parsed.ignore)
+        assert ignored == isinstance(recipe.encoding(weight), Dense), weight.name
+    for name in ("model.layers.5.mlp.gate", "model.embed_tokens", "lm_head"):
+        assert any(match_name(name, pattern) for pattern in parsed.ignore)
+
+
+def test_the_compressed_tensors_table_is_llm_compressors() -> None:
+    table = {name: value for name, value in compressed_fp8_table("block", [], []).items() if name != "ignore"}
+    assert table == {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "block",
+                    "block_structure": [128, 128],
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 128,
+                    "dynamic": True,
+                },
+            }
+        },
+    }
+
+
+def test_names_below_a_language_model_are_listed_with_and_without_its_prefix() -> None:
+    names = ["language_model.lm_head", "language_model.model.layers.0.self_attn.o_proj", "vision_tower.blocks.0.wo"]
+    assert fp8_table(names)["modules_to_not_convert"] == [
+        *names,
+        "lm_head",
+        "model.layers.0.self_attn.o_proj",
+    ]
+
+
+def test_a_pattern_that_would_hit_a_quantised_linear_gives_way_to_names() -> None:
+    ignored = ignore_list(["model.layers.0.self_attn.q_a_proj"], ["model.layers.1.self_attn.q_a_proj", "lm_head"])
+    assert "re:.*q_a_proj$" not in ignored
+    assert "model.layers.1.self_attn.q_a_proj" in ignored
+    assert ignored.count("lm_head") == 1
+
+
+def test_a_nested_quantisation_goes_to_the_top_and_leaves_no_other(kimi_k2: Model) -> None:
+    config = dict(kimi_k2.checkpoint.config)
+    nested = {"text_config": {"quantization_config": config.pop("quantization_config"), "vocab_size": 3}}
+    written = with_quantization({**config, **nested}, {"quant_method": "fp8"})
+    assert written["quantization_config"] == {"quant_method": "fp8"}
+    assert written["text_config"] == {"vocab_size": 3}
