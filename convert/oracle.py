@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
+from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
@@ -39,17 +41,26 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     return values[first - start :]
 
 
-def expected_parts(values: torch.Tensor, format: Format) -> State:
-    """What `format` must make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}."""
+def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
+    """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
+
+    Nothing in an INT4 checkpoint says by which convention it was made, and whether from exact values.
+    """
     import torch
-    from kconvert.formats.reference import fp8
+    from kconvert.formats.reference import fp8, packed
 
     match format:
+        case Packed(bits=4, symmetric=True, ordered=False):
+            for rule in CONVENTIONS.values():
+                size = format.group_size or values.shape[1]
+                for codes, scale, *_ in (packed.encode_exact(values, size, rule), packed.encode(values, size, rule)):
+                    yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
             codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
-            return {"weight": codes, format.scale_name: scale}
-    raise NotImplementedError(f"no reference encoder of {format.label}")
+            yield {"weight": codes, format.scale_name: scale}
+        case _:
+            raise NotImplementedError(f"no reference encoder of {format.label}")
 
 
 def row_unit(weight: Weight) -> int:

@@ -113,7 +113,7 @@ class Packed:
         if lost < 0:
             raise ValueError("it has a value that is not finite")
         if lost and self.strict:
-            raise ValueError(f"{lost:,} groups have values that no codes and bf16 scale reproduce")
+            raise ValueError(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce")
         return lost
 
 

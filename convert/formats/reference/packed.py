@@ -76,24 +76,25 @@ def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tup
     If m is the largest magnitude among a group's codes, then amax = bf16(m * scale), and that scale is bf16(amax / m) or
     next to it. The first that fits is taken: m = 8 first (only where the largest value is negative), the nearest first.
     """
-    groups = weight.float().view(len(weight), -1, group_size)
-    amax = groups.abs().amax(-1)
+    groups = weight.float().view(-1, group_size)
     scale = rule_scale(groups, rule)
     codes = quantise(groups, scale, rule)
-    found = (amax == 0) & _reproduces(codes, scale, groups)
+    amax = groups.abs().amax(-1)
+    open_ = (~((amax == 0) & _reproduces(codes, scale, groups))).nonzero().squeeze(1)
     by_quotient = Convention(rule.name, rule.divisor, rule.lowest)
     for m in range(-rule.lowest, 0, -1):
         for offset in (0, -1, 1):
-            bits = (amax / m).bfloat16().view(torch.int16) + offset
+            values = groups[open_]
+            bits = (amax[open_] / m).bfloat16().view(torch.int16) + offset
             candidate = bits.view(torch.bfloat16)
-            new = quantise(groups, candidate, by_quotient)
-            fits = ~found & (bits > 0) & _reproduces(new, candidate, groups)
+            found = quantise(values, candidate, by_quotient)
+            fits = (bits > 0) & _reproduces(found, candidate, values)
             if m > rule.highest:
-                fits &= groups.amax(-1) < amax
-            scale = torch.where(fits, candidate, scale)
-            codes = torch.where(fits.unsqueeze(-1), new, codes)
-            found |= fits
-    return pack(codes.flatten(-2), 4), scale, int((~found).sum())
+                fits &= values.amax(-1) < amax[open_]
+            scale[open_[fits]] = candidate[fits]
+            codes[open_[fits]] = found[fits]
+            open_ = open_[~fits]
+    return pack(codes.view(len(weight), -1), 4), scale.view(len(weight), -1), len(open_)
 
 
 def _reproduces(codes: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
