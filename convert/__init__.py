@@ -56,11 +56,12 @@ def convert(
     memory: int | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
-) -> None:
+) -> dict[str, int]:
     """Carry out `plan` into directory `destination`, or finish an earlier run that was interrupted.
 
     `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
     checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
+    Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
     """
     advance = advance or (lambda nbytes: None)
     from kconvert.engine import Limits, Run
@@ -73,5 +74,7 @@ def convert(
     with Journal(target, plan, overwrite) as journal:
         advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
         with plan.source.reader() if plan.source else nullcontext() as reader:
-            Run(plan, reader, journal, Limits.choose(threads, memory), advance).execute()
+            run = Run(plan, reader, journal, Limits.choose(threads, memory), advance)
+            run.execute()
         finalize(plan, journal)
+    return dict(run.inexact)

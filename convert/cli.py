@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import click
 from kconvert import __version__
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.formats.conventions import CONVENTIONS
 from kconvert.recipe import TARGETS
 
 Command: TypeAlias = Callable[..., Any]
@@ -177,8 +178,54 @@ def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
     _convert(source, destination, to="bf16", expect="fp8", **options)
 
 
+def packed_options(function: Command) -> Command:
+    """Options of INT4."""
+    options = [
+        click.option(
+            "--convention",
+            type=click.Choice(list(CONVENTIONS)),
+            default="kimi",
+            show_default=True,
+            help="INT4: whose rule makes scales and codes.",
+        ),
+        click.option(
+            "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
+        ),
+        click.option("--require-exact", is_flag=True, help="INT4: stop at values that no codes and scale reproduce."),
+    ]
+    return _apply(options, function)
+
+
+@main.command("bf16-to-int4")
+@conversion
+@packed_options
+def bf16_to_int4(source: Path, destination: Path, **options: Any) -> None:
+    """Convert the BF16 checkpoint SRC to INT4 in DST, its routed experts only.
+
+    If SRC was INT4 once, its codes and scales are found again, bit for bit; groups where there are none are quantised by
+    the convention's rule and counted, or refused with --require-exact.
+
+    \b
+    Example: kconvert bf16-to-int4 ./Kimi-K2-Thinking-BF16 ./Kimi-K2-Thinking --require-exact
+    """
+    _convert(source, destination, to="int4", expect="bf16", **options)
+
+
+@main.command("fp8-to-int4")
+@conversion
+@packed_options
+def fp8_to_int4(source: Path, destination: Path, **options: Any) -> None:
+    """Convert the FP8 checkpoint SRC to INT4 in DST, its routed experts only; the rest becomes BF16.
+
+    \b
+    Example: kconvert fp8-to-int4 ./Kimi-K2-Instruct ./Kimi-K2-Instruct-INT4
+    """
+    _convert(source, destination, to="int4", expect="fp8", **options)
+
+
 @main.command()
 @conversion
+@packed_options
 @click.option("--to", required=True, type=click.Choice(list(TARGETS)), help="The encoding to write.")
 @layout_option(*TARGETS)
 def convert(source: Path, destination: Path, to: str, **options: Any) -> None:
@@ -201,11 +248,16 @@ def _convert(
     exclude: tuple[str, ...],
     shard_size: int,
     layout: str | None = None,
+    convention: str = "kimi",
+    group_size: int = 32,
+    require_exact: bool = False,
     **options: Any,
 ) -> None:
     import kconvert
 
-    recipe = kconvert.Recipe(to, expect, shard_size, include, exclude, layout or "")
+    recipe = kconvert.Recipe(
+        to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact
+    )
     _carry_out(kconvert.plan(source, recipe, revision), destination, **options)
 
 
@@ -233,8 +285,10 @@ def _carry_out(
         click.echo(description.as_text())
     started = time.monotonic()
     with progress(plan.output_bytes, quiet) as advance:
-        kconvert.convert(plan, destination, threads=threads, memory=memory, overwrite=overwrite, advance=advance)
-    outcome = Outcome.now(plan, destination, time.monotonic() - started)
+        inexact = kconvert.convert(
+            plan, destination, threads=threads, memory=memory, overwrite=overwrite, advance=advance
+        )
+    outcome = Outcome.now(plan, destination, time.monotonic() - started, inexact)
     if as_json:
         click.echo(json.dumps(outcome.as_dict(), indent=2))
     elif not quiet:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -92,13 +93,17 @@ class Buffers:
 
 @dataclass
 class Run:
-    """One execution of a plan. `advance` is called with the bytes of output that have been written."""
+    """One execution of a plan. `advance` is called with the bytes of output that have been written.
+
+    `inexact` counts for each weight the groups that lost something where the target format was to lose nothing.
+    """
 
     plan: Plan
     source: Source | None
     journal: Journal
     limits: Limits
     advance: Callable[[int], None]
+    inexact: Counter[str] = field(default_factory=Counter)
     _writers: dict[str, ShardWriter] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -163,18 +168,21 @@ class Run:
             self._room(step, part, place, first, last, buffers)
             for part, place in zip(step.target_parts, step.writes, strict=True)
         ]
-        count = _tile_rows(step)
+        count, lost = _tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
             step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
             try:
-                step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+                lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
             except ValueError as error:
                 raise KconvertError(
                     f"weight {step.name!r} cannot be written as {step.target.label}: {error} in rows {row} to {stop - 1}"
                 ) from None
+        if lost:
+            with self._lock:
+                self.inexact[step.name] += lost
         for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
             if part.every is not None or first == 0:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)

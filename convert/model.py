@@ -161,10 +161,11 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     try:
         facts = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in found.items()}
         format, (rows, cols) = formats.recognise(scheme, facts, shape)
+        parts = parts_of(format, rows, cols)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
     tensors = []
-    for part in parts_of(format, rows, cols):
+    for part in parts:
         tensor = found[part.suffix]
         if (tensor.dtype, tensor.shape) != (part.dtype, part.shape):
             raise KconvertError(

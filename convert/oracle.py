@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
+from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
-from kconvert.formats.int4 import Int4
+from kconvert.formats.packed import Packed
 from kconvert.model import Weight
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     match weight.format:
         case Dense():
             values = state["weight"]
-        case Int4():
+        case Packed():
             values = _pack_quantized(weight.format, state, (last - start, weight.cols))
         case Fp8():
             values = _float_quantized(weight.format, state)
@@ -39,17 +41,26 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     return values[first - start :]
 
 
-def expected_parts(values: torch.Tensor, format: Format) -> State:
-    """What `format` must make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}."""
+def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
+    """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
+
+    Nothing in an INT4 checkpoint says by which convention it was made, and whether from exact values.
+    """
     import torch
-    from kconvert.formats.reference import fp8
+    from kconvert.formats.reference import fp8, packed
 
     match format:
+        case Packed(bits=4, symmetric=True, ordered=False):
+            for rule in CONVENTIONS.values():
+                size = format.group_size or values.shape[1]
+                for codes, scale, *_ in (packed.encode_exact(values, size, rule), packed.encode(values, size, rule)):
+                    yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
             codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
-            return {"weight": codes, format.scale_name: scale}
-    raise NotImplementedError(f"no reference encoder of {format.label}")
+            yield {"weight": codes, format.scale_name: scale}
+        case _:
+            raise NotImplementedError(f"no reference encoder of {format.label}")
 
 
 def row_unit(weight: Weight) -> int:
@@ -75,16 +86,33 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
 
 
-def _pack_quantized(format: Int4, state: State, shape: tuple[int, int]) -> torch.Tensor:
+def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if format.group_size else "channel"
-    args = QuantizationArgs(num_bits=4, symmetric=True, strategy=strategy, group_size=format.group_size)
+    args = QuantizationArgs(
+        num_bits=format.bits, symmetric=format.symmetric, strategy=strategy, group_size=format.group_size
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
+    if format.ordered:
+        return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    return values
+
+
+def _unordered(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
+    """compressed-tensors unpacks weights with a g_idx, but no longer multiplies them by the scales of its groups."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    scale, groups = state["weight_scale"], state["weight_g_idx"].long()
+    codes = unpack_from_int32(state["weight_packed"], format.bits, shape).to(scale.dtype)
+    if not format.symmetric:
+        zero = unpack_from_int32(state["weight_zero_point"], format.bits, scale.shape, packed_dim=0)
+        codes = codes - zero[:, groups].to(scale.dtype)
+    values: torch.Tensor = codes * scale[:, groups]
     return values
 
 

@@ -19,11 +19,13 @@ from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tens
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
 from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
 
 SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 METADATA = {"format": "pt"}
+FATES = ("lossless", "recovered", "lossy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +175,21 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         + sum(plain.tensor.nbytes for plain in model.plain),
         "transcoded": len(transcoded),
         "copied": len(steps) - len(transcoded),
-        "lossless": _pairs(step for step in transcoded if lossless(step)),
-        "lossy": _pairs(step for step in transcoded if not lossless(step)),
+        **{fate: _pairs(step for step in transcoded if fate_of(step) == fate) for fate in FATES},
         "dropped": [tensor.name for tensor in model.dropped],
         "left_out": list(model.checkpoint.left_out),
     }
     return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
 
 
-def lossless(step: Transcode) -> bool:
-    """Whether the output has the weight's very values. They are bf16 whatever spells them, so BF16 holds them all."""
-    return step.target == Dense("BF16")
+def fate_of(step: Transcode) -> str:
+    """What becomes of the weight's values. They are bf16 whatever spells them, so BF16 holds them all.
+
+    `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
+    """
+    if step.target == Dense("BF16"):
+        return "lossless"
+    return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
 
 
 def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:

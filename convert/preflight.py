@@ -93,11 +93,13 @@ def _check_batch(checkpoint: Checkpoint, reader: Reader, steps: Iterable[Transco
                 )
             if part.values != "any":
                 _check_scale(where, part, data)
+            if part.below is not None:
+                _check_index(where, part.below, data)
 
 
 def _doubtful(step: Transcode) -> Iterator[tuple[Part, Place]]:
     for part, place in zip(step.source_parts, step.reads, strict=True):
-        if part.values != "any" or part.constant is not None:
+        if part.values != "any" or part.constant is not None or part.below is not None:
             yield part, place
 
 
@@ -113,3 +115,15 @@ def _check_scale(where: str, part: Part, data: bytes) -> None:
         if bad.any():
             index = [int(i) for i in np.unravel_index(int(bad.argmax()), part.shape)]
             raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")
+
+
+def _check_index(where: str, below: int, data: bytes) -> None:
+    import numpy as np
+
+    index = np.frombuffer(data, "i4")
+    bad = (index < 0) | (index >= below)
+    if bad.any():
+        at = int(bad.argmax())
+        raise KconvertError(
+            f"{where} is {index[at]} at [{at}], but there are groups 0 to {below - 1}; fetch the file again"
+        )

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, with_quantization, without_quantization
+from kconvert.checkpoint.config import (
+    compressed_fp8_table,
+    fp8_table,
+    packed_table,
+    with_quantization,
+    without_quantization,
+)
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
+from kconvert.formats.conventions import CONVENTIONS, KIMI
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
+from kconvert.formats.packed import Packed
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -76,6 +84,7 @@ TARGETS: Mapping[str, Mapping[str, Target]] = {
         "compressed-tensors": COMPRESSED_FP8["block"],
         "compressed-tensors-channel": COMPRESSED_FP8["channel"],
     },
+    "int4": {"": Target(Packed(32), EXPERTS, table=partial(packed_table, 32))},
 }
 
 
@@ -83,7 +92,8 @@ TARGETS: Mapping[str, Mapping[str, Target]] = {
 class Recipe:
     """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
 
-    `source`, when given, is what the quantised weights must be (`int4`); else any will do.
+    `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
+    `convention`, `group_size` and `require_exact` are for the target `int4`; see formats.packed.
     """
 
     to: str
@@ -92,6 +102,9 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layout: str = ""
+    convention: str = KIMI.name
+    group_size: int = 32
+    require_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -105,10 +118,15 @@ class Recipe:
         if self.shard_size <= 0:
             raise KconvertError(f"a shard size of {self.shard_size} bytes is not possible; the default is 5GB")
 
+        if self.convention not in CONVENTIONS:
+            raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
+        if self.group_size <= 0 or self.group_size % 8:
+            raise KconvertError(f"a group size of {self.group_size} is not possible; it is a multiple of 8, mostly 32")
+
     def check_source(self, model: Model) -> None:
         """KconvertError when the checkpoint is not what the command's name says."""
         quantised = [weight for weight in model.weights if not isinstance(weight.format, Dense)]
-        if not quantised and (self.source or self._target.roles is None):
+        if not quantised and (self.source not in (None, "bf16") or self._target.roles is None):
             raise KconvertError(f"{model.checkpoint.root} holds no quantised weights; there is nothing to convert")
         for weight in quantised:
             if self.source and not weight.format.label.startswith(self.source):
@@ -125,13 +143,27 @@ class Recipe:
 
     @property
     def _target(self) -> Target:
-        return TARGETS[self.to][self.layout]
+        target = TARGETS[self.to][self.layout]
+        if not isinstance(target.format, Packed):
+            return target
+        convention = CONVENTIONS[self.convention]
+        format = replace(target.format, group_size=self.group_size, convention=convention, strict=self.require_exact)
+        return replace(target, format=format, table=partial(packed_table, self.group_size))
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
-        if self._target.takes(weight):
-            return self._target.format
+        target = self._target
+        if target.takes(weight):
+            return self._packed(target.format, weight) if isinstance(target.format, Packed) else target.format
         return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
+
+    def _packed(self, format: Packed, weight: Weight) -> Packed:
+        """Codes that lie in the values are looked for wherever there may be any: not in values that were FP8."""
+        if weight.cols % self.group_size:
+            raise KconvertError(
+                f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {self.group_size}"
+            )
+        return replace(format, exact=self.require_exact or isinstance(weight.format, Dense | Packed))
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""

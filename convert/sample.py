@@ -14,7 +14,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.formats.synthetic import Synthetic, Unquantised
 from kconvert.manifest import Manifest, Match, lookup
-from kconvert.model import natural_key, understand
+from kconvert.model import natural_key, parts_of, understand
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
 from kconvert.recipe import DEFAULT_SHARD_SIZE
 
@@ -63,6 +63,7 @@ def _invent_weight(name: str, match: Match, scheme: Scheme | None, seed: int) ->
     rows, cols = match.shape
     try:
         target = formats.from_scheme(scheme) if scheme else Dense("BF16")
+        parts_of(target, rows, cols)
         return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
     except ValueError as error:
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None

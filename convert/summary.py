@@ -6,12 +6,12 @@ import math
 import resource
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kconvert.model import Model
+from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
 
 
@@ -111,7 +111,7 @@ def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: in
     }
     notes = [
         f"{fate}: {pair}, {count:,} weights"
-        for fate in ("lossless", "lossy")
+        for fate in ("lossless", "recovered", "lossy")
         for pair, count in plan.facts.get(fate, {}).items()
     ]
     notes += [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
@@ -130,7 +130,7 @@ class Outcome(Summary):
     """The closing summary of a run."""
 
     @classmethod
-    def now(cls, plan: Plan, destination: Path, seconds: float) -> Outcome:
+    def now(cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int]) -> Outcome:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {
             "output": str(destination),
@@ -139,9 +139,20 @@ class Outcome(Summary):
             "seconds": round(seconds, 3),
             "bytes_per_second": round(plan.output_bytes / seconds),
             "peak_memory_bytes": peak,
+            "inexact_groups": dict(inexact),
         }
         line = (
             f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
         )
-        return cls(facts, (line,))
+        return cls(facts, (line, *_exactness(plan, inexact)))
+
+
+def _exactness(plan: Plan, inexact: Mapping[str, int]) -> Iterator[str]:
+    if inexact:
+        yield (
+            f"{sum(inexact.values()):,} groups in {len(inexact):,} weights have values that no codes and scale reproduce; they "
+            f"were quantised by the convention's rule, first in {min(inexact, key=natural_key)!r}"
+        )
+    elif plan.facts.get("recovered"):
+        yield "every value was reproduced exactly"

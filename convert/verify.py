@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
@@ -22,6 +22,9 @@ from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
 from kconvert.oracle import expected_parts, independent_values, row_unit
+
+if TYPE_CHECKING:
+    from kconvert.oracle import State
 
 CHUNK_ELEMENTS = 4 << 20  # at a time; bounds the memory of a worker to some 100 MB
 Advance: TypeAlias = Callable[[int], None]
@@ -218,17 +221,37 @@ def _compare_encoded(ours: Weight, theirs: Weight, source: Reader, output: Reade
     count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
     for first in range(0, ours.rows, count):
         last = min(first + count, ours.rows)
-        expected = expected_parts(independent_values(ours, source, first, last), theirs.format)
+        found = {}
         for part, tensor in zip(theirs.parts, theirs.tensors, strict=True):
             start, stop = part.span(theirs.rows, first, last)
-            found = torch.frombuffer(
-                bytearray(output.read(tensor.file, tensor.start + start, stop - start)), dtype=torch.uint8
-            )
-            different = (expected[part.suffix].contiguous().view(torch.uint8).flatten() != found).nonzero()
-            if len(different):
-                element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
-                return f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
-            advance(stop - start)
+            data = bytearray(output.read(tensor.file, tensor.start + start, stop - start))
+            found[part.suffix] = torch.frombuffer(data, dtype=torch.uint8)
+        faults = []
+        for expected in expected_parts(independent_values(ours, source, first, last), theirs.format):
+            fault = _difference(theirs, expected, found, first)
+            if fault is None:
+                break
+            faults.append(fault)
+        else:
+            return faults[0]
+        advance(sum(map(len, found.values())))
+    return None
+
+
+def _difference(weight: Weight, expected: State, found: State, first: int) -> str | None:
+    """Where the bytes found for the rows from `first` on are not those of the tensors expected."""
+    import torch
+
+    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
+        if part.constant is not None:
+            wanted = torch.frombuffer(bytearray(part.constant), dtype=torch.uint8)
+        else:
+            wanted = expected[part.suffix].contiguous().view(torch.uint8).flatten()
+        different = (wanted != found[part.suffix]).nonzero()
+        if len(different):
+            start, _ = part.span(weight.rows, first, first)
+            element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
+            return f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
     return None
 
 

@@ -72,7 +72,7 @@ def offenders(modules, forbidden, **options):
 
 
 def test_the_rooms_of_the_design_are_there():
-    rooms = "cli engine finalize journal manifest plan verify writer formats.dense formats.int4 formats.kernels"
+    rooms = "cli engine finalize journal manifest plan verify writer formats.dense formats.packed formats.kernels"
     rooms += " checkpoint.header checkpoint.source checkpoint.config"
     assert {f"kconvert.{room}" for room in rooms.split()} <= MODULES.keys()
 
@@ -149,7 +149,7 @@ def test_verification_never_takes_the_way_of_the_kernels():
 
 
 @pytest.mark.parametrize(
-    "module", ["kconvert", "kconvert.cli", "kconvert.formats", "kconvert.formats.int4", "kconvert.plan"]
+    "module", ["kconvert", "kconvert.cli", "kconvert.formats", "kconvert.formats.packed", "kconvert.plan"]
 )
 def test_heavy_modules_are_imported_when_needed_and_not_before(module):
     assert not offenders([module], HEAVY - {"click"}, top_level=True)

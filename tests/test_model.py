@@ -127,7 +127,7 @@ def test_a_config_with_another_hidden_size_is_refused_with_the_first_tensor_that
     assert re.search(r"\.safetensors: (tensor|weight) '", refusal(damaged))
 
 
-@pytest.mark.parametrize("change", [{"num_bits": 8}, {"symmetric": False}, {"type": "float"}])
+@pytest.mark.parametrize("change", [{"num_bits": 3}, {"strategy": "tensor", "group_size": None}, {"type": "float"}])
 def test_a_scheme_that_cannot_be_read_is_refused_with_the_weight(damaged, change):
     damaged.config["quantization_config"]["config_groups"]["group_0"]["weights"].update(change)
     refusal(damaged, "model.layers.1.mlp.experts.0.", "is not supported")

@@ -198,6 +198,24 @@ def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: I
     }
 
 
+# What moonshotai's INT4 releases list since Kimi-K2-Thinking.
+KIMI_IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*")
+
+
+def packed_table(group_size: int, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """compressed-tensors' `pack-quantized` INT4 as in Kimi-K2-Thinking; its patterns where they say just what is meant."""
+    unquantised = both_names(unquantised)
+    hit = [name for name in (*unquantised, *both_names(quantised)) if any(matches(name, p) for p in KIMI_IGNORE)]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
+        "ignore": list(KIMI_IGNORE) if hit == unquantised else unquantised,
+    }
+
+
 # What llm-compressor's recipes for this architecture leave alone, in their words.
 USUAL_IGNORE = ("lm_head", r"re:.*\.gate$", "re:.*q_a_proj$", "re:.*kv_a_proj_with_mqa$", "re:.*embed_tokens$")
 

@@ -25,6 +25,7 @@ class Part:
     `every` rows of the weight share one slice of the part (1 for codes, 128 for the scales of a block format); None means
     that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
     `values` says what is demanded of a part's values: scales are finite and nonnegative or positive, codes are any bits.
+    The integers of a part with `below` lie in [0, below).
     """
 
     suffix: str
@@ -33,6 +34,7 @@ class Part:
     every: int | None = 1
     constant: bytes | None = None
     values: Literal["any", "nonnegative", "positive"] = "any"
+    below: int | None = None
 
     @property
     def nbytes(self) -> int:

@@ -10,7 +10,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kconvert.formats.dense import Dense
-from kconvert.formats.int4 import KIMI, Int4
+from kconvert.formats.conventions import KIMI
+from kconvert.formats.packed import Packed
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parents[1] / "data"
@@ -24,7 +25,7 @@ def flat(tensor):
 def decode(packed, scale, cols, group_size):
     """BF16 bits [rows, cols] by our code, from torch tensors."""
     tile = np.full((len(packed), cols), np.nan, np.float32)
-    Int4(group_size, None).decode([flat(packed), flat(scale)], 0, tile)
+    Packed(group_size, None).decode([flat(packed), flat(scale)], 0, tile)
     out = np.empty(2 * tile.size, np.uint8)
     Dense("BF16").encode(tile, [out])
     return out.view(np.uint16).reshape(tile.shape)
@@ -63,7 +64,7 @@ def test_a_slice_of_kimi_decodes_to_the_published_values(kimi):
 def test_the_values_of_kimi_encode_to_the_published_codes_and_scales(kimi):
     tile = kimi["weight"].float().numpy()
     packed, scale = np.zeros(8 * 32, np.uint8), np.zeros(8 * 2 * 2, np.uint8)
-    Int4(32, None, KIMI).encode(tile, [packed, scale])
+    Packed(32, None, KIMI).encode(tile, [packed, scale])
     assert np.array_equal(packed, flat(kimi["weight_packed"]))
     assert np.array_equal(scale, flat(kimi["weight_scale"]))
 
@@ -120,18 +121,18 @@ def test_a_tile_of_some_rows_decodes_as_those_rows_of_the_whole(first, count):
     packed = torch.randint(-(1 << 31), 1 << 31, (9, 16), generator=generator).to(torch.int32)
     scale = torch.rand((9, 4), generator=generator).bfloat16()
     whole = decode(packed, scale, 128, 32)
-    parts = Int4(32, None).parts(9, 128)
+    parts = Packed(32, None).parts(9, 128)
     data = [flat(packed), flat(scale)]
     cut = [bytes_[slice(*part.span(9, first, first + count))] for part, bytes_ in zip(parts, data, strict=True)]
     tile = np.empty((count, 128), np.float32)
-    Int4(32, None).decode(cut, first, tile)
+    Packed(32, None).decode(cut, first, tile)
     assert np.array_equal((tile.view(np.uint32) >> 16).astype(np.uint16), whole[first : first + count])
     assert not (tile.view(np.uint32) & 0xFFFF).any(), "a value that is not exact in bf16"
 
 
 def test_a_group_of_zeros_encodes_to_a_zero_scale_and_zero_codes():
     packed, scale = np.full(16, 255, np.uint8), np.full(2, 255, np.uint8)
-    Int4(32, None).encode(np.zeros((1, 32), np.float32), [packed, scale])
+    Packed(32, None).encode(np.zeros((1, 32), np.float32), [packed, scale])
     assert packed.tolist() == [0x88] * 16
     assert scale.tolist() == [0, 0]
 
@@ -141,7 +142,7 @@ def test_codes_survive_the_way_to_values_and_back(codes, scale, extreme):
     codes = np.array([extreme, *codes], np.int16)
     packed = (codes[::2] + 8 | (codes[1::2] + 8) << 4).astype(np.uint8)
     tile = np.empty((1, 32), np.float32)
-    Int4(32, None).decode([packed, np.array([scale], np.uint16).view(np.uint8)], 0, tile)
+    Packed(32, None).decode([packed, np.array([scale], np.uint16).view(np.uint8)], 0, tile)
     again, scale_again = np.empty(16, np.uint8), np.empty(2, np.uint8)
-    Int4(32, None).encode(tile, [again, scale_again])
+    Packed(32, None).encode(tile, [again, scale_again])
     assert np.array_equal(again, packed)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,7 +18,7 @@ def kernel(function: F) -> F:
 
 
 def inline(function: F) -> F:
-    return njit(nogil=True, inline="always", error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(nogil=True, forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 @intrinsic
@@ -44,17 +44,88 @@ def bits_of(_context: Any, value: Any) -> Any:
 @inline
 def widen(bf16: Any) -> Any:
     """bf16 bits -> f32, exact."""
-    return float_of(np.uint32(bf16) << np.uint32(16))
+    return float_of(np.uint32(np.uint32(bf16) << np.uint32(16)))
 
 
 @inline
 def round_bits(value: Any) -> Any:
     """f32 -> its bits rounded to bf16, half to even, in the upper 16 (the lower ones are rubbish); not for NaN."""
     bits = bits_of(value)
-    return bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
 
 
 @inline
 def round_bf16(value: Any) -> Any:
     """f32 -> the nearest bf16, half to even, as f32; not for NaN."""
-    return float_of(round_bits(value) & np.uint32(0xFFFF0000))
+    return float_of(np.uint32(round_bits(value) & np.uint32(0xFFFF0000)))
+
+
+@inline
+def amax_bits(tile: Any, group: Any) -> Any:
+    """Bits of the largest magnitude of tile[group]; in the order of bits NaN lies above infinity, above every number."""
+    amax = np.uint32(0)
+    for i in range(tile.shape[1]):
+        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        amax = magnitude if magnitude > amax else amax
+    return amax
+
+
+@inline
+def largest_bits(tile: Any, group: Any) -> Any:
+    """Bits of the largest positive value of tile[group], 0 if there is none."""
+    largest = np.int32(0)
+    for i in range(tile.shape[1]):
+        value = np.int32(bits_of(tile[group, i]))  # as signed numbers, the bits of negative values are negative
+        largest = value if value > largest else largest
+    return np.uint32(largest)
+
+
+@inline
+def widen_f16(f16: Any) -> Any:
+    """f16 bits of a finite number -> f32, exact: the multiplication mends the exponent, of subnormals too."""
+    bits = np.uint32(f16)
+    magnitude = float_of((bits & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
+    return float_of(bits_of(magnitude) | ((bits & np.uint32(0x8000)) << np.uint32(16)))
+
+
+@inline
+def round_f16(value: Any) -> Any:
+    """f32 -> the nearest f16, half to even, as f32; 65520 and more are infinite; not for NaN."""
+    bits = bits_of(value)
+    magnitude = float_of(bits & np.uint32(0x7FFFFFFF))
+    # A number 2^13 times larger has its last place in f32 where this one has it in f16, which below 2^-14 is fixed point.
+    exponent = max(bits & np.uint32(0x7F800000), np.uint32(0x38800000))
+    large = float_of(exponent + np.uint32(13 << 23))
+    rounded = (magnitude + large) - large
+    rounded = np.float32(np.inf) if magnitude >= np.float32(65520) else rounded
+    return float_of(bits_of(rounded) | (bits & np.uint32(0x80000000)))
+
+
+def widen_scale(stored: Any) -> Any:
+    """A stored scale -> f32, exact: bf16 in u16, f16 in i16 (so that the type tells them apart), or an f32."""
+    raise NotImplementedError("only in kernels")
+
+
+def round_like(value: Any, stored: Any) -> Any:
+    """f32 -> the nearest number of the stored scale's type, half to even, as f32."""
+    raise NotImplementedError("only in kernels")
+
+
+@overload(widen_scale, strict=False)
+def _widen_scale(stored: Any) -> Any:
+    by_type = {
+        types.uint16: lambda stored: widen(stored),  # noqa: PLW0108 (numba compares the arguments' names)
+        types.int16: lambda stored: widen_f16(stored),  # noqa: PLW0108
+        types.float32: lambda stored: stored,
+    }
+    return by_type.get(stored)
+
+
+@overload(round_like, strict=False)
+def _round_like(value: Any, stored: Any) -> Any:
+    by_type = {
+        types.uint16: lambda value, stored: round_bf16(value),
+        types.int16: lambda value, stored: round_f16(value),
+        types.float32: lambda value, stored: value,
+    }
+    return by_type.get(stored)

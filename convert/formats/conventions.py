@@ -1,0 +1,37 @@
+"""The rules that make integer codes from values: which scale a group gets, and which codes.
+
+| convention | scale | codes |
+|---|---|---|
+| `kimi` | bf16(amax / 7) | -7 to 7, from the f32 quotient value / scale |
+| `compressed-tensors` | bf16(amax / 7.5), 2^-7 where that is zero | -8 to 7, from the quotient rounded to bf16 |
+
+Codes are rounded half to even and then clamped. Kimi's rule is that of moonshotai's releases since Kimi-K2-Thinking,
+checked against their weights; the other is compressed-tensors' `calculate_qparams` and `quantize` on a bf16 weight.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """Codes go from `lowest` to `highest`; `rounds`: the quotient is rounded to bf16; `zero_scale` replaces a scale of zero."""
+
+    name: str
+    divisor: float
+    lowest: int
+    highest: int = 7
+    rounds: bool = False
+    zero_scale: float = 0.0
+
+    @property
+    def zero_bits(self) -> int:
+        """The bf16 bits of `zero_scale`."""
+        return struct.unpack("<I", struct.pack("<f", self.zero_scale))[0] >> 16  # type: ignore[no-any-return]
+
+
+KIMI = Convention("kimi", 7.0, -7)
+COMPRESSED_TENSORS = Convention("compressed-tensors", 7.5, -8, rounds=True, zero_scale=2.0**-7)
+CONVENTIONS = {convention.name: convention for convention in (KIMI, COMPRESSED_TENSORS)}

@@ -1,0 +1,231 @@
+"""Packed integer codes with a scale for each group; see formats.packed and formats.conventions.
+
+A scale is bf16 in u16, f16 in i16, or f32 (see bits.widen_scale). `zero` are zero points u32 [ceil(rows / n), groups], n
+rows to a word, or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from kconvert.formats.kernels.bits import (
+    amax_bits,
+    bits_of,
+    float_of,
+    inline,
+    kernel,
+    largest_bits,
+    round_bf16,
+    round_bits,
+    round_like,
+    widen,
+    widen_scale,
+)
+
+U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
+INFINITE = U(0x7F800000)
+LOW_NIBBLE = U(15)
+HIGHEST = np.float32(7)
+SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1, and the last nibble of this one is 8
+HEAD = 8  # values that fill a vector
+
+
+@inline
+def _nibble_offset(zero: Any, row: Any, group: Any) -> Any:
+    """What is subtracted from a stored nibble: the offset 8 and the zero point, which has the same offset."""
+    if zero is None:
+        return np.int32(8)
+    return np.int32((zero[row >> 3, group] >> np.uint32(4 * (row & 7))) & np.uint32(15))
+
+
+@inline
+def _byte_offset(zero: Any, row: Any, group: Any) -> Any:
+    if zero is None:
+        return np.int32(128)
+    return np.int32((zero[row >> 2, group] >> np.uint32(8 * (row & 3))) & np.uint32(255))
+
+
+@kernel
+def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> None:
+    """packed u8 [rows, groups, >= g/2], scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point) * scale.
+
+    g is even, or there is one group.
+    """
+    size = tile.shape[2]
+    for row in range(tile.shape[0]):
+        for group in range(tile.shape[1]):
+            stored = scale[row, group]
+            step = widen_scale(stored)
+            offset = _nibble_offset(zero, row, group)
+            for j in range(size // 2):
+                byte = packed[row, group, j]
+                tile[row, group, 2 * j] = round_like(np.float32(np.int32(byte & 15) - offset) * step, stored)
+                tile[row, group, 2 * j + 1] = round_like(np.float32(np.int32(byte >> 4) - offset) * step, stored)
+            if size & 1:
+                code = np.int32(packed[row, group, size // 2] & 15) - offset
+                tile[row, group, size - 1] = round_like(np.float32(code) * step, stored)
+
+
+@kernel
+def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> None:
+    """decode_nibbles for eight-bit codes: packed u8 [rows, groups, >= g], any g."""
+    for row in range(tile.shape[0]):
+        for group in range(tile.shape[1]):
+            stored = scale[row, group]
+            step = widen_scale(stored)
+            offset = _byte_offset(zero, row, group)
+            for i in range(tile.shape[2]):
+                code = np.int32(packed[row, group, i]) - offset
+                tile[row, group, i] = round_like(np.float32(code) * step, stored)
+
+
+@kernel
+def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, tile: Any) -> None:
+    """packed u8 [rows, bytes], scale [rows, groups], index i32 [cols], the group of each column -> tile f32 [rows, cols].
+
+    For columns in any order, and groups that end within a byte; `bits` is 4 or 8.
+    """
+    for row in range(tile.shape[0]):
+        for col in range(tile.shape[1]):
+            group = index[col]
+            stored = scale[row, group]
+            if bits == 4:
+                code = np.int32((packed[row, col >> 1] >> (4 * (col & 1))) & 15) - _nibble_offset(zero, row, group)
+            else:
+                code = np.int32(packed[row, col]) - _byte_offset(zero, row, group)
+            tile[row, col] = round_like(np.float32(code) * widen_scale(stored), stored)
+
+
+@inline
+def _shifted(value: Any, step: Any, lowest: Any, rounds: Any) -> Any:
+    """The code as f32 code + SHIFT, half to even: the addition leaves no place for a fraction."""
+    quotient = value / step
+    quotient = round_bf16(quotient) if rounds else quotient
+    quotient = quotient if quotient > lowest else lowest
+    quotient = quotient if quotient < HIGHEST else HIGHEST
+    return quotient + SHIFT
+
+
+@inline
+def _step(bits: Any) -> Any:
+    """What values are divided by. Where a scale is zero they are so small that the division by one gives codes of zero."""
+    return widen(bits) if bits else np.float32(1)
+
+
+@inline
+def _quantise(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, codes: Any) -> None:
+    """The group's codes + 8 under the scale with these bf16 bits -> codes u8 [g]."""
+    step = _step(bits)
+    for i in range(tile.shape[1]):
+        codes[i] = np.uint8(bits_of(_shifted(tile[group, i], step, lowest, rounds)) & LOW_NIBBLE)
+
+
+@inline
+def _quantise_exactly(tile: Any, group: Any, bits: Any, lowest: Any, codes: Any) -> Any:
+    """_quantise; 0 if every value is bf16(code * scale), to the bit."""
+    step = _step(bits)
+    lost = U(0)
+    for i in range(tile.shape[1]):
+        shifted = _shifted(tile[group, i], step, lowest, False)
+        codes[i] = np.uint8(bits_of(shifted) & LOW_NIBBLE)
+        lost = U(lost | U(bits_of(round_bf16((shifted - SHIFT) * step)) ^ bits_of(tile[group, i])))
+    return lost
+
+
+@inline
+def _plausible(tile: Any, group: Any, bits: Any, lowest: Any) -> Any:
+    """Whether the scale reproduces the group's first values; most that are wrong do not, and this is found out fast."""
+    step = _step(bits)
+    lost = U(0)
+    for i in range(min(HEAD, tile.shape[1])):
+        value = tile[group, i]
+        product = round_bf16((_shifted(value, step, lowest, False) - SHIFT) * step)
+        lost = U(lost | U(bits_of(product) ^ bits_of(value)))
+    return lost == U(0)
+
+
+@inline
+def _pack(pairs: Any, group: Any, packed: Any) -> None:
+    """Two codes in each u16 of `pairs` -> one byte."""
+    for j in range(pairs.shape[0]):
+        packed[group, j] = np.uint8(pairs[j] | (pairs[j] >> np.uint16(4)))
+
+
+@inline
+def _rule(amax: Any, divisor: Any, zero_scale: Any) -> Any:
+    """bf16 bits of the scale by a convention's rule, from the bits of amax."""
+    bits = U(round_bits(float_of(amax) / divisor) >> U(16))
+    return bits if bits else U(zero_scale)
+
+
+@kernel
+def encode_rule(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
+    """tile f32 [groups, g] -> packed u8 [groups, g/2], scale u16 [groups] of bf16 bits, by a convention's rule; g even.
+
+    Returns 0, or -1 at the first group with a value that is not finite.
+    """
+    codes = np.empty(tile.shape[1], np.uint8)
+    pairs = codes.view(np.uint16)
+    for group in range(scale.shape[0]):
+        amax = amax_bits(tile, group)
+        if amax >= INFINITE:
+            return -1
+        bits = _rule(amax, divisor, zero_scale)
+        scale[group] = np.uint16(bits)
+        _quantise(tile, group, bits, lowest, rounds, codes)
+        _pack(pairs, group, packed)
+    return 0
+
+
+@inline
+def _nearest(amax: Any, m: Any) -> Any:
+    """bf16 bits of amax / m."""
+    return np.int32(U(round_bits(float_of(amax) / np.float32(m)) >> U(16)))
+
+
+@kernel
+def _search(tile: Any, group: Any, amax: Any, top: Any, lowest: Any, codes: Any) -> Any:
+    """The bf16 bits of a scale under which codes from `lowest` to 7 reproduce every value of the group, 0 for none.
+
+    If m is the largest magnitude among the codes, `top` at most, then amax = bf16(m * scale), and the scale is bf16(amax / m)
+    or next to it, or exactly that for a power of two. So every scale that can be is tried, and the smallest that does is
+    taken: of two that reproduce the values, the one with larger codes is what a rule makes.
+    """
+    for m in range(top, 0, -1):
+        nearest = _nearest(amax, m)
+        for k in range(3 if m & (m - 1) else 1):
+            bits = nearest + (np.int32(0), np.int32(-1), np.int32(1))[k]
+            if bits <= 0 or not _plausible(tile, group, U(bits), lowest):
+                continue
+            if _quantise_exactly(tile, group, U(bits), lowest, codes) == U(0):
+                return U(bits)
+    return U(0)
+
+
+@kernel
+def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
+    """encode_rule, but a group whose values are all bf16(code * scale) gets such codes and such a scale back.
+
+    Returns the number of groups for which there are none, which get the rule's; -1 as encode_rule.
+    """
+    codes = np.empty(tile.shape[1], np.uint8)
+    pairs = codes.view(np.uint16)
+    inexact = 0
+    for group in range(scale.shape[0]):
+        amax = amax_bits(tile, group)
+        if amax >= INFINITE:
+            return -1
+        # -8 has no counterpart above, so it can only be where no positive value is as large.
+        top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
+        bits = U(_nearest(amax, top))
+        if _quantise_exactly(tile, group, bits, lowest, codes):
+            bits = _search(tile, group, amax, top, lowest, codes)
+        if bits == U(0):
+            bits = _rule(amax, divisor, zero_scale)
+            if _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
+                _quantise(tile, group, bits, lowest, rounds, codes)
+                inexact += 1
+        scale[group] = np.uint16(bits)
+        _pack(pairs, group, packed)
+    return inexact

@@ -1,0 +1,163 @@
+"""compressed-tensors `pack-quantized`: four- or eight-bit integers, packed into I32 words, a scale for each group of a row.
+
+| tensor | dtype, shape |
+|---|---|
+| weight_packed | I32 [out, ceil(in * bits / 32)]; little endian, the first column lowest; stored value = code + 8, or + 128 |
+| weight_scale | BF16, F16 or F32 [out, in / group], or [out, 1] for channel scales |
+| weight_zero_point | asymmetric only: I32 [ceil(out * bits / 32), in / group], packed down the rows with the same offset |
+| weight_g_idx | old files with activation order: I32 [in], the group of each column |
+| weight_shape | I32 or I64 [2] = [out, in]; may be absent |
+
+Value of a weight: (code - zero point) * scale, rounded once to the scale's dtype: all that comes before is exact in f32.
+Quantising (four bits, symmetric, bf16 scales) goes by a convention, see formats.conventions; or `exact`: where a bf16
+scale and codes reproduce every value of a group to the bit, as after decoding, they are found again, see kernels.packed.
+Source: https://github.com/vllm-project/compressed-tensors, `compressors/pack_quantized`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kconvert.formats.base import Part
+from kconvert.formats.conventions import KIMI, Convention
+
+if TYPE_CHECKING:
+    import numpy as np
+    from kconvert.checkpoint.config import Scheme
+    from kconvert.formats.base import Bytes, Tile
+    from numpy.typing import NDArray
+
+SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"})
+SHAPE_CODES = {"I32": "<2i", "I64": "<2q"}
+SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """`group_size` columns share a scale, None: the whole row. `shape_dtype` None: there is no weight_shape tensor.
+
+    How values become codes is no part of the encoding, so formats that differ in this are equal: the `convention`; `exact`:
+    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error.
+    """
+
+    group_size: int | None
+    shape_dtype: str | None = "I32"
+    convention: Convention = field(default=KIMI, compare=False)
+    bits: int = 4
+    symmetric: bool = True
+    scale_dtype: str = "BF16"
+    ordered: bool = False
+    exact: bool = field(default=False, compare=False)
+    strict: bool = field(default=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        group = f"group {self.group_size}" if self.group_size else "channel"
+        packed = "" if self.bits == 4 else " packed"
+        return f"int{self.bits}{packed} {group}" + ("" if self.symmetric else " asymmetric") + " ordered" * self.ordered
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if self.group_size and cols % self.group_size:
+            raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
+        groups = cols // self.group_size if self.group_size else 1
+        in_word = 32 // self.bits
+        parts = [
+            Part("weight_packed", "I32", (rows, math.ceil(cols / in_word))),
+            Part("weight_scale", self.scale_dtype, (rows, groups), values="nonnegative"),
+        ]
+        if not self.symmetric:
+            parts.append(Part("weight_zero_point", "I32", (math.ceil(rows / in_word), groups), every=in_word))
+        if self.ordered:
+            parts.append(Part("weight_g_idx", "I32", (cols,), every=None, below=groups))
+        if self.shape_dtype is not None:
+            shape = struct.pack(SHAPE_CODES[self.shape_dtype], rows, cols)
+            parts.append(Part("weight_shape", self.shape_dtype, (2,), every=None, constant=shape))
+        return tuple(parts)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        from kconvert.formats.kernels import packed as kernels
+
+        rows, cols = tile.shape
+        codes = parts[0].reshape(rows, -1)
+        scale = parts[1].view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1)
+        groups = scale.shape[1]
+        size = cols // groups
+        zero = None if self.symmetric else parts[2].view("u4").reshape(-1, groups)
+        if self.ordered or (groups > 1 and (size * self.bits % 8 or cols * self.bits % 32)):
+            index = parts[3 - self.symmetric].view("i4") if self.ordered else _groups_of_columns(groups, size)
+            kernels.decode_indexed(codes, self.bits, scale, zero, index, tile)
+        else:
+            kernel = kernels.decode_nibbles if self.bits == 4 else kernels.decode_bytes
+            kernel(codes.reshape(rows, groups, -1), scale, zero, tile.reshape(rows, groups, -1))
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import packed as kernels
+
+        if (self.bits, self.symmetric, self.scale_dtype, self.ordered) != (4, True, "BF16", False):
+            raise NotImplementedError(f"nothing is written as {self.label}")
+        groups = tile.reshape(-1, self.group_size or tile.shape[1])
+        rule = self.convention
+        kernel = kernels.encode_exact if self.exact else kernels.encode_rule
+        lost: int = kernel(
+            groups,
+            groups.dtype.type(rule.divisor),
+            groups.dtype.type(rule.lowest),
+            rule.rounds,
+            rule.zero_bits,
+            parts[0].reshape(len(groups), -1),
+            parts[1].view("u2"),
+        )
+        if lost < 0:
+            raise ValueError("it has a value that is not finite")
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce")
+        return lost
+
+
+@cache
+def _groups_of_columns(groups: int, size: int) -> NDArray[np.int32]:
+    import numpy as np
+
+    return np.repeat(np.arange(groups, dtype=np.int32), size)
+
+
+def from_scheme(scheme: Scheme) -> Packed | None:
+    """See formats.base.Family."""
+    if scheme.format != "pack-quantized" or scheme.type != "int" or scheme.num_bits not in (4, 8):
+        return None
+    if scheme.strategy not in ("group", "channel"):
+        return None
+    return Packed(scheme.group_size, bits=scheme.num_bits, symmetric=scheme.symmetric)
+
+
+def recognise(
+    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
+) -> tuple[Packed, tuple[int, int]]:
+    """See formats.base.Family."""
+    if scheme is None:
+        raise ValueError("config.json declares no quantisation for it")
+    format = from_scheme(scheme)
+    if format is None:
+        raise ValueError(f"its scheme {scheme} is not supported; supported: pack-quantized int4 and int8")
+    for suffix in ("weight_packed", "weight_scale", *(() if format.symmetric else ("weight_zero_point",))):
+        if suffix not in found:
+            raise ValueError(f"it has no {suffix}")
+    if format.symmetric and "weight_zero_point" in found:
+        raise ValueError("it has a weight_zero_point, but its scheme is symmetric")
+    packed, (scale_dtype, scale) = found["weight_packed"][1], found["weight_scale"]
+    if shape is None:
+        if len(packed) != 2 or len(scale) != 2:
+            raise ValueError(f"its weight_packed {list(packed)} and weight_scale {list(scale)} are not matrices")
+        shape = (packed[0], scale[1] * format.group_size if format.group_size else packed[1] * 32 // format.bits)
+    shape_dtype = found["weight_shape"][0] if "weight_shape" in found else None
+    if shape_dtype is not None and shape_dtype not in SHAPE_CODES:
+        raise ValueError(f"its weight_shape is {shape_dtype}, not I32 or I64")
+    if scale_dtype not in SCALE_CODES:
+        scale_dtype = format.scale_dtype  # which the tensor then disagrees with
+    ordered = "weight_g_idx" in found
+    return replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, ordered=ordered), shape

@@ -1,0 +1,103 @@
+"""Packed integer codes with a scale for each group; see formats.packed for the format, formats.conventions for the rules."""
+
+from __future__ import annotations
+
+import torch
+from kconvert.formats.conventions import Convention
+
+
+def unpack(packed: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
+    """I32 [rows, ceil(cols * bits / 32)] -> int16 codes [rows, cols] in [-2^(bits-1), 2^(bits-1)); low bits are first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
+    stored = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: torch.Tensor = stored.flatten(-2)[..., :cols] - 2 ** (bits - 1)
+    return codes.to(torch.int16)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [rows, cols] -> I32 [rows, ceil(cols * bits / 32)]; what is past the last column is 0."""
+    rows, cols = codes.shape
+    in_word = 32 // bits
+    stored = torch.zeros(rows, -(-cols // in_word) * in_word, dtype=torch.int64, device=codes.device)
+    stored[:, :cols] = codes.to(torch.int64) + 2 ** (bits - 1)
+    words = (stored.view(rows, -1, in_word) << torch.arange(0, 32, bits, device=codes.device)).sum(-1)
+    return (words - ((words >> 31) << 32)).to(torch.int32)
+
+
+def decode(
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    cols: int,
+    bits: int = 4,
+    zero_point: torch.Tensor | None = None,
+    g_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Codes and scales [rows, groups] -> [rows, cols] = (code - zero point) * scale, rounded once to the scale's dtype.
+
+    `zero_point` I32 [ceil(rows * bits / 32), groups] is packed down the rows; `g_idx` [cols] is the group of each column.
+    """
+    rows, groups = scale.shape
+    if g_idx is None:
+        g_idx = torch.arange(cols, device=packed.device) // (cols // groups)
+    codes = unpack(packed, bits, cols).float()
+    if zero_point is not None:
+        codes -= unpack(zero_point.T, bits, rows).T.float()[:, g_idx]
+    return (codes * scale.float()[:, g_idx]).to(scale.dtype)
+
+
+def encode(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [rows, cols] -> (I32 packed, bf16 scale [rows, cols / group_size]).
+
+    scale = bf16(f32(amax) / divisor), or the convention's own where that is zero; code = clamp(round_half_even(quotient),
+    lowest, 7), the quotient f32(value) / f32(scale) rounded to bf16 first if the convention says so.
+    """
+    groups = weight.float().view(len(weight), -1, group_size)
+    scale = rule_scale(groups, rule)
+    return pack(quantise(groups, scale, rule).flatten(-2), 4), scale
+
+
+def rule_scale(groups: torch.Tensor, rule: Convention) -> torch.Tensor:
+    """f32 [..., g] -> bf16 [...]."""
+    scale = (groups.abs().amax(-1) / rule.divisor).bfloat16()
+    return torch.where(scale == 0, torch.tensor(rule.zero_scale).bfloat16(), scale)
+
+
+def quantise(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch.Tensor:
+    """f32 [..., g] and bf16 scale [...] -> f32 codes [..., g]; all zero where the scale is."""
+    step = scale.float().unsqueeze(-1)
+    quotient = groups / torch.where(step == 0, torch.inf, step)
+    quotient = quotient.bfloat16().float() if rule.rounds else quotient
+    return torch.round(quotient).clamp(rule.lowest, rule.highest)
+
+
+def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """encode, but groups that codes and a bf16 scale reproduce to the bit get these; also the number of those that have none.
+
+    If m is the largest magnitude among a group's codes, then amax = bf16(m * scale), and that scale is bf16(amax / m) or
+    next to it. The first that fits is taken: m = 8 first (only where the largest value is negative), the nearest first.
+    """
+    groups = weight.float().view(-1, group_size)
+    scale = rule_scale(groups, rule)
+    codes = quantise(groups, scale, rule)
+    amax = groups.abs().amax(-1)
+    open_ = (~((amax == 0) & _reproduces(codes, scale, groups))).nonzero().squeeze(1)
+    by_quotient = Convention(rule.name, rule.divisor, rule.lowest)
+    for m in range(-rule.lowest, 0, -1):
+        for offset in (0, -1, 1):
+            values = groups[open_]
+            bits = (amax[open_] / m).bfloat16().view(torch.int16) + offset
+            candidate = bits.view(torch.bfloat16)
+            found = quantise(values, candidate, by_quotient)
+            fits = (bits > 0) & _reproduces(found, candidate, values)
+            if m > rule.highest:
+                fits &= values.amax(-1) < amax[open_]
+            scale[open_[fits]] = candidate[fits]
+            codes[open_[fits]] = found[fits]
+            open_ = open_[~fits]
+    return pack(codes.view(len(weight), -1), 4), scale.view(len(weight), -1), len(open_)
+
+
+def _reproduces(codes: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """bool [...]: whether every value of the group is bf16(code * scale), to the bit."""
+    values = ((codes + 0.0) * scale.float().unsqueeze(-1)).bfloat16().float()
+    return (values.view(torch.int32) == groups.view(torch.int32)).all(-1)

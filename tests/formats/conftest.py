@@ -1,0 +1,77 @@
+"""Formats used as the engine uses them, but on torch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from kconvert.formats import Format
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,
+}
+
+
+class Codec:
+    """Encode and decode whole weights, in tiles of `tile_rows` rows."""
+
+    tile_rows = 8
+
+    def encode(self, format: Format, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
+        """A weight -> its tensors by suffix, and the number of groups that lost something."""
+        rows, cols = weight.shape
+        parts = format.parts(rows, cols)
+        outputs = [np.zeros(part.nbytes, np.uint8) for part in parts]
+        lost = 0
+        for first in range(0, rows, self.tile_rows):
+            last = min(first + self.tile_rows, rows)
+            cuts = [data[slice(*part.span(rows, first, last))] for part, data in zip(parts, outputs, strict=True)]
+            lost += format.encode(np.ascontiguousarray(weight[first:last].float().numpy()), cuts)
+        for part, data in zip(parts, outputs, strict=True):
+            if part.constant is not None:
+                data[:] = np.frombuffer(part.constant, np.uint8)
+        tensors = {
+            part.suffix: torch.frombuffer(bytearray(data), dtype=DTYPES[part.dtype]).view(part.shape)
+            for part, data in zip(parts, outputs, strict=True)
+        }
+        return tensors, lost
+
+    def decode(self, format: Format, tensors: Mapping[str, torch.Tensor], rows: int, cols: int) -> torch.Tensor:
+        """Tensors by suffix -> the weight [rows, cols] in f32."""
+        parts = format.parts(rows, cols)
+        inputs = []
+        for part in parts:
+            tensor = tensors[part.suffix]
+            assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[part.dtype], part.shape), part.suffix
+            inputs.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        weight = np.empty((rows, cols), np.float32)
+        for first in range(0, rows, self.tile_rows):
+            last = min(first + self.tile_rows, rows)
+            cuts = [data[slice(*part.span(rows, first, last))] for part, data in zip(parts, inputs, strict=True)]
+            format.decode(cuts, first, weight[first:last])
+        return torch.from_numpy(weight)
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    return Codec()
+
+
+@pytest.fixture(scope="session", params=["kimi_k26_slice", "qwen_rtn_slice"])
+def real_slice(request: pytest.FixtureRequest) -> tuple[str, dict[str, torch.Tensor]]:
+    """Tensors of a published INT4 release and its BF16 weight; see data/README.md."""
+    root = Path(__file__).parents[1] / "data"
+    convention = "kimi" if "kimi" in request.param else "compressed-tensors"
+    return convention, safetensors.torch.load_file(root / f"{request.param}.safetensors")
