@@ -199,7 +199,8 @@ class Run:
         return data
 
     def _write(self, file: str, offset: int, data: Bytes) -> None:
-        if file in self._done or not len(data):
+        """An empty tensor is no write; a shard of nothing else is complete with its header."""
+        if file in self._done or (not len(data) and not self._shards[file].is_empty):
             return
         with self._lock:
             writer = self._writers.get(file)

@@ -62,9 +62,11 @@ def _leave_direct(descriptor: int, error: OSError, refused: bool) -> bool:
 
 def reserve(descriptor: int, nbytes: int) -> None:
     """Take the disk space now: a full disk shows before the work, and parallel writes need not extend the file."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(descriptor, 0, nbytes)
-    else:
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
         os.ftruncate(descriptor, nbytes)
 
 
@@ -80,6 +82,7 @@ def sync_directory(path: Path) -> None:
 def write_file(path: Path, partial: Path, data: bytes) -> None:
     """A small file, whole or not at all; `partial` is its name until then. An OSError becomes a KconvertError."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()

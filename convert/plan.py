@@ -93,6 +93,11 @@ class Shard:
     nbytes: int
     tensors: tuple[str, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether none of its tensors has an element."""
+        return self.nbytes == len(self.header)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kconvert.checkpoint.source import Checkpoint, Reader
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, human
 from kconvert.formats import Part
 from kconvert.journal import stale_files
 from kconvert.plan import Place, Plan, Transcode
@@ -51,8 +51,8 @@ def check_space(plan: Plan, destination: Path, finished: set[str], overwrite: bo
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise KconvertError(
-            f"{destination} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free; free some space "
-            "or choose another disk"
+            f"{destination} needs {human(needed)} more, but its disk has {human(free)} free; free some space or choose "
+            "another disk"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
 
@@ -27,15 +28,6 @@ class Summary:
 
     def as_text(self) -> str:
         return "\n".join(self.lines)
-
-
-def human(nbytes: float) -> str:
-    """3_456_000_000 -> '3.46 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def summarise(model: Model) -> Summary:

@@ -129,3 +129,23 @@ def test_a_run_closes_every_file_that_it_opened(int4: Path, tmp_path: Path) -> N
     convert(work, tmp_path / "out")
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_shard_of_empty_tensors_is_finished_like_any_other(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "src"
+    source.mkdir()
+    packed = {"a.weight_packed": torch.zeros(4, 4, dtype=torch.int32), "a.weight_scale": torch.ones(4, 1).bfloat16()}
+    save_file({**packed, "empty": torch.zeros(0, 3), "none": torch.zeros(2, 0)}, source / "model.safetensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    (source / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+
+    convert(plan(source, Recipe("bf16", shard_size=1)), tmp_path / "dst")
+
+    shards = sorted((tmp_path / "dst").glob("*.safetensors"))
+    names = [name for shard in shards for name in load_file(shard)]
+    assert names == ["a.weight", "empty", "none"]
