@@ -99,18 +99,18 @@ class Manifest:
     indices: Mapping[str, Index]
     limits: Mapping[str, str]
     rules: tuple[Rule, ...]
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     side_files: Mapping[str, str]
     shard_name: str
 
-    def section(self, config: Mapping[str, Any]) -> ChainMap[str, Any]:
+    def section(self, config: dict[str, Any]) -> ChainMap[str, Any]:
         """config.json as the dimensions' keys see it: the nested table before the top level."""
         if self.config_key is None:
-            return ChainMap(dict(config))
+            return ChainMap(config)
         nested = config.get(self.config_key)
         if not isinstance(nested, dict):
             raise KconvertError(f"config.json: {self.config_key} is no table, but the manifest {self.name} needs it")
-        return ChainMap(nested, dict(config))
+        return ChainMap(nested, config)
 
     def plain_role(self, name: str) -> str | None:
         """The role of a tensor that is copied without being known; None when it should be known."""
@@ -122,10 +122,10 @@ class Manifest:
             return QuantizationConfig()
         return read_quantization(config)
 
-    def resize(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
-        resized = copy.deepcopy(dict(config))
-        section = ChainMap(resized[self.config_key], resized) if self.config_key else ChainMap(resized)
+        resized = copy.deepcopy(config)
+        section = self.section(resized)
         for symbol, value in sizes.items():
             if symbol not in self.dims:
                 raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
@@ -133,11 +133,13 @@ class Manifest:
         with self._explain_faults():
             known = self._sizes(section)
         for key, bound in self.limits.items():
+            have = lookup(section, key)
             with suppress(KeyError):
-                _assign(section, key, _limited(lookup(section, key), evaluate(bound, known)))
+                if have is not None:
+                    _assign(section, key, _limited(have, evaluate(bound, known)))
         return resized
 
-    def bind(self, config: Mapping[str, Any]) -> Names:
+    def bind(self, config: dict[str, Any]) -> Names:
         """The names and shapes that a checkpoint with this config.json has; KconvertError when a dimension is missing."""
         section = self.section(config)
         with self._explain_faults():
@@ -271,7 +273,7 @@ def lookup(config: Mapping[str, Any], key: str) -> Any:
 def _assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
     """Set the value that `lookup` finds at `key`, or a new one in the first table."""
     *path, last = key.split(".")
-    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config)
+    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config.maps[0])
     for step in path:
         table = table[step]
     table[last] = value

@@ -130,3 +130,10 @@ def test_token_ids_stay_within_a_smaller_vocabulary() -> None:
     manifest = load_manifest("kimi-k2-thinking")
     assert manifest.resize(manifest.config, {"vocab": 512})["pad_token_id"] == 511
     assert manifest.resize(manifest.config, {"layers": 2})["pad_token_id"] == 163839
+
+
+def test_a_limit_adds_nothing_that_config_json_does_not_have() -> None:
+    manifest = load_manifest("gpt-oss")
+    config = {key: value for key, value in manifest.config.items() if key not in ("experts_per_token", "layer_types")}
+    resized = manifest.resize(config, {"layers": 2, "experts": 2})
+    assert resized == {**config, "num_hidden_layers": 2, "num_local_experts": 2, "num_experts_per_tok": 2}
