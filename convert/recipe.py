@@ -23,9 +23,9 @@ from kconvert.formats.packed import Packed
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
-# First words of the roles that are quantised as "every Linear"; not lm_head, nor the gates of linear attention, which are
-# small and narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the source
-# has quantised.
+# First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
+# which are narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the
+# source has quantised.
 LINEARS = frozenset({"expert", "shared", "dense", "attention", "other"})
 EXPERTS = frozenset({"expert", "other"})
 # llm-compressor's recipes leave them: engines fuse the two, and 576 rows of kv_a are no whole number of blocks.
