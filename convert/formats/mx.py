@@ -45,6 +45,10 @@ class Mx:
     def label(self) -> str:
         return f"mxfp{self.bits}"
 
+    @property
+    def group_size(self) -> int:
+        return GROUP
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         packed = (
             Part("weight_packed", "U8", (rows, cols // 2))

@@ -43,8 +43,8 @@ def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.
 def encode(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
 
-    The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those of the quotient
-    value / scale, a bf16.
+    The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those
+    of the quotient value / scale, a bf16.
     """
     groups = weight.view(len(weight), -1, 32)
     mantissa, exponent = torch.frexp(groups.abs().amax(-1).double())  # mantissa in [0.5, 1), 0 for 0
