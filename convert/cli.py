@@ -145,7 +145,7 @@ def int4_to_bf16(source: Path, destination: Path, **options: Any) -> None:
 
 
 def layout_option(*targets: str) -> Callable[[Command], Command]:
-    layouts = [layout for target in targets for layout in TARGETS[target] if layout]
+    layouts = list(dict.fromkeys(layout for target in targets for layout in TARGETS[target] if layout))
     return click.option("--layout", type=click.Choice(layouts), help="Which weights, and in whose dialect.")
 
 

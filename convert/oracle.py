@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
+from kconvert.formats.int8 import Int8
+from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
 
@@ -36,6 +39,10 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
             values = _pack_quantized(weight.format, state, (last - start, weight.cols))
         case Fp8():
             values = _float_quantized(weight.format, state)
+        case Int8():
+            values = _int_quantized(weight.format, state)
+        case Mx() | Nvfp4():
+            values = _microscaled(weight.format, state)
         case _:
             raise NotImplementedError(f"no independent decoder of {weight.format.label}")
     return values[first - start :]
@@ -47,7 +54,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     Nothing in an INT4 checkpoint says by which convention it was made, and whether from exact values.
     """
     import torch
-    from kconvert.formats.reference import fp8, packed
+    from kconvert.formats.reference import fp8, int8, mx, packed
 
     match format:
         case Packed(bits=4, symmetric=True, ordered=False):
@@ -59,6 +66,12 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
             codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
             yield {"weight": codes, format.scale_name: scale}
+        case Int8(strategy="channel", symmetric=True):
+            codes, scale = int8.encode(values)
+            yield {"weight": codes, "weight_scale": scale}
+        case Mx():
+            codes, scale = mx.encode(values, format.bits)
+            yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
         case _:
             raise NotImplementedError(f"no reference encoder of {format.label}")
 
@@ -77,6 +90,9 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
         "F16": torch.float16,
         "F32": torch.float32,
         "I32": torch.int32,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "F8_E8M0": torch.uint8,
         "F8_E4M3": torch.float8_e4m3fn,
     }
     part, tensor = weight.parts[index], weight.tensors[index]
@@ -140,3 +156,32 @@ def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
         {"weight": state["weight"], "weight_scale": scale}, scheme
     )["weight"]
     return values.to(torch.bfloat16)
+
+
+def _int_quantized(format: Int8, state: State) -> torch.Tensor:
+    from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    args = QuantizationArgs(
+        num_bits=8, symmetric=format.symmetric, strategy=format.strategy, group_size=format.group_size
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    if format.strategy == "channel":
+        names = ("weight_scale", "weight_zero_point")
+        state = {**state, **{name: state[name].view(-1, 1) for name in names if name in state}}
+    values: torch.Tensor = IntQuantizationCompressor.decompress(state, scheme)["weight"]
+    return values
+
+
+def _microscaled(format: Mx | Nvfp4, state: State) -> torch.Tensor:
+    from compressed_tensors.compressors import mxfp4, mxfp8, nvfp4
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    if isinstance(format, Nvfp4):
+        args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
+        compressor: Any = nvfp4.NVFP4PackedCompressor
+    else:
+        args = QuantizationArgs(num_bits=format.bits, type="float", strategy="group", group_size=format.group_size)
+        compressor = mxfp4.MXFP4PackedCompressor if format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
+    values: torch.Tensor = compressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+    return values

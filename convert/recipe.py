@@ -10,6 +10,8 @@ from typing import Any
 from kconvert.checkpoint.config import (
     compressed_fp8_table,
     fp8_table,
+    int8_table,
+    mx_table,
     packed_table,
     with_quantization,
     without_quantization,
@@ -19,6 +21,8 @@ from kconvert.formats import Format
 from kconvert.formats.conventions import CONVENTIONS, KIMI
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
+from kconvert.formats.int8 import Int8
+from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Weight, format_counts
 
@@ -75,6 +79,12 @@ COMPRESSED_FP8 = {
     )
     for strategy in ("block", "channel")
 }
+
+
+def _experts_or_all(format: Format, table: Callable[[list[str], list[str]], dict[str, Any]]) -> Mapping[str, Target]:
+    return {"experts": Target(format, EXPERTS, table=table), "all": Target(format, LINEARS, COMPRESSED_KEEPS, table)}
+
+
 # Target -> layout -> what it means; the first layout is the default.
 TARGETS: Mapping[str, Mapping[str, Target]] = {
     "bf16": {"": Target(Dense("BF16"))},
@@ -85,6 +95,9 @@ TARGETS: Mapping[str, Mapping[str, Target]] = {
         "compressed-tensors-channel": COMPRESSED_FP8["channel"],
     },
     "int4": {"": Target(Packed(32), EXPERTS, table=partial(packed_table, 32))},
+    "int8": _experts_or_all(Int8(), int8_table),
+    "mxfp4": _experts_or_all(Mx(4), partial(mx_table, 4)),
+    "mxfp8": _experts_or_all(Mx(8), partial(mx_table, 8)),
 }
 
 
@@ -117,7 +130,6 @@ class Recipe:
             raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {known}")
         if self.shard_size <= 0:
             raise KconvertError(f"a shard size of {self.shard_size} bytes is not possible; the default is 5GB")
-
         if self.convention not in CONVENTIONS:
             raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
         if self.group_size <= 0 or self.group_size % 8:
@@ -152,18 +164,19 @@ class Recipe:
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
-        target = self._target
-        if target.takes(weight):
-            return self._packed(target.format, weight) if isinstance(target.format, Packed) else target.format
+        if self._target.takes(weight):
+            return self._fit(self._target.format, weight)
         return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
 
-    def _packed(self, format: Packed, weight: Weight) -> Packed:
-        """Codes that lie in the values are looked for wherever there may be any: not in values that were FP8."""
-        if weight.cols % self.group_size:
+    def _fit(self, format: Format, weight: Weight) -> Format:
+        """The format for this weight. INT4 codes are looked for where there may be any: not in values that were FP8."""
+        if isinstance(format, Packed | Mx) and weight.cols % (format.group_size or 1):
             raise KconvertError(
-                f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {self.group_size}"
+                f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
             )
-        return replace(format, exact=self.require_exact or isinstance(weight.format, Dense | Packed))
+        if isinstance(format, Packed):
+            return replace(format, exact=self.require_exact or isinstance(weight.format, Dense | Packed))
+        return format
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""

@@ -189,13 +189,9 @@ def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: I
         inputs.update(strategy="group", group_size=128)
     else:
         inputs.update(strategy="token")
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
-        "ignore": ignore_list(quantised, unquantised),
-    }
+    return compressed_table(
+        "float-quantized", {"weights": weights, "input_activations": inputs}, quantised, unquantised
+    )
 
 
 # What moonshotai's INT4 releases list since Kimi-K2-Thinking.
@@ -213,6 +209,34 @@ def packed_table(group_size: int, quantised: Iterable[str], unquantised: Iterabl
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
         "ignore": list(KIMI_IGNORE) if hit == unquantised else unquantised,
+    }
+
+
+def int8_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """compressed-tensors' preset INT8 (W8A8), for these Linears."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return compressed_table("int-quantized", {"weights": weights, "input_activations": inputs}, quantised, unquantised)
+
+
+def mx_table(bits: int, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """compressed-tensors' presets MXFP4A16 and MXFP8A16: quantised weights, and activations as they come."""
+    weights = {"num_bits": bits, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    scales = {"dynamic": False, "scale_dtype": "torch.uint8"}
+    format = "mxfp4-pack-quantized" if bits == 4 else "mxfp8-quantized"
+    return compressed_table(format, {"weights": {**weights, **scales}}, quantised, unquantised)
+
+
+def compressed_table(
+    format: str, group: Mapping[str, Any], quantised: Iterable[str], unquantised: Iterable[str]
+) -> dict[str, Any]:
+    """compressed-tensors' dialect with one config group for all the Linears that are quantised."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
+        "ignore": ignore_list(quantised, unquantised),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kconvert.formats import dense, fp8, packed
+from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed
 from kconvert.formats.base import Family, Format, Part
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise"]
 
-FAMILIES: tuple[Family, ...] = (dense, packed, fp8)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4)
 SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES))
 QUANTISED_SUFFIXES = SUFFIXES - dense.SUFFIXES
 

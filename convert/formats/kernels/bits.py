@@ -81,6 +81,13 @@ def largest_bits(tile: Any, group: Any) -> Any:
 
 
 @inline
+def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
+    """pairs u16 [n], two nibbles in the bytes of each, -> packed[group] u8 [n], the first one low."""
+    for j in range(pairs.shape[0]):
+        packed[group, j] = np.uint8(pairs[j] | (pairs[j] >> np.uint16(4)))
+
+
+@inline
 def widen_f16(f16: Any) -> Any:
     """f16 bits of a finite number -> f32, exact: the multiplication mends the exponent, of subnormals too."""
     bits = np.uint32(f16)

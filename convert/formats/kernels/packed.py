@@ -16,6 +16,7 @@ from kconvert.formats.kernels.bits import (
     inline,
     kernel,
     largest_bits,
+    pack_pairs,
     round_bf16,
     round_bits,
     round_like,
@@ -146,13 +147,6 @@ def _plausible(tile: Any, group: Any, bits: Any, lowest: Any) -> Any:
 
 
 @inline
-def _pack(pairs: Any, group: Any, packed: Any) -> None:
-    """Two codes in each u16 of `pairs` -> one byte."""
-    for j in range(pairs.shape[0]):
-        packed[group, j] = np.uint8(pairs[j] | (pairs[j] >> np.uint16(4)))
-
-
-@inline
 def _rule(amax: Any, divisor: Any, zero_scale: Any) -> Any:
     """bf16 bits of the scale by a convention's rule, from the bits of amax."""
     bits = U(round_bits(float_of(amax) / divisor) >> U(16))
@@ -174,7 +168,7 @@ def encode_rule(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: A
         bits = _rule(amax, divisor, zero_scale)
         scale[group] = np.uint16(bits)
         _quantise(tile, group, bits, lowest, rounds, codes)
-        _pack(pairs, group, packed)
+        pack_pairs(pairs, group, packed)
     return 0
 
 
@@ -227,5 +221,5 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
                 _quantise(tile, group, bits, lowest, rounds, codes)
                 inexact += 1
         scale[group] = np.uint16(bits)
-        _pack(pairs, group, packed)
+        pack_pairs(pairs, group, packed)
     return inexact

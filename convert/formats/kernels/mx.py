@@ -1,0 +1,116 @@
+"""Microscaling floats and NVFP4; see formats.mx and formats.nvfp4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from kconvert.formats.kernels.bits import amax_bits, bits_of, float_of, inline, kernel, pack_pairs, round_bf16
+from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
+
+U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
+INFINITE = U(0x7F800000)
+MAGNITUDE = U(0x7FFFFFFF)
+ONE = U(127 << 23)  # 1 as f32
+SIX = U(0x40C00000)  # 6 as f32, the largest e2m1
+TO_MAGIC = U(22 << 23)  # adding 2**22 times the binade leaves steps of half the binade
+REBIAS = np.float32(2.0**126)  # exponent bias of f32 less that of e2m1
+
+
+@inline
+def widen_e2m1(code: Any) -> Any:
+    """u8 nibble -> f32, exact. Read as f32, the shifted bits are the value times 2**-126."""
+    magnitude = float_of(U(U(code & np.uint8(7)) << U(22))) * REBIAS
+    return float_of(U(bits_of(magnitude) | U(U(code & np.uint8(8)) << U(28))))
+
+
+@inline
+def round_e2m1(value: Any) -> Any:
+    """f32 -> u8 nibble, the nearest e2m1, half to even, saturating at 6; zeros of either sign become +0; not for NaN.
+
+    The addition of `magic` does the rounding: a sum's lowest bit is worth one step of e2m1 in the value's binade.
+    """
+    bits = bits_of(value)
+    magnitude = U(min(U(bits & MAGNITUDE), SIX))
+    binade = U(max(U(magnitude & INFINITE), ONE))
+    magic = U(binade + TO_MAGIC)
+    steps = U(bits_of(float_of(magnitude) + float_of(magic)) - magic)
+    sign = U(8) if value < np.float32(0) else U(0)
+    return np.uint8(U(U(steps + U(U(binade - ONE) >> U(22))) | sign))
+
+
+@inline
+def power(biased: Any) -> Any:
+    """2 ** (biased - 127) as f32, for 0 to 254; the lowest is subnormal."""
+    return float_of(U(U(biased) << U(23)) if biased else U(1 << 22))
+
+
+@inline
+def mx_exponent(amax: Any, largest: Any) -> Any:
+    """The biased exponent of a scale, from the bits of amax; `largest` is the exponent of the largest code."""
+    rounded = min(np.int32(U(amax + U(1 << 21)) >> U(23)), np.int32(254))  # one more would be infinite
+    return U(max(rounded - np.int32(largest), np.int32(0)))
+
+
+@kernel
+def decode_mxfp4(packed: Any, scale: Any, tile: Any) -> None:
+    """packed u8 [groups, 16], scale u8 [groups] -> tile f32 [groups, 32]; the products are exact in bf16."""
+    for group in range(tile.shape[0]):
+        step = power(scale[group])
+        for j in range(packed.shape[1]):
+            byte = packed[group, j]
+            tile[group, 2 * j] = widen_e2m1(byte) * step
+            tile[group, 2 * j + 1] = widen_e2m1(np.uint8(byte >> np.uint8(4))) * step
+
+
+@kernel
+def decode_mxfp8(codes: Any, scale: Any, tile: Any) -> None:
+    """codes u8 [groups, 32], scale u8 [groups] -> tile f32 [groups, 32] = bf16(e4m3 * 2 ** (scale - 127))."""
+    for group in range(tile.shape[0]):
+        step = power(scale[group])
+        for i in range(tile.shape[1]):
+            tile[group, i] = round_bf16(widen_e4m3(codes[group, i]) * step)
+
+
+@kernel
+def encode_mxfp4(tile: Any, packed: Any, scale: Any) -> Any:
+    """tile f32 [groups, 32] -> packed u8 [groups, 16], scale u8 [groups]; -1 at a value that is not finite, else 0."""
+    codes = np.empty(tile.shape[1], np.uint8)
+    pairs = codes.view(np.uint16)
+    for group in range(tile.shape[0]):
+        amax = amax_bits(tile, group)
+        if amax >= INFINITE:
+            return -1
+        exponent = mx_exponent(amax, 2)
+        scale[group] = np.uint8(exponent)
+        inverse = power(U(U(254) - exponent))
+        for i in range(tile.shape[1]):
+            codes[i] = round_e2m1(round_bf16(tile[group, i] * inverse))
+        pack_pairs(pairs, group, packed)
+    return 0
+
+
+@kernel
+def encode_mxfp8(tile: Any, codes: Any, scale: Any) -> Any:
+    """tile f32 [groups, 32] -> codes u8 [groups, 32], scale u8 [groups]; -1 at a value that is not finite, else 0."""
+    for group in range(tile.shape[0]):
+        amax = amax_bits(tile, group)
+        if amax >= INFINITE:
+            return -1
+        exponent = mx_exponent(amax, 8)
+        scale[group] = np.uint8(exponent)
+        inverse = power(U(U(254) - exponent))
+        for i in range(tile.shape[1]):
+            codes[group, i] = round_e4m3(tile[group, i] * inverse)
+    return 0
+
+
+@kernel
+def decode_nvfp4(packed: Any, scale: Any, global_scale: Any, tile: Any) -> None:
+    """packed u8 [groups, 8], scale u8 [groups] of e4m3 bits, f32 -> tile f32 [groups, 16] = bf16(e2m1 * (scale / global))."""
+    for group in range(tile.shape[0]):
+        step = widen_e4m3(scale[group]) / global_scale
+        for j in range(packed.shape[1]):
+            byte = packed[group, j]
+            tile[group, 2 * j] = round_bf16(widen_e2m1(byte) * step)
+            tile[group, 2 * j + 1] = round_bf16(widen_e2m1(np.uint8(byte >> np.uint8(4))) * step)

@@ -1,0 +1,109 @@
+"""Microscaling floats of the Open Compute Project (OCP MX 1.0): 32 columns share a scale that is a power of two.
+
+| format | tensor | dtype, shape |
+|---|---|---|
+| mxfp4 (`mxfp4-pack-quantized`) | weight_packed | U8 [out, in / 2]; e2m1 codes, the first column in the low nibble |
+| mxfp8 (`mxfp8-quantized`) | weight | F8_E4M3 [out, in] |
+| both | weight_scale | U8 or F8_E8M0 [out, in / 32]; the exponent + 127 |
+| both | input_scale, input_global_scale | static activations only: read past, they say nothing about the weight |
+
+e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value of a weight: bf16(code * 2^(scale - 127)).
+Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
+largest code (2 or 8); code = value / scale, half to even, saturating. MX 1.0 always rounds the exponent down; this is
+compressed-tensors' `generate_mx_scales`. A negative value that rounds to zero is -0, and -0 itself is +0 in e2m1.
+Sources: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf;
+https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compressors/mxfp8`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kconvert.formats.base import Part
+
+if TYPE_CHECKING:
+    from kconvert.checkpoint.config import Scheme
+    from kconvert.formats.base import Bytes, Tile
+
+GROUP = 32
+ACTIVATIONS = frozenset({"input_scale", "input_global_scale"})
+SUFFIXES = frozenset({"weight_packed", "weight", "weight_scale"}) | ACTIVATIONS
+FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Mx:
+    """`bits` is 4 or 8. `activations` are (suffix, dtype, shape) of tensors beside it that describe activations."""
+
+    bits: int
+    scale_dtype: str = "U8"
+    activations: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+
+    @property
+    def label(self) -> str:
+        return f"mxfp{self.bits}"
+
+    @property
+    def group_size(self) -> int:
+        return GROUP
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        packed = (
+            Part("weight_packed", "U8", (rows, cols // 2))
+            if self.bits == 4
+            else Part("weight", "F8_E4M3", (rows, cols))
+        )
+        scale = Part("weight_scale", self.scale_dtype, (rows, cols // GROUP), values="positive")
+        return packed, scale, *(Part(suffix, dtype, shape, every=None) for suffix, dtype, shape in self.activations)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        from kconvert.formats.kernels import mx as kernels
+
+        kernel = kernels.decode_mxfp4 if self.bits == 4 else kernels.decode_mxfp8
+        kernel(parts[0].reshape(-1, GROUP * self.bits // 8), parts[1], tile.reshape(-1, GROUP))
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import mx as kernels
+
+        kernel = kernels.encode_mxfp4 if self.bits == 4 else kernels.encode_mxfp8
+        if kernel(tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP * self.bits // 8), parts[1]):
+            raise ValueError("it has a value that is not finite")
+        return 0
+
+
+def from_scheme(scheme: Scheme) -> Mx | None:
+    """See formats.base.Family."""
+    bits = FORMATS.get(scheme.format)
+    if (scheme.num_bits, scheme.type, scheme.strategy, scheme.group_size) != (bits, "float", "group", GROUP):
+        return None
+    return Mx(bits) if bits and scheme.symmetric else None
+
+
+def recognise(
+    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
+) -> tuple[Mx, tuple[int, int]]:
+    """See formats.base.Family."""
+    if scheme is None:
+        raise ValueError("config.json declares no quantisation for it")
+    format = from_scheme(scheme)
+    if format is None:
+        raise ValueError(f"its scheme {scheme} is not supported; supported: mxfp4 and mxfp8, group 32")
+    codes = "weight_packed" if format.bits == 4 else "weight"
+    for suffix in (codes, "weight_scale"):
+        if suffix not in found:
+            raise ValueError(f"it has no {suffix}")
+    if surplus := found.keys() - {codes, "weight_scale"} - ACTIVATIONS:
+        raise ValueError(f"it has both {codes} and {surplus.pop()}")
+    own_shape = found[codes][1]
+    if len(own_shape) != 2:
+        raise ValueError(f"its {codes} {list(own_shape)} is not a matrix")
+    shape = shape or (own_shape[0], own_shape[1] * 8 // format.bits)
+    if shape[1] % GROUP:
+        raise ValueError(f"its {shape[1]} columns do not divide into groups of {GROUP}")
+    scale_dtype = found["weight_scale"][0]
+    if scale_dtype not in ("U8", "F8_E8M0"):
+        raise ValueError(f"its weight_scale is {scale_dtype}, not U8 or F8_E8M0")
+    activations = tuple((suffix, *found[suffix]) for suffix in sorted(ACTIVATIONS & found.keys()))
+    return Mx(format.bits, scale_dtype, activations), shape

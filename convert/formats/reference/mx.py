@@ -1,0 +1,59 @@
+"""Microscaling floats and NVFP4; see formats.mx and formats.nvfp4."""
+
+from __future__ import annotations
+
+import torch
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def unpack_e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """u8 [rows, cols / 2], low nibble first -> f32 values [rows, cols]; nibble 8 is -0."""
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
+    return table[torch.stack((packed & 15, packed >> 4), -1).flatten(-2).long()]
+
+
+def round_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """f32 or bf16 -> u8 codes of the nearest e2m1, half to even, saturating; zeros of either sign become +0."""
+    table = torch.tensor(E2M1, device=values.device)
+    between = (table[1:] + table[:-1]) / 2
+    magnitudes = values.abs().float().contiguous()
+    # Ties go to the even code: at or above an odd code's lower bound it must be above, at an even one's at suffices.
+    above = torch.searchsorted(between, magnitudes, right=False)
+    ties = torch.isin(magnitudes, between) & (above % 2 == 1)
+    return ((above + ties) | ((values < 0).long() << 3)).to(torch.uint8)
+
+
+def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes u8 [rows, cols / 2] of e2m1 or float8_e4m3fn [rows, cols], scale u8 [rows, cols / 32] -> bf16 [rows, cols].
+
+    bf16(f32(code) * 2 ** (scale - 127)): exact before the rounding.
+    """
+    values = unpack_e2m1(codes) if codes.dtype == torch.uint8 else codes.float()
+    step = torch.pow(2.0, scale.double() - 127).float().unsqueeze(-1)
+    return (values.view(*scale.shape, -1) * step).flatten(-2).bfloat16()
+
+
+def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """u8 [rows, cols / 2], float8_e4m3fn [rows, cols / 16], f32 -> bf16 [rows, cols] = bf16(code * (scale / global))."""
+    step = (scale.float() / global_scale.float()).unsqueeze(-1)
+    return (unpack_e2m1(packed).view(*scale.shape, -1) * step).flatten(-2).bfloat16()
+
+
+def encode(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
+
+    The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those
+    of the quotient value / scale, a bf16.
+    """
+    groups = weight.view(len(weight), -1, 32)
+    mantissa, exponent = torch.frexp(groups.abs().amax(-1).double())  # mantissa in [0.5, 1), 0 for 0
+    power = exponent - 1 + (mantissa >= 0.875).int()
+    power = torch.where(mantissa == 0, torch.full_like(power, -200), power)
+    scale = (power.clamp(max=127) - (2 if bits == 4 else 8)).clamp(min=-127)
+    quotient = (groups.double() / torch.pow(2.0, scale.double()).unsqueeze(-1)).bfloat16().flatten(-2)
+    stored = (scale + 127).to(torch.uint8)
+    if bits == 8:
+        return quotient.float().clamp(-448, 448).to(torch.float8_e4m3fn), stored
+    codes = round_e2m1(quotient)
+    return codes[:, ::2] | (codes[:, 1::2] << 4), stored
