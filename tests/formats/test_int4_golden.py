@@ -9,8 +9,8 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kconvert.formats.dense import Dense
 from kconvert.formats.conventions import KIMI
+from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
 from safetensors.torch import load_file
 
