@@ -8,9 +8,10 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import gc
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from kconvert.checkpoint.source import open_checkpoint
@@ -27,12 +28,26 @@ StrPath = str | os.PathLike[str]
 
 def inspect(source: StrPath, revision: str | None = None) -> Model:
     """What the checkpoint in directory `source` is: weights with role, shape and format, and the rest."""
-    return understand(open_checkpoint(source, revision))
+    with _collector_paused():
+        return understand(open_checkpoint(source, revision))
 
 
 def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     """What a conversion will write, byte for byte; reads headers only."""
-    return make_plan(inspect(source, revision), recipe)
+    with _collector_paused():
+        return make_plan(understand(open_checkpoint(source, revision)), recipe)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A large checkpoint is a million small objects that all stay; the collector would walk them over and over."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[str]:

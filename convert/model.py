@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from kconvert import formats
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import QuantizationConfig
+from kconvert.checkpoint.config import QuantizationConfig, Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
@@ -92,9 +92,22 @@ def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
     return format.parts(rows, cols)
 
 
+@lru_cache(maxsize=4096)
+def _recognise(
+    scheme: Scheme | None, facts: tuple[tuple[str, str, tuple[int, ...]], ...], shape: tuple[int, int] | None
+) -> tuple[Format, int, int, tuple[Part, ...]]:
+    """`formats.recognise` and the parts, of (suffix, dtype, shape) triples; shared for the same reason."""
+    found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
+    format, (rows, cols) = formats.recognise(scheme, found, shape)
+    return format, rows, cols, parts_of(format, rows, cols)
+
+
+DIGITS = re.compile(r"(\d+)")
+
+
 def natural_key(name: str) -> list[str | int]:
     """Sorts layer 2 before layer 10."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
+    return [int(piece) if piece.isdigit() else piece for piece in DIGITS.split(name)]
 
 
 def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
@@ -159,9 +172,8 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
     try:
-        facts = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in found.items()}
-        format, (rows, cols) = formats.recognise(scheme, facts, shape)
-        parts = parts_of(format, rows, cols)
+        facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
+        format, rows, cols, parts = _recognise(scheme, facts, shape)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
     tensors = []

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
@@ -61,6 +61,9 @@ class Transcode:
         """(name, dtype, shape) of what it writes."""
         return [(f"{self.name}.{part.suffix}", part.dtype, part.shape) for part in self.target_parts]
 
+    def placed(self, writes: tuple[Place, ...]) -> Transcode:
+        return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes)
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -79,6 +82,9 @@ class Copy:
     @property
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         return [(self.name, self.dtype, self.shape)]
+
+    def placed(self, writes: tuple[Place, ...]) -> Copy:
+        return Copy(self.name, self.dtype, self.shape, self.reads, writes)
 
 
 Step: TypeAlias = Transcode | Copy
@@ -252,7 +258,7 @@ def place(
         raise KconvertError(
             "two weights have the same name in the output; this is a fault of kconvert, please report it"
         )
-    steps = tuple(replace(draft, writes=tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
+    steps = tuple(draft.placed(tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
     return steps, tuple(shards)
 
 

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from kconvert.errors import KconvertError
@@ -63,8 +64,13 @@ class QuantizationConfig:
 def matches(module: str, pattern: str) -> bool:
     """compressed-tensors' rule: `re:` patterns match from the start of the module's name, others are the whole name."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return _compiled(pattern).match(module) is not None
     return pattern == module
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern[3:])
 
 
 def quantization_tables(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
