@@ -42,7 +42,8 @@ class Packed:
     """`group_size` columns share a scale, None: the whole row. `shape_dtype` None: there is no weight_shape tensor.
 
     How values become codes is no part of the encoding, so formats that differ in this are equal: the `convention`; `exact`:
-    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error.
+    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error;
+    `mse`: of a few scales the one with the least squared error (conventions.DIVISORS).
     """
 
     group_size: int | None
@@ -53,6 +54,7 @@ class Packed:
     scale_dtype: str = "BF16"
     ordered: bool = False
     exact: bool = field(default=False, compare=False)
+    mse: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
 
     @property
@@ -100,7 +102,8 @@ class Packed:
             raise NotImplementedError(f"nothing is written as {self.label}")
         groups = tile.reshape(-1, self.group_size or tile.shape[1])
         rule = self.convention
-        kernel = kernels.encode_exact if self.exact else kernels.encode_rule
+        by_scale = kernels.encode_mse if self.mse else kernels.encode_rule
+        kernel = kernels.encode_exact if self.exact else by_scale
         lost: int = kernel(
             groups,
             groups.dtype.type(rule.divisor),

@@ -95,6 +95,10 @@ def test_kernels_reference_and_compressed_tensors_quantise_alike(
     assert lost == 0
     assert torch.equal(tensors["weight_scale"], scale)
     assert torch.equal(bits_of(tensors[name]), bits_of(codes))
+    searched, _ = codec.encode(Mx(bits, mse=True), weight)
+    best, best_scale = reference.encode(weight, bits, mse=True)
+    assert torch.equal(searched["weight_scale"], best_scale)
+    assert torch.equal(bits_of(searched[name]), bits_of(best))
     theirs = compress(weight, bits)
     assert torch.equal(scale, theirs["weight_scale"])
     assert torch.equal(bits_of(codes), bits_of(theirs[name]))
