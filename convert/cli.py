@@ -17,7 +17,7 @@ import click
 from kconvert import __version__
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.recipe import TARGETS
+from kconvert.recipe import SCALES, TARGETS
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -174,6 +174,15 @@ def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
     _convert(source, destination, to="bf16", expect="fp8", **options)
 
 
+scales_option = click.option(
+    "--scales",
+    type=click.Choice(SCALES),
+    default="amax",
+    show_default=True,
+    help="INT4 and MX: by the largest value, or the best of a few by squared error.",
+)
+
+
 def packed_options(function: Command) -> Command:
     """Options of INT4."""
     options = [
@@ -187,6 +196,7 @@ def packed_options(function: Command) -> Command:
         click.option(
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
+        scales_option,
         click.option("--require-exact", is_flag=True, help="INT4: stop at values that no codes and scale reproduce."),
     ]
     return _apply(options, function)
@@ -246,12 +256,13 @@ def _convert(
     convention: str = "kimi",
     group_size: int = 32,
     require_exact: bool = False,
+    scales: str = "amax",
     **options: Any,
 ) -> None:
     import kconvert
 
     recipe = kconvert.Recipe(
-        to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact
+        to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact, scales
     )
     _carry_out(kconvert.plan(source, recipe), destination, **options)
 

@@ -160,6 +160,7 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         "manifest": model.manifest.name,
         "to": recipe.to,
         **({"layout": recipe.layout} if recipe.layout else {}),
+        **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
         "parameters": model.parameters,
         "weights": dict(format_counts(model.weights)),
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)

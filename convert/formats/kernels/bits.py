@@ -100,10 +100,20 @@ def error_unit(amax: Any) -> Any:
 
 
 @inline
-def squared_error(value: Any, served: Any, unit: Any) -> Any:
-    """(value - served)^2 in units of amax, as a fixed-point i64: integers have the same sum in any order."""
+def error_places(size: Any) -> Any:
+    """The fixed point of squared errors: the sum of `size` of them, each below 4, stays below 2^31."""
+    places = np.float32(2.0**29)
+    while size > 1:
+        places *= np.float32(0.5)
+        size = (size + 1) >> 1
+    return places
+
+
+@inline
+def squared_error(value: Any, served: Any, unit: Any, places: Any) -> Any:
+    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order."""
     error = (value - served) * unit
-    return np.int64(np.int32(error * error * np.float32(2.0**24)))
+    return np.int32(error * error * places)
 
 
 @inline

@@ -8,6 +8,7 @@ import numpy as np
 from kconvert.formats.kernels.bits import (
     amax_bits,
     bits_of,
+    error_places,
     error_unit,
     float_of,
     inline,
@@ -81,12 +82,12 @@ def decode_mxfp8(codes: Any, scale: Any, tile: Any) -> None:
 def _error(tile: Any, group: Any, exponent: Any, bits: Any, unit: Any) -> Any:
     """The group's squared error under a scale, see bits.squared_error."""
     step, inverse = power(exponent), power(U(U(254) - exponent))
-    error = np.int64(0)
+    error, places = np.int32(0), error_places(tile.shape[1])
     for i in range(tile.shape[1]):
         value = tile[group, i]
         quotient = round_bf16(value * inverse)
         served = widen_e2m1(round_e2m1(quotient)) if bits == 4 else widen_e4m3(round_e4m3(quotient))
-        error += squared_error(value, round_bf16(served * step), unit)
+        error = np.int32(error + squared_error(value, round_bf16(served * step), unit, places))
     return error
 
 

@@ -13,6 +13,7 @@ from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
     amax_bits,
     bits_of,
+    error_places,
     error_unit,
     float_of,
     inline,
@@ -232,11 +233,11 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
 def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any) -> Any:
     """The group's squared error under a scale, see bits.squared_error."""
     step = _step(bits)
-    error = np.int64(0)
+    error, places = np.int32(0), error_places(tile.shape[1])
     for i in range(tile.shape[1]):
         value = tile[group, i]
         served = round_bf16((_shifted(value, step, lowest, rounds) - SHIFT) * step)
-        error += squared_error(value, served, unit)
+        error = np.int32(error + squared_error(value, served, unit, places))
     return error
 
 

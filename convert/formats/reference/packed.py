@@ -90,11 +90,15 @@ def _error(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch
 
 
 def squared_error(groups: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
-    """f32 [..., g] twice -> int64 [...], the sum of the squares in units of the power of two in amax, each cut to 2^-24."""
+    """f32 [..., g] twice -> int64 [...]: the sum of the squared errors in units of the power of two in amax.
+
+    In fixed point, so that the order of the sum is nothing: as many places as keep the sum of g squares below 2^31.
+    """
     _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True).double())
     unit = torch.pow(2.0, 1.0 - exponent.clamp(min=-126).double()).float()
     error = (groups - served) * unit
-    return (error * error * 2.0**24).to(torch.int32).long().sum(-1)
+    places = 29 - (groups.shape[-1] - 1).bit_length()
+    return (error * error * 2.0**places).to(torch.int32).long().sum(-1)
 
 
 def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:
