@@ -100,7 +100,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
-    shape = part.shape if part.every is None else (-1, *part.shape[1:])
+    shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
     return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
 
 

@@ -179,7 +179,7 @@ def fate_of(step: Transcode) -> str:
 
     `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
     """
-    if step.target == Dense("BF16"):
+    if isinstance(step.target, Dense) and step.target.dtype == "BF16":
         return "lossless"
     return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
 

@@ -178,7 +178,7 @@ class Recipe:
         """What spells this weight in the output."""
         if self._target.takes(weight):
             return self._fit(self._target.format, weight)
-        return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
+        return weight.format if isinstance(weight.format, Dense) else self._fit(Dense("BF16"), weight)
 
     def _fit(self, format: Format, weight: Weight) -> Format:
         """The format for this weight. INT4 codes are looked for where there may be any: not in values that were FP8."""
@@ -186,6 +186,13 @@ class Recipe:
             raise KconvertError(
                 f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
             )
+        stack = weight.format.stack if isinstance(weight.format, Packed | Dense) else None
+        if stack is not None:
+            if not isinstance(format, Packed | Dense):
+                raise KconvertError(
+                    f"weight {weight.name!r} is a stack of {stack} matrices; stacks go to bf16 or int4 only"
+                )
+            format = replace(format, stack=stack)
         mse = self.scales == "mse"
         if isinstance(format, Packed):
             may_be_exact = self.require_exact or isinstance(weight.format, Dense | Packed)
