@@ -25,14 +25,14 @@ __all__ = ["CheckFailed", "KconvertError", "Model", "Plan", "Recipe", "Report", 
 StrPath = str | os.PathLike[str]
 
 
-def inspect(source: StrPath) -> Model:
+def inspect(source: StrPath, revision: str | None = None) -> Model:
     """What the checkpoint in directory `source` is: weights with role, shape and format, and the rest."""
-    return understand(open_checkpoint(source))
+    return understand(open_checkpoint(source, revision))
 
 
-def plan(source: StrPath, recipe: Recipe) -> Plan:
+def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     """What a conversion will write, byte for byte; reads headers only."""
-    return make_plan(inspect(source), recipe)
+    return make_plan(inspect(source, revision), recipe)
 
 
 def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[str]:
@@ -44,7 +44,7 @@ def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[s
     if plan.source is not None:
         check_paths(plan.source.root, target)
     finished = finished_shards(target, plan, overwrite)
-    check_space(plan, target, finished)
+    check_space(plan, target, finished, overwrite)
     return finished
 
 

@@ -66,6 +66,7 @@ def main() -> None:
 
 
 directory = click.Path(file_okay=False, path_type=Path)
+revision_option = click.option("--revision", help="Revision of SRC, when that is a repository of the Hub's cache.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
@@ -80,6 +81,7 @@ def output_options(function: Command) -> Command:
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST."),
         json_option,
         quiet_option,
+        click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),
     ]
     return _apply(options, function)
 
@@ -101,8 +103,9 @@ def _apply(options: Sequence[Callable[[Command], Command]], function: Command) -
 
 @main.command()
 @click.argument("source", metavar="SRC", type=directory)
+@revision_option
 @json_option
-def inspect(source: Path, as_json: bool) -> None:
+def inspect(source: Path, revision: str | None, as_json: bool) -> None:
     """Say what SRC is: family, sizes, formats, roles and findings.
 
     \b
@@ -111,7 +114,7 @@ def inspect(source: Path, as_json: bool) -> None:
     import kconvert
     from kconvert.summary import summarise
 
-    summary = summarise(kconvert.inspect(source))
+    summary = summarise(kconvert.inspect(source, revision))
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
 
 
@@ -120,6 +123,7 @@ def conversion(function: Command) -> Command:
 
     @click.argument("source", metavar="SRC", type=directory)
     @click.argument("destination", metavar="DST", type=directory)
+    @revision_option
     @selection_options
     @output_options
     @wraps(function)
@@ -249,6 +253,7 @@ def _convert(
     *,
     to: str,
     expect: str | None,
+    revision: str | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     shard_size: int,
@@ -264,7 +269,7 @@ def _convert(
     recipe = kconvert.Recipe(
         to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact, scales
     )
-    _carry_out(kconvert.plan(source, recipe), destination, **options)
+    _carry_out(kconvert.plan(source, recipe, revision), destination, **options)
 
 
 def _carry_out(
@@ -277,6 +282,7 @@ def _carry_out(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
 ) -> None:
     import kconvert
     from kconvert.summary import Outcome, describe_plan
@@ -286,6 +292,8 @@ def _carry_out(
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, overwrite=overwrite)
         return
+    if verbose and not as_json:
+        click.echo(description.as_text())
     started = time.monotonic()
     with progress(plan.output_bytes, quiet) as advance:
         inexact = kconvert.convert(
@@ -318,9 +326,9 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
     import dataclasses
 
     import kconvert
-    from kconvert.checkpoint.source import open_checkpoint
 
-    with progress(int(open_checkpoint(output).nbytes * sample), quiet) as advance:
+    total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    with progress(int(total * sample), quiet) as advance:
         report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report), indent=2))

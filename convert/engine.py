@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,10 +66,9 @@ class Limits:
 
     def peak(self, plan: Plan) -> int:
         """What a run of `plan` needs in bytes of RAM, about."""
-        shapes = {replace(step, name="", reads=(), writes=()) for step in plan.steps if isinstance(step, Transcode)}
-        return BASE_MEMORY + self.threads * max(
-            (_footprint(step, self.task_bytes) for step in shapes), default=MAX_TASK
-        )
+        kinds = {(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}
+        footprints = [_footprint(step, self.task_bytes) for step in kinds.values()]
+        return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
 
 
 class Buffers:
@@ -115,6 +114,7 @@ class Run:
         self._done = frozenset(self.journal.finished)
         tasks = self._tasks()
         try:
+            self._finish_empty()
             with ThreadPoolExecutor(self.limits.threads, thread_name_prefix="worker") as pool:
                 workers = [pool.submit(self._work, tasks) for _ in range(self.limits.threads)]
                 try:
@@ -125,6 +125,13 @@ class Run:
         finally:
             for writer in self._writers.values():
                 writer.abandon()
+
+    def _finish_empty(self) -> None:
+        """Shards whose tensors have no elements are complete with their headers."""
+        for shard in self.plan.shards:
+            if shard.is_empty and shard.name not in self._done:
+                self._begin(shard.name)
+                self._finish(shard.name)
 
     def _tasks(self) -> Iterator[Task]:
         for step in self.plan.steps:
@@ -205,16 +212,22 @@ class Run:
         with self._lock:
             writer = self._writers.get(file)
             if writer is None:
-                shard = self._shards[file]
-                path = self.journal.destination / file
-                writer = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
-                self._writers[file] = writer
+                writer = self._begin(file)
         if writer.write(data.data, offset):
-            writer.commit()
-            with self._lock:
-                del self._writers[file]
-            self.journal.record(file)
+            self._finish(file)
         self.advance(len(data))
+
+    def _begin(self, file: str) -> ShardWriter:
+        shard = self._shards[file]
+        path = self.journal.destination / file
+        self._writers[file] = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+        return self._writers[file]
+
+    def _finish(self, file: str) -> None:
+        self._writers[file].commit()
+        with self._lock:
+            del self._writers[file]
+        self.journal.record(file)
 
 
 def row_unit(step: Transcode) -> int:

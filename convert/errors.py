@@ -1,4 +1,4 @@
-"""The two ways a command ends badly; `cli` turns them into one sentence and an exit code."""
+"""The two ways a command ends badly; `cli` turns them into one sentence and an exit code. How messages spell bytes."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def explain_os_error(error: OSError, doing: str) -> KconvertError:
         errno.EROFS: "; the file system is mounted read-only",
     }.get(error.errno or 0, "")
     return KconvertError(f"{doing}{where}: {error.strerror or error}{advice}")
+
+
+def human(nbytes: float) -> str:
+    """3_456_000_000 -> '3.46 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"

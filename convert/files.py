@@ -29,12 +29,12 @@ def open_direct(path: Path, flags: int) -> int:
 
 def read_at(descriptor: int, buffer: memoryview, offset: int, needed: int) -> int:
     """Read from `offset` until at least `needed` bytes are in `buffer` or the file ends; returns how many there are."""
-    done = 0
+    done, refused = 0, False
     while done < needed:
         try:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            _leave_direct(descriptor, error)
+            refused = _leave_direct(descriptor, error, refused)
             continue
         if count == 0:
             break
@@ -44,26 +44,29 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, needed: int) -> in
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
-    done = 0
+    done, refused = 0, False
     while done < len(data):
         try:
             done += os.pwrite(descriptor, data[done:], offset + done)
         except OSError as error:
-            _leave_direct(descriptor, error)
+            refused = _leave_direct(descriptor, error, refused)
 
 
-def _leave_direct(descriptor: int, error: OSError) -> None:
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if error.errno != errno.EINVAL or not flags & O_DIRECT:
+def _leave_direct(descriptor: int, error: OSError, refused: bool) -> bool:
+    """Make the descriptor go through the page cache from now on; another thread may have done so in the meantime."""
+    if error.errno != errno.EINVAL or refused:
         raise error
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~O_DIRECT)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~O_DIRECT)
+    return True
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
     """Take the disk space now: a full disk shows before the work, and parallel writes need not extend the file."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(descriptor, 0, nbytes)
-    else:
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
         os.ftruncate(descriptor, nbytes)
 
 
@@ -79,6 +82,7 @@ def sync_directory(path: Path) -> None:
 def write_file(path: Path, partial: Path, data: bytes) -> None:
     """A small file, whole or not at all; `partial` is its name until then. An OSError becomes a KconvertError."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()

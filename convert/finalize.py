@@ -19,9 +19,7 @@ def finalize(plan: Plan, journal: Journal) -> None:
     for name in plan.side_files:
         _copy(plan, journal, name)
     for name, text in plan.texts.items():
-        target = journal.destination / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, journal.partial(name), text)
+        write_file(journal.destination / name, journal.partial(name), text)
 
 
 def _copy(plan: Plan, journal: Journal, name: str) -> None:

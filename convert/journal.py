@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from kconvert.checkpoint.source import INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import write_file
 from kconvert.plan import Plan
@@ -26,25 +26,30 @@ class Journal:
 
     def __init__(self, destination: Path, plan: Plan, overwrite: bool) -> None:
         self.destination = destination
-        self.finished = finished_shards(destination, plan, overwrite)
         self._state = destination / STATE_DIR
         self._lock = threading.Lock()
         try:
             self._state.mkdir(parents=True, exist_ok=True)
             self._held = self._take_lock()
             try:
-                self._clear(overwrite)
-                lines = [
-                    _head(plan),
-                    *({"shard": name, **_looks(destination / name)} for name in sorted(self.finished)),
-                ]
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
+                self.finished = finished_shards(destination, plan, overwrite)
+                self._begin(plan, overwrite)
             except BaseException:
                 os.close(self._held)
                 raise
         except OSError as error:
             raise explain_os_error(error, f"cannot write to {destination}") from None
+
+    def _begin(self, plan: Plan, overwrite: bool) -> None:
+        """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
+        if len(self.finished) < len(plan.shards):
+            for name in (CONFIG_NAME, INDEX_NAME):
+                (self.destination / name).unlink(missing_ok=True)
+        for path in stale_files(self.destination, self.finished, overwrite):
+            path.unlink(missing_ok=True)
+        lines = [_head(plan), *(self._record_of(shard) for shard in sorted(self.finished))]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
 
     def partial(self, name: str) -> Path:
         """Where the file called `name` lies until it is complete."""
@@ -52,12 +57,18 @@ class Journal:
 
     def record(self, shard: str) -> None:
         """Note that `shard` is complete, durable and under its name."""
-        with self._lock:
-            with open(self._state / JOURNAL, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"shard": shard, **_looks(self.destination / shard)}) + "\n")
+        path = self._state / JOURNAL
+        try:
+            with self._lock, open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self._record_of(shard)) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            self.finished.add(shard)
+                self.finished.add(shard)
+        except OSError as error:
+            raise explain_os_error(error, f"cannot write {path}") from None
+
+    def _record_of(self, shard: str) -> dict[str, object]:
+        return {"shard": shard, **_looks(self.destination / shard)}
 
     def _take_lock(self) -> int:
         held = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -69,14 +80,6 @@ class Journal:
                 f"another kconvert is writing to {self.destination}; wait for it, or choose another directory"
             ) from None
         return held
-
-    def _clear(self, overwrite: bool) -> None:
-        """Remove what a killed run left unfinished, and on `overwrite` the checkpoint in DST; nothing else."""
-        stale = list(self._state.glob("*.part"))
-        if overwrite:
-            stale += [*self.destination.glob("*.safetensors"), self.destination / INDEX_NAME]
-        for path in stale:
-            path.unlink(missing_ok=True)
 
     def __enter__(self) -> Journal:
         return self
@@ -92,11 +95,13 @@ def finished_shards(destination: Path, plan: Plan, overwrite: bool) -> set[str]:
 
     KconvertError when DST holds anything else, unless the user said to `overwrite` it.
     """
-    if overwrite or not destination.exists():
+    if not destination.exists():
         return set()
     advice = "choose another directory, or --overwrite to replace the checkpoint in it"
     try:
         lines = _read_lines(destination / STATE_DIR / JOURNAL)
+        if overwrite and lines[:1] != [_head(plan)]:
+            return set()
         if not lines:
             foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
             if foreign is not None:
@@ -112,6 +117,14 @@ def finished_shards(destination: Path, plan: Plan, overwrite: bool) -> set[str]:
         raise explain_os_error(error, f"cannot read {destination}") from None
 
 
+def stale_files(destination: Path, finished: set[str], overwrite: bool) -> list[Path]:
+    """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST; nothing else."""
+    stale = list((destination / STATE_DIR).glob("*.part"))
+    if overwrite:
+        stale += [path for path in destination.glob("*.safetensors") if path.name not in finished]
+    return stale
+
+
 def _head(plan: Plan) -> dict[str, object]:
     return {"plan": plan.hash, "source": plan.stamp}
 
@@ -125,9 +138,10 @@ def _read_lines(path: Path) -> list[dict[str, object]]:
     """The journal's records; a last line that a crash cut short is no record."""
     lines: list[dict[str, object]] = []
     if path.exists():
-        for text in path.read_text("utf-8").splitlines():
+        for text in path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 break
+            lines.append(line if isinstance(line, dict) else {})
     return lines

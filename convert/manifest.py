@@ -1,6 +1,7 @@
 """Model manifests: what tensors a model family has, by name, role, dtype and shape.
 
-A manifest is a TOML file in `kconvert/manifests`. Bound to a config.json it knows every name that a sound checkpoint has.
+A manifest is a TOML file in the package `kconvert.manifests`, which says how one is written. Bound to a config.json it knows
+every name that a sound checkpoint has.
 """
 
 from __future__ import annotations
@@ -8,51 +9,78 @@ from __future__ import annotations
 import ast
 import copy
 import itertools
+import math
 import operator
-import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
+from functools import cached_property
+from string import Formatter
 from typing import Any
 
+from kconvert.checkpoint.config import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-GENERIC = "generic"
-PLACEHOLDER = re.compile(r"\{([a-z_.]+)\}")
-NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]*)(?![^.])")
+# Kimi-K2 has 70,000. A config.json that describes more than this is damaged, and its names would fill the memory.
+MAX_NAMES = 4_000_000
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One family of names: a Linear (`dtype` None: any encoding may spell it), or a tensor that is never quantised."""
+    """One family of names: a Linear (`dtype` None: any encoding may spell it), or a tensor that is never quantised.
+
+    It holds for models whose config.json has a true value at key `when` and none at `unless`. An `optional` name may be
+    missing: always, or when the key that it names is true.
+    """
 
     name: str
     role: str
     shape: tuple[str, ...]
     dtype: str | None = None
+    when: str | None = None
+    unless: str | None = None
+    optional: bool | str = False
+
+    @property
+    def placeholders(self) -> list[str]:
+        return [field for _, field, _, _ in Formatter().parse(self.name) if field is not None]
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        return (self.when is None or bool(lookup(config, self.when))) and not (
+            self.unless is not None and lookup(config, self.unless)
+        )
+
+    def may_be_missing(self, config: Mapping[str, Any]) -> bool:
+        return bool(lookup(config, self.optional)) if isinstance(self.optional, str) else self.optional
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The numbers that a placeholder stands for: a `range` of expressions, or the `list` at a key of config.json, which
+    counts from `first`; but none of those that the index `without` has."""
+
+    range: tuple[str, ...] = ()
+    list: str | None = None
+    first: int = 0
+    without: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A name that a rule owns, its numbers by axis, and the shape that the model's dimensions give it."""
+    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it."""
 
     rule: Rule
-    indices: Mapping[str, int]
     shape: tuple[int, ...]
+    layer: int | None = None
+    expert: int | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A model family. `dims` maps symbols to keys of config.json, `indices` placeholders to ranges over the symbols,
-    `limits` other keys of config.json to the symbol that bounds them.
+    """A model family; the fields are those of the TOML file.
 
     `accepts_any` (the generic manifest) demands no names. `config`, `side_files` (name -> text) and `shard_name` are what
     `kconvert sample` writes.
@@ -61,68 +89,217 @@ class Manifest:
     name: str
     model_types: tuple[str, ...]
     accepts_any: bool
+    config_key: str | None
+    prefix: str
+    plain_prefixes: tuple[str, ...]
+    plain_method: str | None
+    optional_layers: str | None
     dims: Mapping[str, str]
-    indices: Mapping[str, tuple[str, str]]
+    defaults: Mapping[str, str]
+    indices: Mapping[str, Index]
     limits: Mapping[str, str]
     rules: tuple[Rule, ...]
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     side_files: Mapping[str, str]
     shard_name: str
 
-    def resize(self, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    def section(self, config: dict[str, Any]) -> ChainMap[str, Any]:
+        """config.json as the dimensions' keys see it: the nested table before the top level."""
+        if self.config_key is None:
+            return ChainMap(config)
+        nested = config.get(self.config_key)
+        if not isinstance(nested, dict):
+            raise KconvertError(f"config.json: {self.config_key} is no table, but the manifest {self.name} needs it")
+        return ChainMap(nested, config)
+
+    def plain_role(self, name: str) -> str | None:
+        """The role of a tensor that is copied without being known; None when it should be known."""
+        return next((prefix.rstrip(".") for prefix in self.plain_prefixes if name.startswith(prefix)), None)
+
+    def quantization(self, config: Mapping[str, Any]) -> QuantizationConfig:
+        """The quantisation of the Linears; none where the manifest itself lists the encoded tensors."""
+        if self.plain_method and quant_method(config) == self.plain_method:
+            return QuantizationConfig()
+        return read_quantization(config)
+
+    def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
-        resized = copy.deepcopy(dict(config))
+        resized = copy.deepcopy(config)
+        section = self.section(resized)
         for symbol, value in sizes.items():
             if symbol not in self.dims:
                 raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
-            resized[self.dims[symbol]] = value
-        for key, symbol in self.limits.items():
-            if key in resized:
-                resized[key] = min(resized[key], resized[self.dims[symbol]])
+            _assign(section, self.dims[symbol], value)
+        with self._explain_faults():
+            known = self._sizes(section)
+        for key, bound in self.limits.items():
+            have = lookup(section, key)
+            with suppress(KeyError):
+                if have is not None:
+                    _assign(section, key, _limited(have, evaluate(bound, known)))
         return resized
 
-    def bind(self, config: Mapping[str, Any]) -> Names:
+    def bind(self, config: dict[str, Any]) -> Names:
         """The names and shapes that a checkpoint with this config.json has; KconvertError when a dimension is missing."""
+        section = self.section(config)
+        with self._explain_faults():
+            sizes = self._sizes(section)
+            numbers: dict[str, tuple[int, ...]] = {}
+            for name, index in self.indices.items():
+                numbers[name] = _numbers(index, section, sizes, numbers)
+            names = Names(self, numbers)
+            for rule in self.rules:
+                shape = self._shape(rule, section, sizes)
+                if shape is not None:
+                    names.add(rule, shape, rule.may_be_missing(section))
+        return names
+
+    @contextmanager
+    def _explain_faults(self) -> Iterator[None]:
+        """Turn what goes wrong with the sizes of a config.json into one sentence."""
+        try:
+            yield
+        except KeyError as error:
+            key = self.dims[error.args[0]]
+            raise KconvertError(
+                f"config.json: {key} is missing, but the manifest {self.name} needs a size there"
+            ) from None
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            raise KconvertError(f"config.json: its sizes do not make a {self.name} ({error})") from None
+
+    def _shape(self, rule: Rule, section: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+        """None where the model has no such tensors; optional ones need not have a size in config.json."""
+        if not rule.holds(section):
+            return None
+        try:
+            return tuple(evaluate(size, sizes) for size in rule.shape)
+        except KeyError:
+            if rule.may_be_missing(section):
+                return None
+            raise
+
+    def _sizes(self, section: Mapping[str, Any]) -> dict[str, int]:
+        """Every symbol that config.json or a default gives a size; those that no rule in force uses may be missing."""
         sizes: dict[str, int] = {}
         for symbol, key in self.dims.items():
-            value = config.get(key)
+            value = lookup(section, key)
+            if value is None and symbol in self.defaults:
+                value = evaluate(self.defaults[symbol], sizes)
+            if value is None:
+                continue
             if type(value) is not int or value < 0:
                 raise KconvertError(f"config.json: {key} is {value!r}, but the manifest {self.name} needs a size there")
             sizes[symbol] = value
-        ranges = {name: range(evaluate(a, sizes), evaluate(b, sizes)) for name, (a, b) in self.indices.items()}
-        shapes = {rule: tuple(evaluate(size, sizes) for size in rule.shape) for rule in self.rules}
-        return Names(self, ranges, shapes)
+        return sizes
 
 
 class Names:
     """A manifest bound to a model's dimensions."""
 
-    def __init__(self, manifest: Manifest, ranges: Mapping[str, range], shapes: Mapping[Rule, tuple[int, ...]]) -> None:
+    def __init__(self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]]) -> None:
         self.manifest = manifest
-        self._ranges = ranges
-        self._shapes = shapes
-        self._by_template: dict[str, list[Rule]] = {}
-        for rule in manifest.rules:
-            self._by_template.setdefault(PLACEHOLDER.sub("#", rule.name), []).append(rule)
+        self._numbers = numbers
+        self._families: list[tuple[Rule, tuple[int, ...], bool]] = []
+        self._count = 0
+
+    def add(self, rule: Rule, shape: tuple[int, ...], optional: bool) -> None:
+        """Let `rule` own its names; ValueError when they are too many to be a model's."""
+        self._count += math.prod(len(self._numbers[placeholder]) for placeholder in rule.placeholders)
+        if self._count > MAX_NAMES:
+            raise ValueError(f"more than {MAX_NAMES:,} names")
+        self._families.append((rule, shape, optional))
 
     def match(self, name: str) -> Match | None:
-        """The rule that owns `name`, a Linear's module or a whole tensor name."""
-        numbers = [int(number) for number in NUMBER.findall(name)]
-        for rule in self._by_template.get(NUMBER.sub("#", name), ()):
-            placeholders = PLACEHOLDER.findall(rule.name)
-            if all(number in self._ranges[p] for p, number in zip(placeholders, numbers, strict=True)):
-                indices = {p.partition(".")[0]: number for p, number in zip(placeholders, numbers, strict=True)}
-                return Match(rule, indices, self._shapes[rule])
-        return None
+        """What is known of `name`, a Linear's module or a whole tensor name."""
+        return self._known.get(name)
+
+    def linear(self, module: str) -> Match | None:
+        """What is known of the Linear called `module`."""
+        match = self._known.get(module)
+        return match if match is not None and match.rule.dtype is None else None
+
+    def tensor(self, name: str) -> Match | None:
+        """What is known of the tensor called `name`, which is part of no Linear."""
+        match = self._known.get(name)
+        return match if match is not None and match.rule.dtype is not None else None
 
     def expected(self) -> Iterator[tuple[str, Match]]:
         """Every name that the model has: modules of Linears and whole names of the other tensors."""
-        for rule in self.manifest.rules:
-            placeholders = PLACEHOLDER.findall(rule.name)
-            template = PLACEHOLDER.sub("{}", rule.name)
+        yield from self._known.items()
+
+    def missing(self, found: Container[str]) -> list[str]:
+        """The expected names that a checkpoint with the names `found` lacks.
+
+        Of the manifest's optional layers all names are there or none.
+        """
+        spare = set(self._numbers.get(self.manifest.optional_layers or "", ()))
+        begun = {match.layer for name, match in self._known.items() if match.layer in spare and name in found}
+        return [
+            name
+            for name, match in self._known.items()
+            if name not in found and not match.optional and (match.layer not in spare or match.layer in begun)
+        ]
+
+    @cached_property
+    def _known(self) -> dict[str, Match]:
+        known = {}
+        for rule, shape, optional in self._families:
+            placeholders = rule.placeholders
             axes = [placeholder.partition(".")[0] for placeholder in placeholders]
-            for numbers in itertools.product(*(self._ranges[placeholder] for placeholder in placeholders)):
-                yield template.format(*numbers), Match(rule, dict(zip(axes, numbers, strict=True)), self._shapes[rule])
+            layer_at, expert_at = (axes.index(axis) if axis in axes else None for axis in ("layer", "expert"))
+            template = rule.name
+            for placeholder in placeholders:
+                template = template.replace(f"{{{placeholder}}}", "{}")
+            for numbers in itertools.product(*(self._numbers[placeholder] for placeholder in placeholders)):
+                layer = None if layer_at is None else numbers[layer_at]
+                expert = None if expert_at is None else numbers[expert_at]
+                known[template.format(*numbers)] = Match(rule, shape, layer, expert, optional)
+        return known
+
+
+def quant_method(config: Mapping[str, Any]) -> Any:
+    """What config.json calls its quantisation; None when it has none."""
+    return next(quantization_tables(config), {}).get("quant_method")
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value at `key`, which may lead into tables (`a.b`); None when there is none."""
+    value: Any = config
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, Mapping) else None
+    return value
+
+
+def _assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
+    """Set the value that `lookup` finds at `key`, or a new one in the first table."""
+    *path, last = key.split(".")
+    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config.maps[0])
+    for step in path:
+        table = table[step]
+    table[last] = value
+
+
+def _limited(have: Any, most: int) -> Any:
+    """A number no larger than `most`; of a list of numbers those no larger, of another list the first `most`."""
+    if isinstance(have, list):
+        return [number for number in have if number <= most] if all(type(n) is int for n in have) else have[:most]
+    return min(have, most) if type(have) is int else have
+
+
+def _numbers(
+    index: Index, config: Mapping[str, Any], sizes: Mapping[str, int], known: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...]:
+    numbers: Sequence[int]
+    if index.list is None:
+        numbers = range(*(evaluate(bound, sizes) for bound in index.range))
+    else:
+        numbers = lookup(config, index.list) or []
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ValueError(f"{index.list} is not a list of layers")
+    if len(numbers) > MAX_NAMES:
+        raise ValueError(f"more than {MAX_NAMES:,} of one kind")
+    left_out = frozenset(known[index.without]) if index.without else frozenset()
+    return tuple(number - index.first for number in numbers if number - index.first not in left_out)
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
@@ -138,46 +315,3 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
         raise ValueError(f"{expression!r} is not a shape expression")
 
     return walk(ast.parse(expression, mode="eval").body)
-
-
-@cache
-def load_manifests() -> Mapping[str, Manifest]:
-    """All manifests of the package, by name."""
-    files = [file for file in resources.files("kconvert.manifests").iterdir() if file.name.endswith(".toml")]
-    manifests = [_parse(tomllib.loads(file.read_text("utf-8"))) for file in sorted(files, key=lambda file: file.name)]
-    return {manifest.name: manifest for manifest in manifests}
-
-
-def load_manifest(name: str) -> Manifest:
-    """The manifest called `name`; KconvertError listing those there are when there is none."""
-    manifests = load_manifests()
-    if name not in manifests:
-        raise KconvertError(f"there is no manifest {name!r}; there are {', '.join(sorted(manifests))}")
-    return manifests[name]
-
-
-def manifest_for(config: Mapping[str, Any]) -> Manifest:
-    """The manifest of the model that config.json describes; the generic one when no other knows it."""
-    for manifest in load_manifests().values():
-        if config.get("model_type") in manifest.model_types:
-            return manifest
-    return load_manifest(GENERIC)
-
-
-def _parse(table: Mapping[str, Any]) -> Manifest:
-    linears = [Rule(entry["name"], entry["role"], tuple(entry["shape"])) for entry in table.get("weights", ())]
-    tensors = [
-        Rule(entry["name"], entry["role"], tuple(entry["shape"]), entry["dtype"]) for entry in table.get("tensors", ())
-    ]
-    return Manifest(
-        name=table["name"],
-        model_types=tuple(table.get("model_types", ())),
-        accepts_any=table.get("open", False),
-        dims=table.get("dims", {}),
-        indices={name: (start, stop) for name, (start, stop) in table.get("indices", {}).items()},
-        limits=table.get("limits", {}),
-        rules=(*linears, *tensors),
-        config=table.get("config", {}),
-        side_files=table.get("side_files", {}),
-        shard_name=table.get("shard_name", "model-{number:05d}-of-{total:05d}.safetensors"),
-    )

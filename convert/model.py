@@ -5,6 +5,7 @@ Nothing is guessed: a tensor that no rule owns, a missing part or a shape that d
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,15 +14,15 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from kconvert import formats
-from kconvert.checkpoint.config import QuantizationConfig, read_quantization
+from kconvert.catalogue import manifest_for
+from kconvert.checkpoint.config import QuantizationConfig
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
-from kconvert.manifest import Manifest, Match, Names, manifest_for
+from kconvert.manifest import Manifest, Names
 
 # Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
 CACHE_SUFFIXES = frozenset({"k_scale", "v_scale", "q_scale"})
-UNKNOWN = Match(rule=None, indices={}, shape=())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,8 @@ class Model:
     @property
     def parameters(self) -> int:
         """Weights and plain tensors' elements: what people call the size of the model."""
-        elements = sum(weight.rows * weight.cols for weight in self.weights)
-        for plain in self.plain:
-            count = 1
-            for size in plain.tensor.shape:
-                count *= size
-            elements += count
-        return elements
+        weights = sum(weight.rows * weight.cols for weight in self.weights)
+        return weights + sum(math.prod(plain.tensor.shape) for plain in self.plain)
 
     def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
         """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`."""
@@ -101,14 +97,17 @@ def natural_key(name: str) -> list[str | int]:
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]
 
 
-def understand(checkpoint: Checkpoint) -> Model:
-    """Match every tensor of the checkpoint to the manifest of its model; KconvertError for the first that does not fit."""
+def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
+    """Match every tensor of the checkpoint to the manifest of its model; KconvertError for the first that does not fit.
+
+    A `partial` checkpoint may lack some of the model's weights.
+    """
     manifest = manifest_for(checkpoint.config)
     names = manifest.bind(checkpoint.config)
-    quantization = read_quantization(checkpoint.config)
+    quantization = manifest.quantization(checkpoint.config)
     modules, plain, dropped = _sort_out(checkpoint, names)
     weights = [_weight(name, modules[name], names, quantization) for name in sorted(modules, key=natural_key)]
-    if not manifest.accepts_any:
+    if not partial:
         _check_complete(checkpoint, names, modules, {p.tensor.name for p in plain})
     plain.sort(key=lambda p: natural_key(p.tensor.name))
     return Model(checkpoint, manifest, quantization, tuple(weights), tuple(plain), tuple(dropped))
@@ -119,45 +118,54 @@ def _sort_out(checkpoint: Checkpoint, names: Names) -> tuple[dict[str, dict[str,
     modules: dict[str, dict[str, Tensor]] = {}
     plain: list[Plain] = []
     dropped: list[Tensor] = []
-    quantised = {name.rpartition(".")[0] for name in checkpoint.tensors if _suffix(name) in formats.QUANTISED_SUFFIXES}
+    unknown: list[Tensor] = []
     for name, tensor in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        match = names.match(name)
-        if match is not None:
+        if (match := names.tensor(name)) is not None:
             if tensor.shape != match.shape:
                 raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
-            plain.append(Plain(tensor, match.rule.role, match.indices.get("layer")))
+            plain.append(Plain(tensor, match.rule.role, match.layer))
         elif suffix in CACHE_SUFFIXES:
             dropped.append(tensor)
-        elif names.match(module) is not None or (names.manifest.accepts_any and module in quantised):
-            if names.manifest.accepts_any and suffix not in formats.SUFFIXES:
-                plain.append(Plain(tensor, "other"))
-            else:
-                modules.setdefault(module, {})[suffix] = tensor
-        elif names.manifest.accepts_any:
-            plain.append(Plain(tensor, "other"))
+        elif names.linear(module) is not None:
+            modules.setdefault(module, {})[suffix] = tensor
+        elif (role := names.manifest.plain_role(name)) is not None:
+            plain.append(Plain(tensor, role))
         else:
-            raise KconvertError(
-                f"{tensor} belongs to no weight that the manifest {names.manifest.name} knows; remove it, or add it there"
-            )
+            unknown.append(tensor)
+    if unknown and not names.manifest.accepts_any:
+        raise KconvertError(
+            f"{unknown[0]} belongs to no weight that the manifest {names.manifest.name} knows; remove it, or add it there"
+        )
+    _sort_out_unknown(unknown, modules, plain)
     return modules, plain, dropped
 
 
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2]
+def _sort_out_unknown(unknown: list[Tensor], modules: dict[str, dict[str, Tensor]], plain: list[Plain]) -> None:
+    """Without names to go by, a weight is what has a tensor that only encoded weights have; matrices alone are plain."""
+    split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in unknown]
+    encoded = {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
+    for tensor, module, suffix in split:
+        if module in encoded and suffix in formats.SUFFIXES:
+            modules.setdefault(module, {})[suffix] = tensor
+        else:
+            plain.append(Plain(tensor, "other"))
 
 
 def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: QuantizationConfig) -> Weight:
-    match = names.match(name)
+    match = names.linear(name)
     shape = None if match is None else (match.shape[0], match.shape[1])
     file = next(iter(found.values())).file
+    # A config.json nested in a larger model's calls the weights as they are called in there.
+    scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
     try:
         facts = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in found.items()}
-        format, (rows, cols) = formats.recognise(quantization.scheme_for(name), facts, shape)
+        format, (rows, cols) = formats.recognise(scheme, facts, shape)
+        parts = parts_of(format, rows, cols)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
     tensors = []
-    for part in parts_of(format, rows, cols):
+    for part in parts:
         tensor = found[part.suffix]
         if (tensor.dtype, tensor.shape) != (part.dtype, part.shape):
             raise KconvertError(
@@ -167,14 +175,11 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
         tensors.append(tensor)
     if match is None:
         return Weight(name, "other", rows, cols, format, tuple(tensors))
-    indices = match.indices
-    return Weight(
-        name, match.rule.role, rows, cols, format, tuple(tensors), indices.get("layer"), indices.get("expert")
-    )
+    return Weight(name, match.rule.role, rows, cols, format, tuple(tensors), match.layer, match.expert)
 
 
 def _check_complete(checkpoint: Checkpoint, names: Names, modules: Mapping[str, object], plain: set[str]) -> None:
-    missing = [name for name, _ in names.expected() if name not in modules and name not in plain]
+    missing = names.missing(modules.keys() | plain)
     if missing:
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise KconvertError(

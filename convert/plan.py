@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import kconvert
@@ -93,6 +93,11 @@ class Shard:
     nbytes: int
     tensors: tuple[str, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether none of its tensors has an element."""
+        return self.nbytes == len(self.header)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -125,7 +130,7 @@ class Plan:
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
         for step in self.steps:
-            digest.update(repr(step).encode())
+            digest.update(f"{step.name} {_formats(step)} {[(p.file, p.start) for p in step.reads]}".encode())
         for name, text in self.texts.items():
             digest.update(name.encode() + text)
         digest.update(repr(sorted(self.side_files.items())).encode())
@@ -146,6 +151,15 @@ class Plan:
             "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
             "side_files": list(self.side_files),
         }
+
+
+def _formats(step: Step) -> str:
+    return "copy" if isinstance(step, Copy) else f"{_spelled(step.source)} -> {_spelled(step.target)}"
+
+
+@lru_cache(maxsize=4096)
+def _spelled(format: Format) -> str:
+    return repr(format)
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
@@ -218,6 +232,10 @@ def place(
     """
     numbers = _shard_numbers(drafts, shard_size)
     total = numbers[-1] + 1
+    if scatter and total == 1:
+        raise KconvertError(
+            "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
+        )
     contents: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in range(total)]
     for draft, number in zip(drafts, numbers, strict=True):
         for k, output in enumerate(draft.outputs):
@@ -226,7 +244,7 @@ def place(
     places: dict[str, Place] = {}
     for number, content in enumerate(contents, start=1):
         if not content:
-            raise KconvertError("--scatter needs more tensors in each shard; choose a larger --shard-size")
+            raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
         name = shard_name.format(number=number, total=total)
         header, entries = layout(content, METADATA)
         shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kconvert.checkpoint.source import Checkpoint, Reader
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, human
 from kconvert.formats import Part
+from kconvert.journal import stale_files
 from kconvert.plan import Place, Plan, Transcode
 
 # dtype -> numpy code, sign bit, bits that are all set in Inf and NaN
@@ -40,19 +41,27 @@ def check_paths(source: Path, destination: Path) -> None:
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
 
 
-def check_space(plan: Plan, destination: Path, finished: set[str]) -> None:
+def check_space(plan: Plan, destination: Path, finished: set[str], overwrite: bool) -> None:
     """KconvertError when the disk of `destination` cannot hold what is still to be written."""
     folder = destination
     while not folder.exists():
         folder = folder.parent
-    partials = sum(path.stat().st_size for path in destination.glob(".kconvert/*.part"))
-    needed = plan.output_bytes - sum(shard.nbytes for shard in plan.shards if shard.name in finished) - partials
+    done = sum(shard.nbytes for shard in plan.shards if shard.name in finished)
+    needed = plan.output_bytes - done - sum(map(_disk_bytes, stale_files(destination, finished, overwrite)))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise KconvertError(
-            f"{destination} needs {needed / 1e9:.1f} GB more, but its disk has {free / 1e9:.1f} GB free; free some space "
-            "or choose another disk"
+            f"{destination} needs {human(needed)} more, but its disk has {human(free)} free; free some space or choose "
+            "another disk"
         )
+
+
+def _disk_bytes(path: Path) -> int:
+    """0 for a file that is gone: another run may just have finished it."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def check_values(plan: Plan, finished: set[str]) -> None:

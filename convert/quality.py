@@ -22,10 +22,14 @@ SAMPLED_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Signal-to-quantisation-noise ratios in dB over the sampled weights."""
+    """Signal-to-quantisation-noise ratios in dB over the sampled weights; None without noise."""
 
-    amax: float
-    mse: float
+    amax: float | None
+    mse: float | None
+
+    def __str__(self) -> str:
+        mse, amax = ("without noise" if ratio is None else f"{ratio:.2f} dB" for ratio in (self.mse, self.amax))
+        return f"SQNR {mse}, with scales by amax {amax}"
 
 
 def squares(format: Format, tile: Tile) -> tuple[float, float]:
@@ -40,9 +44,9 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
     return float(np.square(values).sum()), float(np.square(values - served).sum())
 
 
-def sqnr(signal: float, noise: float) -> float:
-    """In dB; infinite without noise."""
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+def sqnr(signal: float, noise: float) -> float | None:
+    """In dB; None without noise."""
+    return 10 * math.log10(signal / noise) if signal and noise else None
 
 
 def gains(plan: Plan) -> dict[str, Gain]:

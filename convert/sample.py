@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kconvert import formats
-from kconvert.checkpoint.config import QuantizationConfig, read_quantization
-from kconvert.checkpoint.source import Checkpoint
+from kconvert.catalogue import load_manifest
+from kconvert.checkpoint.config import Scheme
+from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.formats.synthetic import Synthetic, Unquantised
-from kconvert.manifest import Manifest, Match, load_manifest, manifest_for
-from kconvert.model import natural_key
+from kconvert.manifest import Manifest, Match, lookup
+from kconvert.model import natural_key, parts_of, understand
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
 from kconvert.recipe import DEFAULT_SHARD_SIZE
 
@@ -38,12 +39,16 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     if not manifest.config:
         raise KconvertError(f"the manifest {manifest.name} describes no checkpoint of its own; choose another --like")
     config = manifest.resize(manifest.config, recipe.sizes)
-    quantization = read_quantization(config)
+    quantization = manifest.quantization(config)
     drafts: list[Step] = []
     names = sorted(manifest.bind(config).expected(), key=lambda item: natural_key(item[0]))
     for name, match in names:
+        if 0 in match.shape:
+            raise KconvertError(f"{name!r} would be {list(match.shape)}, without any element; choose larger sizes")
         if match.rule.dtype is None:
-            drafts.append(_invent_weight(name, match, quantization, recipe.seed))
+            # The patterns of a published config.json are about the language model, wherever it is.
+            scheme = quantization.scheme_for(name.removeprefix(manifest.prefix))
+            drafts.append(_invent_weight(name, match, scheme, recipe.seed))
         else:
             drafts.append(_invent_tensor(name, match, match.rule.dtype, recipe.seed))
     steps, shards = place(drafts, recipe.shard_size, manifest.shard_name, recipe.scatter)
@@ -54,11 +59,11 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     return Plan(repr(recipe), None, steps, shards, texts, facts)
 
 
-def _invent_weight(name: str, match: Match, quantization: QuantizationConfig, seed: int) -> Transcode:
-    scheme = quantization.scheme_for(name)
+def _invent_weight(name: str, match: Match, scheme: Scheme | None, seed: int) -> Transcode:
     rows, cols = match.shape
     try:
         target = formats.from_scheme(scheme) if scheme else Dense("BF16")
+        parts_of(target, rows, cols)
         return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
     except ValueError as error:
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None
@@ -69,23 +74,39 @@ def _invent_tensor(name: str, match: Match, dtype: str, seed: int) -> Transcode:
     cols = match.shape[-1]
     # Values of F32 tensors must not be exact in bf16: who rounds them is to be found out.
     center, gain = float(match.rule.role == "norm"), 0.7 if dtype == "F32" else 1.0
+    if dtype == "U8":  # of MXFP4: exponents a little below 1, or codes all over the byte
+        center, gain = (120.0, 50.0) if match.rule.role.endswith("scale") else (127.0, 2000.0)
     source = Synthetic(name, seed, center, gain)
     return Transcode(module, math.prod(match.shape) // cols, cols, source, (), Unquantised(suffix, dtype, match.shape))
 
 
 def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
-    """Plan a copy of the first layers and experts of a real checkpoint; only `layers`, `dense_layers`, `experts` shrink."""
-    manifest = manifest_for(checkpoint.config)
-    config = manifest.resize(checkpoint.config, recipe.sizes)
+    """Plan a copy of the first layers and experts of a real checkpoint; only `layers`, `dense_layers`, `experts` shrink.
+
+    Layers that follow the last one (MTP) are left out with it.
+    """
+    manifest = understand(checkpoint).manifest
     _check_cut(manifest, checkpoint, recipe)
-    drafts: list[Step] = []
-    names = sorted(manifest.bind(config).expected(), key=lambda item: natural_key(item[0]))
-    for name, match in names:
-        drafts += _cut_tensors(checkpoint, name, match)
+    sizes = dict(recipe.sizes)
+    if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
+        sizes["mtp"] = 0
+    config = manifest.resize(checkpoint.config, sizes)
+    names = manifest.bind(config)
+    found = {name: tensors for name, _ in names.expected() if (tensors := _tensors_of(checkpoint, name))}
+    if missing := names.missing(found):
+        raise KconvertError(f"{checkpoint.root} has no tensor of {missing[0]!r}; fetch the rest of the checkpoint")
+    kept = [(name, match) for name, match in names.expected() if name in found]
+    drafts = [_cut(tensor, match) for name, match in kept for tensor in found[name]]
+    drafts += [_copy(tensor, tensor.shape) for tensor in _free_tensors(manifest, checkpoint)]
+    drafts.sort(key=lambda draft: natural_key(draft.name))
     steps, shards = place(drafts, recipe.shard_size, scatter=recipe.scatter)
-    parameters = sum(math.prod(match.shape) for _, match in names)
+    parameters = sum(math.prod(match.shape) for _, match in kept)
     facts = {"from": checkpoint.name, "sizes": dict(recipe.sizes)}
     return Plan(repr(recipe), checkpoint, steps, shards, final_texts(config, shards, parameters), facts)
+
+
+def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
+    return lookup(manifest.section(checkpoint.config), manifest.dims[symbol]) if symbol in manifest.dims else None
 
 
 def _check_cut(manifest: Manifest, checkpoint: Checkpoint, recipe: SampleRecipe) -> None:
@@ -96,20 +117,35 @@ def _check_cut(manifest: Manifest, checkpoint: Checkpoint, recipe: SampleRecipe)
     for symbol, size in recipe.sizes.items():
         if symbol not in ("layers", "dense_layers", "experts"):
             raise KconvertError(f"--{symbol.replace('_', '-')} cannot be cut out of real weights; leave it out")
-        have = checkpoint.config.get(manifest.dims[symbol])
+        have = _dimension(manifest, checkpoint, symbol)
         if not isinstance(have, int) or size > have:
             raise KconvertError(f"--{symbol.replace('_', '-')} {size} is more than the checkpoint's {have}")
 
 
-def _cut_tensors(checkpoint: Checkpoint, name: str, match: Match) -> list[Step]:
-    """The tensors of one weight, or the first rows of one tensor (of the router: those of the experts that stay)."""
+def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Tensor]:
+    """The tensor called `name`, or all of the weight called so."""
     whole = checkpoint.tensors.get(name)
-    if whole is None:
-        suffixes = sorted(formats.SUFFIXES)
-        found = [checkpoint.tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in checkpoint.tensors]
-        if not found:
-            raise KconvertError(f"{checkpoint.root} has no tensor of {name!r}; fetch the rest of the checkpoint")
-        return [Copy(t.name, t.dtype, t.shape, (Place(t.file, t.start),)) for t in found]
-    if whole.shape[1:] != match.shape[1:] or whole.shape[0] < match.shape[0]:
-        raise KconvertError(f"{whole} has the shape {list(whole.shape)}, too small for {list(match.shape)}")
-    return [Copy(whole.name, whole.dtype, match.shape, (Place(whole.file, whole.start),))]
+    if whole is not None:
+        return [whole]
+    parts = (checkpoint.tensors.get(f"{name}.{suffix}") for suffix in sorted(formats.SUFFIXES))
+    return [part for part in parts if part is not None]
+
+
+def _free_tensors(manifest: Manifest, checkpoint: Checkpoint) -> list[Tensor]:
+    """Those that the manifest lets pass without knowing them."""
+    known = manifest.bind(checkpoint.config)
+    tensors = checkpoint.tensors.values()
+    return [t for t in tensors if manifest.plain_role(t.name) is not None and known.match(t.name) is None]
+
+
+def _cut(tensor: Tensor, match: Match) -> Copy:
+    """A weight's tensor as it is; of another tensor the first rows (of the router: those of the experts that stay)."""
+    if match.rule.dtype is None:
+        return _copy(tensor, tensor.shape)
+    if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
+        raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
+    return _copy(tensor, match.shape)
+
+
+def _copy(tensor: Tensor, shape: tuple[int, ...]) -> Copy:
+    return Copy(tensor.name, tensor.dtype, shape, (Place(tensor.file, tensor.start),))

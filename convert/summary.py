@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kconvert.manifest import manifest_for
+from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
 
@@ -28,15 +28,6 @@ class Summary:
 
     def as_text(self) -> str:
         return "\n".join(self.lines)
-
-
-def human(nbytes: float) -> str:
-    """3_456_000_000 -> '3.46 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def summarise(model: Model) -> Summary:
@@ -87,7 +78,7 @@ def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
     findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
     findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
-    names = manifest_for(model.checkpoint.config).bind(model.checkpoint.config)
+    names = model.manifest.bind(model.checkpoint.config)
     for plain in model.plain:
         match = names.match(plain.tensor.name)
         if match is not None and match.rule.dtype != plain.tensor.dtype:
@@ -146,10 +137,7 @@ class Outcome(Summary):
         }
         found = gains(plan) if plan.facts.get("scales") == "mse" else {}
         facts.update({"sqnr_db": {label: asdict(gain) for label, gain in found.items()}} if found else {})
-        compared = (
-            f"{label}: SQNR {gain.mse:.2f} dB, with scales by amax {gain.amax:.2f} dB (a sample of the weights)"
-            for label, gain in found.items()
-        )
+        compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
         line = (
             f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"

@@ -6,18 +6,19 @@ Parity goes a way of its own: never through the kernels that wrote the output, b
 from __future__ import annotations
 
 import filecmp
+import functools
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.config import quantization_tables
-from kconvert.checkpoint.source import Checkpoint, Reader, open_checkpoint
-from kconvert.errors import CheckFailed
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
+from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
 from kconvert.oracle import expected_parts, independent_values, row_unit
@@ -58,10 +59,9 @@ def verify(
     `sample` is the share of the tensors whose values are compared, the same ones every time and some of each role;
     `include` and `exclude` must be those of the conversion. `advance` is called with bytes of output compared.
     """
-    original, converted = (
-        understand(open_checkpoint(source)).select(include, exclude),
-        understand(open_checkpoint(output)),
-    )
+    include, exclude = tuple(include), tuple(exclude)
+    original = understand(open_checkpoint(source)).select(include, exclude)
+    converted = _open_output(Path(output), partial=bool(include or exclude))
     pairs = _check_coverage(original, converted)
     _check_config(converted)
     side_files = _check_side_files(original.checkpoint, converted.checkpoint)
@@ -81,6 +81,16 @@ def verify(
         side_files=side_files,
         dropped=tuple(tensor.name for tensor in original.dropped),
     )
+
+
+def _open_output(path: Path, partial: bool) -> Model:
+    """The checkpoint to be verified; whatever is unsound about it is a failed check, not bad input."""
+    if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
+        raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
+    try:
+        return understand(open_checkpoint(path), partial)
+    except KconvertError as error:
+        raise CheckFailed(f"the output is not sound: {error}") from None
 
 
 def _reference(pairs: Iterable[Pair]) -> str:
@@ -164,7 +174,7 @@ def _compare_all(pairs: list[Pair], ours: Reader, theirs: Reader, advance: Advan
     import torch
 
     torch.set_num_threads(1)
-    compare = partial(_compare, ours=ours, theirs=theirs, advance=advance)
+    compare = functools.partial(_compare, ours=ours, theirs=theirs, advance=advance)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
             yield from pool.map(compare, pairs)

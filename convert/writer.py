@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from kconvert.errors import explain_os_error
@@ -60,9 +61,10 @@ class ShardWriter:
             raise explain_os_error(error, f"cannot finish {self.path}") from None
 
     def abandon(self) -> None:
-        """Remove the unfinished file and give its space back."""
-        self._close()
-        self._partial.unlink(missing_ok=True)
+        """Remove the unfinished file and give its space back, as far as the disk still lets us."""
+        with suppress(OSError):
+            self._close()
+            self._partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
         while self._descriptors:

@@ -5,7 +5,9 @@ BIN=${BIN:-.venv/bin}
 DIR=$(mktemp -d)
 trap 'rm -rf "$DIR"' EXIT
 
-say() { printf '\n\033[1m$ kconvert %s\033[0m\n' "$*"; "$BIN/kconvert" "$@"; }
+bold=""; plain=""
+if [ -t 1 ]; then bold=$(printf "\033[1m"); plain=$(printf "\033[0m"); fi
+say() { printf "\n%s$ kconvert %s%s\n" "$bold" "$*" "$plain"; "$BIN/kconvert" "$@"; }
 
 say sample "$DIR/int4" --layers 4 --experts 32 --hidden 1024 --moe-intermediate 512 --vocab 8192 --shard-size 200MB
 say inspect "$DIR/int4"

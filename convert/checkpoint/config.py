@@ -80,7 +80,7 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
     if table is None:
         return QuantizationConfig()
     method = table.get("quant_method", "compressed-tensors")
-    if method not in DIALECTS:
+    if not isinstance(method, str) or method not in DIALECTS:
         supported = ", ".join(DIALECTS)
         raise KconvertError(f"config.json: quant_method {method!r} is not supported; supported: {supported}")
     try:

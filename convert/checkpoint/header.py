@@ -112,6 +112,8 @@ def _is_size(value: object) -> bool:
 
 def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
     where = f"{file}: tensor {name!r}"
+    if not name.isprintable() and not _is_unicode(name):
+        raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
@@ -122,11 +124,28 @@ def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise KconvertError(f"{where} has the data_offsets {offsets!r}, which are not two sizes")
     start, stop = offsets
-    if stop - start != tensor_bytes(dtype, shape) or math.prod(shape) * DTYPE_BITS[dtype] % 8:
-        raise KconvertError(
-            f"{where} is {dtype} {shape}, {tensor_bytes(dtype, shape)} bytes, but its data_offsets span {stop - start}"
-        )
+    bits = _elements(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (stop - start):
+        raise KconvertError(f"{where} is {dtype} {shape[:8]}, but its data_offsets span {stop - start} bytes")
     return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _elements(shape: list[int]) -> int:
+    """The product of the sizes, cut short once it is larger than any file: hostile shapes take no time."""
+    count = 1
+    for size in shape if 0 not in shape else ():
+        count *= size
+        if count >= 1 << 64:
+            break
+    return 0 if 0 in shape else count
 
 
 def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) -> None:

@@ -132,9 +132,10 @@ class Reader:
         self.close()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read configuration, index and headers of the checkpoint in directory `path`, which may be a Hub cache snapshot.
+def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Read configuration, index and headers of the checkpoint in directory `path`.
 
+    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main.
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
     that leads outside the directory.
     """
@@ -142,6 +143,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not root.is_dir():
         raise KconvertError(f"{path} is not a directory; give the directory that holds the checkpoint's config.json")
     try:
+        root = _snapshot(root, revision)
         inventory = _inventory(root)
         weight_map = _weight_map(root, inventory)
         names = sorted(set(weight_map.values())) if weight_map is not None else _lone_shards(root, inventory)
@@ -166,6 +168,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         side_files={file: stat.nbytes for file, stat in others.items() if not file.endswith(OTHER_WEIGHTS)},
         left_out=tuple(file for file in others if file.endswith(OTHER_WEIGHTS)),
     )
+
+
+def _snapshot(root: Path, revision: str | None) -> Path:
+    """`root` itself, or the snapshot of `revision` (a branch, a tag or a commit) if it is a repository of the Hub's cache."""
+    if not (root / "snapshots").is_dir():
+        if revision is not None:
+            raise KconvertError(
+                f"{root} has no revisions, it is no repository of the Hub's cache; leave out --revision"
+            )
+        return root
+    name = revision or "main"
+    inside = not os.path.isabs(name) and ".." not in Path(name).parts
+    reference = root / "refs" / name
+    snapshot = root / "snapshots" / (reference.read_text("utf-8").strip() if reference.is_file() else name)
+    if not inside or not snapshot.is_dir():
+        raise KconvertError(f"{root} has no snapshot of the revision {name!r}; fetch it")
+    return snapshot
 
 
 def _inventory(root: Path) -> dict[str, FileStat]:

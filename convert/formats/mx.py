@@ -54,6 +54,8 @@ class Mx:
         return GROUP
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if cols % GROUP:
+            raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
         packed = (
             Part("weight_packed", "U8", (rows, cols // 2))
             if self.bits == 4
@@ -104,8 +106,6 @@ def recognise(
     if len(own_shape) != 2:
         raise ValueError(f"its {codes} {list(own_shape)} is not a matrix")
     shape = shape or (own_shape[0], own_shape[1] * 8 // format.bits)
-    if shape[1] % GROUP:
-        raise ValueError(f"its {shape[1]} columns do not divide into groups of {GROUP}")
     scale_dtype = found["weight_scale"][0]
     if scale_dtype not in ("U8", "F8_E8M0"):
         raise ValueError(f"its weight_scale is {scale_dtype}, not U8 or F8_E8M0")

@@ -69,6 +69,8 @@ class Packed:
         return f"int{self.bits}{packed} {group}" + ("" if self.symmetric else " asymmetric") + " ordered" * self.ordered
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if self.group_size and cols % self.group_size:
+            raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
         groups = cols // self.group_size if self.group_size else 1
         in_word = 32 // self.bits
         stack, rows = ((), rows) if self.stack is None else ((self.stack,), rows // self.stack)
@@ -167,14 +169,14 @@ def recognise(
             )
         cols = scale[-1] * format.group_size if format.group_size else packed[-1] * 32 // format.bits
         shape = (math.prod(packed[:-1]), cols)
+    if stack == 0:
+        raise ValueError("it is a stack of no matrices")
     if stack and not format.symmetric and packed[1] % (32 // format.bits):
         raise ValueError(f"the zero points of its {packed[1]} rows end within a word, in a stack that is not supported")
-    if format.group_size and shape[1] % format.group_size:
-        raise ValueError(f"its {shape[1]} columns do not divide into groups of {format.group_size}")
     shape_dtype = found["weight_shape"][0] if "weight_shape" in found else None
     if shape_dtype is not None and shape_dtype not in SHAPE_CODES:
         raise ValueError(f"its weight_shape is {shape_dtype}, not I32 or I64")
     if scale_dtype not in SCALE_CODES:
-        raise ValueError(f"its weight_scale is {scale_dtype}, not BF16, F16 or F32")
+        scale_dtype = format.scale_dtype  # which the tensor then disagrees with
     ordered = "weight_g_idx" in found
     return replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, ordered=ordered, stack=stack), shape

@@ -61,7 +61,7 @@ def groups_of(kind: str, seed: int, groups: int, size: int, rule: Convention) ->
     few = torch.where(codes.abs() < 3, codes, torch.zeros(()))
     values = {
         "random": 0.02 * normal,
-        "heavy-tailed": normal / normal.roll(1, 1),
+        "heavy-tailed": (normal / normal.roll(1, 1)).clamp(-1e30, 1e30),
         "zero": torch.zeros(groups, size),
         "negative zero": normal.sign() * (codes == 3),
         "denormal": normal * 2.0**-130,

@@ -1,0 +1,148 @@
+"""What the benchmarks share: children with their time and peak memory, cold files, alternating runs, a table.
+
+The scripts themselves import neither numpy nor torch: Linux counts the memory of the parent at the moment of the fork as
+the child's, so a big parent would spoil the child's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+KCONVERT = str(Path(sysconfig.get_path("scripts"), "kconvert"))
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Child:
+    """A finished process: wall time from before its start, time on the CPUs, peak resident bytes, what it said."""
+
+    seconds: float
+    cpu: float
+    peak: int
+    stdout: str
+    stderr: str
+
+
+def arguments(doc: str | None, runs: int = 5) -> argparse.ArgumentParser:
+    """--dir and --runs, which every benchmark that writes files has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(tempfile.gettempdir(), "kconvert-benchmarks")
+    parser.add_argument("--dir", type=Path, default=default, help=f"on the disk to measure [{default}]")
+    parser.add_argument("--runs", type=int, default=runs, help=f"of each side [{runs}]")
+    return parser
+
+
+def run(command: Sequence[str | Path], allowed: Sequence[int] = (0,)) -> Child:
+    """Run `command` in a fresh process; ends the benchmark with the child's words when it fails."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = time.perf_counter()
+        child = subprocess.Popen([*map(str, command)], stdout=out, stderr=err)
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - started
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        stdout, stderr = out.read(), err.read()
+    if child.returncode not in allowed:
+        sys.exit(f"{' '.join(map(str, command))}\nended with {child.returncode}:\n{stderr[-2000:]}")
+    return Child(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout, stderr)
+
+
+def sample(folder: Path, name: str, *options: str) -> Path:
+    """A checkpoint made by `kconvert sample`, kept for the next time; its name must tell the options."""
+    target = folder / name
+    if not (target / "config.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"making {target} …", flush=True)
+        run([KCONVERT, "sample", target, "-q", "--overwrite", *options])
+    return target
+
+
+def tensor_files(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+def nbytes(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def make_cold(*folders: Path) -> None:
+    """Let the disk finish what it has to write, and take the files out of the page cache."""
+    os.sync()
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """A file or a directory, present or not; the disk has forgotten it when this returns."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    os.sync()
+
+
+def alternate(runs: int, sides: Mapping[str, Callable[[], Child]]) -> dict[str, list[Child]]:
+    """A B A B …: what disturbs the machine meets both sides alike."""
+    results: dict[str, list[Child]] = {name: [] for name in sides}
+    for number in range(1, runs + 1):
+        for name, side in sides.items():
+            result = side()
+            results[name].append(result)
+            peak = f"peak {result.peak / 1e6:.0f} MB"
+            print(f"  run {number}/{runs}  {name}: {result.seconds:.2f} s, CPU {result.cpu:.2f} s, {peak}", flush=True)
+    return results
+
+
+def spread(values: Iterable[float], digits: int = 2, unit: str = "") -> str:
+    """Median and range: '1.20 s (1.11-1.42)'."""
+    ordered = sorted(values)
+    low, high = f"{ordered[0]:.{digits}f}", f"{ordered[-1]:.{digits}f}"
+    return f"{median(ordered):.{digits}f}{unit and ' ' + unit} ({low}-{high})"
+
+
+def verdict(value: float, target: float, unit: str = "", *, at_most: bool = True) -> str:
+    """Whether a target is met, and by how much it is missed."""
+    met = value <= target if at_most else value >= target
+    goal = f"target {'<=' if at_most else '>='} {target:g} {unit}".rstrip()
+    return f"[{goal}: " + ("met]" if met else f"missed by {abs(value / target - 1):.0%}]")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns, the first to the left and the others to the right."""
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
+    print()
+    for row in (head, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def machine(folder: Path | None = None) -> None:
+    """Print the one line that says where these figures come from."""
+    model = platform.processor() or platform.machine()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
+    facts = [f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB", f"Python {platform.python_version()}"]
+    if folder is not None:
+        answer = subprocess.run(["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True)
+        facts.append(" on ".join(answer.stdout.split()[2:]))
+    print(f"machine: {', '.join(facts)}, Linux {platform.release()}")

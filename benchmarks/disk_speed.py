@@ -1,0 +1,86 @@
+"""INT4 -> BF16 against the disk itself: two dd's side by side, one reads the input, the other writes as many bytes.
+
+Both pass the page cache and find the source cold. kconvert's time is that of a fresh process, up to the last fsync; dd's
+has no fsync. Each ratio is that of a pair of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from statistics import median
+
+from common import (
+    GB,
+    KCONVERT,
+    Child,
+    alternate,
+    arguments,
+    machine,
+    make_cold,
+    nbytes,
+    remove,
+    run,
+    sample,
+    spread,
+    table,
+    tensor_files,
+    verdict,
+)
+
+TARGET = 1.15
+EXPERT_BYTES = 3 * 2048 * 7168 * 2
+# True experts; the rest of the model small, so that nearly every byte is one that needs converting.
+LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--output-gb", type=float, default=8.5, help="BF16 to write [8.5]")
+    options = parser.parse_args()
+    experts = max(1, round(options.output_gb * GB / EXPERT_BYTES))
+    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    converted, zeros = options.dir / "disk-bf16", options.dir / "disk-zeros"
+
+    def convert() -> Child:
+        make_cold(source)
+        result = run([KCONVERT, "int4-to-bf16", source, converted, "-q"])
+        sizes.append(nbytes(tensor_files(converted)))
+        remove(converted)
+        return result
+
+    def disk() -> Child:
+        make_cold(source)
+        result = run(["sh", "-c", two_dds(tensor_files(source), zeros, sizes[-1])])
+        remove(zeros)
+        return result
+
+    sizes: list[int] = []
+    remove(converted)
+    results = alternate(options.runs, {"kconvert": convert, "two dd's": disk})
+    read, written = nbytes(tensor_files(source)), sizes[-1]
+    rows = [
+        [
+            name,
+            spread([child.seconds for child in children], 2, "s"),
+            spread([written / child.seconds / GB for child in children], 2, "GB/s"),
+            spread([(read + written) / child.seconds / GB for child in children], 2, "GB/s"),
+        ]
+        for name, children in results.items()
+    ]
+    print(f"\nread {read / GB:.2f} GB, wrote {written / GB:.2f} GB, {options.runs} runs each: median (min-max)", end="")
+    table(["", "wall time", "written", "read and written"], rows)
+    ratios = [ours.seconds / dd.seconds for ours, dd in zip(results["kconvert"], results["two dd's"], strict=True)]
+    print(f"kconvert / two dd's, pair by pair: {spread(ratios)}  {verdict(median(ratios), TARGET)}")
+    machine(options.dir)
+
+
+def two_dds(sources: list[Path], target: Path, size: int) -> str:
+    """A shell line: read all of `sources` and write `size` zeros to `target`, at once."""
+    reads = " && ".join(f"dd if={shlex.quote(str(file))} of=/dev/null iflag=direct bs=8M" for file in sources)
+    write = f"dd if=/dev/zero of={shlex.quote(str(target))} oflag=direct bs=8M count={size} iflag=count_bytes"
+    return f"({reads}) & {write} && wait $!"
+
+
+if __name__ == "__main__":
+    main()

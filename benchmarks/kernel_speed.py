@@ -1,0 +1,149 @@
+"""The kernels, through the format classes, against torch eager doing the same and a memory copy of the same bytes.
+
+All figures are GB/s of BF16 (two bytes a weight) over true expert matrices [2048, 7168], one for each thread; kconvert
+works on them in the engine's tiles, torch on the whole, as people write it. Before timing, all results are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch_eager
+from common import GB, machine, spread, table
+from kconvert.engine import TILE_BYTES
+from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
+from kconvert.formats.synthetic import Synthetic
+from torch_eager import GROUP
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes, Tile
+
+ROWS, COLS = 2048, 7168
+SIZE = ROWS * COLS
+TILE_ROWS = TILE_BYTES // (4 * COLS)
+INT4, BF16 = Packed(GROUP), Dense("BF16")
+
+
+class Weight:
+    """One expert in INT4 and BF16. Each method goes over the whole of it once."""
+
+    def __init__(self, seed: int) -> None:
+        self.made = Synthetic("weight", seed)
+        self.packed, self.scale = np.zeros(SIZE // 2, np.uint8), np.zeros(SIZE // GROUP * 2, np.uint8)
+        self.out, self.spare = np.zeros(SIZE * 2, np.uint8), np.zeros(SIZE * 2, np.uint8)
+        self.tile = np.zeros((TILE_ROWS, COLS), np.float32)
+        for first, tile, int4, bf16 in self.tiles():
+            self.made.decode([], first, tile)
+            INT4.encode(tile, int4)
+            INT4.decode(int4, first, tile)
+            BF16.encode(tile, bf16)
+        self.t_packed = torch.from_numpy(self.packed).view(torch.int32).view(ROWS, -1)
+        self.t_scale = torch.from_numpy(self.scale).view(torch.bfloat16).view(ROWS, -1)
+        self.t_out = torch.from_numpy(self.out).view(torch.bfloat16).view(ROWS, COLS)
+
+    def tiles(self) -> Iterator[tuple[int, Tile, list[Bytes], list[Bytes]]]:
+        """First row, tile, its bytes in INT4, its bytes in BF16."""
+        for first in range(0, ROWS, TILE_ROWS):
+            last = min(first + TILE_ROWS, ROWS)
+            start, stop = first * COLS, last * COLS
+            int4 = [self.packed[start // 2 : stop // 2], self.scale[start // 16 : stop // 16]]
+            yield first, self.tile[: last - first], int4, [self.out[2 * start : 2 * stop]]
+
+    def copy(self) -> None:
+        np.copyto(self.spare, self.out)
+
+    def synthetic(self) -> None:
+        for first, tile, _, _ in self.tiles():
+            self.made.decode([], first, tile)
+
+    def int4_decode(self) -> None:
+        for first, tile, int4, _ in self.tiles():
+            INT4.decode(int4, first, tile)
+
+    def bf16_encode(self) -> None:
+        for _, tile, _, bf16 in self.tiles():
+            BF16.encode(tile, bf16)
+
+    def int4_to_bf16(self) -> None:
+        for first, tile, int4, bf16 in self.tiles():
+            INT4.decode(int4, first, tile)
+            BF16.encode(tile, bf16)
+
+    def bf16_to_int4(self) -> None:
+        for first, tile, int4, bf16 in self.tiles():
+            BF16.decode(bf16, first, tile)
+            INT4.encode(tile, int4)
+
+    def torch_int4_to_bf16(self) -> torch.Tensor:
+        return torch_eager.decode(self.t_packed, self.t_scale)
+
+    def torch_bf16_to_int4(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch_eager.encode(self.t_out)
+
+    def compressed_tensors(self) -> torch.Tensor:
+        return torch_eager.decode_compressed_tensors(self.t_packed, self.t_scale)
+
+    def check(self) -> None:
+        """All ways give the same bits."""
+        packed, scale, out = self.t_packed.clone(), self.t_scale.clone(), self.t_out.clone()
+        self.int4_to_bf16()
+        self.bf16_to_int4()
+        for values in (self.t_out, self.torch_int4_to_bf16(), self.compressed_tensors()):
+            assert torch.equal(values.view(torch.int16), out.view(torch.int16)), "BF16 differs"
+        for codes, steps in ((self.t_packed, self.t_scale), self.torch_bf16_to_int4()):
+            assert torch.equal(codes, packed), "codes differ"
+            assert torch.equal(steps, scale), "scales differ"
+
+
+SIDES: dict[str, Callable[[Weight], object]] = {
+    "memory copy (numpy)": Weight.copy,
+    "Int4.decode": Weight.int4_decode,
+    "Dense.encode": Weight.bf16_encode,
+    "INT4 -> BF16": Weight.int4_to_bf16,
+    "  torch eager": Weight.torch_int4_to_bf16,
+    "  compressed-tensors": Weight.compressed_tensors,
+    "BF16 -> INT4": Weight.bf16_to_int4,
+    "  torch eager ": Weight.torch_bf16_to_int4,
+    "Synthetic.decode": Weight.synthetic,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=15, help="of each [15]")
+    options = parser.parse_args()
+    weights = [Weight(seed) for seed in range(2)]
+    weights[0].check()
+    speeds: dict[tuple[str, int], list[float]] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(options.runs):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                for name, side in SIDES.items():
+                    torch_divides = name.startswith(" ")
+                    started = time.perf_counter()
+                    list(map(side, weights) if torch_divides else pool.map(side, weights[:threads]))
+                    count = 2 if torch_divides else threads
+                    speed = count * SIZE * 2 / (time.perf_counter() - started) / GB
+                    speeds.setdefault((name, threads), []).append(speed)
+    rows = [[name, *(cell for threads in (1, 2) for cell in cells(speeds, name, threads))] for name in SIDES]
+    print(f"GB/s of BF16, {options.runs} runs each: median (min-max); x copy: against the memory copy", end="")
+    table(["", "1 thread", "x copy", "2 threads", "x copy"], rows)
+    machine()
+
+
+def cells(speeds: dict[tuple[str, int], list[float]], name: str, threads: int) -> list[str]:
+    copy = median(speeds["memory copy (numpy)", threads])
+    return [spread(speeds[name, threads]), f"{median(speeds[name, threads]) / copy:.2f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Sources that break, shrink or change while they are read, and damage that is found before anything is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from click.testing import Result
+
+if TYPE_CHECKING:
+    from .conftest import Job, Tap
+
+LAST_WEIGHT = "model.layers.2.mlp.experts.3.up_proj"
+Edit = Callable[[Any], None]
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+def test_a_read_error_names_the_file_and_the_rerun_completes(
+    fragile: Job, broken: Callable[..., AbstractContextManager[Tap]], moment: float
+) -> None:
+    with broken("preadv", errno.EIO, fragile.source, moment) as disk:
+        result = fragile.run()
+
+    assert disk.calls > 0
+    fragile.check_error(result, str(fragile.source / "model-"), ".safetensors", "cannot read", os.strerror(errno.EIO))
+    fragile.check_no_half_files()
+    assert "config.json" not in fragile.files
+    fragile.check_rerun_finishes()
+
+
+def cut_in_the_middle(job: Job, tap: Callable[..., AbstractContextManager[Tap]]) -> tuple[Result, Path, bytes]:
+    """Truncate the source's last shard once writing has begun."""
+    shard = sorted(job.source.glob("*.safetensors"))[-1]
+    content = shard.read_bytes()
+
+    def cut(call: int) -> None:
+        if call == 1:
+            os.truncate(shard, len(content) // 4)
+
+    with tap("pwrite", job.destination, cut):
+        return job.run("--threads", 1), shard, content
+
+
+def test_a_source_file_that_shrinks_meanwhile_is_named(
+    fragile: Job, tap: Callable[..., AbstractContextManager[Tap]]
+) -> None:
+    result, shard, _ = cut_in_the_middle(fragile, tap)
+
+    fragile.check_error(result, str(shard), "shrank")
+    assert fragile.shards
+    fragile.check_no_half_files()
+    assert "config.json" not in fragile.files
+
+
+def test_a_shrunken_source_file_that_is_restored_lets_the_rerun_complete(
+    fragile: Job, tap: Callable[..., AbstractContextManager[Tap]]
+) -> None:
+    modified = {path: path.stat().st_mtime_ns for path in fragile.source.glob("*.safetensors")}
+    _, shard, content = cut_in_the_middle(fragile, tap)
+    kept = fragile.records
+    assert kept
+
+    shard.write_bytes(content)
+    os.utime(shard, ns=(modified[shard], modified[shard]))
+    fragile.check_rerun_finishes()
+
+
+def test_a_shrunken_source_file_is_refused_by_the_rerun(
+    fragile: Job, tap: Callable[..., AbstractContextManager[Tap]]
+) -> None:
+    _, shard, _ = cut_in_the_middle(fragile, tap)
+
+    fragile.check_error(fragile.run(), str(shard), "truncated")
+
+
+def test_a_source_that_has_changed_since_the_interruption_is_refused(
+    fragile: Job, broken: Callable[..., AbstractContextManager[Tap]]
+) -> None:
+    with broken("posix_fallocate", errno.ENOSPC, fragile.destination, 0.5):
+        assert fragile.run().exit_code == 2
+    os.utime(next(fragile.source.glob("*.safetensors")), ns=(1, 1))
+    before = fragile.files
+
+    fragile.check_error(fragile.run(), str(fragile.destination), "changed", "--overwrite")
+
+    assert fragile.files == before
+    fragile.check_rerun_finishes("--overwrite")
+
+
+# What is found before anything is written.
+
+
+def infinite_scale(checkpoint: Any) -> None:
+    poke(checkpoint[f"{LAST_WEIGHT}.weight_scale"], 6, struct.pack("<H", 0x7F80))
+
+
+def nan_scale(checkpoint: Any) -> None:
+    poke(checkpoint[f"{LAST_WEIGHT}.weight_scale"], 6, struct.pack("<H", 0xFFC1))
+
+
+def wrong_shape(checkpoint: Any) -> None:
+    checkpoint[f"{LAST_WEIGHT}.weight_shape"].data = struct.pack("<2i", 256, 128)
+
+
+def missing_scale(checkpoint: Any) -> None:
+    checkpoint.pop(f"{LAST_WEIGHT}.weight_scale")
+
+
+def missing_codes(checkpoint: Any) -> None:
+    checkpoint.pop(f"{LAST_WEIGHT}.weight_packed")
+
+
+def too_few_groups(checkpoint: Any) -> None:
+    scale = checkpoint[f"{LAST_WEIGHT}.weight_scale"]
+    scale.shape, scale.data = [scale.shape[0], 1], scale.data[: scale.shape[0] * 2]
+
+
+def too_few_rows(checkpoint: Any) -> None:
+    scale = checkpoint[f"{LAST_WEIGHT}.weight_scale"]
+    scale.shape, scale.data = [1, scale.shape[1]], scale.data[: scale.shape[1] * 2]
+
+
+def leftover(checkpoint: Any) -> None:
+    scale = checkpoint[f"{LAST_WEIGHT}.weight_scale"]
+    checkpoint.put(f"{LAST_WEIGHT}.weight_mystery", scale, checkpoint.file_of(f"{LAST_WEIGHT}.weight_scale"))
+
+
+def poke(tensor: Any, position: int, data: bytes) -> None:
+    tensor.data = tensor.data[:position] + data + tensor.data[position + len(data) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (infinite_scale, ["weight_scale", "not finite", "[0, 3]"]),
+        (nan_scale, ["weight_scale", "not finite", "[0, 3]"]),
+        (wrong_shape, ["weight_shape", "[256, 128]", "[128, 256]"]),
+        (missing_scale, ["weight_scale"]),
+        (missing_codes, ["weight_packed"]),
+        (too_few_groups, ["weight_scale", "[128, 1]", "[128, 8]"]),
+        (too_few_rows, ["weight_scale", "[1, 8]", "[128, 8]"]),
+        (leftover, ["weight_mystery"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damage_in_the_last_layer_is_found_before_anything_is_written(
+    fragile: Job, raw: Any, damage: Edit, names: list[str]
+) -> None:
+    checkpoint = raw.load(fragile.source)
+    file = checkpoint.file_of(f"{LAST_WEIGHT}.weight_scale")
+    damage(checkpoint)
+    checkpoint.save()
+
+    result = fragile.run()
+
+    fragile.check_error(result, file, LAST_WEIGHT, *names)
+    assert not fragile.destination.exists()
+
+
+def test_a_shard_that_the_index_names_and_the_disk_lacks_is_named(fragile: Job, raw: Any) -> None:
+    shard = raw.load(fragile.source).file_of(f"{LAST_WEIGHT}.weight_scale")
+    (fragile.source / shard).unlink()
+
+    fragile.check_error(fragile.run(), shard, "tensor")
+    assert not fragile.destination.exists()
+
+
+def test_a_weight_whose_shape_tensor_is_missing_is_converted_all_the_same(fragile: Job, raw: Any) -> None:
+    checkpoint = raw.load(fragile.source)
+    before = checkpoint.config
+    checkpoint.pop(f"{LAST_WEIGHT}.weight_shape")
+    checkpoint.save()
+    assert checkpoint.config == before
+
+    assert fragile.run().exit_code == 0
+    assert [n for n in fragile.shards if fragile.files[n] != fragile.whole[n]] == []
+
+
+def test_a_nested_quantization_config_is_gone_from_the_output(fragile: Job, raw: Any) -> None:
+    checkpoint = raw.load(fragile.source)
+    table = checkpoint.config.pop("quantization_config")
+    checkpoint.config["text_config"] = {"quantization_config": table, "hidden_act": "silu"}
+    checkpoint.save()
+
+    assert fragile.run().exit_code == 0
+
+    config = json.loads(fragile.files["config.json"])
+    assert "quantization_config" not in config
+    assert config["text_config"] == {"hidden_act": "silu"}
+    assert [n for n in fragile.shards if fragile.files[n] != fragile.whole[n]] == []
+
+
+def test_every_quantization_entry_is_gone_from_the_output(fragile: Job, raw: Any) -> None:
+    checkpoint = raw.load(fragile.source)
+    table = checkpoint.config["quantization_config"]
+    checkpoint.config["compression_config"] = table
+    checkpoint.config["text_config"] = {"quantization_config": table, "compression_config": table}
+    checkpoint.save()
+
+    assert fragile.run().exit_code == 0
+
+    assert "quant" not in fragile.files["config.json"].decode()
+    assert "compress" not in fragile.files["config.json"].decode()
+
+
+def test_a_hub_cache_snapshot_gives_regular_files(fragile: Job, tmp_path: Path) -> None:
+    home = tmp_path / "models--moonshotai--Kimi-K2-Thinking"
+    snapshot = home / "snapshots" / "0123456789abcdef"
+    (home / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in fragile.source.rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(fragile.source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, home / "blobs" / f"{number:064x}")
+        link.symlink_to(os.path.relpath(home / "blobs" / f"{number:064x}", link.parent))
+    fragile.source = snapshot
+
+    fragile.check_rerun_finishes()
+
+    assert [path for path in fragile.destination.rglob("*") if path.is_symlink()] == []

@@ -1,0 +1,317 @@
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import click
+import kconvert as package
+import pytest
+from click.testing import CliRunner
+from kconvert.cli import Size, main
+
+COMMANDS = sorted(main.commands)
+HEAVY = ["torch", "numba", "numpy", "huggingface_hub", "compressed_tensors", "transformers", "tqdm"]
+
+
+@pytest.fixture(scope="session")
+def run():
+    """The same as `kconvert`, within this process: quicker where the process does not matter."""
+
+    def run(*arguments):
+        result = CliRunner().invoke(main, list(map(str, arguments)), prog_name="kconvert")
+        return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+def one_sentence(result, code=2):
+    """The command failed with one line on stderr and nothing on stdout; returns the line."""
+    assert (result.returncode, result.stdout) == (code, "")
+    (line,) = result.stderr.splitlines()
+    assert "Traceback" not in line
+    return line
+
+
+def test_the_commands_of_the_readme_are_there():
+    assert {"inspect", "int4-to-bf16", "convert", "verify", "sample"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_describes_it_and_shows_an_example(kconvert, command):
+    result = kconvert(command, "--help")
+    assert result.returncode == 0
+    assert re.search(rf"^  Example: kconvert {command} \S", result.stdout, re.M)
+    options = [line for line in result.stdout.splitlines() if line.startswith("  -")]
+    assert "--help" in options[-1]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--version"], ["sample", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom kconvert.cli import main\n"
+        f"try: main({arguments!r}, prog_name='kconvert')\n"
+        f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr.strip() == "[]"
+
+
+def test_the_version_is_the_packages(kconvert):
+    assert kconvert("--version").stdout.strip().endswith(package.__version__)
+
+
+def test_every_option_says_what_it_does():
+    silent = [
+        (name, option.name)
+        for name, command in main.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-command"],
+        ["--no-such-option"],
+        ["inspect"],
+        ["inspect", "a", "b"],
+        ["int4-to-bf16", "a"],
+        ["convert", "a", "b"],
+        ["convert", "a", "b", "--to", "int3"],
+        ["int4-to-bf16", "a", "b", "--threads", "0"],
+        ["int4-to-bf16", "a", "b", "--threads", "many"],
+        ["int4-to-bf16", "a", "b", "--shard-size", "5 apples"],
+        ["int4-to-bf16", "a", "b", "--memory", "-1"],
+        ["verify", "a", "b", "--sample", "1.5"],
+        ["sample", "a", "--layers", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_two_and_says_how_to_get_help(run, arguments):
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Error: " in result.stderr
+    assert "--help" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("5000", 5000),
+        ("5GB", 5 * 10**9),
+        ("1.5 MB", 1_500_000),
+        ("256MiB", 256 << 20),
+        ("2k", 2000),
+        ("1T", 10**12),
+        ("7B", 7),
+    ],
+)
+def test_sizes_are_written_as_people_write_them(text, nbytes):
+    assert Size().convert(text, None, None) == nbytes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["int4-to-bf16", "{}", "dst"], ["convert", "{}", "dst", "--to", "bf16"], ["verify", "{}", "."], ["inspect", "{}"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_missing_source_is_one_sentence(run, tmp_path, monkeypatch, bf16, arguments):
+    monkeypatch.chdir(bf16 if arguments[0] == "verify" else tmp_path)
+    line = one_sentence(run(*(argument.format(tmp_path / "missing") for argument in arguments)))
+    assert line.startswith(f"error: {tmp_path / 'missing'} is not a directory")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_damaged_input_is_one_sentence_and_nothing_is_written(kconvert, int4_copy, raw, tmp_path):
+    checkpoint = raw.load(int4_copy)
+    name = "model.layers.1.mlp.experts.2.gate_proj"
+    checkpoint.pop(f"{name}.weight_scale")
+    line = one_sentence(kconvert("int4-to-bf16", checkpoint.save(), tmp_path / "dst"))
+    assert line.startswith("error: ")
+    assert name in line
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    ("like", "arguments", "fault"),
+    [
+        ("gpt", [], "there is no manifest 'gpt'"),
+        ("generic", [], "describes no checkpoint"),
+        ("", [], "there is no manifest ''"),
+    ],
+)
+def test_a_sample_that_cannot_be_made_is_one_sentence(run, tmp_path, like, arguments, fault):
+    assert fault in one_sentence(run("sample", tmp_path / "dst", "--like", like, "--layers", 2, *arguments))
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_check_that_finds_a_difference_exits_with_one(run, int4, bf16_copy):
+    (bf16_copy / "tiktoken.model").write_text("other")
+    line = one_sentence(run("verify", int4, bf16_copy), code=1)
+    assert line.startswith("failed: ")
+    assert "tiktoken.model" in line
+
+
+SMALL = """
+    --layers 2 --experts 2 --hidden 64 --intermediate 64 --moe-intermediate 32
+    --vocab 64 --heads 2 --q-rank 32 --kv-rank 32
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def small(kconvert, tmp_path_factory):
+    """A still smaller checkpoint, made by the command."""
+    root = tmp_path_factory.mktemp("small") / "src"
+    result = kconvert("sample", root, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def test_the_main_job_ends_with_a_summary_and_no_progress_bar_without_a_terminal(kconvert, small, tmp_path):
+    result = kconvert("int4-to-bf16", small, tmp_path / "dst")
+    assert (result.returncode, result.stderr) == (0, "")
+    (line,) = result.stdout.splitlines()
+    assert re.match(r"wrote .* in 1 shards to \S+ in \S+ s \(.* GB/s\), peak memory ", line)
+
+
+def test_quiet_is_silent(run, small, tmp_path):
+    for arguments in (
+        ["int4-to-bf16", small, tmp_path / "dst", "-q"],
+        ["verify", small, tmp_path / "dst", "-q"],
+        ["sample", tmp_path / "sample", "--quiet", *SMALL],
+    ):
+        result = run(*arguments)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_verbose_prints_the_plan_first(run, small, tmp_path):
+    lines = run("int4-to-bf16", small, tmp_path / "dst", "-v").stdout.splitlines()
+    assert lines[0].startswith("source: ")
+    assert lines[-1].startswith("wrote ")
+
+
+def test_what_is_printed_as_json_is_json(run, small, tmp_path):
+    inspected = json.loads(run("inspect", small, "--json").stdout)
+    assert inspected["manifest"] == "kimi-k2-thinking"
+    assert sum(row["parameters"] for row in inspected["roles"]) == inspected["parameters"]
+    assert sum(row["bytes"] for row in inspected["roles"]) == inspected["bytes"]
+    planned = json.loads(run("int4-to-bf16", small, tmp_path / "dst", "--dry-run", "--json").stdout)
+    done = json.loads(run("int4-to-bf16", small, tmp_path / "dst", "--json").stdout)
+    assert planned["output_bytes"] == done["bytes"]
+    assert planned["free_disk_bytes"] > 0
+    assert planned["peak_memory_bytes"] > 0
+    verified = json.loads(run("verify", small, tmp_path / "dst", "--json").stdout)
+    assert verified["weights"] > 0
+    assert verified["skipped"] == 0
+
+
+@pytest.mark.parametrize("command", ["int4-to-bf16", "sample"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run, small, tmp_path, command):
+    source = [small] if command == "int4-to-bf16" else []
+    options = SMALL if command == "sample" else []
+    result = run(command, *source, tmp_path / "dst", "--dry-run", *options)
+    assert result.returncode == 0
+    assert re.search(r"^output: .* in 1 shards", result.stdout, re.M)
+    assert re.search(r"^memory: about ", result.stdout, re.M)
+    assert re.search(r"^disk: .* free", result.stdout, re.M)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shortcut_refuses_a_source_that_it_is_not_for_and_names_the_general_way(run, bf16, tmp_path):
+    line = one_sentence(run("int4-to-bf16", bf16, tmp_path / "dst"))
+    assert "holds no quantised weights" in line
+
+
+def test_the_general_command_does_the_same_as_its_shortcut(run, small, tmp_path, tree):
+    assert run("convert", small, tmp_path / "a", "--to", "bf16").returncode == 0
+    assert run("int4-to-bf16", small, tmp_path / "b").returncode == 0
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_selected_weights_only_are_written(run, small, tmp_path, raw):
+    result = run(
+        "int4-to-bf16", small, tmp_path / "dst", "--include", "*.experts.*", "--exclude", "*.experts.1.*", "-q"
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(raw.load(tmp_path / "dst")) == [
+        f"model.layers.1.mlp.experts.0.{name}_proj.weight" for name in ("down", "gate", "up")
+    ]
+
+
+def test_a_real_checkpoint_is_cut_by_the_command(run, small, tmp_path):
+    result = run("sample", tmp_path / "cut", "--from", small, "--experts", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["n_routed_experts"] == 1
+
+
+def test_a_size_that_cannot_be_cut_is_one_sentence(run, small, tmp_path):
+    assert "--hidden cannot be cut" in one_sentence(run("sample", tmp_path / "cut", "--from", small, "--hidden", 32))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_is_printed(kconvert, shell):
+    result = kconvert(env={"_KCONVERT_COMPLETE": f"{shell}_source"})
+    assert result.returncode == 0
+    assert "_KCONVERT_COMPLETE" in result.stdout
+
+
+def test_shell_completion_knows_commands_and_options(kconvert):
+    def complete(words, index):
+        environment = {"_KCONVERT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)}
+        return kconvert(env=environment).stdout
+
+    assert "plain,int4-to-bf16" in complete("kconvert int4", 1)
+    assert "plain,--shard-size" in complete("kconvert int4-to-bf16 --sh", 2)
+
+
+def test_a_reader_that_goes_away_is_no_error(small):
+    command = Path(sys.executable).with_name("kconvert")
+    process = subprocess.Popen([command, "inspect", small, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def in_terminal(command):
+    """What a command prints in a terminal, and its exit code."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(command, stdout=child, stderr=child, stdin=child, close_fds=True)
+    os.close(child)
+    output, deadline = b"", time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline:
+            if select.select([parent], [], [], 1)[0]:
+                try:
+                    chunk = os.read(parent, 65536)
+                except OSError:
+                    break
+                if not chunk:
+                    break
+                output += chunk
+    finally:
+        os.close(parent)
+    return output.decode(), process.wait(60)
+
+
+@pytest.mark.parametrize("option", [(), ("-q",)], ids=["loud", "quiet"])
+def test_a_terminal_gets_a_progress_bar_unless_quiet(small, tmp_path, option):
+    command = Path(sys.executable).with_name("kconvert")
+    output, code = in_terminal([command, "int4-to-bf16", small, tmp_path / "dst", *option])
+    assert code == 0
+    if option:
+        assert output == ""
+    else:
+        assert re.search(r"B/s\]", output)
+        assert "wrote " in output
