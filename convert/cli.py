@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -254,21 +255,14 @@ def _convert(
     to: str,
     expect: str | None,
     revision: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    shard_size: int,
-    layout: str | None = None,
-    convention: str = "kimi",
-    group_size: int = 32,
-    require_exact: bool = False,
-    scales: str = "amax",
     **options: Any,
 ) -> None:
     import kconvert
 
-    recipe = kconvert.Recipe(
-        to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact, scales
-    )
+    # What a command does not offer keeps the recipe's default.
+    names = options.keys() & {field.name for field in fields(kconvert.Recipe)}
+    chosen = {name: options.pop(name) for name in names}
+    recipe = kconvert.Recipe(to, expect, **{name: value for name, value in chosen.items() if value is not None})
     _carry_out(kconvert.plan(source, recipe, revision), destination, **options)
 
 
