@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ import click
 from kconvert import __version__
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.recipe import TARGETS
+from kconvert.recipe import SCALES, TARGETS
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -178,6 +179,15 @@ def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
     _convert(source, destination, to="bf16", expect="fp8", **options)
 
 
+scales_option = click.option(
+    "--scales",
+    type=click.Choice(SCALES),
+    default="amax",
+    show_default=True,
+    help="INT4 and MX: by the largest value, or the best of a few by squared error.",
+)
+
+
 def packed_options(function: Command) -> Command:
     """Options of INT4."""
     options = [
@@ -191,6 +201,7 @@ def packed_options(function: Command) -> Command:
         click.option(
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
+        scales_option,
         click.option("--require-exact", is_flag=True, help="INT4: stop at values that no codes and scale reproduce."),
     ]
     return _apply(options, function)
@@ -244,20 +255,14 @@ def _convert(
     to: str,
     expect: str | None,
     revision: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    shard_size: int,
-    layout: str | None = None,
-    convention: str = "kimi",
-    group_size: int = 32,
-    require_exact: bool = False,
     **options: Any,
 ) -> None:
     import kconvert
 
-    recipe = kconvert.Recipe(
-        to, expect, shard_size, include, exclude, layout or "", convention, group_size, require_exact
-    )
+    # What a command does not offer keeps the recipe's default.
+    names = options.keys() & {field.name for field in fields(kconvert.Recipe)}
+    chosen = {name: options.pop(name) for name in names}
+    recipe = kconvert.Recipe(to, expect, **{name: value for name, value in chosen.items() if value is not None})
     _carry_out(kconvert.plan(source, recipe, revision), destination, **options)
 
 

@@ -51,16 +51,17 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
 
-    Nothing in an INT4 checkpoint says by which convention it was made, and whether from exact values.
+    Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
     import torch
     from kconvert.formats.reference import fp8, int8, mx, packed
 
     match format:
         case Packed(bits=4, symmetric=True, ordered=False):
-            for rule in CONVENTIONS.values():
-                size = format.group_size or values.shape[1]
-                for codes, scale, *_ in (packed.encode_exact(values, size, rule), packed.encode(values, size, rule)):
+            size = format.group_size or values.shape[1]
+            for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
+                for rule in CONVENTIONS.values():
+                    codes, scale, *_ = encode(values, size, rule)
                     yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
@@ -70,8 +71,9 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
         case Mx():
-            codes, scale = mx.encode(values, format.bits)
-            yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
+            for mse in (False, True):
+                codes, scale = mx.encode(values, format.bits, mse)
+                yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
         case _:
             raise NotImplementedError(f"no reference encoder of {format.label}")
 
@@ -98,7 +100,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
-    shape = part.shape if part.every is None else (-1, *part.shape[1:])
+    shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
     return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
 
 

@@ -180,6 +180,7 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         "manifest": model.manifest.name,
         "to": recipe.to,
         **({"layout": recipe.layout} if recipe.layout else {}),
+        **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
         "parameters": model.parameters,
         "weights": dict(format_counts(model.weights)),
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
@@ -198,7 +199,7 @@ def fate_of(step: Transcode) -> str:
 
     `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
     """
-    if step.target == Dense("BF16"):
+    if isinstance(step.target, Dense) and step.target.dtype == "BF16":
         return "lossless"
     return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
 

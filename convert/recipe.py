@@ -27,6 +27,7 @@ from kconvert.formats.packed import Packed
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
+SCALES = ("amax", "mse")
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
 # which are narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the
 # source has quantised.
@@ -106,7 +107,8 @@ class Recipe:
     """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
-    `convention`, `group_size` and `require_exact` are for the target `int4`; see formats.packed.
+    `convention`, `group_size` and `require_exact` are for the target `int4`, `scales`, one of SCALES, also for `mxfp4` and
+    `mxfp8`; see formats.packed and formats.mx.
     """
 
     to: str
@@ -118,6 +120,7 @@ class Recipe:
     convention: str = KIMI.name
     group_size: int = 32
     require_exact: bool = False
+    scales: str = "amax"
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -134,6 +137,15 @@ class Recipe:
             raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
         if self.group_size <= 0 or self.group_size % 8:
             raise KconvertError(f"a group size of {self.group_size} is not possible; it is a multiple of 8, mostly 32")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        if self.scales not in SCALES:
+            raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join(SCALES)}")
+        if self.scales == "mse" and not isinstance(TARGETS[self.to][self.layout].format, Packed | Mx):
+            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, mxfp4 and mxfp8")
+        if self.scales == "mse" and self.require_exact:
+            raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
 
     def check_source(self, model: Model) -> None:
         """KconvertError when the checkpoint is not what the command's name says."""
@@ -166,7 +178,7 @@ class Recipe:
         """What spells this weight in the output."""
         if self._target.takes(weight):
             return self._fit(self._target.format, weight)
-        return weight.format if isinstance(weight.format, Dense) else Dense("BF16")
+        return weight.format if isinstance(weight.format, Dense) else self._fit(Dense("BF16"), weight)
 
     def _fit(self, format: Format, weight: Weight) -> Format:
         """The format for this weight. INT4 codes are looked for where there may be any: not in values that were FP8."""
@@ -174,9 +186,18 @@ class Recipe:
             raise KconvertError(
                 f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
             )
+        stack = weight.format.stack if isinstance(weight.format, Packed | Dense) else None
+        if stack is not None:
+            if not isinstance(format, Packed | Dense):
+                raise KconvertError(
+                    f"weight {weight.name!r} is a stack of {stack} matrices; stacks go to bf16 or int4 only"
+                )
+            format = replace(format, stack=stack)
+        mse = self.scales == "mse"
         if isinstance(format, Packed):
-            return replace(format, exact=self.require_exact or isinstance(weight.format, Dense | Packed))
-        return format
+            may_be_exact = self.require_exact or isinstance(weight.format, Dense | Packed)
+            return replace(format, exact=may_be_exact and not mse, mse=mse)
+        return replace(format, mse=mse) if isinstance(format, Mx) else format
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""

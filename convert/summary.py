@@ -7,7 +7,7 @@ import resource
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,8 @@ class Outcome(Summary):
 
     @classmethod
     def now(cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int]) -> Outcome:
+        from kconvert.quality import gains
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {
             "output": str(destination),
@@ -133,11 +135,14 @@ class Outcome(Summary):
             "peak_memory_bytes": peak,
             "inexact_groups": dict(inexact),
         }
+        found = gains(plan) if plan.facts.get("scales") == "mse" else {}
+        facts.update({"sqnr_db": {label: asdict(gain) for label, gain in found.items()}} if found else {})
+        compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
         line = (
             f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
         )
-        return cls(facts, (line, *_exactness(plan, inexact)))
+        return cls(facts, (line, *_exactness(plan, inexact), *compared))
 
 
 def _exactness(plan: Plan, inexact: Mapping[str, int]) -> Iterator[str]:

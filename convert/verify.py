@@ -119,8 +119,9 @@ def _check_coverage(original: Model, converted: Model) -> list[Pair]:
     # A manifest that demands no names takes an unquantised matrix for a plain tensor.
     for name in ours.keys() - theirs.keys():
         if (item := plain_theirs.pop(f"{name}.weight", None)) is not None:
-            rows, cols = item.tensor.shape if len(item.tensor.shape) == 2 else (0, 0)
-            theirs[name] = Weight(name, item.role, rows, cols, Dense(item.tensor.dtype), (item.tensor,))
+            *stack, rows, cols = item.tensor.shape if len(item.tensor.shape) in (2, 3) else (0, 0)
+            format = Dense(item.tensor.dtype, stack[0] if stack else None)
+            theirs[name] = Weight(name, item.role, math.prod((*stack, rows)), cols, format, (item.tensor,))
     for have, want in ((theirs.keys() | plain_theirs.keys(), ours.keys() | plain.keys()),):
         if missing := sorted(want - have):
             raise CheckFailed(f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)")

@@ -140,3 +140,29 @@ def test_a_value_that_is_not_finite_is_an_error_naming_the_weight(bf16_copy: Pat
     checkpoint.save()
     with pytest.raises(KconvertError, match=rf"{EXPERT}.*not finite"):
         convert(plan(bf16_copy, Recipe("int4", "bf16")), tmp_path / "out")
+
+
+def test_scales_by_mse_serve_better_and_the_gain_is_printed(bf16: Path, tmp_path: Path, kconvert: Any) -> None:
+    run = kconvert("convert", bf16, tmp_path / "out", "--to", "int4", "--group-size", 64, "--scales", "mse", "--json")
+    assert run.returncode == 0, run.stderr
+    gain = json.loads(run.stdout)["sqnr_db"]["int4 group 64"]
+    assert gain["mse"] > gain["amax"] + 0.1
+    verify(bf16, tmp_path / "out")
+    run = kconvert("convert", bf16, tmp_path / "mx", "--to", "mxfp4", "--scales", "mse")
+    assert "mxfp4: SQNR" in run.stdout
+    verify(bf16, tmp_path / "mx")
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"to": "fp8", "scales": "mse"}, "scales by mse are not for fp8"),
+        ({"to": "int4", "scales": "mse", "require_exact": True}, "exact values have their own scales"),
+        ({"to": "int4", "scales": "best"}, "no scales by 'best'"),
+        ({"to": "int4", "convention": "mine"}, "no convention 'mine'"),
+        ({"to": "int4", "group_size": 20}, "a group size of 20 is not possible"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], fault: str) -> None:
+    with pytest.raises(KconvertError, match=fault):
+        Recipe(**options)

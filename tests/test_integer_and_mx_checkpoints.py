@@ -90,6 +90,38 @@ def test_packed_integers_of_every_kind_become_bf16(
     assert report.weights > 0
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_stack_of_experts_becomes_a_stack_in_bf16(tmp_path: Path, raw: Any, bits: int, symmetric: bool) -> None:
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    experts, states = (0.02 * torch.randn(4, 24, 96)).bfloat16(), []
+    for weight in experts:
+        groups = weight.view(24, -1, 32)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+        states.append(PackedQuantizationCompressor.compress(state, scheme))
+    values = torch.stack([PackedQuantizationCompressor.decompress(state, scheme)["weight"] for state in states])
+    stacks = {suffix: torch.stack([state[suffix] for state in states]) for suffix in states[0]}
+    stacks["weight_shape"] = torch.tensor([4, 24, 96])
+    tensors = {
+        f"experts.up.{suffix}": raw.Tensor(
+            NAMES[value.dtype], list(value.shape), bytes(value.reshape(-1).view(torch.uint8).numpy())
+        )
+        for suffix, value in stacks.items()
+    }
+    weights = {"num_bits": bits, "symmetric": symmetric, "strategy": "group", "group_size": 32}
+    table = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    source = raw.new(tmp_path / "source", {"model.safetensors": tensors}, {"quantization_config": table}).save()
+    convert(plan(source, Recipe("bf16")), tmp_path / "out")
+    written = raw.load(tmp_path / "out")["experts.up.weight"]
+    assert (written.dtype, written.shape) == ("BF16", [4, 24, 96])
+    assert written.data == bytes(values.view(torch.uint8).reshape(-1).numpy())
+    verify(source, tmp_path / "out")
+    with pytest.raises(KconvertError, match=r"'experts\.up' is a stack of 4 matrices"):
+        plan(source, Recipe("int8"))
+
+
 def test_nvfp4_becomes_bf16(bf16: Path, tmp_path: Path, raw: Any) -> None:
     scheme = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     args = QuantizationArgs(**scheme, scale_dtype=torch.float8_e4m3fn)

@@ -34,4 +34,6 @@ class Convention:
 
 KIMI = Convention("kimi", 7.0, -7)
 COMPRESSED_TENSORS = Convention("compressed-tensors", 7.5, -8, rounds=True, zero_scale=2.0**-7)
+# Of amax / divisor for these and the rule's own, `--scales mse` takes the scale with the least squared error for a group.
+DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
 CONVENTIONS = {convention.name: convention for convention in (KIMI, COMPRESSED_TENSORS)}

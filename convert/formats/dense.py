@@ -18,16 +18,18 @@ DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """`dtype` is one of DTYPES."""
+    """`dtype` is one of DTYPES; `stack`: the number of matrices if it is a stack of them, [stack, out, in]."""
 
     dtype: str = "BF16"
+    stack: int | None = None
 
     @property
     def label(self) -> str:
         return self.dtype.lower()
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        return (Part("weight", self.dtype, (rows, cols)),)
+        shape = (rows, cols) if self.stack is None else (self.stack, rows // self.stack, cols)
+        return (Part("weight", self.dtype, shape),)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import dense as kernels

@@ -53,6 +53,8 @@ class Int8:
         return f"int8 {self.strategy}{size}" + ("" if self.symmetric else " asymmetric")
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if self.group_size and cols % self.group_size:
+            raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
         every = None if self.strategy == "tensor" else 1
         if self.strategy == "group":
             shape: tuple[int, ...] = (rows, cols // (self.group_size or cols))
@@ -114,8 +116,6 @@ def recognise(
     if dtype != "I8" or len(own_shape) != 2:
         raise ValueError(f"its weight is {dtype} {list(own_shape)}, not an I8 matrix")
     shape = shape or (own_shape[0], own_shape[1])
-    if format.group_size and shape[1] % format.group_size:
-        raise ValueError(f"its {shape[1]} columns do not divide into groups of {format.group_size}")
     scale_dtype, scale_shape = found["weight_scale"]
     if scale_dtype not in SCALE_CODES:
         raise ValueError(f"its weight_scale is {scale_dtype}, not BF16, F16 or F32")

@@ -18,7 +18,7 @@ https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Part
@@ -35,11 +35,15 @@ FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
 
 @dataclass(frozen=True, slots=True)
 class Mx:
-    """`bits` is 4 or 8. `activations` are (suffix, dtype, shape) of tensors beside it that describe activations."""
+    """`bits` is 4 or 8. `activations` are (suffix, dtype, shape) of tensors beside it that describe activations.
+
+    `mse`: of the scale by the rule, half of it and twice, the one with the least squared error; no part of the encoding.
+    """
 
     bits: int
     scale_dtype: str = "U8"
     activations: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    mse: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -50,6 +54,8 @@ class Mx:
         return GROUP
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if cols % GROUP:
+            raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
         packed = (
             Part("weight_packed", "U8", (rows, cols // 2))
             if self.bits == 4
@@ -68,7 +74,7 @@ class Mx:
         from kconvert.formats.kernels import mx as kernels
 
         kernel = kernels.encode_mxfp4 if self.bits == 4 else kernels.encode_mxfp8
-        if kernel(tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP * self.bits // 8), parts[1]):
+        if kernel(tile.reshape(-1, GROUP), self.mse, parts[0].reshape(-1, GROUP * self.bits // 8), parts[1]):
             raise ValueError("it has a value that is not finite")
         return 0
 
@@ -100,8 +106,6 @@ def recognise(
     if len(own_shape) != 2:
         raise ValueError(f"its {codes} {list(own_shape)} is not a matrix")
     shape = shape or (own_shape[0], own_shape[1] * 8 // format.bits)
-    if shape[1] % GROUP:
-        raise ValueError(f"its {shape[1]} columns do not divide into groups of {GROUP}")
     scale_dtype = found["weight_scale"][0]
     if scale_dtype not in ("U8", "F8_E8M0"):
         raise ValueError(f"its weight_scale is {scale_dtype}, not U8 or F8_E8M0")

@@ -39,6 +39,8 @@ class Nvfp4:
         return "nvfp4"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if cols % GROUP:
+            raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
         return (
             Part("weight_packed", "U8", (rows, cols // 2)),
             Part("weight_scale", "F8_E4M3", (rows, cols // GROUP), values="nonnegative"),
@@ -80,6 +82,4 @@ def recognise(
     if len(packed) != 2:
         raise ValueError(f"its weight_packed {list(packed)} is not a matrix")
     shape = shape or (packed[0], packed[1] * 2)
-    if shape[1] % GROUP:
-        raise ValueError(f"its {shape[1]} columns do not divide into groups of {GROUP}")
     return Nvfp4(tuple((suffix, *found[suffix]) for suffix in OTHERS if suffix in found)), shape

@@ -8,6 +8,9 @@
 | weight_g_idx | old files with activation order: I32 [in], the group of each column |
 | weight_shape | I32 or I64 [2] = [out, in]; may be absent |
 
+A stack of experts has one dimension more in front of all but weight_g_idx, and weight_shape is [3] = [experts, out, in].
+Its rows are the experts' rows, one after the other.
+
 Value of a weight: (code - zero point) * scale, rounded once to the scale's dtype: all that comes before is exact in f32.
 Quantising (four bits, symmetric, bf16 scales) goes by a convention, see formats.conventions; or `exact`: where a bf16
 scale and codes reproduce every value of a group to the bit, as after decoding, they are found again, see kernels.packed.
@@ -33,16 +36,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"})
-SHAPE_CODES = {"I32": "<2i", "I64": "<2q"}
+SHAPE_CODES = {"I32": "i", "I64": "q"}
 SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """`group_size` columns share a scale, None: the whole row. `shape_dtype` None: there is no weight_shape tensor.
+    `stack`: the number of matrices if it is a stack of them.
 
     How values become codes is no part of the encoding, so formats that differ in this are equal: the `convention`; `exact`:
-    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error.
+    codes and scale that reproduce a group are found again where there are any; `strict`: where there are none is an error;
+    `mse`: of a few scales the one with the least squared error (conventions.DIVISORS).
     """
 
     group_size: int | None
@@ -52,7 +57,9 @@ class Packed:
     symmetric: bool = True
     scale_dtype: str = "BF16"
     ordered: bool = False
+    stack: int | None = None
     exact: bool = field(default=False, compare=False)
+    mse: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
 
     @property
@@ -66,17 +73,20 @@ class Packed:
             raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
         groups = cols // self.group_size if self.group_size else 1
         in_word = 32 // self.bits
+        stack, rows = ((), rows) if self.stack is None else ((self.stack,), rows // self.stack)
         parts = [
-            Part("weight_packed", "I32", (rows, math.ceil(cols / in_word))),
-            Part("weight_scale", self.scale_dtype, (rows, groups), values="nonnegative"),
+            Part("weight_packed", "I32", (*stack, rows, math.ceil(cols / in_word))),
+            Part("weight_scale", self.scale_dtype, (*stack, rows, groups), values="nonnegative"),
         ]
         if not self.symmetric:
-            parts.append(Part("weight_zero_point", "I32", (math.ceil(rows / in_word), groups), every=in_word))
+            words = math.ceil(rows / in_word)
+            parts.append(Part("weight_zero_point", "I32", (*stack, words, groups), every=in_word))
         if self.ordered:
             parts.append(Part("weight_g_idx", "I32", (cols,), every=None, below=groups))
         if self.shape_dtype is not None:
-            shape = struct.pack(SHAPE_CODES[self.shape_dtype], rows, cols)
-            parts.append(Part("weight_shape", self.shape_dtype, (2,), every=None, constant=shape))
+            shape = (*stack, rows, cols)
+            data = struct.pack(f"<{len(shape)}{SHAPE_CODES[self.shape_dtype]}", *shape)
+            parts.append(Part("weight_shape", self.shape_dtype, (len(shape),), every=None, constant=data))
         return tuple(parts)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
@@ -102,7 +112,8 @@ class Packed:
             raise NotImplementedError(f"nothing is written as {self.label}")
         groups = tile.reshape(-1, self.group_size or tile.shape[1])
         rule = self.convention
-        kernel = kernels.encode_exact if self.exact else kernels.encode_rule
+        by_scale = kernels.encode_mse if self.mse else kernels.encode_rule
+        kernel = kernels.encode_exact if self.exact else by_scale
         lost: int = kernel(
             groups,
             groups.dtype.type(rule.divisor),
@@ -150,14 +161,22 @@ def recognise(
     if format.symmetric and "weight_zero_point" in found:
         raise ValueError("it has a weight_zero_point, but its scheme is symmetric")
     packed, (scale_dtype, scale) = found["weight_packed"][1], found["weight_scale"]
+    stack = packed[0] if shape is None and len(packed) == 3 else None
     if shape is None:
-        if len(packed) != 2 or len(scale) != 2:
-            raise ValueError(f"its weight_packed {list(packed)} and weight_scale {list(scale)} are not matrices")
-        shape = (packed[0], scale[1] * format.group_size if format.group_size else packed[1] * 32 // format.bits)
+        if len(packed) not in (2, 3) or len(scale) != len(packed):
+            raise ValueError(
+                f"its weight_packed {list(packed)} and weight_scale {list(scale)} are no matrices or stacks"
+            )
+        cols = scale[-1] * format.group_size if format.group_size else packed[-1] * 32 // format.bits
+        shape = (math.prod(packed[:-1]), cols)
+    if stack == 0:
+        raise ValueError("it is a stack of no matrices")
+    if stack and not format.symmetric and packed[1] % (32 // format.bits):
+        raise ValueError(f"the zero points of its {packed[1]} rows end within a word, in a stack that is not supported")
     shape_dtype = found["weight_shape"][0] if "weight_shape" in found else None
     if shape_dtype is not None and shape_dtype not in SHAPE_CODES:
         raise ValueError(f"its weight_shape is {shape_dtype}, not I32 or I64")
     if scale_dtype not in SCALE_CODES:
         scale_dtype = format.scale_dtype  # which the tensor then disagrees with
     ordered = "weight_g_idx" in found
-    return replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, ordered=ordered), shape
+    return replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, ordered=ordered, stack=stack), shape

@@ -95,6 +95,10 @@ def test_kernels_reference_and_compressed_tensors_quantise_alike(
     assert lost == 0
     assert torch.equal(tensors["weight_scale"], scale)
     assert torch.equal(bits_of(tensors[name]), bits_of(codes))
+    searched, _ = codec.encode(Mx(bits, mse=True), weight)
+    best, best_scale = reference.encode(weight, bits, mse=True)
+    assert torch.equal(searched["weight_scale"], best_scale)
+    assert torch.equal(bits_of(searched[name]), bits_of(best))
     theirs = compress(weight, bits)
     assert torch.equal(scale, theirs["weight_scale"])
     assert torch.equal(bits_of(codes), bits_of(theirs[name]))
@@ -142,7 +146,6 @@ NVFP4 = Scheme("nvfp4-pack-quantized", 4, "float", strategy="tensor_group")
     ("scheme", "found", "fault"),
     [
         (MXFP4, {"weight_packed": ("U8", (8, 32))}, "it has no weight_scale"),
-        (MXFP4, {"weight_packed": ("U8", (8, 24)), "weight_scale": ("U8", (8, 1))}, "48 columns do not divide"),
         (MXFP4, {"weight_packed": ("U8", (8, 32)), "weight_scale": ("BF16", (8, 2))}, "its weight_scale is BF16"),
         (MXFP8, {"weight_packed": ("U8", (8, 32)), "weight_scale": ("U8", (8, 2))}, "it has no weight"),
         (NVFP4, {"weight_packed": ("U8", (8, 32)), "weight_scale": ("F8_E4M3", (8, 4))}, "no weight_global_scale"),
@@ -151,6 +154,12 @@ NVFP4 = Scheme("nvfp4-pack-quantized", 4, "float", strategy="tensor_group")
 def test_what_does_not_fit_is_said(scheme: Scheme, found: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         recognise(scheme, found, None)
+
+
+@pytest.mark.parametrize("format", [Mx(4), Mx(8), Nvfp4()], ids=lambda format: format.label)
+def test_columns_must_divide_into_groups(format: Any) -> None:
+    with pytest.raises(ValueError, match="its 24 columns do not divide into groups"):
+        format.parts(8, 24)
 
 
 def test_what_describes_activations_is_read_past() -> None:

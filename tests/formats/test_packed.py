@@ -134,6 +134,10 @@ def test_kernels_quantise_as_the_reference(
     assert same(tensors["weight_packed"], packed)
     assert same(tensors["weight_scale"], scale)
     assert lost == 0
+    tensors, lost = codec.encode(Packed(group_size, None, rule, mse=True), weight)
+    packed, scale = reference.encode_mse(weight, group_size or 128, rule)
+    assert same(tensors["weight_packed"], packed)
+    assert same(tensors["weight_scale"], scale)
     tensors, lost = codec.encode(Packed(group_size, None, rule, exact=True), weight)
     packed, scale, inexact = reference.encode_exact(weight, group_size or 128, rule)
     assert same(tensors["weight_packed"], packed)
@@ -224,6 +228,17 @@ def test_weights_made_by_compressed_tensors_rule_are_found_out_under_kimis(codec
     after, lost = codec.encode(Packed(32, None, COMPRESSED_TENSORS, exact=True), values)
     assert lost == 0
     assert same(after["weight_packed"], before["weight_packed"])
+
+
+@RULES
+def test_scales_with_the_least_squared_error_serve_better(codec: Any, rule: Convention) -> None:
+    weight = groups_of("random", 0, 256, 64, rule)
+
+    def noise(format: Packed) -> float:
+        tensors, _ = codec.encode(format, weight)
+        return float((codec.decode(format, tensors, 256, 64) - weight.float()).pow(2).sum())
+
+    assert noise(Packed(32, None, rule, mse=True)) < 0.98 * noise(Packed(32, None, rule))
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -88,6 +88,35 @@ def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
 
 
 @inline
+def power(biased: Any) -> Any:
+    """2 ** (biased - 127) as f32, for 0 to 254; the lowest is subnormal."""
+    return float_of(np.uint32(np.uint32(biased) << np.uint32(23)) if biased else np.uint32(1 << 22))
+
+
+@inline
+def error_unit(amax: Any) -> Any:
+    """What makes values of this amax (its bits) smaller than 2: a power of two."""
+    return power(np.uint32(np.uint32(254) - np.uint32(amax >> np.uint32(23))))
+
+
+@inline
+def error_places(size: Any) -> Any:
+    """The fixed point of squared errors: the sum of `size` of them, each below 4, stays below 2^31."""
+    places = np.float32(2.0**29)
+    while size > 1:
+        places *= np.float32(0.5)
+        size = (size + 1) >> 1
+    return places
+
+
+@inline
+def squared_error(value: Any, served: Any, unit: Any, places: Any) -> Any:
+    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order."""
+    error = (value - served) * unit
+    return np.int32(error * error * places)
+
+
+@inline
 def widen_f16(f16: Any) -> Any:
     """f16 bits of a finite number -> f32, exact: the multiplication mends the exponent, of subnormals too."""
     bits = np.uint32(f16)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from kconvert.formats.kernels.bits import amax_bits, bits_of, float_of, inline, kernel, pack_pairs, round_bf16
+from kconvert.formats.kernels.bits import (
+    amax_bits,
+    bits_of,
+    error_places,
+    error_unit,
+    float_of,
+    inline,
+    kernel,
+    pack_pairs,
+    power,
+    round_bf16,
+    squared_error,
+)
 from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
@@ -40,12 +52,6 @@ def round_e2m1(value: Any) -> Any:
 
 
 @inline
-def power(biased: Any) -> Any:
-    """2 ** (biased - 127) as f32, for 0 to 254; the lowest is subnormal."""
-    return float_of(U(U(biased) << U(23)) if biased else U(1 << 22))
-
-
-@inline
 def mx_exponent(amax: Any, largest: Any) -> Any:
     """The biased exponent of a scale, from the bits of amax; `largest` is the exponent of the largest code."""
     rounded = min(np.int32(U(amax + U(1 << 21)) >> U(23)), np.int32(254))  # one more would be infinite
@@ -72,8 +78,38 @@ def decode_mxfp8(codes: Any, scale: Any, tile: Any) -> None:
             tile[group, i] = round_bf16(widen_e4m3(codes[group, i]) * step)
 
 
+@inline
+def _error(tile: Any, group: Any, exponent: Any, bits: Any, unit: Any) -> Any:
+    """The group's squared error under a scale, see bits.squared_error."""
+    step, inverse = power(exponent), power(U(U(254) - exponent))
+    error, places = np.int32(0), error_places(tile.shape[1])
+    for i in range(tile.shape[1]):
+        value = tile[group, i]
+        quotient = round_bf16(value * inverse)
+        served = widen_e2m1(round_e2m1(quotient)) if bits == 4 else widen_e4m3(round_e4m3(quotient))
+        error = np.int32(error + squared_error(value, round_bf16(served * step), unit, places))
+    return error
+
+
+@inline
+def _exponent(tile: Any, group: Any, amax: Any, bits: Any, search: Any) -> Any:
+    """The group's exponent by the rule, or if `search`, the one of it and its neighbours that has the least squared error."""
+    best = mx_exponent(amax, 2 if bits == 4 else 8)
+    if search:
+        unit = error_unit(amax)
+        least = _error(tile, group, best, bits, unit)
+        rule = np.int32(best)
+        for other in (rule - np.int32(1), rule + np.int32(1)):
+            if other < 0 or other > 254 - (2 if bits == 4 else 8):
+                continue
+            error = _error(tile, group, U(other), bits, unit)
+            if error < least:
+                best, least = U(other), error
+    return best
+
+
 @kernel
-def encode_mxfp4(tile: Any, packed: Any, scale: Any) -> Any:
+def encode_mxfp4(tile: Any, search: Any, packed: Any, scale: Any) -> Any:
     """tile f32 [groups, 32] -> packed u8 [groups, 16], scale u8 [groups]; -1 at a value that is not finite, else 0."""
     codes = np.empty(tile.shape[1], np.uint8)
     pairs = codes.view(np.uint16)
@@ -81,7 +117,7 @@ def encode_mxfp4(tile: Any, packed: Any, scale: Any) -> Any:
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        exponent = mx_exponent(amax, 2)
+        exponent = _exponent(tile, group, amax, 4, search)
         scale[group] = np.uint8(exponent)
         inverse = power(U(U(254) - exponent))
         for i in range(tile.shape[1]):
@@ -91,13 +127,13 @@ def encode_mxfp4(tile: Any, packed: Any, scale: Any) -> Any:
 
 
 @kernel
-def encode_mxfp8(tile: Any, codes: Any, scale: Any) -> Any:
+def encode_mxfp8(tile: Any, search: Any, codes: Any, scale: Any) -> Any:
     """tile f32 [groups, 32] -> codes u8 [groups, 32], scale u8 [groups]; -1 at a value that is not finite, else 0."""
     for group in range(tile.shape[0]):
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        exponent = mx_exponent(amax, 8)
+        exponent = _exponent(tile, group, amax, 8, search)
         scale[group] = np.uint8(exponent)
         inverse = power(U(U(254) - exponent))
         for i in range(tile.shape[1]):

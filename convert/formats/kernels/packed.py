@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
     amax_bits,
     bits_of,
+    error_places,
+    error_unit,
     float_of,
     inline,
     kernel,
@@ -20,6 +23,7 @@ from kconvert.formats.kernels.bits import (
     round_bf16,
     round_bits,
     round_like,
+    squared_error,
     widen,
     widen_scale,
 )
@@ -223,3 +227,38 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
         scale[group] = np.uint16(bits)
         pack_pairs(pairs, group, packed)
     return inexact
+
+
+@inline
+def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any) -> Any:
+    """The group's squared error under a scale, see bits.squared_error."""
+    step = _step(bits)
+    error, places = np.int32(0), error_places(tile.shape[1])
+    for i in range(tile.shape[1]):
+        value = tile[group, i]
+        served = round_bf16((_shifted(value, step, lowest, rounds) - SHIFT) * step)
+        error = np.int32(error + squared_error(value, served, unit, places))
+    return error
+
+
+@kernel
+def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
+    """encode_rule, but of amax / divisor for the rule's divisor and DIVISORS the scale with the least squared error."""
+    codes = np.empty(tile.shape[1], np.uint8)
+    pairs = codes.view(np.uint16)
+    for group in range(scale.shape[0]):
+        amax = amax_bits(tile, group)
+        if amax >= INFINITE:
+            return -1
+        unit = error_unit(amax)
+        best = _rule(amax, divisor, zero_scale)
+        least = _error(tile, group, best, lowest, rounds, unit)
+        for other in DIVISORS:
+            bits = _rule(amax, np.float32(other), zero_scale)
+            error = _error(tile, group, bits, lowest, rounds, unit)
+            if error < least:
+                best, least = bits, error
+        scale[group] = np.uint16(best)
+        _quantise(tile, group, best, lowest, rounds, codes)
+        pack_pairs(pairs, group, packed)
+    return 0

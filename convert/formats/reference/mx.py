@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kconvert.formats.reference.packed import squared_error
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -40,17 +41,34 @@ def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.
     return (unpack_e2m1(packed).view(*scale.shape, -1) * step).flatten(-2).bfloat16()
 
 
-def encode(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
 
     The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those
-    of the quotient value / scale, a bf16.
+    of the quotient value / scale, a bf16. `mse`: of that exponent, one less and one more, the first with the least error.
     """
     groups = weight.view(len(weight), -1, 32)
     mantissa, exponent = torch.frexp(groups.abs().amax(-1).double())  # mantissa in [0.5, 1), 0 for 0
     power = exponent - 1 + (mantissa >= 0.875).int()
     power = torch.where(mantissa == 0, torch.full_like(power, -200), power)
-    scale = (power.clamp(max=127) - (2 if bits == 4 else 8)).clamp(min=-127)
+    largest = 2 if bits == 4 else 8
+    scale = (power.clamp(max=127) - largest).clamp(min=-127)
+    best = _quantise(weight, scale, bits)
+    if not mse:
+        return best
+    least = squared_error(groups.float(), decode(*best).float().view(groups.shape))
+    rule = scale
+    for other in (rule - 1, rule + 1):
+        served = decode(*_quantise(weight, other.clamp(-127, 127 - largest), bits)).float().view(groups.shape)
+        error = squared_error(groups.float(), served)
+        better = (error < least) & (other >= -127) & (other <= 127 - largest)
+        scale, least = torch.where(better, other, scale), torch.where(better, error, least)
+    return _quantise(weight, scale, bits)
+
+
+def _quantise(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [rows, cols] and exponents int32 [rows, cols / 32] -> codes and biased scale, as encode."""
+    groups = weight.view(*scale.shape, 32)
     quotient = (groups.double() / torch.pow(2.0, scale.double()).unsqueeze(-1)).bfloat16().flatten(-2)
     stored = (scale + 127).to(torch.uint8)
     if bits == 8:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-from kconvert.formats.conventions import Convention
+from kconvert.formats.conventions import DIVISORS, Convention
 
 
 def unpack(packed: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
@@ -68,6 +70,35 @@ def quantise(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> tor
     quotient = groups / torch.where(step == 0, torch.inf, step)
     quotient = quotient.bfloat16().float() if rule.rounds else quotient
     return torch.round(quotient).clamp(rule.lowest, rule.highest)
+
+
+def encode_mse(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor]:
+    """encode, but of amax / divisor for the rule's divisor and DIVISORS, the first scale with the least squared error."""
+    groups = weight.float().view(len(weight), -1, group_size)
+    best = rule_scale(groups, rule)
+    least = _error(groups, best, rule)
+    for divisor in DIVISORS:
+        scale = rule_scale(groups, replace(rule, divisor=divisor))
+        error = _error(groups, scale, rule)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return pack(quantise(groups, best, rule).flatten(-2), 4), best
+
+
+def _error(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch.Tensor:
+    step = scale.float().unsqueeze(-1)
+    return squared_error(groups, (quantise(groups, scale, rule) * step).bfloat16().float())
+
+
+def squared_error(groups: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
+    """f32 [..., g] twice -> int64 [...]: the sum of the squared errors in units of the power of two in amax.
+
+    In fixed point, so that the order of the sum is nothing: as many places as keep the sum of g squares below 2^31.
+    """
+    _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True).double())
+    unit = torch.pow(2.0, 1.0 - exponent.clamp(min=-126).double()).float()
+    error = (groups - served) * unit
+    places = 29 - (groups.shape[-1] - 1).bit_length()
+    return (error * error * 2.0**places).to(torch.int32).long().sum(-1)
 
 
 def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:

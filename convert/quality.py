@@ -1,0 +1,85 @@
+"""What quantising loses, measured: the signal and the noise of an encoding on a plan's own weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kconvert.formats import Format
+from kconvert.formats.mx import Mx
+from kconvert.formats.packed import Packed
+from kconvert.model import parts_of
+from kconvert.plan import Plan, Transcode
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes, Tile
+
+SAMPLED_WEIGHTS = 64
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Signal-to-quantisation-noise ratios in dB over the sampled weights; None without noise."""
+
+    amax: float | None
+    mse: float | None
+
+    def __str__(self) -> str:
+        mse, amax = ("without noise" if ratio is None else f"{ratio:.2f} dB" for ratio in (self.mse, self.amax))
+        return f"SQNR {mse}, with scales by amax {amax}"
+
+
+def squares(format: Format, tile: Tile) -> tuple[float, float]:
+    """Sums over f32 [rows, cols] of the squared values, and of the squared errors that `format` makes of them."""
+    import numpy as np
+
+    parts: list[Bytes] = [np.zeros(part.nbytes, np.uint8) for part in parts_of(format, *tile.shape)]
+    served = np.empty_like(tile)
+    format.encode(tile, parts)
+    format.decode(parts, 0, served)
+    values = tile.astype(np.float64)
+    return float(np.square(values).sum()), float(np.square(values - served).sum())
+
+
+def sqnr(signal: float, noise: float) -> float | None:
+    """In dB; None without noise."""
+    return 10 * math.log10(signal / noise) if signal and noise else None
+
+
+def gains(plan: Plan) -> dict[str, Gain]:
+    """For each encoding that the plan writes with scales of least squared error: what they gain over amax, on a sample."""
+    sums: dict[str, list[float]] = {}
+    for target, tile in _sample(plan):
+        signal, noise = squares(target, tile)
+        _, by_amax = squares(replace(target, mse=False), tile)
+        total = sums.setdefault(target.label, [0.0, 0.0, 0.0])
+        total[:] = [total[0] + signal, total[1] + by_amax, total[2] + noise]
+    return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
+
+
+def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
+    """The first rows of some weights all over the model, with their targets."""
+    import numpy as np
+
+    chosen = [step for step in plan.steps if isinstance(step, Transcode) and _searches(step.target)]
+    if plan.source is None or not chosen:
+        return
+    with plan.source.reader() as reader:
+        for step in chosen[:: math.ceil(len(chosen) / SAMPLED_WEIGHTS)]:
+            unit = math.lcm(*(part.every for part in step.source_parts if part.every))
+            rows = min(step.rows, math.ceil(SAMPLED_ROWS / unit) * unit)
+            data: list[Bytes] = []
+            for part, place in zip(step.source_parts, step.reads, strict=True):
+                start, stop = part.span(step.rows, 0, rows)
+                data.append(np.frombuffer(reader.read(place.file, place.start + start, stop - start), np.uint8))
+            tile = np.empty((rows, step.cols), np.float32)
+            step.source.decode(data, 0, tile)
+            assert isinstance(step.target, Packed | Mx)
+            yield step.target, tile
+
+
+def _searches(format: Format) -> bool:
+    return isinstance(format, Packed | Mx) and format.mse
