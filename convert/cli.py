@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
+
 from kconvert import __version__
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.conventions import CONVENTIONS

@@ -17,6 +17,7 @@ from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.formats import Part

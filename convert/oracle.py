@@ -54,6 +54,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
     import torch
+
     from kconvert.formats.reference import fp8, int8, mx, packed
 
     match format:

@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+
 from kconvert import Recipe, convert, plan
 from kconvert.sample import SampleRecipe, plan_synthetic
 

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import kconvert
 import pytest
+
+import kconvert
 
 ROOT = Path(kconvert.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

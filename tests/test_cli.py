@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import click
-import kconvert as package
 import pytest
 from click.testing import CliRunner
+
+import kconvert as package
 from kconvert.cli import Size, main
 
 COMMANDS = sorted(main.commands)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kconvert import Recipe, convert, plan
 
 Tree = Callable[[Path], "dict[str, bytes]"]

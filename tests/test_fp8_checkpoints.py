@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.formats.fp8 import Fp8
 from kconvert.model import Model

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.checkpoint.config import packed_table
 from kconvert.formats.conventions import CONVENTIONS

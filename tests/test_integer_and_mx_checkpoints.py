@@ -12,6 +12,7 @@ from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"

@@ -4,6 +4,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kconvert import KconvertError
 from kconvert.catalogue import load_manifest, manifest_for
 

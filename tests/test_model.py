@@ -2,6 +2,7 @@ import re
 import struct
 
 import pytest
+
 from kconvert import KconvertError, Recipe, convert, inspect, plan
 
 WEIGHT = "model.layers.1.mlp.experts.2.gate_proj"

@@ -5,6 +5,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+
 from kconvert import KconvertError, Recipe, inspect, plan
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.header import layout, read_header

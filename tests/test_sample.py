@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.source import open_checkpoint

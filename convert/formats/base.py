@@ -11,8 +11,9 @@ from kconvert.checkpoint.header import tensor_bytes
 
 if TYPE_CHECKING:
     import numpy as np
-    from kconvert.checkpoint.config import Scheme
     from numpy.typing import NDArray
+
+    from kconvert.checkpoint.config import Scheme
 
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]

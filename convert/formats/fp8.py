@@ -76,6 +76,7 @@ class Fp8:
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
+
         from kconvert.formats.kernels import fp8 as kernels
 
         if self.strategy == "tensor" or self.scale_dtype == "F16":

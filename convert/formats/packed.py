@@ -31,9 +31,10 @@ from kconvert.formats.conventions import KIMI, Convention
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
     from kconvert.checkpoint.config import Scheme
     from kconvert.formats.base import Bytes, Tile
-    from numpy.typing import NDArray
 
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"})
 SHAPE_CODES = {"I32": "i", "I64": "q"}

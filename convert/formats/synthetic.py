@@ -40,6 +40,7 @@ class Synthetic:
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
+
         from kconvert.formats.kernels import synthetic as kernels
 
         key = np.uint64(int.from_bytes(hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()[:8], "little"))
@@ -77,6 +78,7 @@ class Unquantised:
 @cache
 def _pool(seed: int) -> Tile:
     import numpy as np
+
     from kconvert.formats.kernels import dense as kernels
 
     values = 0.02 * np.random.default_rng(seed).standard_t(4, (POOL_GROUPS, 32))

@@ -7,6 +7,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStra
 from compressed_tensors.utils.match import match_name
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+
 from kconvert import KconvertError
 from kconvert.checkpoint.config import Scheme, matches, read_quantization, without_quantization
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
+
 from kconvert import Recipe
 from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, ignore_list, with_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor

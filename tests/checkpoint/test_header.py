@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kconvert.checkpoint import header
 from kconvert.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, layout, read_header, tensor_bytes
 from kconvert.errors import KconvertError

@@ -3,6 +3,7 @@ import os
 import re
 
 import pytest
+
 from kconvert import KconvertError
 from kconvert.checkpoint.source import open_checkpoint
 

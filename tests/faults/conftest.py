@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from kconvert.cli import main
 
 Tree = Callable[[Path], "dict[str, bytes]"]

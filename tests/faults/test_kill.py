@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
 from kconvert import Recipe, convert, plan
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+
 from kconvert.formats import Format
 
 DTYPES = {

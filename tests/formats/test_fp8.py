@@ -13,10 +13,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils.helpers import calculate_qparams
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numba import njit
+
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
 from kconvert.formats.reference import fp8 as reference
-from numba import njit
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK, BLOCK_BF16 = Fp8(), Fp8(scale_name="weight_scale", scale_dtype="BF16")

@@ -9,10 +9,11 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+
 from kconvert.formats.conventions import KIMI
 from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
-from safetensors.torch import load_file
 
 DATA = Path(__file__).parents[1] / "data"
 FINITE = np.array([bits for bits in range(1 << 16) if bits & 0x7F80 != 0x7F80], np.uint16)

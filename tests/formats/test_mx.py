@@ -16,13 +16,14 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
+
 from kconvert.checkpoint.config import Scheme
 from kconvert.formats import recognise
 from kconvert.formats.kernels import mx as kernels
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.reference import mx as reference
-from numba import njit
 
 BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 COMPRESSORS = {4: MXFP4PackedCompressor, 8: MXFP8QuantizationCompressor}

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kconvert.formats.conventions import COMPRESSED_TENSORS, CONVENTIONS, KIMI, Convention
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import packed as reference

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kconvert import convert, formats
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import without_quantization

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from kconvert import KconvertError
 from kconvert.catalogue import load_manifest, load_manifests, manifest_for
 from kconvert.checkpoint.source import Checkpoint, Tensor

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kconvert.catalogue import load_manifest, load_manifests
 from kconvert.checkpoint.config import without_quantization
 from kconvert.checkpoint.header import tensor_bytes

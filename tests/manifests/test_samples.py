@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.catalogue import load_manifest, load_manifests
 from kconvert.checkpoint.source import open_checkpoint

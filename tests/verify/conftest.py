@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner, Result
+
 from kconvert.cli import main
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+
 from kconvert import Recipe, convert, plan
 
 Verify = Callable[..., Result]

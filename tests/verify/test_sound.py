@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+
 from kconvert import Recipe, convert, plan, verify
 
 

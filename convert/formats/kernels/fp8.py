@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from kconvert.formats.kernels.bits import bits_of, float_of, inline, kernel, round_bf16
 
 U = np.uint32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from kconvert.formats.kernels.bits import (
     amax_bits,
     bits_of,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
     amax_bits,

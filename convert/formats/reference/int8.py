@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kconvert.formats.int8 import CHANNEL_RULE
 from kconvert.formats.reference.packed import quantise, rule_scale
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kconvert.formats.reference.packed import squared_error
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+
 from kconvert.formats.conventions import DIVISORS, Convention
 
 
