@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -318,15 +318,13 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
     \b
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01
     """
-    import dataclasses
-
     import kconvert
 
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
         report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        click.echo(json.dumps(asdict(report), indent=2))
     elif not quiet:
         skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
         click.echo(
