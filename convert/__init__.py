@@ -79,17 +79,23 @@ def convert(
     Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
     """
     advance = advance or (lambda nbytes: None)
-    from kconvert.engine import Limits, Run
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kconvert.engine import Limits, Run, warm_up
     from kconvert.finalize import finalize
     from kconvert.journal import Journal
     from kconvert.preflight import check_values
 
     target = Path(destination)
-    check_values(plan, check(plan, target, overwrite=overwrite))
-    with Journal(target, plan, overwrite) as journal:
-        advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
-        with plan.source.reader() if plan.source else nullcontext() as reader:
-            run = Run(plan, reader, journal, Limits.choose(threads, memory), advance)
-            run.execute()
-        finalize(plan, journal)
+    finished = check(plan, target, overwrite=overwrite)
+    with ThreadPoolExecutor(1) as background:
+        if len(finished) < len(plan.shards):
+            background.submit(warm_up, plan)
+        check_values(plan, finished)
+        with Journal(target, plan, overwrite) as journal:
+            advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
+            with plan.source.reader() if plan.source else nullcontext() as reader:
+                run = Run(plan, reader, journal, Limits.choose(threads, memory), advance)
+                run.execute()
+            finalize(plan, journal)
     return dict(run.inexact)

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def verify(
     pairs = _check_coverage(original, converted)
     _check_config(converted)
     side_files = _check_side_files(original.checkpoint, converted.checkpoint)
-    chosen = [pair for pair in pairs if _chosen(pair, sample)] if sample < 1 else pairs
+    chosen = _choose(pairs, sample)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
         for fault in _compare_all(chosen, ours, theirs, advance or (lambda nbytes: None)):
             if fault:
@@ -109,38 +109,45 @@ def _encoded(ours: Weight, theirs: Weight) -> bool:
 
 
 def _check_coverage(original: Model, converted: Model) -> list[Pair]:
-    """Every weight and tensor of the source has its counterpart, and there are no others."""
+    """Every weight and tensor of the source has its counterpart of the same shape, and there are no others."""
     root = converted.checkpoint.root
-    pairs: list[Pair] = []
-    ours = {weight.name: weight for weight in original.weights}
-    theirs = {weight.name: weight for weight in converted.weights}
+    weights = {weight.name: weight for weight in original.weights}
     plain = {item.tensor.name: item for item in original.plain}
-    plain_theirs = {item.tensor.name: item for item in converted.plain}
-    # A manifest that demands no names takes an unquantised matrix for a plain tensor.
-    for name in ours.keys() - theirs.keys():
-        if (item := plain_theirs.pop(f"{name}.weight", None)) is not None:
+    converted_weights, converted_plain = _as_in(weights, converted)
+    wanted, found = weights.keys() | plain.keys(), converted_weights.keys() | converted_plain.keys()
+    if missing := sorted(wanted - found):
+        raise CheckFailed(f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)")
+    if extra := sorted(found - wanted):
+        raise CheckFailed(f"{root}: {extra[0]!r} is not in the source ({len(extra)} such in all)")
+    pairs: list[Pair] = [(weight, converted_weights[name]) for name, weight in weights.items()]
+    pairs += [(item, converted_plain[name]) for name, item in plain.items()]
+    for pair in pairs:
+        ours, theirs = _spelled(pair[0]), _spelled(pair[1])
+        if ours != theirs:
+            raise CheckFailed(f"{root}: {theirs}, in the source {ours}")
+    return pairs
+
+
+def _as_in(weights: Mapping[str, Weight], converted: Model) -> tuple[dict[str, Weight], dict[str, Plain]]:
+    """The output's weights and plain tensors, told apart as in the source.
+
+    A manifest that demands no names takes an unquantised matrix for a plain tensor.
+    """
+    found = {weight.name: weight for weight in converted.weights}
+    plain = {item.tensor.name: item for item in converted.plain}
+    for name in weights.keys() - found.keys():
+        if (item := plain.pop(f"{name}.weight", None)) is not None:
             *stack, rows, cols = item.tensor.shape if len(item.tensor.shape) in (2, 3) else (0, 0)
             format = Dense(item.tensor.dtype, stack[0] if stack else None)
-            theirs[name] = Weight(name, item.role, math.prod((*stack, rows)), cols, format, (item.tensor,))
-    for have, want in ((theirs.keys() | plain_theirs.keys(), ours.keys() | plain.keys()),):
-        if missing := sorted(want - have):
-            raise CheckFailed(f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)")
-        if extra := sorted(have - want):
-            raise CheckFailed(f"{root}: {extra[0]!r} is not in the source ({len(extra)} such in all)")
-    for name, weight in ours.items():
-        other = theirs[name]
-        if (weight.rows, weight.cols) != (other.rows, other.cols):
-            raise CheckFailed(f"{root}: {name!r} is [{other.rows}, {other.cols}], not [{weight.rows}, {weight.cols}]")
-        pairs.append((weight, other))
-    for name, item in plain.items():
-        tensor, other_tensor = item.tensor, plain_theirs[name].tensor
-        if (tensor.dtype, tensor.shape) != (other_tensor.dtype, other_tensor.shape):
-            raise CheckFailed(
-                f"{root}: {name!r} is {other_tensor.dtype} {list(other_tensor.shape)}, in the source {tensor.dtype} "
-                f"{list(tensor.shape)}"
-            )
-        pairs.append((item, plain_theirs[name]))
-    return pairs
+            found[name] = Weight(name, item.role, math.prod((*stack, rows)), cols, format, (item.tensor,))
+    return found, plain
+
+
+def _spelled(item: Weight | Plain) -> str:
+    """What must be the same on both sides: the shape, and of a plain tensor the dtype."""
+    if isinstance(item, Weight):
+        return f"{item.name!r} is [{item.rows}, {item.cols}]"
+    return f"{item.tensor.name!r} is {item.tensor.dtype} {list(item.tensor.shape)}"
 
 
 def _check_config(converted: Model) -> None:
@@ -160,13 +167,18 @@ def _check_side_files(original: Checkpoint, converted: Checkpoint) -> int:
     return len(original.side_files)
 
 
-def _chosen(pair: Pair, sample: float) -> bool:
-    """By a hash of the name, so that every run takes the same; the first layer's first expert always, for its roles."""
-    item = pair[0]
-    if isinstance(item, Weight) and item.expert in (None, 0):
-        return True
-    name = item.name if isinstance(item, Weight) else item.tensor.name
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < sample * 2**64
+def _choose(pairs: list[Pair], sample: float) -> list[Pair]:
+    """The first of each role, and of the rest by a hash of the name, so that every run takes the same."""
+    chosen: list[Pair] = []
+    roles: set[str] = set()
+    for pair in pairs:
+        item = pair[0]
+        name = item.name if isinstance(item, Weight) else item.tensor.name
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+        if item.role not in roles or number < sample * 2**64:
+            chosen.append(pair)
+        roles.add(item.role)
+    return chosen
 
 
 def _compare_all(pairs: list[Pair], ours: Reader, theirs: Reader, advance: Advance) -> Iterator[str | None]:
