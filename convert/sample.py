@@ -12,7 +12,7 @@ from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats.dense import Dense
-from kconvert.formats.synthetic import Synthetic, Unquantised
+from kconvert.formats.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.manifest import Manifest, Match, lookup
 from kconvert.model import natural_key, parts_of, understand
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
@@ -64,6 +64,8 @@ def _invent_weight(name: str, match: Match, scheme: Scheme | None, seed: int) ->
     try:
         target = formats.from_scheme(scheme) if scheme else Dense("BF16")
         parts_of(target, rows, cols)
+        if can_be_dealt(target):
+            return Transcode(name, rows, cols, Picks(name, seed), (), Dealt(target, seed))
         return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
     except ValueError as error:
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None

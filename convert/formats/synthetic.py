@@ -10,13 +10,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from kconvert.formats.base import Part
+from kconvert.formats.conventions import Convention
 from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
 
 if TYPE_CHECKING:
-    from kconvert.formats.base import Bytes, Tile
+    from numpy.typing import NDArray
+
+    from kconvert.formats.base import Bytes, Format, Tile
 
 POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
 ZERO_EVERY = 128
@@ -43,7 +47,7 @@ class Synthetic:
 
         from kconvert.formats.kernels import synthetic as kernels
 
-        key = np.uint64(int.from_bytes(hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()[:8], "little"))
+        key = _key(self.seed, self.name)
         kernels.fill_synthetic(_pool(self.seed), key, first_row, np.float32(self.center), np.float32(self.gain), tile)
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
@@ -73,6 +77,80 @@ class Unquantised:
             parts[0][:] = tile.reshape(-1).clip(0, 254)  # 255 is no number as an exponent of MXFP4
             return 0
         return Dense(self.dtype).encode(tile, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """The groups of the Synthetic weight `name` by their numbers in the pool, for Dealt."""
+
+    name: str
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return "synthetic"
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return ()
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        from kconvert.formats.kernels import synthetic as kernels
+
+        kernels.fill_picks(POOL_GROUPS, _key(self.seed, self.name), first_row, tile)
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        raise NotImplementedError("nothing is written as picks")
+
+
+@dataclass(frozen=True, slots=True)
+class Dealt:
+    """Packed INT4 in groups of 32, dealt from a pool that was encoded once.
+
+    Groups are encoded each by itself, so these are the bytes that encoding Synthetic values gives, at memory's speed.
+    """
+
+    format: Packed
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        return self.format.label
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return self.format.parts(rows, cols)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        raise NotImplementedError("what was dealt is read in its own format")
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import synthetic as kernels
+
+        codes, scale = _encoded_pool(self.format.convention, self.seed)
+        rows, groups = tile.shape[0], tile.shape[1] // 32
+        kernels.deal(codes, tile, parts[0].view(codes.dtype).reshape(rows, groups, -1))
+        kernels.deal(scale, tile, parts[1].view(scale.dtype).reshape(rows, groups, -1))
+        return 0
+
+
+def can_be_dealt(format: Format) -> TypeGuard[Packed]:
+    """Whether Dealt spells this format's weights."""
+    return isinstance(format, Packed) and (format.bits, format.group_size, format.symmetric) == (4, 32, True)
+
+
+@cache
+def _encoded_pool(convention: Convention, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Codes u32 [POOL_GROUPS, 4] and scales u16 [POOL_GROUPS, 1] of the pool."""
+    import numpy as np
+
+    codes, scale = np.empty((POOL_GROUPS, 16), np.uint8), np.empty((POOL_GROUPS, 1), np.uint16)
+    Packed(32, None, convention).encode(_pool(seed), [codes.reshape(-1), scale.reshape(-1).view(np.uint8)])
+    return codes.view(np.uint32), scale
+
+
+def _key(seed: int, name: str) -> Any:
+    import numpy as np
+
+    return np.uint64(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little"))
 
 
 @cache
