@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import kconvert
@@ -135,8 +135,12 @@ class Plan:
         digest = hashlib.sha256(f"{kconvert.__version__} {self.recipe}".encode())
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
+        # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
+        spelled: dict[int, str] = {}
         for step in self.steps:
-            digest.update(f"{step.name} {_formats(step)} {[(p.file, p.start) for p in step.reads]}".encode())
+            formats = (step.source, step.target) if isinstance(step, Transcode) else ()
+            names = [spelled.get(id(f)) or spelled.setdefault(id(f), repr(f)) for f in formats]
+            digest.update(f"{step.name} {names} {[(p.file, p.start) for p in step.reads]}".encode())
         for name, text in self.texts.items():
             digest.update(name.encode() + text)
         digest.update(repr(sorted(self.side_files.items())).encode())
@@ -157,15 +161,6 @@ class Plan:
             "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
             "side_files": list(self.side_files),
         }
-
-
-def _formats(step: Step) -> str:
-    return "copy" if isinstance(step, Copy) else f"{_spelled(step.source)} -> {_spelled(step.target)}"
-
-
-@lru_cache(maxsize=4096)
-def _spelled(format: Format) -> str:
-    return repr(format)
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:

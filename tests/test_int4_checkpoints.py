@@ -167,3 +167,20 @@ def test_scales_by_mse_serve_better_and_the_gain_is_printed(bf16: Path, tmp_path
 def test_recipes_that_make_no_sense_are_refused(options: dict[str, Any], fault: str) -> None:
     with pytest.raises(KconvertError, match=fault):
         Recipe(**options)
+
+
+def test_a_plan_has_the_same_hash_whatever_was_planned_before(bf16):
+    import subprocess
+    import sys
+
+    script = """
+import sys, kconvert
+for convention in sys.argv[2:]:
+    found = kconvert.plan(sys.argv[1], kconvert.Recipe("int4", convention=convention)).hash
+print(found)
+"""
+    alone, after = (
+        subprocess.run([sys.executable, "-c", script, str(bf16), *names], capture_output=True, text=True, check=True).stdout
+        for names in (["compressed-tensors"], ["kimi", "compressed-tensors"])
+    )
+    assert alone == after
