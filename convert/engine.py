@@ -68,8 +68,7 @@ class Limits:
 
     def peak(self, plan: Plan) -> int:
         """What a run of `plan` needs in bytes of RAM, about."""
-        kinds = {(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}
-        footprints = [_footprint(step, self.task_bytes) for step in kinds.values()]
+        footprints = [_footprint(step, self.task_bytes) for step in _kinds(plan)]
         return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
 
 
@@ -237,8 +236,7 @@ def warm_up(plan: Plan) -> None:
 
     That takes most of a second of one core; in a thread of its own it passes while values are checked and tensors copied.
     """
-    kinds = {(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}
-    for step in {(type(s.source), type(s.target)): s for s in kinds.values()}.values():
+    for step in {(type(s.source), type(s.target)): s for s in _kinds(plan)}.values():
         rows = min(step.rows, row_unit(step))
         inputs, outputs = (
             [np.zeros(part.span(step.rows, 0, rows)[1], np.uint8) for part in parts]
@@ -248,6 +246,11 @@ def warm_up(plan: Plan) -> None:
         with suppress(ValueError):  # zeros may be no values that the format can spell
             step.source.decode(inputs, 0, tile)
             step.target.encode(tile, outputs)
+
+
+def _kinds(plan: Plan) -> list[Transcode]:
+    """One step for each shape and pair of formats; a large plan has 70,000 steps of a handful of kinds."""
+    return list({(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}.values())
 
 
 def row_unit(step: Transcode) -> int:
