@@ -180,7 +180,9 @@ for convention in sys.argv[2:]:
 print(found)
 """
     alone, after = (
-        subprocess.run([sys.executable, "-c", script, str(bf16), *names], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", script, str(bf16), *names], capture_output=True, text=True, check=True
+        ).stdout
         for names in (["compressed-tensors"], ["kimi", "compressed-tensors"])
     )
     assert alone == after
