@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import resource
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from kconvert.delivery import Delivery
+from kconvert.disk import existing, free_bytes, survey
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
+
+LINE_SPEED = 125_000_000  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -86,20 +88,21 @@ def find(model: Model) -> list[str]:
     return findings
 
 
-def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: int | None) -> Summary:
-    """`--dry-run`: output bytes, shards, peak RAM, free disk."""
+def describe_plan(
+    plan: Plan, delivery: Delivery, threads: int | None, memory: int | None, disk_budget: int | None = None
+) -> Summary:
+    """`--dry-run`: output bytes, shards, peak RAM, free disk; what comes from the Hub and goes there."""
     from kconvert.engine import Limits
 
     limits = Limits.choose(threads, memory)
-    folder = destination.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(delivery.directory)
+    traffic = _describe_traffic(plan, delivery, disk_budget)
     facts = {
         **plan.as_dict(),
         "peak_memory_bytes": limits.peak(plan),
         "threads": limits.threads,
         "free_disk_bytes": free,
+        **traffic.facts,
     }
     notes = [
         f"{fate}: {pair}, {count:,} weights"
@@ -112,22 +115,50 @@ def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: in
         *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, (str, int))),
         f"output: {human(plan.output_bytes)} in {len(plan.shards)} shards and {len(plan.side_files)} side files",
         f"memory: about {human(limits.peak(plan))} with {limits.threads} threads",
-        f"disk: {human(free)} free at {folder}",
+        f"disk: {human(free)} free at {existing(delivery.directory)}",
+        *traffic.lines,
         *notes,
     )
     return Summary(facts, lines)
+
+
+def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None) -> Summary:
+    """What a run from the beginning has to do with the Hub; nothing for one that has nothing to do with it."""
+    if (plan.source is None or plan.source.directory) and delivery.push is None and disk_budget is None:
+        return Summary({}, ())
+    needs = survey(plan, delivery, {}, disk_budget)
+    facts: dict[str, Any] = {}
+    lines: list[str] = []
+    if needs.fetches:
+        download, hours = needs.download_bytes, needs.download_bytes / LINE_SPEED / 3600
+        facts.update(download_bytes=download, download_seconds_at_1_gbit=round(download / LINE_SPEED))
+        lines.append(f"download: {human(download)}, {hours:.1f} h at 1 Gbit/s ({len(needs.fetches)} files)")
+    if delivery.push is not None:
+        facts.update(push=str(delivery.push))
+        lines.append(f"upload: {human(plan.output_bytes)} to {delivery.push}, private if it is new")
+    if needs.budget is None and needs.fetches:
+        lesser = survey(plan, delivery, {}, free_bytes(delivery.directory)).schedule.peak
+        facts.update(smallest_disk_budget=lesser)
+        lines.append(
+            f"disk budget: none, source files stay in the Hub's cache; the smallest possible is {human(lesser)}"
+        )
+    elif needs.budget is not None:
+        facts.update(disk_budget=needs.budget, smallest_disk_budget=needs.schedule.peak)
+        lines.append(f"disk budget: {human(needs.budget)}; the smallest possible is {human(needs.schedule.peak)}")
+    return Summary(facts, tuple(lines))
 
 
 class Outcome(Summary):
     """The closing summary of a run."""
 
     @classmethod
-    def now(cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int]) -> Outcome:
+    def now(cls, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int]) -> Outcome:
         from kconvert.quality import gains
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {
-            "output": str(destination),
+            "output": str(delivery),
+            **({"push": str(delivery.push)} if delivery.push else {}),
             "bytes": plan.output_bytes,
             "shards": len(plan.shards),
             "seconds": round(seconds, 3),
@@ -138,8 +169,9 @@ class Outcome(Summary):
         found = gains(plan) if plan.facts.get("scales") == "mse" else {}
         facts.update({"sqnr_db": {label: asdict(gain) for label, gain in found.items()}} if found else {})
         compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
+        where = str(delivery) if delivery.push is None or delivery.passing else f"{delivery} and {delivery.push}"
         line = (
-            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
+            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {where} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
         )
         return cls(facts, (line, *_exactness(plan, inexact), *compared))

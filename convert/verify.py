@@ -54,14 +54,14 @@ def verify(
     exclude: Iterable[str] = (),
     advance: Advance | None = None,
 ) -> Report:
-    """Compare a converted checkpoint with its source, both directories; CheckFailed names the first difference.
+    """Compare a converted checkpoint with its source, directories or Hub ids; CheckFailed names the first difference.
 
     `sample` is the share of the tensors whose values are compared, the same ones every time and some of each role;
     `include` and `exclude` must be those of the conversion. `advance` is called with bytes of output compared.
     """
     include, exclude = tuple(include), tuple(exclude)
     original = understand(open_checkpoint(source)).select(include, exclude)
-    converted = _open_output(Path(output), partial=bool(include or exclude))
+    converted = _open_output(output, partial=bool(include or exclude))
     pairs = _check_coverage(original, converted)
     _check_config(converted)
     side_files = _check_side_files(original.checkpoint, converted.checkpoint)
@@ -83,12 +83,13 @@ def verify(
     )
 
 
-def _open_output(path: Path, partial: bool) -> Model:
+def _open_output(output: str | os.PathLike[str], partial: bool) -> Model:
     """The checkpoint to be verified; whatever is unsound about it is a failed check, not bad input."""
+    path = Path(output)
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
-        return understand(open_checkpoint(path), partial)
+        return understand(open_checkpoint(output), partial)
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 
@@ -162,7 +163,7 @@ def _check_side_files(original: Checkpoint, converted: Checkpoint) -> int:
     for name in original.side_files:
         if name not in converted.side_files:
             raise CheckFailed(f"{converted.root / name} is missing; the source has it")
-        if not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
+        if not filecmp.cmp(original.side_file(name), converted.side_file(name), shallow=False):
             raise CheckFailed(f"{converted.root / name} differs from the source's")
     return len(original.side_files)
 

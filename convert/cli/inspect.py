@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
-from kconvert.cli.options import directory, json_option, revision_option
+from kconvert.cli.options import json_option, location, revision_option
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=directory)
+@click.argument("source", metavar="SRC", type=location)
 @revision_option
 @json_option
-def inspect(source: Path, revision: str | None, as_json: bool) -> None:
+def inspect(source: str, revision: str | None, as_json: bool) -> None:
     """Say what SRC is: family, sizes, formats, roles and findings.
 
     \b

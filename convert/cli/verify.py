@@ -9,20 +9,20 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import directory, json_option, quiet_option, selection_options
+from kconvert.cli.options import json_option, location, quiet_option, selection_options
 from kconvert.cli.running import progress
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=directory)
-@click.argument("output", metavar="DST", type=directory)
+@click.argument("source", metavar="SRC", type=location)
+@click.argument("output", metavar="DST", type=location)
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
 @selection_options
 @json_option
 @quiet_option
-def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool, **selection: Any) -> None:
+def verify(source: str, output: str, sample: float, as_json: bool, quiet: bool, **selection: Any) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
     Exits with 1 and the first differing tensor and element otherwise.
@@ -32,7 +32,7 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
     """
     import kconvert
 
-    total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
         report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
     if as_json:
