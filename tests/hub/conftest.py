@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,7 +23,8 @@ REPO = "moonshotai/Tiny-K2"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub for one test; the client of this process, and of those that it starts, knows no other."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
 
     from kconvert.checkpoint.hub import client
 
@@ -48,6 +50,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(client, "BACKOFF", (0.01, 0.01, 0.02, 0.02, 0.02))
+        for module in (_http, file_download):  # the client's own waits
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub
 
 

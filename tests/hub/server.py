@@ -102,6 +102,11 @@ class Fault:
     times: int = 1
 
 
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Broken connections are what it is for."""
+
+
 class Hub:
     """`with Hub() as hub`: serves until the end of the block; `hub.url` is its endpoint."""
 
@@ -113,7 +118,7 @@ class Hub:
         self.token = ""
         self.speed = 0.0  # bytes a second of each answer; 0 for no limit
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        self._server = Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -417,5 +422,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
-            self.request_log.sent += len(body)
+            self.wfile.write(body[: self.limit])
+            self.request_log.sent += len(body[: self.limit])
+        if self.limit is not None and self.limit < len(body):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)

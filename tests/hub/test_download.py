@@ -13,6 +13,7 @@ from .server import Content, cut, status
 
 GENEROUS = ("--disk-budget", "20MB")
 SOURCES = r"resolve/.*\.safetensors$"
+HEADERS = 10 << 16  # the first read of each
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_without_a_budget_source_files_stay_in_the_clients_cache(hub, remote, co
     command.ok("int4-to-bf16", remote, tmp_path / "one", *SHARDS)
     hub.requests.clear()
     command.ok("convert", remote, tmp_path / "two", "--to", "fp8")
-    assert hub.sent(SOURCES) < 500_000  # headers only
+    assert hub.sent(SOURCES) <= HEADERS
     copy = Path(snapshot_download(remote))
     assert all((copy / path.name).read_bytes() == path.read_bytes() for path in int4.glob("*.safetensors"))
     assert not list(copy.parents[1].rglob("*.incomplete"))
@@ -47,7 +48,7 @@ def test_what_the_cache_has_is_not_fetched_and_not_deleted(hub, remote, command,
     copy = tree(Path(snapshot_download(remote)))
     hub.requests.clear()
     command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, *options)
-    assert hub.sent(SOURCES) < 500_000
+    assert hub.sent(SOURCES) <= HEADERS
     assert tree(tmp_path / "dst") == whole
     assert tree(Path(snapshot_download(remote))) == copy
 
@@ -79,14 +80,16 @@ def test_the_smallest_budget_is_enough_and_never_exceeded(request, hub, kind, pu
     command.ok("int4-to-bf16", source, tmp_path / "local", *SHARDS)
     expected = tree(tmp_path / "local")
     found = {name: c.read(0, c.size) for name, c in hub.repos["me/out"].head().items()} if push else tree(dst)
-    assert {name: found[name] for name in expected if name != "README.md"} == expected
+    for files in (expected, found):
+        del files["README.md"]  # the card
+    assert found == expected
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(hub, remote, command, tmp_path):
     arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, "--disk-budget")
     message = command.refused(*arguments, "1MB")
     assert "a disk budget of 1 MB is too small" in message
-    assert hub.sent(SOURCES) < 500_000
+    assert hub.sent(SOURCES) <= HEADERS
     assert not (tmp_path / "dst").exists()
     smallest = int(message.partition("works is ")[2].split()[0])
     command.refused(*arguments, smallest - 1)
@@ -124,26 +127,26 @@ def wait_for(condition, process):
 
 @pytest.mark.parametrize("options", [(), GENEROUS], ids=["cached", "within a budget"])
 def test_a_killed_run_goes_on_inside_a_half_fetched_file(hub, remote, command, whole, tree, tmp_path, weights, options):
+    hub.speed = 500_000
     arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, *options)
-    command.ok(*arguments[:2], tmp_path / "warm", *SHARDS, "--dry-run")  # the index is in the cache
-    hub.speed = 1_000_000
-    hub.requests.clear()
+    sizes = {content.size for content in hub.repos[remote].head().values()}
 
-    def fetched():
-        return sum(request.sent for request in hub.requests if request.span and not request.span.startswith("bytes=0-"))
+    def halves():
+        found = {path.stat().st_size for path in tmp_path.rglob("*.incomplete")}
+        return found - sizes - {0}
 
     with command.start(*arguments) as process:
-        wait_for(lambda: sum(p.stat().st_size for p in tmp_path.rglob("*.incomplete")) > 400_000, process)
+        wait_for(lambda: len(halves()) > 1, process)
         process.send_signal(signal.SIGKILL)
-    partial = {path.name: path.stat().st_size for path in tmp_path.rglob("*.incomplete")}
-    assert any(partial.values())
+    kept = halves()
+    assert kept
     hub.speed = 0
     hub.requests.clear()
     command.ok(*arguments)
     assert tree(tmp_path / "dst") == whole
-    spans = {int(request.span.removeprefix("bytes=").partition("-")[0]) for request in hub.requests if request.span}
-    assert {size for size in partial.values() if size} <= spans
-    assert hub.sent(SOURCES) <= weights - sum(partial.values()) + 500_000
+    begun = {int(request.span.removeprefix("bytes=").partition("-")[0]) for request in hub.requests if request.span}
+    assert kept <= begun
+    assert hub.sent(SOURCES) <= weights - sum(kept) + HEADERS
 
 
 def test_shards_that_are_finished_are_not_fetched_for_again(hub, remote, command, whole, tree, tmp_path, weights):
@@ -207,4 +210,4 @@ def test_a_broken_connection_costs_only_what_had_not_arrived(hub, remote, comman
     hub.fail(SOURCES, cut(100_000), times=6)
     command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
     assert tree(tmp_path / "dst") == whole
-    assert hub.sent(SOURCES) <= weights + 9 * (1 << 16)
+    assert hub.sent(SOURCES) <= weights + HEADERS

@@ -11,7 +11,7 @@ from .server import corrupt, cut, hang, reset, status
 SHARD = r"resolve/.*\.safetensors$"
 PASSING = {
     "a reset": reset,
-    "a truncated body": cut(1000),
+    "a truncated body": cut(10),
     "an empty body": cut(0),
     "429 with Retry-After": status(429, Retry_After="0"),
     "500": status(500),
@@ -28,12 +28,8 @@ def passing():
 @pytest.mark.parametrize("call", ["/api/models/[^/]+/[^/]+$", "/tree/", r"config\.json$", SHARD])
 def test_what_passes_is_waited_out(hub, remote, command, fault, call):
     hub.fail(call, fault, times=2)
-    if call == r"config\.json$":
-        hub.fail(call, fault, times=1, method="HEAD")
     command.ok("inspect", remote)
-    assert all(f.times == 0 for f in hub.faults if f.method == "GET" or fault is not PASSING["an empty body"]) or call == (
-        r"config\.json$"
-    )
+    assert hub.faults[0].times == 0
 
 
 @passing()
@@ -90,15 +86,15 @@ def test_the_waits_grow_and_are_bounded(hub, remote, command, monkeypatch):
     from kconvert.checkpoint.hub import client
 
     monkeypatch.setattr(client, "BACKOFF", (0.01, 0.02))
-    hub.fail("/tree/", status(500), times=1000)
+    hub.fail("/api/", status(500), times=1000)
     command.refused("inspect", remote)
-    assert hub.count("/tree/") == 3
+    assert hub.count("/api/") == 3
 
 
 def test_a_server_says_how_long_to_wait(hub, remote, command):
     import time
 
-    hub.fail("/tree/", status(429, Retry_After="1"))
+    hub.fail("/api/", status(429, Retry_After="1"))
     started = time.monotonic()
     command.ok("inspect", remote)
     assert time.monotonic() - started >= 1
@@ -206,7 +202,7 @@ def test_the_token_appears_nowhere(hub, private, kconvert, command, tmp_path):
         hub.fail(SHARD, fault, times=1000)
         said.append(command("int4-to-bf16", private, tmp_path / "bad", *SHARDS))
     assert not [result for result in said if TOKEN in result.stdout + result.stderr]
-    assert {request.token for request in hub.requests} == {TOKEN}
+    assert {request.token for request in hub.requests if not request.path.startswith("/lfs/")} == {TOKEN}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]

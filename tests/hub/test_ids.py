@@ -20,7 +20,8 @@ def test_ids_are_written_as_the_hub_writes_them(text, repo, revision):
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "a/b/c", "./a/b", "/a/b", "../b", "a/..", "a/b@", "a/b@x y", "hf://a", "a/.b", "a/b..c", "a--b/c", "", "~/a"]
+    "text",
+    ["a", "a/b/c", "./a/b", "/a/b", "../b", "a/..", "a/b@", "a/b@x y", "hf://a", "a/.b", "a/b..c", "a--b/c", "", "~/a"],
 )
 def test_paths_are_no_ids(text):
     assert parse_hub_id(text) is None

@@ -39,7 +39,6 @@ T = TypeVar("T")
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more gets the run ended, its state is kept
 PASSING = (408, 429, 500, 502, 503, 504)
-CHUNK = 1 << 20
 
 disable_progress_bars()
 logging.set_verbosity(50)  # above what it calls an error
@@ -52,9 +51,12 @@ def api() -> HfApi:
 class Patience:
     """Counts failures in a row and waits after each, longer every time; gives up with one sentence."""
 
-    def __init__(self, place: HubId, doing: str, stopped: threading.Event | None = None) -> None:
+    def __init__(
+        self, place: HubId, doing: str, stopped: threading.Event | None = None, attempts: int | None = None
+    ) -> None:
         self._place = place
         self._doing = doing
+        self._waits = BACKOFF if attempts is None else BACKOFF[: attempts - 1]
         self._stopped = stopped or threading.Event()
         self._failures = 0
 
@@ -76,15 +78,18 @@ class Patience:
 
     def _wait(self, error: Exception) -> None:
         asked = _retry_after(error)
-        if self._failures == len(BACKOFF) or (asked or 0) > LONGEST_WAIT or self._stopped.is_set():
+        if self._failures == len(self._waits) or (asked or 0) > LONGEST_WAIT or self._stopped.is_set():
             raise explain(error, self._place, self._doing) from None
-        self._stopped.wait(asked if asked is not None else BACKOFF[self._failures])
+        self._stopped.wait(asked if asked is not None else self._waits[self._failures])
         self._failures += 1
 
 
-def patiently(place: HubId, doing: str, call: Callable[[], T]) -> T:
-    """What `call` returns, as soon as the Hub lets it; `doing` says in messages what cannot be done."""
-    patience = Patience(place, doing)
+def patiently(place: HubId, doing: str, call: Callable[[], T], attempts: int | None = None) -> T:
+    """What `call` returns, as soon as the Hub lets it; `doing` says in messages what cannot be done.
+
+    Calls for which the client has a patience of its own need few `attempts`.
+    """
+    patience = Patience(place, doing, attempts=attempts)
     while True:
         with patience.attempt():
             return call()
@@ -111,7 +116,7 @@ def stream(place: HubId, file: str, start: int, stop: int) -> Iterator[bytes]:
         hf_raise_for_status(response)
         # Who ignores the range sends the file from its beginning.
         skip, wanted = (0 if response.status_code == 206 else start), stop - start
-        for chunk in response.iter_bytes(CHUNK):
+        for chunk in response.iter_bytes():
             piece = chunk[skip : skip + wanted]
             skip = max(0, skip - len(chunk))
             wanted -= len(piece)
@@ -139,7 +144,7 @@ def transfer(
 
 def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
     """One sentence for whatever the client raised; nothing of the error's own text, which may hold signed URLs."""
-    what = f"cannot {doing} of {place} on {constants.ENDPOINT}"
+    what = f"{place} on {constants.ENDPOINT}: cannot {doing}"
     status = _status(error)
     match error:
         case OfflineModeIsEnabled():
@@ -164,7 +169,7 @@ def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
             fault = "the connection failed; check the network and run the same command again, what is done is kept"
         case _:
             fault = f"the client failed ({type(error).__name__}); run the same command again, what is done is kept"
-    return KconvertError(f"{what}: {fault}")
+    return KconvertError(f"{what}, {fault}")
 
 
 def _cause(error: Exception) -> Exception:

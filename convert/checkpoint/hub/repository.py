@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from kconvert.checkpoint.header import Entry, read_header
 from kconvert.checkpoint.hub.client import api, into_cache, patiently, transfer
@@ -74,7 +74,7 @@ class RangeReader(Reader):
 def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
     """The checkpoint in a repository; `revision` goes before the one of the id. Raises KconvertError, see open_checkpoint."""
     asked = HubId(asked.repo, revision or asked.revision)
-    info = patiently(asked, "find", lambda: api().model_info(asked.repo, revision=asked.revision))
+    info = patiently(asked, "find the commit", lambda: api().model_info(asked.repo, revision=asked.revision))
     if not info.sha:
         raise KconvertError(f"{asked} has no commits yet; name a repository with a checkpoint in it")
     place = HubId(asked.repo, info.sha)
@@ -93,9 +93,11 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
 
 def list_files(place: HubId) -> dict[str, FileStat]:
     """Every file of a commit, by path, stamped with its digest; hidden directories are not content."""
-    tree = patiently(
-        place, "list", lambda: list(api().list_repo_tree(place.repo, recursive=True, revision=place.revision))
-    )
+
+    def look() -> list[RepoFile | RepoFolder]:
+        return list(api().list_repo_tree(place.repo, recursive=True, revision=place.revision))
+
+    tree = patiently(place, "list the files", look, attempts=2)
     found: dict[str, FileStat] = {}
     for entry in tree:
         if isinstance(entry, RepoFile):

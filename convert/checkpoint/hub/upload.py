@@ -35,8 +35,7 @@ class Upload:
 
     def __init__(self, target: HubId) -> None:
         self._target = target
-        make = f"make the repository for the output, {target.repo},"
-        patiently(target, make, lambda: api().create_repo(target.repo, private=True, exist_ok=True))
+        patiently(target, "make the repository", lambda: api().create_repo(target.repo, private=True, exist_ok=True))
         self._before = contents(target) or {}
 
     def has(self, upload: Mapping[str, Any]) -> bool:
@@ -51,7 +50,7 @@ class Upload:
         def attempt() -> None:
             api().preupload_lfs_files(self._target.repo, [addition], revision=self._target.revision)
 
-        patiently(self._target, f"upload {name} into the repository", attempt)
+        patiently(self._target, f"send {name} to the repository", attempt, attempts=2)
         if not addition._is_uploaded:
             raise KconvertError(f"{self._target} will not take {name} as a large file; mend its .gitattributes")
         info = addition.upload_info
