@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kconvert.checkpoint.hub.download import Fetch
 
 GAP = 1 << 20  # bytes that are quicker fetched than left out
-WHOLE = 0.5  # of which more than this is needed, a file is fetched whole and checked against its digest
+WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
 
 
 def hub_source(plan: Plan) -> HubCheckpoint:
