@@ -12,9 +12,10 @@ from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
-from kconvert.formats.mx import Mx
+from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.model import Weight
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
         if part.constant is None
     }
     match weight.format:
+        case Dense(transposed=int(out)):
+            values = state[""].view(-1, weight.cols, out).swapaxes(1, 2).reshape(-1, weight.cols)
         case Dense():
             values = state["weight"]
         case Packed():
@@ -43,6 +46,9 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
             values = _int_quantized(weight.format, state)
         case Mx() | Nvfp4():
             values = _microscaled(weight.format, state)
+        case MxStack():
+            codes, scale = state["_blocks"].view(-1, weight.cols // 2), state["_scales"].view(-1, weight.cols // GROUP)
+            values = _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
         case _:
             raise NotImplementedError(f"no independent decoder of {weight.format.label}")
     return values[first - start :]

@@ -24,6 +24,7 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -186,6 +187,8 @@ class Recipe:
             raise KconvertError(
                 f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
             )
+        if isinstance(weight.format, MxStack) or (isinstance(weight.format, Dense) and weight.format.transposed):
+            return self._fit_stacked(format, weight)
         stack = weight.format.stack if isinstance(weight.format, Packed | Dense) else None
         if stack is not None:
             if not isinstance(format, Packed | Dense):
@@ -198,6 +201,16 @@ class Recipe:
             may_be_exact = self.require_exact or isinstance(weight.format, Dense | Packed)
             return replace(format, exact=may_be_exact and not mse, mse=mse)
         return replace(format, mse=mse) if isinstance(format, Mx) else format
+
+    def _fit_stacked(self, format: Format, weight: Weight) -> Format:
+        """gpt-oss's experts are matrices [in, out] where they are no MXFP4; engines read them in no other way."""
+        if not isinstance(format, Dense):
+            raise KconvertError(
+                f"weight {weight.name!r} is a stack of experts in gpt-oss's form, which goes to bf16 only"
+            )
+        if isinstance(weight.format, MxStack):
+            return replace(format, transposed=weight.rows // weight.format.stack)
+        return weight.format
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""
