@@ -57,7 +57,7 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
 
-    Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
+    Nothing in an INT4, FP8 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
     import torch
 
@@ -72,8 +72,9 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
                     yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
-            codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
-            yield {"weight": codes, format.scale_name: scale}
+            for mse in (False, True):
+                codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype, mse)
+                yield {"weight": codes, format.scale_name: scale}
         case Int8(strategy="channel", symmetric=True):
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
