@@ -115,6 +115,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if format.group_size else "channel"
@@ -123,6 +124,8 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
+    if format.zero_dtype == "I8":
+        state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
     if format.ordered:
         return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
