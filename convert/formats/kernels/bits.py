@@ -83,6 +83,17 @@ def largest_bits(tile: Any, group: Any) -> Any:
 
 
 @inline
+def smallest_bits(tile: Any, group: Any) -> Any:
+    """Bits of the smallest magnitude of tile[group] that is not zero; of NaN if there is none."""
+    smallest = np.uint32(0x7FFFFFFF)
+    for i in range(tile.shape[1]):
+        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        below = np.uint32(magnitude - np.uint32(1))  # zero becomes the largest of all
+        smallest = below if below < smallest else smallest
+    return np.uint32(smallest + np.uint32(1)) if smallest < np.uint32(0x7FFFFFFF) else np.uint32(0x7FFFFFFF)
+
+
+@inline
 def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
     """pairs u16 [n], two nibbles in the bytes of each, -> packed[group] u8 [n], the first one low."""
     for j in range(pairs.shape[0]):

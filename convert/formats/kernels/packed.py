@@ -26,6 +26,7 @@ from kconvert.formats.kernels.bits import (
     round_bf16,
     round_bits,
     round_like,
+    smallest_bits,
     squared_error,
     widen,
     widen_scale,
@@ -37,6 +38,8 @@ LOW_NIBBLE = U(15)
 HIGHEST = np.float32(7)
 SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1, and the last nibble of this one is 8
 HEAD = 8  # values that fill a vector
+# Codes from 1 to 8 span less than this, rounded products included; values that never were INT4 nearly always span more.
+WIDEST = np.float32(8.0625)
 
 
 def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
@@ -232,14 +235,16 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        # -8 has no counterpart above, so it can only be where no positive value is as large.
-        top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
-        bits = U(_nearest(amax, top))
-        if _quantise_exactly(tile, group, bits, lowest, codes):
-            bits = _search(tile, group, amax, top, lowest, codes)
+        bits = U(0)
+        if float_of(amax) <= WIDEST * float_of(smallest_bits(tile, group)):
+            # -8 has no counterpart above, so it can only be where no positive value is as large.
+            top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
+            bits = U(_nearest(amax, top))
+            if _quantise_exactly(tile, group, bits, lowest, codes):
+                bits = _search(tile, group, amax, top, lowest, codes)
         if bits == U(0):
             bits = _rule(amax, divisor, zero_scale)
-            if _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
+            if amax or _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
                 _quantise(tile, group, bits, lowest, rounds, codes)
                 inexact += 1
         scale[group] = np.uint16(bits)
