@@ -91,7 +91,7 @@ def _figures(expected: torch.Tensor, found: torch.Tensor) -> Parity:
 
 def _weight(step: Transcode, format: Format, parts: tuple[Part, ...], places: tuple[Place, ...]) -> Weight:
     tensors = tuple(
-        Tensor(f"{step.name}.{part.suffix}", part.dtype, part.shape, place.file, place.start, part.nbytes)
+        Tensor(part.tensor_of(step.name), part.dtype, part.shape, place.file, place.start, part.nbytes)
         for part, place in zip(parts, places, strict=True)
     )
     return Weight(step.name, "", step.rows, step.cols, format, tensors)

@@ -73,7 +73,7 @@ def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
 def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
     for step, part, place in doubts:
-        where = f"{root / place.file}: tensor {f'{step.name}.{part.suffix}'!r}"
+        where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
         data = reader.read(place.file, place.start, part.nbytes)
         if part.constant is not None and data != part.constant:
             code = {"I32": "i", "I64": "q"}[part.dtype]

@@ -215,7 +215,16 @@ def test_two_different_targets_are_refused(hub, command, int4):
 
 
 def test_a_synthetic_sample_can_be_pushed_too(hub, command, tmp_path):
-    small = "--layers 2 --experts 2 --hidden 64 --intermediate 64 --moe-intermediate 32 --vocab 64 --heads 2 --q-rank 32 --kv-rank 32"
-    command.ok("sample", tmp_path / "dst", *small.split(), "--push", "me/tiny")
+    sizes = {
+        "layers": 2,
+        "experts": 2,
+        "hidden": 64,
+        "intermediate": 64,
+        "moe-intermediate": 32,
+        "vocab": 64,
+        "heads": 2,
+    }
+    options = [f"--{name}={size}" for name, size in {**sizes, "q-rank": 32, "kv-rank": 32}.items()]
+    command.ok("sample", tmp_path / "dst", *options, "--push", "me/tiny")
     assert kconvert.inspect("me/tiny").parameters == kconvert.inspect(tmp_path / "dst").parameters
     assert b"Synthetic weights" in published(hub, "me/tiny")["README.md"]
