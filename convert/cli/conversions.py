@@ -7,13 +7,8 @@ from typing import Any
 
 import click
 
-<<<<<<< HEAD
-from kconvert.cli.options import conversion, layout_option, packed_options
-from kconvert.cli.running import carry_out, pinned
-=======
 from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
-from kconvert.cli.running import carry_out
->>>>>>> main
+from kconvert.cli.running import carry_out, pinned
 from kconvert.recipe import TARGETS
 
 
@@ -31,12 +26,8 @@ def int4_to_bf16(source: str, destination: str, **options: Any) -> None:
 @click.command("int4-to-fp8")
 @conversion
 @layout_option("fp8")
-<<<<<<< HEAD
-def int4_to_fp8(source: str, destination: str, **options: Any) -> None:
-=======
 @scales_option
-def int4_to_fp8(source: Path, destination: Path, **options: Any) -> None:
->>>>>>> main
+def int4_to_fp8(source: str, destination: str, **options: Any) -> None:
     """Convert the INT4 checkpoint SRC to FP8 in DST.
 
     \b
