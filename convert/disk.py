@@ -97,7 +97,7 @@ def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budge
     places = _places(plan, fetches, staged, passing=budget is not None)
     arriving = {file: fetches[file].nbytes if path.is_relative_to(staged) else 0 for file, path in places.items()}
     leaving = delivery.push is not None and budget is not None
-    gone = {name for name, record in finished.items() if "upload" in record} if leaving else None
+    gone = {name for name in finished if not (delivery.directory / name).exists()} if leaving else None
     present = {file for file, path in places.items() if path.is_relative_to(staged) and _there(path)}
     schedule = make_schedule(plan, finished, arriving, present, gone)
     if budget is not None and present and schedule.peak > budget:

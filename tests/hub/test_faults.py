@@ -128,6 +128,12 @@ def test_a_wrong_config_is_fetched_again(hub, remote, command):
     assert command.ok("inspect", remote).startswith(remote)
 
 
+def test_a_wrong_side_file_is_fetched_again(hub, remote, command, whole, tree, tmp_path):
+    hub.fail(r"/LICENSE$", corrupt)
+    command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    assert tree(tmp_path / "dst") == whole
+
+
 def test_a_server_that_ignores_ranges_is_read_all_the_same(hub, remote, command, whole, tree, tmp_path, monkeypatch):
     from .server import Handler
 

@@ -28,11 +28,13 @@ SMALL_FILE_ATTEMPTS = 3
 class HubCheckpoint(Checkpoint):
     """A checkpoint on the Hub at the commit `place.revision`; `asked` is the revision that was asked for.
 
+    `listed` are all its files as the Hub lists them.
     `root` is no directory but names it in messages: `org/name@commit`. Reads go over the network.
     """
 
     place: HubId
     asked: str | None
+    listed: Mapping[str, FileStat]
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ class HubCheckpoint(Checkpoint):
         return RangeReader(self.place)
 
     def side_file(self, name: str) -> Path:
-        return small_file(self.place, name, None)
+        return small_file(self.place, name, self.listed[name])
 
 
 class RangeReader(Reader):
@@ -88,7 +90,7 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         found = assemble(Path(str(place)), inventory, load, headers)
-    return HubCheckpoint(**vars(found), place=place, asked=asked.revision)
+    return HubCheckpoint(**vars(found), place=place, asked=asked.revision, listed=inventory)
 
 
 def list_files(place: HubId) -> dict[str, FileStat]:
@@ -117,11 +119,11 @@ def _check_name(place: HubId, name: str) -> None:
         )
 
 
-def small_file(place: HubId, name: str, stat: FileStat | None) -> Path:
-    """A file that is needed whole, in the Hub's cache; checked against its digest where `stat` has it."""
+def small_file(place: HubId, name: str, stat: FileStat) -> Path:
+    """A file that is needed whole, in the Hub's cache; checked against its digest."""
     for attempt in range(SMALL_FILE_ATTEMPTS):
         path = into_cache(place, name, force=attempt > 0)
-        if stat is None or matches(path, stat):
+        if matches(path, stat):
             return path
     raise KconvertError(
         f"{name} of {place} does not arrive as the Hub's list describes it; run the same command again later"
