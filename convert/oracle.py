@@ -27,29 +27,54 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     """Rows `first` to `last` (exclusive) of `weight`, [last - first, cols] in the weight's own dtype."""
     unit = row_unit(weight)
     start = first // unit * unit
-    state = {
-        part.suffix: _rows(weight, index, reader, start, last)
+    state = read_state(weight, reader, start, last)
+    return decoded(weight.format, state, (last - start, weight.cols))[first - start :]
+
+
+def read_state(weight: Weight, reader: Reader, first: int, last: int) -> State:
+    """The tensors that these rows of `weight` need, but for constants; `first` is a multiple of row_unit(weight)."""
+    return {
+        part.suffix: _rows(weight, index, reader, first, last)
         for index, part in enumerate(weight.parts)
         if part.constant is None
     }
-    match weight.format:
+
+
+def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tensor:
+    """The values [rows, cols] = `shape` that the tensors `state` spell, in the weight's own dtype."""
+    match format:
         case Dense():
-            values = state["weight"]
+            return state["weight"]
         case Packed():
-            values = _pack_quantized(weight.format, state, (last - start, weight.cols))
+            return _pack_quantized(format, state, shape)
         case Fp8():
-            values = _float_quantized(weight.format, state)
+            return _float_quantized(format, state)
         case Int8():
-            values = _int_quantized(weight.format, state)
+            return _int_quantized(format, state)
         case Mx() | Nvfp4():
-            values = _microscaled(weight.format, state)
-        case _:
-            raise NotImplementedError(f"no independent decoder of {weight.format.label}")
-    return values[first - start :]
+            return _microscaled(format, state)
+    raise NotImplementedError(f"no independent decoder of {format.label}")
+
+
+def authority(format: Format) -> str:
+    """Who says what the values of a weight in this format are."""
+    return "the source" if isinstance(format, Dense) else "compressed-tensors"
+
+
+def has_reference(format: Format) -> bool:
+    """Whether it is known what kconvert writes as `format`: then expected_parts takes it."""
+    match format:
+        case Packed():
+            return (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+        case Fp8():
+            return format.strategy != "tensor" and format.scale_dtype != "F16"
+        case Int8():
+            return (format.strategy, format.symmetric, format.scale_dtype) == ("channel", True, "BF16")
+    return isinstance(format, Mx)
 
 
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
-    """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
+    """What `format`, one that has_reference, may make of the rows `values`, bf16 [rows, cols]: {suffix: tensor}.
 
     Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
@@ -58,7 +83,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     from kconvert.formats.reference import fp8, int8, mx, packed
 
     match format:
-        case Packed(bits=4, symmetric=True, ordered=False):
+        case Packed():
             size = format.group_size or values.shape[1]
             for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
                 for rule in CONVENTIONS.values():
@@ -68,7 +93,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
             codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
             yield {"weight": codes, format.scale_name: scale}
-        case Int8(strategy="channel", symmetric=True):
+        case Int8():
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
         case Mx():
