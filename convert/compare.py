@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.source import Reader
 from kconvert.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
-from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.metrics import Errors, Limits, Position, Spread, measure
 from kconvert.model import Plain, Weight
@@ -49,8 +48,9 @@ class Standard:
     exact: bool = True
     limits: Limits = field(default_factory=Limits)
 
-    def limits_for(self, format: Format) -> Limits:
-        return DEFAULT_LIMITS.get(format.label.split()[0], DEFAULT_LIMITS["int4"]) | self.limits
+    def limits_for(self, label: str) -> Limits:
+        """What decides for weights in the format with this label."""
+        return DEFAULT_LIMITS.get(label.split(maxsplit=1)[0], DEFAULT_LIMITS["int4"]) | self.limits
 
     def judge(self, ours: Weight, theirs: Weight) -> str:
         """What decides: "values" (equal bit for bit), "bytes" (those of the reference encoding) or "limits"."""
@@ -111,7 +111,7 @@ def compare_weights(
         advance(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     if fault is None and errors.nonfinite:
         fault = f"tensor {theirs.tensors[0].name!r} has a value that is not finite"
-    missed = standard.limits_for(theirs.format).missed(errors) if judge == "limits" else None
+    missed = standard.limits_for(theirs.format.label).missed(errors) if judge == "limits" else None
     if fault is None and missed:
         fault = f"weight {theirs.name!r} ({theirs.format.label}): its {missed}{_at(errors.worst)}"
     use = grid_use(spread, zero_groups) if spread.codes else None

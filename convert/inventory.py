@@ -53,7 +53,8 @@ def take_inventory(model: Model) -> Inventory:
                 rows = min(weight.rows, math.ceil(SAMPLED_ROWS / unit) * unit)
                 state = read_state(weight, reader, 0, rows)
                 spread += spread_of(weight.format, state, (rows, weight.cols))
-                if isinstance(weight.format, Packed) and weight.format.bits == 4 and weight.format.symmetric:
-                    ends += extremes(weight.format, state["weight_packed"], (rows, weight.cols))
+                match weight.format:
+                    case Packed(bits=4, symmetric=True, ordered=False):
+                        ends += extremes(weight.format, state["weight_packed"], (rows, weight.cols))
             found[kind] = GridSample(len(chosen), spread, ends)
     return found

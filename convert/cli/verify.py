@@ -3,13 +3,65 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import directory, json_option, quiet_option, selection_options
+from kconvert.cli.options import apply, directory, json_option, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
+from kconvert.errors import CheckFailed
+from kconvert.metrics import CEILINGS, FLOORS
+
+if TYPE_CHECKING:
+    from kconvert.verify import Report
+
+
+class Bound(click.ParamType[tuple[str, float]]):
+    """A metric and a number: sqnr=30."""
+
+    name = "metric=number"
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._metrics = metrics
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        metric, _, number = str(value).partition("=")
+        if metric not in self._metrics:
+            self.fail(f"{value!r} is not METRIC=NUMBER with one of {', '.join(self._metrics)}", param, ctx)
+        try:
+            return metric, float(number)
+        except ValueError:
+            self.fail(f"{number!r} is not a number", param, ctx)
+
+
+def standard_options(function: Any) -> Any:
+    """Options that say what a weight is held to."""
+    options = [
+        click.option(
+            "--close",
+            is_flag=True,
+            help="DST was made by other means: judge by error, within its formats' usual limits, not by bit equality.",
+        ),
+        click.option(
+            "--fail-under",
+            type=Bound(FLOORS),
+            multiple=True,
+            metavar="METRIC=X",
+            help=f"Limit for every weight, instead of the usual: {' or '.join(FLOORS)}; implies --close.",
+        ),
+        click.option(
+            "--fail-over",
+            type=Bound(CEILINGS),
+            multiple=True,
+            metavar="METRIC=X",
+            help=f"The same for {', '.join(CEILINGS)}.",
+        ),
+    ]
+    return apply(options, function)
 
 
 @click.command()
@@ -18,27 +70,68 @@ from kconvert.cli.running import progress
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
+@standard_options
 @selection_options
+@report_option
 @json_option
 @quiet_option
-def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool, **selection: Any) -> None:
+def verify(
+    source: Path,
+    output: Path,
+    close: bool,
+    fail_under: tuple[tuple[str, float], ...],
+    fail_over: tuple[tuple[str, float], ...],
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+    sample: float,
+    **selection: Any,
+) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
-    Exits with 1 and the first differing tensor and element otherwise.
+    Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected.
 
     \b
-    Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01
+    Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
+    from kconvert.compare import Standard
+    from kconvert.metrics import Limits
+    from kconvert.report import check_report_path, write_report
+    from kconvert.report.document import verify_document
 
+    if report is not None:
+        check_report_path(report)
+    limits = Limits(dict(fail_under), dict(fail_over))
+    standard = Standard(not (close or fail_under or fail_over), limits)
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
-        report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
-    if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
-    elif not quiet:
-        skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
-        click.echo(
-            f"verified: {report.weights:,} weights equal {report.reference} bit for bit, {report.tensors:,} tensors and "
-            f"{report.side_files} side files are the source's{skipped}"
+        found = kconvert.verify(
+            source,
+            output,
+            standard=standard,
+            sample=sample,
+            keep_going=report is not None,
+            advance=advance,
+            **selection,
         )
+    command = shlex.join(["kconvert", *sys.argv[1:]])
+    if report is not None:
+        write_report(verify_document(found, command), report)
+    if found.faults:
+        more = f" ({len(found.faults) - 1:,} more in {report})" if len(found.faults) > 1 else ""
+        raise CheckFailed(found.faults[0] + more)
+    if as_json:
+        click.echo(json.dumps(verify_document(found, command, details=False), indent=2))
+    elif not quiet:
+        click.echo(_sentence(found))
+
+
+def _sentence(report: Report) -> str:
+    skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
+    files = f" and {report.side_files} side files" if report.standard.exact else ""
+    equality = " bit for bit" if report.standard.exact else ""
+    return (
+        f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
+        f"source's{skipped}"
+    )

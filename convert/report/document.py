@@ -6,7 +6,7 @@ The schemas are verify.schema.json and inspect.schema.json beside this file.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ def verify_document(report: Report, command: str, details: bool = True) -> dict[
         "standard": "exact" if report.standard.exact else "limits",
         "limits": {label: asdict(report.standard.limits_for(label)) for label in sorted(formats)},
         "source": _side(report.source),
-        "output": {**_side(report.output), "written_by": provenance(report.output.checkpoint.root) or None},
+        "output": _side(report.output),
         "weights": report.weights,
         "tensors": report.tensors,
         "skipped": report.skipped,
@@ -54,7 +54,11 @@ def verify_document(report: Report, command: str, details: bool = True) -> dict[
         ],
         "layers": [{"layer": layer, "role": role, **_summed(group)} for (layer, role), group in by_layer.items()],
         "worst": [_excerpt(excerpt) for excerpt in report.worst],
-        **({"experts": [{"layer": a, "expert": b, **_summed(group)} for (a, b), group in by_expert.items()]} if details else {}),
+        **(
+            {"experts": [{"layer": a, "expert": b, **_summed(group)} for (a, b), group in by_expert.items()]}
+            if details
+            else {}
+        ),
         **({"results": [_result(comparison) for comparison in comparisons]} if details else {}),
     }
 
@@ -70,14 +74,21 @@ def inspect_document(model: Model, inventory: Inventory, command: str) -> dict[s
         "schema": "kconvert-inspect-1",
         "kconvert": kconvert.__version__,
         "command": command,
-        "source": {**_side(model), "written_by": provenance(model.checkpoint.root) or None},
+        "source": _side(model),
         "summary": summarise(model).as_dict(),
         "sizes": [
-            {"role": role, "layer": layer, "format": label, "bytes": nbytes} for (role, layer, label), nbytes in sizes.items()
+            {"role": role, "layer": layer, "format": label, "bytes": nbytes}
+            for (role, layer, label), nbytes in sizes.items()
         ],
         "grids": [
-            {"role": role, "format": label, "weights": sample.weights, "groups": asdict(sample.extremes),
-             "convention": sample.convention, **_distributions(sample.spread)}
+            {
+                "role": role,
+                "format": label,
+                "weights": sample.weights,
+                "groups": asdict(sample.extremes),
+                "convention": sample.convention,
+                **_distributions(sample.spread),
+            }
             for (role, label), sample in inventory.items()
         ],
     }
@@ -115,7 +126,19 @@ def _summed(group: list[Comparison]) -> dict[str, Any]:
 
 
 def _result(comparison: Comparison) -> dict[str, Any]:
-    keys = ("name", "role", "layer", "expert", "rows", "cols", "source_format", "output_format", "judged_by", "equal", "fault")
+    keys = (
+        "name",
+        "role",
+        "layer",
+        "expert",
+        "rows",
+        "cols",
+        "source_format",
+        "output_format",
+        "judged_by",
+        "equal",
+        "fault",
+    )
     use = comparison.use
     return {
         **{key: getattr(comparison, key) for key in keys},
@@ -157,4 +180,5 @@ def _side(model: Model) -> dict[str, Any]:
         "parameters": model.parameters,
         "formats": dict(format_counts(model.weights)),
         "quantization": [str(scheme) for scheme in model.quantization.schemes],
+        "written_by": provenance(checkpoint.root) or None,
     }
