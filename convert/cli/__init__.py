@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert import __version__
-from kconvert.cli import conversions, inspect, sample, verify
+from kconvert.cli import conversions, diff, inspect, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
 
 
@@ -54,6 +54,7 @@ COMMANDS = (
     conversions.fp8_to_int4,
     conversions.convert,
     verify.verify,
+    diff.diff,
     sample.sample,
 )
 for command in COMMANDS:

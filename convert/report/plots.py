@@ -53,6 +53,7 @@ STYLE: Any = {  # matplotlib's type lists every key
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
+LEAST_RANGE = 3.0  # dB from one end of a heat map's colours to the other: less is no difference worth a colour
 WIDTH = 7.2  # inches; pictures scale down with the page
 
 
@@ -107,7 +108,7 @@ def _draw_map(
         figure = Figure(figsize=(WIDTH, min(4.5, 1.1 + 0.16 * len(values))), layout="constrained")
         axes = figure.add_subplot()
         colours = mpl.colormaps["viridis"].with_extremes(over=GOOD, bad="none")
-        ranks = mpl.colors.Normalize(low, max(high, low + 1e-6))
+        ranks = mpl.colors.Normalize(low, max(high, low + LEAST_RANGE))
         # Cells are drawn one by one as long as they are few: a page may then colour them; a bitmap is smaller otherwise.
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(np.where(np.isposinf(values), 1e9, values)), cmap=colours, norm=ranks
@@ -152,8 +153,8 @@ def code_bars(title: str, pairs: Sequence[Sequence[float]]) -> str:
         axes.bar(range(len(pairs)), [100 * count / total for _, count in pairs], width=0.85, color=SERIES[0])
         axes.set(title=title, xlabel="code", ylabel="%")
         step = max(1, len(pairs) // 16)
-        shown = range(len(pairs) % 2 * (len(pairs) // 2 % step), len(pairs), step)
-        axes.set_xticks(list(shown), [f"{pairs[place][0]:g}" for place in shown])
+        shown = range(len(pairs) // 2 % step, len(pairs), step)  # zero among them
+        axes.set_xticks(list(shown), [f"{pairs[place][0]:.2g}" for place in shown])
         axes.grid(axis="y")
         return _svg(figure)
 
@@ -165,7 +166,9 @@ def excerpt(worst: Mapping[str, Any]) -> str:
         axes = figure.add_subplot()
         columns = range(worst["first_col"], worst["first_col"] + len(worst["source_values"]))
         axes.axvspan(worst["col"] - 0.5, worst["col"] + 0.5, color=BAD, alpha=0.25, linewidth=0)
-        axes.step(columns, worst["source_values"], where="mid", color=SERIES[0], linewidth=1.2, label="source")
+        axes.step(
+            columns, worst["source_values"], where="mid", color=SERIES[0], linewidth=2.6, alpha=0.6, label="source"
+        )
         axes.step(columns, worst["output_values"], where="mid", color=SERIES[1], linewidth=1.2, label="output")
         axes.set_xlabel(f"column (row {worst['row']})")
         axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 0.95))
@@ -188,14 +191,20 @@ def treemap(title: str, sizes: Iterable[tuple[str, int | None, int]]) -> str:
         for role, colour in zip(order, _cycle(SERIES), strict=False):
             wide = totals[role] / whole
             _column(axes, left, wide, columns[role], colour)
-            if wide > 0.04:
-                text = f"{role}\n{100 * wide:.1f}%"
-                axes.text(left + wide / 2, 1.02, text, ha="center", va="bottom", fontsize=8)
+            _name_column(axes, left + wide / 2, wide, role)
             left += wide
         axes.set_title(title, pad=30)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.axis("off")
         return _svg(figure)
+
+
+def _name_column(axes: Axes, middle: float, wide: float, role: str) -> None:
+    """Above a column that has room for it, else upright in it, else not at all."""
+    if wide > 0.0135 * len(role):
+        axes.text(middle, 1.02, f"{role}\n{100 * wide:.1f}%", ha="center", va="bottom", fontsize=8)
+    elif wide > 0.02:
+        axes.text(middle, 0.98, role, ha="center", va="top", fontsize=7, rotation=90, color=PAPER)
 
 
 def _column(axes: Axes, left: float, wide: float, boxes: Sequence[tuple[int | None, int]], colour: str) -> None:
