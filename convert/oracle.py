@@ -23,6 +23,23 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 
+# How torch reads the tensors of a file: names, as torch is loaded when it is needed.
+TORCH_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E8M0": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
+
 def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` (exclusive) of `weight`, [last - first, cols] in the weight's own dtype."""
     unit = row_unit(weight)
@@ -113,21 +130,11 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     """The rows of one part that these rows of the weight need, as torch reads them."""
     import torch
 
-    dtypes = {
-        "BF16": torch.bfloat16,
-        "F16": torch.float16,
-        "F32": torch.float32,
-        "I32": torch.int32,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "F8_E8M0": torch.uint8,
-        "F8_E4M3": torch.float8_e4m3fn,
-    }
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
-    return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
+    return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[part.dtype])).view(shape)
 
 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from kconvert.errors import CheckFailed
 from kconvert.metrics import CEILINGS, FLOORS
 
 if TYPE_CHECKING:
+    from kconvert.logits import Agreement, LogitsReport
     from kconvert.verify import Report
 
 
@@ -71,6 +72,13 @@ def standard_options(function: Any) -> Any:
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
 @standard_options
+@click.option(
+    "--logits", is_flag=True, help="Also run both with transformers and compare the logits; for small models."
+)
+@click.option(
+    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text for --logits [default: random]."
+)
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens for --logits.")
 @selection_options
 @report_option
 @json_option
@@ -81,6 +89,9 @@ def verify(
     close: bool,
     fail_under: tuple[tuple[str, float], ...],
     fail_over: tuple[tuple[str, float], ...],
+    logits: bool,
+    text: Path | None,
+    tokens: int,
     report: Path | None,
     as_json: bool,
     quiet: bool,
@@ -115,16 +126,36 @@ def verify(
             advance=advance,
             **selection,
         )
+    said = None
+    if logits:
+        from kconvert.logits import compare_logits
+
+        said = compare_logits(found.source, found.output, text=text, tokens=tokens)
     command = shlex.join(["kconvert", *sys.argv[1:]])
     if report is not None:
-        write_report(verify_document(found, command), report)
+        write_report(verify_document(found, command, said), report)
     if found.faults:
         more = f" ({len(found.faults) - 1:,} more in {report})" if len(found.faults) > 1 else ""
         raise CheckFailed(found.faults[0] + more)
     if as_json:
-        click.echo(json.dumps(verify_document(found, command, details=False), indent=2))
+        click.echo(json.dumps(verify_document(found, command, said, details=False), indent=2))
     elif not quiet:
         click.echo(_sentence(found))
+        for line in _logits_lines(said) if said else ():
+            click.echo(line)
+
+
+def _logits_lines(said: LogitsReport) -> Iterator[str]:
+    """The agreement of the logits, and what to make of it."""
+    experts = "" if said.experts is None else f", {said.experts:.2%} of the routed experts in common"
+    yield f"logits on {said.text}: {_agreement(said.free)}{experts}"
+    if said.routed is not None and said.experts != 1:
+        yield f"with the source's routing: {_agreement(said.routed)}"
+        yield said.note
+
+
+def _agreement(found: Agreement) -> str:
+    return f"max abs {found.max_abs:.4g}, KL {found.kl:.3g}, same top 1 {found.top1:.2%}"
 
 
 def _sentence(report: Report) -> str:

@@ -15,6 +15,7 @@ from kconvert.codes import QUARTERS
 from kconvert.compare import Comparison
 from kconvert.inventory import Inventory
 from kconvert.journal import provenance
+from kconvert.logits import LogitsReport
 from kconvert.metrics import Errors, Spread
 from kconvert.model import Model, format_counts
 from kconvert.summary import summarise
@@ -23,7 +24,9 @@ from kconvert.verify import Excerpt, Report
 Key = TypeVar("Key", bound=Hashable)
 
 
-def verify_document(report: Report, command: str, details: bool = True) -> dict[str, Any]:
+def verify_document(
+    report: Report, command: str, logits: LogitsReport | None = None, details: bool = True
+) -> dict[str, Any]:
     """The report of `kconvert verify`; without `details` no list that grows with the number of weights."""
     comparisons = report.comparisons
     by_role = _grouped(comparisons, lambda c: (c.role, c.output_format))
@@ -54,6 +57,7 @@ def verify_document(report: Report, command: str, details: bool = True) -> dict[
         ],
         "layers": [{"layer": layer, "role": role, **_summed(group)} for (layer, role), group in by_layer.items()],
         "worst": [_excerpt(excerpt) for excerpt in report.worst],
+        "logits": asdict(logits) if logits else None,
         **(
             {"experts": [{"layer": a, "expert": b, **_summed(group)} for (a, b), group in by_expert.items()]}
             if details
