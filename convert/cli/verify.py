@@ -65,6 +65,16 @@ def standard_options(function: Any) -> Any:
     return apply(options, function)
 
 
+def logits_options(function: Any) -> Any:
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    options = [
+        click.option("--logits", is_flag=True, help="Also compare the logits of both, in transformers; small models."),
+        click.option("--text", type=file, metavar="FILE", help="Text for --logits [default: random tokens]."),
+        click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens for --logits."),
+    ]
+    return apply(options, function)
+
+
 @click.command()
 @click.argument("source", metavar="SRC", type=directory)
 @click.argument("output", metavar="DST", type=directory)
@@ -72,13 +82,7 @@ def standard_options(function: Any) -> Any:
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
 @standard_options
-@click.option(
-    "--logits", is_flag=True, help="Also run both with transformers and compare the logits; for small models."
-)
-@click.option(
-    "--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text for --logits [default: random]."
-)
-@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens for --logits.")
+@logits_options
 @selection_options
 @report_option
 @json_option
