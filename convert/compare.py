@@ -178,7 +178,7 @@ def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int
         if fault is None:
             return None
         faults.append(fault)
-    return faults[0]
+    return f"{faults[0]}; of a checkpoint that kconvert did not make, see --close"
 
 
 def _difference(weight: Weight, expected: State, found: State, first: int) -> str | None:

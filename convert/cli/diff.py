@@ -61,7 +61,8 @@ def _lines(found: Difference, limit: int) -> Iterator[str]:
     if found.config:
         yield f" config.json | {', '.join(found.config)}"
     counts = ", ".join(f"{count:,} {_counted(kind)}" for kind, count in sorted(found.counts.items()))
-    yield f" {len(found.changes):,} tensors differ{f' ({counts})' if counts else ''}, {found.same:,} are the same"
+    listed_counts = f" ({counts})" if counts else ""
+    yield f" {len(found.changes):,} changed{listed_counts}, {found.same:,} the same"
 
 
 def _counted(kind: str) -> str:

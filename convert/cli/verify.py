@@ -6,12 +6,13 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import apply, directory, json_option, quiet_option, report_option, selection_options
+from kconvert.cli.options import Command, apply, directory, json_option, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
 from kconvert.metrics import CEILINGS, FLOORS
@@ -39,33 +40,35 @@ class Bound(click.ParamType[tuple[str, float]]):
             self.fail(f"{number!r} is not a number", param, ctx)
 
 
-def standard_options(function: Any) -> Any:
-    """Options that say what a weight is held to."""
+def standard_options(function: Command) -> Command:
+    """Options that say what a weight is held to; the function gets them as a `standard`."""
+
+    @wraps(function)
+    def command(
+        *,
+        close: bool,
+        fail_under: tuple[tuple[str, float], ...],
+        fail_over: tuple[tuple[str, float], ...],
+        **options: Any,
+    ) -> Any:
+        from kconvert.compare import Standard
+        from kconvert.metrics import Limits
+
+        limits = Limits(dict(fail_under), dict(fail_over))
+        return function(standard=Standard(not (close or fail_under or fail_over), limits), **options)
+
+    close_help = "DST was made by other means: judge by error, within its formats' usual limits, not by bit equality."
+    floors_help = f"Limit for every weight, instead of the usual: {' or '.join(FLOORS)}; implies --close."
+    ceilings_help = f"The same for {', '.join(CEILINGS)}."
     options = [
-        click.option(
-            "--close",
-            is_flag=True,
-            help="DST was made by other means: judge by error, within its formats' usual limits, not by bit equality.",
-        ),
-        click.option(
-            "--fail-under",
-            type=Bound(FLOORS),
-            multiple=True,
-            metavar="METRIC=X",
-            help=f"Limit for every weight, instead of the usual: {' or '.join(FLOORS)}; implies --close.",
-        ),
-        click.option(
-            "--fail-over",
-            type=Bound(CEILINGS),
-            multiple=True,
-            metavar="METRIC=X",
-            help=f"The same for {', '.join(CEILINGS)}.",
-        ),
+        click.option("--close", is_flag=True, help=close_help),
+        click.option("--fail-under", type=Bound(FLOORS), multiple=True, metavar="METRIC=X", help=floors_help),
+        click.option("--fail-over", type=Bound(CEILINGS), multiple=True, metavar="METRIC=X", help=ceilings_help),
     ]
-    return apply(options, function)
+    return apply(options, command)
 
 
-def logits_options(function: Any) -> Any:
+def logits_options(function: Command) -> Command:
     file = click.Path(exists=True, dir_okay=False, path_type=Path)
     options = [
         click.option("--logits", is_flag=True, help="Also compare the logits of both, in transformers; small models."),
@@ -90,17 +93,14 @@ def logits_options(function: Any) -> Any:
 def verify(
     source: Path,
     output: Path,
-    close: bool,
-    fail_under: tuple[tuple[str, float], ...],
-    fail_over: tuple[tuple[str, float], ...],
+    sample: float,
     logits: bool,
     text: Path | None,
     tokens: int,
     report: Path | None,
     as_json: bool,
     quiet: bool,
-    sample: float,
-    **selection: Any,
+    **options: Any,
 ) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
@@ -110,31 +110,25 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
-    from kconvert.compare import Standard
-    from kconvert.metrics import Limits
-    from kconvert.report import check_report_path, write_report
-    from kconvert.report.document import verify_document
+    from kconvert.logits import compare_logits
+    from kconvert.report import check_report_path
 
     if report is not None:
         check_report_path(report)
-    limits = Limits(dict(fail_under), dict(fail_over))
-    standard = Standard(not (close or fail_under or fail_over), limits)
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
-            source,
-            output,
-            standard=standard,
-            sample=sample,
-            keep_going=report is not None,
-            advance=advance,
-            **selection,
+            source, output, sample=sample, keep_going=report is not None, advance=advance, **options
         )
-    said = None
-    if logits:
-        from kconvert.logits import compare_logits
+    wanted = logits and not found.faults
+    said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
+    _tell(found, said, report, as_json, quiet)
 
-        said = compare_logits(found.source, found.output, text=text, tokens=tokens)
+
+def _tell(found: Report, said: LogitsReport | None, report: Path | None, as_json: bool, quiet: bool) -> None:
+    from kconvert.report import write_report
+    from kconvert.report.document import verify_document
+
     command = shlex.join(["kconvert", *sys.argv[1:]])
     if report is not None:
         write_report(verify_document(found, command, said), report)
