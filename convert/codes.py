@@ -206,10 +206,11 @@ NEARLY_ALL = 0.999
 
 
 def convention_of(found: Extremes) -> str | None:
-    """The convention that symmetric INT4 codes follow; None for another rule, such as scales by squared error.
+    """The convention whose grid symmetric INT4 codes are on; None for another, such as that of learnt scales.
 
     Kimi's scale is amax / 7, so every group reaches 7 or -7 and none -8. compressed-tensors' is amax / 7.5: the largest value
-    becomes 7 where it is positive and -8 where it is negative, as about half of them are.
+    becomes 7 where it is positive and -8 where it is negative, as about half of them are. Smaller scales of either convention,
+    as the search for the least squared error finds them, have the same ends.
     """
     if not found.used or found.sevens + found.eights < NEARLY_ALL * found.used:
         return None
