@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.source import Reader
@@ -99,13 +99,13 @@ def compare_weights(
         expected = independent_values(ours, source, first, last)
         state = read_state(theirs, output, first, last)
         found = decoded(theirs.format, state, (last - first, theirs.cols))
-        difference = first_difference(expected, found)
-        if fault is None and judge == "values" and difference is not None:
-            fault = _value_fault(theirs, authority(ours.format), replace(difference, row=first + difference.row))
+        same = _same_bits(expected, found)
+        if fault is None and judge == "values" and not same:
+            fault = _value_fault(theirs, authority(ours.format), expected, found, first)
         if fault is None and judge == "bytes":
             fault = _byte_fault(theirs, expected, state, first)
         measured, rows = measure(expected, found, first)
-        equal, errors = equal and difference is None, errors + measured
+        equal, errors = equal and same, errors + measured
         spread += spread_of(theirs.format, state, (last - first, theirs.cols)) + Spread(rows=rows)
         zero_groups += count_zero_groups(found, group_columns(theirs.format, theirs.cols))
         advance(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
@@ -140,21 +140,23 @@ def _comparison(
     )
 
 
-def first_difference(expected: torch.Tensor, found: torch.Tensor) -> Position | None:
-    """The first element whose bits are not those of the expected value in the found dtype; None when all are."""
+def _same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether all values are those expected, in the found dtype."""
+    import torch
+
+    bits = torch.int16 if found.element_size() == 2 else torch.int32
+    return torch.equal(expected.to(found.dtype).view(bits), found.view(bits))
+
+
+def _value_fault(weight: Weight, source: str, expected: torch.Tensor, found: torch.Tensor, first: int) -> str:
+    """Names the first element whose bits are not those expected; `first` is the number of the first row."""
     import torch
 
     bits = torch.int16 if found.element_size() == 2 else torch.int32
     wanted = expected.to(found.dtype)
-    if torch.equal(wanted.view(bits), found.view(bits)):
-        return None
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
-    return Position(row, col, float(wanted[row, col]), float(found[row, col]))
-
-
-def _value_fault(weight: Weight, source: str, at: Position) -> str:
-    where = f"tensor {weight.tensors[0].name!r} differs at [{at.row}, {at.col}]"
-    return f"{where}: it is {at.found!r}, {source} gives {at.expected!r}"
+    where = f"tensor {weight.tensors[0].name!r} differs at [{first + row}, {col}]"
+    return f"{where}: it is {float(found[row, col])!r}, {source} gives {float(wanted[row, col])!r}"
 
 
 def _at(worst: Position | None) -> str:

@@ -228,7 +228,7 @@ def _cycle(colours: Sequence[str]) -> Iterable[str]:
 def _svg(figure: Figure) -> str:
     """The figure as an SVG element that scales with the page and takes its colours from it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for placeholder, variable in COLOURS.items():
