@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from kconvert.formats import Format
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
-from kconvert.formats.mx import Mx
+from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.metrics import Spread
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def grid(format: Format) -> tuple[float, ...] | None:
             return tuple(float(code) for code in range(-half, half))
         case Int8():
             return tuple(float(code) for code in (*range(128), *range(-128, 0)))
-        case Mx(bits=4) | Nvfp4():
+        case Mx(bits=4) | MxStack() | Nvfp4():
             magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
             return (*magnitudes, *(-magnitude for magnitude in magnitudes))
         case Fp8() | Mx():
@@ -97,7 +98,7 @@ def _count_codes(format: Format, state: State, shape: tuple[int, int]) -> list[i
 
     if isinstance(format, Packed):
         return _count_packed(format, state["weight_packed"], shape)
-    packed = state.get("weight_packed")
+    packed = state.get("_blocks" if isinstance(format, MxStack) else "weight_packed")
     stored = state["weight"] if packed is None else packed
     counts = torch.bincount(stored.reshape(-1).view(torch.uint8), minlength=256)
     return _nibbles(counts) if packed is not None else counts.tolist()
@@ -132,6 +133,8 @@ def _scales(format: Format, state: State) -> torch.Tensor:
     match format:
         case Mx():
             return (state["weight_scale"].double() - 127).exp2()
+        case MxStack():
+            return (state["_scales"].double() - 127).exp2()
         case Nvfp4():
             return state["weight_scale"].float() / state["weight_global_scale"].float()
         case Fp8():
@@ -155,6 +158,8 @@ def group_columns(format: Format, cols: int) -> int:
     match format:
         case Packed() | Int8() | Mx():
             return format.group_size or cols
+        case MxStack():
+            return GROUP
         case Nvfp4():
             return 16
         case Fp8():

@@ -92,7 +92,7 @@ def compare_weights(
     judge = standard.judge(ours, theirs)
     fault = _constant_fault(theirs, output)
     errors, spread, zero_groups, equal = Errors(), Spread(), 0, True
-    unit = row_unit(theirs)
+    unit = math.lcm(row_unit(ours), row_unit(theirs))
     count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
     for first in range(0, ours.rows, count):
         last = min(first + count, ours.rows)

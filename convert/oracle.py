@@ -12,9 +12,10 @@ from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
-from kconvert.formats.mx import Mx
+from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.model import Weight
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def read_state(weight: Weight, reader: Reader, first: int, last: int) -> State:
 
 def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tensor:
     """The values [rows, cols] = `shape` that the tensors `state` spell, in the weight's own dtype."""
+    cols = shape[1]
     match format:
+        case Dense(transposed=int(out)):
+            return state[""].view(-1, cols, out).swapaxes(1, 2).reshape(-1, cols)
         case Dense():
             return state["weight"]
         case Packed():
@@ -70,6 +74,9 @@ def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tenso
             return _int_quantized(format, state)
         case Mx() | Nvfp4():
             return _microscaled(format, state)
+        case MxStack():
+            codes, scale = state["_blocks"].view(-1, cols // 2), state["_scales"].view(-1, cols // GROUP)
+            return _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
     raise NotImplementedError(f"no independent decoder of {format.label}")
 
 
@@ -93,7 +100,7 @@ def has_reference(format: Format) -> bool:
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     """What `format`, one that has_reference, may make of the rows `values`, bf16 [rows, cols]: {suffix: tensor}.
 
-    Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
+    Nothing in an INT4, FP8 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
     import torch
 
@@ -108,8 +115,9 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
                     yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
-            codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
-            yield {"weight": codes, format.scale_name: scale}
+            for mse in (False, True):
+                codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype, mse)
+                yield {"weight": codes, format.scale_name: scale}
         case Int8():
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
