@@ -63,21 +63,23 @@ def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tenso
     cols = shape[1]
     match format:
         case Dense(transposed=int(out)):
-            return state[""].view(-1, cols, out).swapaxes(1, 2).reshape(-1, cols)
+            values = state[""].view(-1, cols, out).swapaxes(1, 2).reshape(-1, cols)
         case Dense():
-            return state["weight"]
+            values = state["weight"]
         case Packed():
-            return _pack_quantized(format, state, shape)
+            values = _pack_quantized(format, state, shape)
         case Fp8():
-            return _float_quantized(format, state)
+            values = _float_quantized(format, state)
         case Int8():
-            return _int_quantized(format, state)
+            values = _int_quantized(format, state)
         case Mx() | Nvfp4():
-            return _microscaled(format, state)
+            values = _microscaled(format, state)
         case MxStack():
             codes, scale = state["_blocks"].view(-1, cols // 2), state["_scales"].view(-1, cols // GROUP)
-            return _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
-    raise NotImplementedError(f"no independent decoder of {format.label}")
+            values = _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
+        case _:
+            raise NotImplementedError(f"no independent decoder of {format.label}")
+    return values
 
 
 def authority(format: Format) -> str:
@@ -148,6 +150,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if format.group_size else "channel"
@@ -156,6 +159,11 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
+    if format.zero_dtype == "I8":
+        state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
+    if not format.symmetric and len(state["weight_zero_point"]) == 1:
+        # compressed-tensors cannot unpack a single word down the rows; it cuts off what is too much.
+        state["weight_zero_point"] = state["weight_zero_point"].repeat(2, 1)
     if format.ordered:
         return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]

@@ -11,6 +11,7 @@ from kconvert.formats import Format
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
+from kconvert.metrics import sqnr
 from kconvert.model import parts_of
 from kconvert.plan import Plan, Transcode
 
@@ -43,11 +44,6 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
     format.decode(parts, 0, served)
     values = tile.astype(np.float64)
     return float(np.square(values).sum()), float(np.square(values - served).sum())
-
-
-def sqnr(signal: float, noise: float) -> float | None:
-    """In dB; None without noise."""
-    return 10 * math.log10(signal / noise) if signal and noise else None
 
 
 def gains(plan: Plan) -> dict[str, Gain]:
