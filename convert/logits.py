@@ -6,15 +6,18 @@ model's dtype. Activations stay as they are: an engine that quantises them as we
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import KconvertError, human
-from kconvert.model import Model
+from kconvert.formats.dense import Dense
+from kconvert.formats.stacks import MxStack
+from kconvert.model import Model, Weight
 from kconvert.oracle import TORCH_DTYPES, independent_values
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 # A router's choice for a layer: the experts of each token, and their shares.
 Routing = list[tuple["torch.Tensor", "torch.Tensor"]]
+
+CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
 ROUTER_NOTE = (
     "A small error that changes the choice of a router changes the logits by as much as another expert does. In a model with "
@@ -120,25 +125,32 @@ def _run(model: Model, ids: torch.Tensor, routing: Routing | None = None) -> tup
     network = _load(model)
     chosen: Routing = []
     given = iter(routing or ())
-    for experts in _expert_modules(network):
-        experts.register_forward_pre_hook(lambda _, arguments: _route(arguments, chosen, given))
+    for experts, names in _expert_modules(network):
+        hook = functools.partial(_route, names=names, chosen=chosen, given=given)
+        experts.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         logits = network(ids.unsqueeze(0), use_cache=False).logits[0].float()
     return logits, chosen
 
 
-def _route(arguments: tuple[Any, ...], chosen: Routing, given: Iterator[Any]) -> tuple[Any, ...]:
-    """Note the choice among the experts' (hidden states, indices, shares), and put the given one in its place."""
-    hidden, *choice = arguments
-    chosen.append((choice[0], choice[1]))
-    return (hidden, *next(given, choice))
+def _route(
+    experts: Any, args: tuple[Any, ...], kwargs: Any, names: Sequence[str], chosen: Routing, given: Iterator[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Note the routers' choice among the arguments of a layer's experts, and put the given one in its place."""
+    arguments = dict(inspect.signature(experts.forward).bind(*args, **kwargs).arguments)
+    own = arguments[names[0]], arguments[names[1]]
+    chosen.append(own)
+    arguments.update(zip(names, next(given, own), strict=True))
+    return tuple(arguments.values()), {}
 
 
-def _expert_modules(network: Any) -> Iterator[Any]:
-    """The modules of transformers that hold a layer's routed experts, told by what they are called with."""
+def _expert_modules(network: Any) -> Iterator[tuple[Any, Sequence[str]]]:
+    """The modules of transformers that hold a layer's routed experts, told by what they are called with: the names of the
+    arguments for each token's experts and their shares."""
     for module in network.modules():
-        if list(inspect.signature(module.forward).parameters)[1:3] == ["top_k_index", "top_k_weights"]:
-            yield module
+        names = tuple(inspect.signature(module.forward).parameters)[1:3]
+        if names in CHOICES:
+            yield module, names
 
 
 def _load(model: Model) -> Any:
@@ -149,7 +161,7 @@ def _load(model: Model) -> Any:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     _check_memory(model)
-    config = dict(model.manifest.section(model.checkpoint.config))
+    config = model.manifest.section(model.checkpoint.config).maps[0]  # the language model's alone
     names = config.get("architectures") or ["one without architectures in its config.json"]
     network = getattr(transformers, str(names[0]), None)
     if network is None or not hasattr(network, "config_class"):
@@ -182,14 +194,26 @@ def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
     prefix = model.manifest.prefix
     with model.checkpoint.reader() as reader:
         for weight in model.weights:
-            name = f"{weight.name}.weight".removeprefix(prefix)
-            yield name, independent_values(weight, reader, 0, weight.rows)
+            yield _named(weight, independent_values(weight, reader, 0, weight.rows), prefix)
         for plain in model.plain:
             tensor = plain.tensor
             if tensor.name.startswith(prefix):
                 data = bytearray(reader.read(tensor.file, tensor.start, tensor.nbytes))
                 values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[tensor.dtype])).view(tensor.shape)
                 yield tensor.name.removeprefix(prefix), values
+
+
+def _named(weight: Weight, values: torch.Tensor, prefix: str) -> tuple[str, torch.Tensor]:
+    """A weight as transformers has it in BF16: the stacks of formats.stacks under their own name, transposed."""
+    name = weight.name.removeprefix(prefix)
+    match weight.format:
+        case MxStack(stack=stack):
+            out = weight.rows // stack
+        case Dense(transposed=int(rows)):
+            out = rows
+        case _:
+            return f"{name}.weight", values
+    return name, values.view(-1, out, weight.cols).swapaxes(1, 2)
 
 
 def _check_memory(model: Model) -> None:

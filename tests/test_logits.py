@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from kconvert import KconvertError, Recipe, convert, inspect, plan
 from kconvert.cli import main
 from kconvert.logits import agreement, compare_logits, overlap
+from kconvert.sample import SampleRecipe, plan_synthetic
 
 pytest.importorskip("transformers")
 
@@ -74,6 +75,17 @@ def test_the_logits_are_those_that_transformers_computes(small: Path, tmp_path: 
 
     assert torch.equal(expected, found)
     assert [tuple(chosen.shape) for chosen, _ in routing] == [(8, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("like", ["gpt-oss", "kimi-k2.5", "qwen3-moe", "mixtral"])
+def test_other_families_are_run_by_their_own_code(tmp_path: Path, like: str) -> None:
+    """Stacked and transposed experts, a language model within another, routers with other names for their choice."""
+    sizes = {"layers": 2, "experts": 4, "hidden": 64, "vocab": 128}
+    convert(plan_synthetic(SampleRecipe(like, sizes)), tmp_path / "source")
+    source = inspect(tmp_path / "source")
+    report = compare_logits(source, source, tokens=8)
+    assert (report.free.max_abs, report.free.top1, report.experts) == (0, 1, 1)
+    assert report.routed is not None
 
 
 def test_agreement_is_what_its_words_say() -> None:
