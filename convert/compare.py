@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.checkpoint.source import Reader
 from kconvert.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
 from kconvert.formats.dense import Dense
-from kconvert.metrics import Errors, Limits, Position, Spread, measure
+from kconvert.metrics import Errors, Limits, Position, Spread, measure, same_bits
 from kconvert.model import Plain, Weight
 from kconvert.oracle import authority, decoded, expected_parts, has_reference, independent_values, read_state, row_unit
 
@@ -99,7 +99,7 @@ def compare_weights(
         expected = independent_values(ours, source, first, last)
         state = read_state(theirs, output, first, last)
         found = decoded(theirs.format, state, (last - first, theirs.cols))
-        same = _same_bits(expected, found)
+        same = same_bits(expected.to(found.dtype), found)
         if fault is None and judge == "values" and not same:
             fault = _value_fault(theirs, authority(ours.format), expected, found, first)
         if fault is None and judge == "bytes":
@@ -107,7 +107,8 @@ def compare_weights(
         measured, rows = measure(expected, found, first)
         equal, errors = equal and same, errors + measured
         spread += spread_of(theirs.format, state, (last - first, theirs.cols)) + Spread(rows=rows)
-        zero_groups += count_zero_groups(found, group_columns(theirs.format, theirs.cols))
+        if spread.codes:
+            zero_groups += count_zero_groups(found, group_columns(theirs.format, theirs.cols))
         advance(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     if fault is None and errors.nonfinite:
         fault = f"tensor {theirs.tensors[0].name!r} has a value that is not finite"
@@ -138,14 +139,6 @@ def _comparison(
         use=use,
         fault=fault,
     )
-
-
-def _same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether all values are those expected, in the found dtype."""
-    import torch
-
-    bits = torch.int16 if found.element_size() == 2 else torch.int32
-    return torch.equal(expected.to(found.dtype).view(bits), found.view(bits))
 
 
 def _value_fault(weight: Weight, source: str, expected: torch.Tensor, found: torch.Tensor, first: int) -> str:
@@ -187,7 +180,7 @@ def _difference(weight: Weight, expected: State, found: State, first: int) -> st
     import torch
 
     for part, tensor in zip(weight.parts, weight.tensors, strict=True):
-        if part.constant is not None:
+        if part.constant is not None or same_bits(expected[part.suffix], found[part.suffix]):
             continue
         wanted, have = (side[part.suffix].contiguous().view(torch.uint8).flatten() for side in (expected, found))
         different = (wanted != have).nonzero()

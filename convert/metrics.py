@@ -129,7 +129,7 @@ def _measure_tile(expected: torch.Tensor, found: torch.Tensor) -> tuple[Errors, 
 
     a = expected.double()
     signal = torch.linalg.vector_norm(a, dim=-1).square_()
-    if torch.equal(expected, found):  # which NaN never is
+    if same_bits(expected, found):
         finite = bool(torch.isfinite(signal).all())
         return Errors(a.numel(), signal=float(signal.sum())) if finite else _measure_finite(a, a), []
     e = found.double()
@@ -155,6 +155,17 @@ def _measure_tile(expected: torch.Tensor, found: torch.Tensor) -> tuple[Errors, 
     )
     ratios = 10 * torch.log10(signal.clamp(min=_TINY) / noise)[noise > 0]
     return errors, ratios.floor().clamp(LOWEST_DB, HIGHEST_DB).int().tolist()
+
+
+def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and the same bytes; much faster than torch.equal."""
+    import numpy as np
+    import torch
+
+    if expected.dtype != found.dtype:
+        return False
+    one, two = (side.contiguous().view(-1).view(torch.uint8).numpy() for side in (expected, found))
+    return np.array_equal(one, two)
 
 
 def _measure_finite(expected: torch.Tensor, found: torch.Tensor) -> Errors:
