@@ -129,18 +129,20 @@ def stale_files(destination: Path, finished: set[str], overwrite: bool) -> list[
 
 
 def provenance(root: Path) -> dict[str, str]:
-    """Version, recipe and source of the run that wrote the checkpoint in `root`; empty when no journal says so."""
+    """`version`, `recipe` and `from` of the run that wrote the checkpoint in `root`; empty without a journal that says so.
+
+    `from` is the source's name, empty of a synthetic sample.
+    """
     try:
         lines = _read_lines(root / STATE_DIR / JOURNAL)
     except OSError:
         return {}
     head = lines[0] if lines else {}
-    return {key: str(head[key]) for key in ("version", "recipe", "from") if key in head}
+    return {key: str(head.get(key, "")) for key in ("version", "recipe", "from")} if "version" in head else {}
 
 
 def _head(plan: Plan) -> dict[str, object]:
-    source = plan.source.name if plan.source else "nothing"
-    said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": source}
+    said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
     return {"plan": plan.hash, "source": plan.stamp, **said}
 
 

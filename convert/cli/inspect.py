@@ -30,8 +30,11 @@ def inspect(source: Path, revision: str | None, report: Path | None, as_json: bo
     Example: kconvert inspect ./Kimi-K2-Thinking --report inventory.html
     """
     import kconvert
+    from kconvert.report import check_report_path
     from kconvert.summary import summarise
 
+    if report is not None:
+        check_report_path(report)
     model = kconvert.inspect(source, revision)
     if report is not None:
         _write_report(model, report)
@@ -41,9 +44,8 @@ def inspect(source: Path, revision: str | None, report: Path | None, as_json: bo
 
 def _write_report(model: Model, path: Path) -> None:
     from kconvert.inventory import take_inventory
-    from kconvert.report import check_report_path, write_report
+    from kconvert.report import write_report
     from kconvert.report.document import inspect_document
 
-    check_report_path(path)
     command = shlex.join(["kconvert", *sys.argv[1:]])
     write_report(inspect_document(model, take_inventory(model), command), path)

@@ -152,9 +152,9 @@ def code_bars(title: str, pairs: Sequence[Sequence[float]]) -> str:
         axes = figure.add_subplot()
         axes.bar(range(len(pairs)), [100 * count / total for _, count in pairs], width=0.85, color=SERIES[0])
         axes.set(title=title, xlabel="code", ylabel="%")
-        step = max(1, len(pairs) // 16)
+        step = max(1, math.ceil(len(pairs) / 16))
         shown = range(len(pairs) // 2 % step, len(pairs), step)  # zero among them
-        axes.set_xticks(list(shown), [f"{pairs[place][0]:.2g}" for place in shown])
+        axes.set_xticks(list(shown), [f"{float(f'{pairs[place][0]:.2g}'):g}" for place in shown])
         axes.grid(axis="y")
         return _svg(figure)
 
