@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 CHUNK_ELEMENTS = 1 << 20  # at a time; a worker takes some 50 MB for them, and more is slower
 Advance: TypeAlias = Callable[[int], None]
 
-# What a weight may lose of the values that it was made of, by the first word of its format: less than half the noise that its
-# grid makes of Gaussian weights would be suspicious, and so would twice that noise. Another format has those of int4.
+# What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
+# amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
+# error. A format that is not here has the limits of int4.
 DEFAULT_LIMITS = {
     "bf16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
     "f16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),

@@ -69,9 +69,9 @@ def _verify_pictures(document: Mapping[str, Any]) -> dict[str, Any]:
         if row["expert"] is not None and row["layer"] is not None:
             experts[row["role"]][row["layer"], row["expert"]] = {**row, "faults": row["fault"] is not None}
     others = {(row["role"], row["layer"]): row for row in document["layers"] if row["layer"] is not None}
-    maps = [plots.heat_map(role, cells, "expert") for role, cells in experts.items()]
+    maps = [plots.heat_map(role, cells, "layer", "expert") for role, cells in experts.items()]
     if others:
-        maps.append(plots.role_map("All roles", others))
+        maps.append(plots.heat_map("All roles", others, "", "layer"))
     rows = _merged(document["roles"], "rows_by_sqnr")
     return {
         "heat_maps": _markup(maps),

@@ -57,73 +57,51 @@ LEAST_RANGE = 3.0  # dB from one end of a heat map's colours to the other: less 
 WIDTH = 7.2  # inches; pictures scale down with the page
 
 
-def heat_map(title: str, cells: Mapping[tuple[int, int], Mapping[str, Any]], across: str) -> str:
-    """SQNR in dB by layer (down) and `across`; cells {(layer, number): metrics} without any error have a colour of their own,
-    those with faults a mark."""
+def heat_map(title: str, cells: Mapping[tuple[Any, int], Mapping[str, Any]], down: str, across: str) -> str:
+    """SQNR in dB of cells {(row, column): metrics}; those without any error have a colour of their own, faults a mark.
+
+    `down` and `across` say what rows (names or numbers) and columns (numbers) are.
+    """
     import numpy as np
 
-    layers, numbers = sorted({layer for layer, _ in cells}), sorted({number for _, number in cells})
-    values = np.full((len(layers), len(numbers)), np.nan)
-    faults = []
-    for (layer, number), cell in cells.items():
-        at = layers.index(layer), numbers.index(number)
-        values[at] = math.inf if cell["sqnr"] is None else cell["sqnr"]
-        if cell["faults"]:
-            faults.append(at)
-    return _draw_map(title, values, faults, ("layer", _labels(layers)), (across, _labels(numbers)))
-
-
-def role_map(title: str, cells: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
-    """The same by role (down) and layer."""
-    import numpy as np
-
-    roles, layers = list(dict.fromkeys(role for role, _ in cells)), sorted({layer for _, layer in cells})
-    values = np.full((len(roles), len(layers)), np.nan)
-    faults = []
-    for (role, layer), cell in cells.items():
-        at = roles.index(role), layers.index(layer)
-        values[at] = math.inf if cell["sqnr"] is None else cell["sqnr"]
-        if cell["faults"]:
-            faults.append(at)
-    return _draw_map(title, values, faults, ("", dict(enumerate(roles))), ("layer", _labels(layers)))
-
-
-def _labels(numbers: Sequence[int], most: int = 12) -> dict[int, str]:
-    step = max(1, math.ceil(len(numbers) / most))
-    return {place: str(number) for place, number in enumerate(numbers) if place % step == 0}
-
-
-def _draw_map(
-    title: str,
-    values: Any,
-    faults: Sequence[tuple[int, int]],
-    down: tuple[str, Mapping[int, str]],
-    across: tuple[str, Mapping[int, str]],
-) -> str:
-    import numpy as np
-
+    rows, cols = _places(row for row, _ in cells), _places(col for _, col in cells)
+    values = np.full((len(rows), len(cols)), np.nan)
+    for (row, col), cell in cells.items():
+        values[rows[row], cols[col]] = math.inf if cell["sqnr"] is None else cell["sqnr"]
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, min(4.5, 1.1 + 0.16 * len(values))), layout="constrained")
+        figure = Figure(figsize=(WIDTH, min(4.5, 1.1 + 0.16 * len(rows))), layout="constrained")
         axes = figure.add_subplot()
         colours = mpl.colormaps["viridis"].with_extremes(over=GOOD, bad="none")
         ranks = mpl.colors.Normalize(low, max(high, low + LEAST_RANGE))
-        # Cells are drawn one by one as long as they are few: a page may then colour them; a bitmap is smaller otherwise.
         mesh = axes.pcolormesh(
             np.ma.masked_invalid(np.where(np.isposinf(values), 1e9, values)), cmap=colours, norm=ranks
         )
-        mesh.set_rasterized(values.size > 4000)
-        axes.set(title=title, xlabel=across[0], ylabel=down[0])
-        axes.set_xticks([place + 0.5 for place in across[1]], list(across[1].values()))
-        axes.set_yticks([place + 0.5 for place in down[1]], list(down[1].values()))
+        mesh.set_rasterized(values.size > 4000)  # a bitmap is smaller then
+        axes.set(title=title, xlabel=across, ylabel=down)
+        axes.set_xticks(*_ticks(cols))
+        axes.set_yticks(*_ticks(rows))
         axes.invert_yaxis()
-        if faults:
-            rows, cols = zip(*faults, strict=True)
-            axes.scatter(np.add(cols, 0.5), np.add(rows, 0.5), marker="x", s=18, color=BAD, linewidths=1.4)
+        for (row, col), cell in cells.items():
+            if cell["faults"]:
+                axes.plot(cols[col] + 0.5, rows[row] + 0.5, "x", color="#ff3b30", markersize=5, markeredgewidth=1.6)
         if finite.size:
             figure.colorbar(mesh, ax=axes, label="SQNR, dB", extend="max" if np.isposinf(values).any() else "neither")
         return _svg(figure)
+
+
+def _places(keys: Iterable[Any]) -> dict[Any, int]:
+    """Where each key stands: numbers in order, names as they come."""
+    unique = list(dict.fromkeys(keys))
+    return {key: place for place, key in enumerate(unique if isinstance(unique[0], str) else sorted(unique))}
+
+
+def _ticks(places: Mapping[Any, int]) -> tuple[list[float], list[str]]:
+    """The middles of the cells that are labelled, every name but only some numbers, and the labels."""
+    step = 1 if isinstance(next(iter(places)), str) else math.ceil(len(places) / 12)
+    shown = {key: place for key, place in places.items() if place % step == 0}
+    return [place + 0.5 for place in shown.values()], [str(key) for key in shown]
 
 
 def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[float]]], width: float) -> str:
