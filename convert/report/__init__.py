@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import write_file
 
 SUFFIXES = (".html", ".json")
@@ -27,13 +27,16 @@ def check_report_path(path: Path) -> None:
             ) from None
     if not path.absolute().parent.is_dir():
         raise KconvertError(f"{path} cannot be written, there is no directory {path.absolute().parent}; make it")
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot replace {path}") from None
 
 
 def write_report(document: Mapping[str, Any], path: Path) -> None:
     """`document` (see report.document) as JSON or HTML, by the suffix of `path`; whole or not at all."""
     if path.suffix == ".json":
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        text = json.dumps(document, allow_nan=False) + "\n"  # indenting a large one takes 300 MB more
     else:
         from kconvert.report.page import render
 
