@@ -77,8 +77,6 @@ class Comparison:
     cols: int
     source_format: str
     output_format: str
-    source_bytes: int
-    output_bytes: int
     judged_by: str
     equal: bool
     errors: Errors
@@ -132,8 +130,6 @@ def _comparison(
         cols=ours.cols,
         source_format=ours.format.label,
         output_format=theirs.format.label,
-        source_bytes=sum(tensor.nbytes for tensor in ours.tensors),
-        output_bytes=sum(tensor.nbytes for tensor in theirs.tensors),
         judged_by=judge,
         equal=equal,
         errors=errors,

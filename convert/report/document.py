@@ -6,9 +6,9 @@ The schemas are verify.schema.json and inspect.schema.json beside this file.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import kconvert
 from kconvert.codes import QUARTERS
@@ -21,8 +21,6 @@ from kconvert.model import Model, format_counts
 from kconvert.summary import summarise
 from kconvert.verify import Excerpt, Report
 
-Key = TypeVar("Key", bound=Hashable)
-
 
 def verify_document(
     report: Report, command: str, logits: LogitsReport | None = None, details: bool = True
@@ -31,7 +29,6 @@ def verify_document(
     comparisons = report.comparisons
     by_role = _grouped(comparisons, lambda c: (c.role, c.output_format))
     by_layer = _grouped(comparisons, lambda c: (c.layer, c.role))
-    by_expert = _grouped((c for c in comparisons if c.expert is not None), lambda c: (c.layer, c.expert))
     formats = {c.output_format: c for c in comparisons if c.judged_by == "limits"}
     return {
         "schema": "kconvert-verify-1",
@@ -58,12 +55,15 @@ def verify_document(
         "layers": [{"layer": layer, "role": role, **_summed(group)} for (layer, role), group in by_layer.items()],
         "worst": [_excerpt(excerpt) for excerpt in report.worst],
         "logits": asdict(logits) if logits else None,
-        **(
-            {"experts": [{"layer": a, "expert": b, **_summed(group)} for (a, b), group in by_expert.items()]}
-            if details
-            else {}
-        ),
-        **({"results": [_result(comparison) for comparison in comparisons]} if details else {}),
+        **(_details(comparisons) if details else {}),
+    }
+
+
+def _details(comparisons: Iterable[Comparison]) -> dict[str, Any]:
+    by_expert = _grouped((c for c in comparisons if c.expert is not None), lambda c: (c.layer, c.expert))
+    return {
+        "experts": [{"layer": layer, "expert": n, **_summed(group)} for (layer, n), group in by_expert.items()],
+        "results": [_result(comparison) for comparison in comparisons],
     }
 
 
@@ -113,8 +113,10 @@ def metrics(errors: Iterable[Errors]) -> dict[str, Any]:
     }
 
 
-def _grouped(comparisons: Iterable[Comparison], key: Any) -> dict[Any, list[Comparison]]:
-    groups: dict[Any, list[Comparison]] = defaultdict(list)
+def _grouped(
+    comparisons: Iterable[Comparison], key: Callable[[Comparison], tuple[Any, Any]]
+) -> dict[tuple[Any, Any], list[Comparison]]:
+    groups = defaultdict(list)
     for comparison in comparisons:
         groups[key(comparison)].append(comparison)
     return groups
