@@ -37,3 +37,8 @@ COMPRESSED_TENSORS = Convention("compressed-tensors", 7.5, -8, rounds=True, zero
 # Of amax / divisor for these and the rule's own, `--scales mse` takes the scale with the least squared error for a group.
 DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
 CONVENTIONS = {convention.name: convention for convention in (KIMI, COMPRESSED_TENSORS)}
+# AMX scales by least squared error are the rule's times one of these, powers of two an eighth of an octave apart; see
+# formats.amx for the search, which begins at AMX_START (1.0) and goes in these strides.
+AMX_STRIDES = (4, 2, 1)
+AMX_START = 3
+AMX_FACTORS = tuple(2.0 ** ((AMX_START - place) / 8) for place in range(AMX_START + 44))
