@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
+from kconvert.formats.amx import Amx
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.model import parts_of
@@ -28,8 +29,17 @@ class Gain:
     mse: float | None
 
     def __str__(self) -> str:
-        mse, amax = ("without noise" if ratio is None else f"{ratio:.2f} dB" for ratio in (self.mse, self.amax))
-        return f"SQNR {mse}, with scales by amax {amax}"
+        mse, amax = (
+            "without noise" if ratio is None else f"{ratio:.2f} dB (relative error {error:.2g})"
+            for ratio, error in zip((self.mse, self.amax), self.relative_frobenius, strict=True)
+        )
+        return f"SQNR {mse} with scales by mse, {amax} by amax"
+
+    @property
+    def relative_frobenius(self) -> tuple[float, float]:
+        """Norm of the noise over the norm of the signal, for mse and amax."""
+        mse, amax = (0.0 if ratio is None else 10 ** (-ratio / 20) for ratio in (self.mse, self.amax))
+        return mse, amax
 
 
 def squares(format: Format, tile: Tile) -> tuple[float, float]:
@@ -50,17 +60,18 @@ def sqnr(signal: float, noise: float) -> float | None:
 
 
 def gains(plan: Plan) -> dict[str, Gain]:
-    """For each encoding that the plan writes with scales of least squared error: what they gain over amax, on a sample."""
+    """For each encoding that the plan writes with scales of least squared error, and for AMX: what these gain over amax, on a
+    sample of the weights."""
     sums: dict[str, list[float]] = {}
     for target, tile in _sample(plan):
-        signal, noise = squares(target, tile)
+        signal, noise = squares(replace(target, mse=True), tile)
         _, by_amax = squares(replace(target, mse=False), tile)
         total = sums.setdefault(target.label, [0.0, 0.0, 0.0])
         total[:] = [total[0] + signal, total[1] + by_amax, total[2] + noise]
     return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
 
 
-def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
+def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Amx, Tile]]:
     """The first rows of some weights all over the model, with their targets."""
     import numpy as np
 
@@ -69,7 +80,7 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
         return
     with plan.source.reader() as reader:
         for step in chosen[:: math.ceil(len(chosen) / SAMPLED_WEIGHTS)]:
-            unit = math.lcm(*(part.every for part in step.source_parts if part.every))
+            unit = math.lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
             rows = min(step.rows, math.ceil(SAMPLED_ROWS / unit) * unit)
             data: list[Bytes] = []
             for part, place in zip(step.source_parts, step.reads, strict=True):
@@ -77,9 +88,12 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
                 data.append(np.frombuffer(reader.read(place.file, place.start + start, stop - start), np.uint8))
             tile = np.empty((rows, step.cols), np.float32)
             step.source.decode(data, 0, tile)
-            assert isinstance(step.target, Packed | Mx)
-            yield step.target, tile
+            target = step.target
+            if isinstance(target, Amx) and target.split == "rows":
+                target = replace(target, numa=1)  # which rows are in a shard changes nothing for each of them
+            assert isinstance(target, Packed | Mx | Amx)
+            yield target, tile
 
 
 def _searches(format: Format) -> bool:
-    return isinstance(format, Packed | Mx) and format.mse
+    return isinstance(format, Amx) or (isinstance(format, Packed | Mx) and format.mse)

@@ -21,7 +21,8 @@ def inspect(source: Path, revision: str | None, as_json: bool) -> None:
     Example: kconvert inspect ./Kimi-K2-Thinking
     """
     import kconvert
-    from kconvert.summary import summarise
+    from kconvert.amx import is_amx, open_amx
+    from kconvert.summary import summarise, summarise_amx
 
-    summary = summarise(kconvert.inspect(source, revision))
+    summary = summarise_amx(open_amx(source)) if is_amx(source) else summarise(kconvert.inspect(source, revision))
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())

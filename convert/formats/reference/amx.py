@@ -114,10 +114,9 @@ def _search(values: torch.Tensor, amax: torch.Tensor, rule: torch.Tensor, bits: 
         walking &= error < least
         best, least = torch.where(walking, place, best), torch.where(walking, error, least)
     for stride in AMX_STRIDES[1:]:
-        center = best
-        for place in (center - stride, center + stride):
-            error = _error(values, amax, rule * factors[place], bits)
-            best, least = torch.where(error < least, place, best), torch.minimum(error, least)
+        for places in (best - stride, best + stride):
+            error = _error(values, amax, rule * factors[places], bits)
+            best, least = torch.where(error < least, places, best), torch.minimum(error, least)
     return rule * factors[best]
 
 
