@@ -51,6 +51,12 @@ class AmxModel:
         return f"AMXINT{self.bits}"
 
     @property
+    def quantised_for(self) -> int:
+        """The NUMA nodes whose shards of down got their scales; fewer than `numa` where shards were cut further."""
+        known = self.record.get("quantised_for", self.numa)
+        return int(known) if str(known).isdigit() and self.numa % (int(known) or self.numa + 1) == 0 else self.numa
+
+    @property
     def form(self) -> str:
         return "kt" if next(iter(self.checkpoint.files)).endswith(".kt") else "safetensors"
 

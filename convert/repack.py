@@ -87,7 +87,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts: list[Step] = [_repacked(weight, recipe) for weight in experts.weights]
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
-        drafts += _rest(model)
+        drafts += rest_of(model)
     record = _record(recipe, experts, model.checkpoint.name, recipe.scales)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
     facts = {
@@ -124,7 +124,12 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
     drafts: list[Step] = [step for weight in model.weights for step in _resplit(weight, numa)]
     drafts += [_copy(tensor, tensor.name) for tensor in model.rest if with_rest]
     experts = Experts(model.weights, model.hidden, model.intermediate, model.layers)
-    record = {**_record(recipe, experts, model.checkpoint.name, recipe.scales), **_provenance(model.record)}
+    record = {
+        **_record(recipe, experts, model.checkpoint.name, recipe.scales),
+        "quantised_for": model.quantised_for,
+        "scales": model.record.get("scales", "unknown"),
+        **{key: model.record[key] for key in ("source", "revision") if key in model.record},
+    }
     facts = {
         "source": model.checkpoint.name,
         "weights": dict(format_counts(model.weights)),
@@ -253,8 +258,8 @@ def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
     yield Transcode(weight.name, weight.rows, numa if ours.split == "cols" else 1, *scales)
 
 
-def _rest(model: Model) -> Iterator[Copy]:
-    """Every tensor that belongs to no routed expert."""
+def rest_of(model: Model) -> Iterator[Copy]:
+    """Every tensor that belongs to no routed expert, under the name that kt-kernel's converter gives it."""
     items: Iterable[Weight | Plain] = (*model.weights, *model.plain)
     for item in items:
         if item.role.partition(".")[0] != "expert":
@@ -280,6 +285,7 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str, scales: str) -> di
         "method": recipe.method,
         "numa": recipe.numa,
         "scales": scales,
+        "quantised_for": recipe.numa,
         "hidden_size": experts.hidden,
         "moe_intermediate_size": experts.intermediate,
         "experts": max(experts.layers.values()),
@@ -287,11 +293,6 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str, scales: str) -> di
         "source": name,
         "revision": revision,
     }
-
-
-def _provenance(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Of AMX weights that are split anew: where they came from in the first place."""
-    return {key: record[key] for key in ("source", "revision", "scales") if key in record}
 
 
 def _advice(experts: Experts, recipe: AmxRecipe) -> Iterator[str]:

@@ -31,7 +31,15 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01
     """
     import kconvert
+    from kconvert.amx import is_amx
 
+    if is_amx(output):
+        if any(selection.values()):
+            raise click.UsageError(
+                "AMX weights are compared whole; leave out --include and --exclude, or take --sample"
+            )
+        _verify_amx(source, output, sample, as_json, quiet)
+        return
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
         report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
@@ -42,4 +50,22 @@ def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool
         click.echo(
             f"verified: {report.weights:,} weights equal {report.reference} bit for bit, {report.tensors:,} tensors and "
             f"{report.side_files} side files are the source's{skipped}"
+        )
+
+
+def _verify_amx(source: Path, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
+    from kconvert.verify_amx import verify_amx
+
+    total = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in {".safetensors", ".kt"})
+    with progress(int(total * sample), quiet) as advance:
+        report = verify_amx(source, output, sample, advance)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+    elif not quiet:
+        skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
+        ratio = f", SQNR {report.sqnr_db:.2f} dB" if report.sqnr_db is not None else ""
+        click.echo(
+            f"verified: codes and scales (by {report.scales}) of {report.weights:,} weights equal the reference packing of the "
+            f"source's values bit for bit, {report.tensors:,} tensors are the source's{skipped}; what packing lost: relative "
+            f"error {report.relative_frobenius:.3g}{ratio}"
         )
