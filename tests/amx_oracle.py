@@ -80,6 +80,24 @@ def forward(
     return output
 
 
+def dequantise(data: np.ndarray, scale: np.ndarray, method: str, rows: int, cols: int) -> np.ndarray:
+    """The bytes of a packed matrix and of its scale -> F32 [rows, cols], by the place of each value in a closed form."""
+    r, c = np.indices((rows, cols))
+    block, step = (128, 128) if method == "AMXINT4" else (64, 64)
+    first_row, first_col = r // block * block, c // 3584 * 3584
+    block_rows, block_cols = np.minimum(block, rows - first_row), np.minimum(3584, cols - first_col)
+    i, j = r - first_row, c - first_col
+    before = first_row * cols + first_col * block_rows + i // 32 * 32 * block_cols
+    k = j % step % 64
+    within = j // step * 2048 + i % 32 // 16 * 1024 + k // 4 * 64 + i % 16 * 4 + k % 4
+    d = scale.view(np.float32)[:, None]
+    if method == "AMXINT8":
+        return data.view(np.int8)[before + within] * d
+    byte = data.view(np.uint8)[before // 2 + within]
+    nibble = np.where(j % step < 64, byte & 15, byte >> 4).astype(np.int8)
+    return np.where(nibble > 7, nibble - 16, nibble).astype(np.float32) * (np.float32(16) * d)
+
+
 @contextmanager
 def _wrapper(
     directory: Path,
@@ -95,9 +113,10 @@ def _wrapper(
     """A KTMoEWrapper of its own: kt-kernel keeps its threads and its open files for the life of a process."""
     with _unpinned():
         from kt_kernel import KTMoEWrapper
-        from kt_kernel.experts_base import BaseMoEWrapper
         from kt_kernel.utils.amx import AMXMoEWrapper
 
+        # Importing kt-kernel sets this for the importing thread, from which kt-kernel's own inherit it.
+        torch.set_flush_denormal(True)
         wrapper = KTMoEWrapper(
             layer_idx=layer_idx,
             num_experts=experts,
@@ -116,8 +135,8 @@ def _wrapper(
         try:
             yield wrapper
         finally:
-            BaseMoEWrapper._cpu_infer_instance = None
-            AMXMoEWrapper._safetensor_loader_instance = None
+            AMXMoEWrapper._cpu_infer_instance = AMXMoEWrapper._safetensor_loader_instance = None
+            torch.set_flush_denormal(False)
 
 
 @contextmanager
@@ -125,7 +144,10 @@ def _unpinned() -> Iterator[None]:
     """kt-kernel asks for pinned memory, which torch refuses without a CUDA device."""
 
     def without_pinning(function):  # type: ignore[no-untyped-def]
-        return lambda *args, pin_memory=False, **kwargs: function(*args, **kwargs)
+        def call(*args, pin_memory=False, **options):  # type: ignore[no-untyped-def]
+            return function(*args, **options)
+
+        return call
 
     with mock.patch.multiple(
         torch, **{name: without_pinning(getattr(torch, name)) for name in ("zeros", "empty", "full")}

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.numpy import save_file
 
 GOLDEN = Path(__file__).with_name("amx_golden.safetensors")
 EXPERTS = 2
@@ -125,14 +127,16 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
+def tensors(case: Case) -> dict[str, torch.Tensor]:
+    """The case's weights as BF16 tensors, as kt-kernel takes them."""
+    return {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in weights(case).items()}
+
+
 def digest(data: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()
 
 
 def make() -> None:
-    import torch
-    from safetensors.numpy import save_file
-
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import amx_oracle
 
@@ -140,13 +144,11 @@ def make() -> None:
         sys.exit(reason)
     kept, records = {}, []
     for case in cases():
-        patterns = weights(case)
-        tensors = {name: torch.from_numpy(bits).view(torch.bfloat16) for name, bits in patterns.items()}
         with tempfile.TemporaryDirectory() as folder:
-            packed = amx_oracle.pack(Path(folder), case.method, case.numa, **tensors)
+            packed = amx_oracle.pack(Path(folder), case.method, case.numa, **tensors(case))
         records.append(
             asdict(case)
-            | {"weights": {name: digest(bits) for name, bits in patterns.items()}}
+            | {"weights": {name: digest(bits) for name, bits in weights(case).items()}}
             | {"packed": {name: digest(data) for name, data in packed.items()}}
         )
         if case.kept:
