@@ -65,7 +65,7 @@ class Transcode:
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what it writes."""
         name = self.output or self.name
-        return [(f"{name}.{part.suffix}", part.dtype, part.shape) for part in self.target_parts]
+        return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
         return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
 from kconvert.formats.amx import Amx
+from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.model import parts_of
@@ -71,7 +72,7 @@ def gains(plan: Plan) -> dict[str, Gain]:
     return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
 
 
-def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Amx, Tile]]:
+def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Fp8 | Amx, Tile]]:
     """The first rows of some weights all over the model, with their targets."""
     import numpy as np
 
@@ -91,9 +92,9 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Amx, Tile]]:
             target = step.target
             if isinstance(target, Amx) and target.split == "rows":
                 target = replace(target, numa=1)  # which rows are in a shard changes nothing for each of them
-            assert isinstance(target, Packed | Mx | Amx)
+            assert isinstance(target, Packed | Mx | Fp8 | Amx)
             yield target, tile
 
 
 def _searches(format: Format) -> bool:
-    return isinstance(format, Amx) or (isinstance(format, Packed | Mx) and format.mse)
+    return isinstance(format, Amx) or (isinstance(format, Packed | Mx | Fp8) and format.mse)

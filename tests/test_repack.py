@@ -133,14 +133,20 @@ def test_kt_config_json_says_what_the_kt_command_shows(two: Path, source: Path) 
 
 
 @pytest.mark.parametrize(("method", "scales"), [("AMXINT4", "mse"), ("AMXINT8", "amax")])
-def test_the_default_scales_are_the_better_ones(source: Path, tmp_path: Path, tree: Tree, method: str, scales: str) -> None:
+def test_the_default_scales_are_the_better_ones(
+    source: Path, tmp_path: Path, tree: Tree, method: str, scales: str
+) -> None:
     default = repack(source, tmp_path / "default", method, 1)
     assert tree(default) == tree(repack(source, tmp_path / "named", method, 1, scales=scales))
 
 
 ROLES = {
     "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
-    "kimi-linear": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
+    "kimi-linear": (
+        "block_sparse_moe.experts.{}.w1",
+        "block_sparse_moe.experts.{}.w3",
+        "block_sparse_moe.experts.{}.w2",
+    ),
     **dict.fromkeys(
         ("qwen3-moe", "glm-4-moe", "deepseek-v3", "kimi-k2-instruct", "kimi-k2.5"),
         ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),

@@ -74,7 +74,11 @@ def test_columns_past_a_block_are_packed_alike(tall: Any, bits: int, mse: bool, 
 
 
 @given(
-    seed=st.integers(0, 2**32), bits=st.sampled_from(BITS), rows=st.integers(1, 10), cols=st.integers(1, 3), far=st.booleans()
+    seed=st.integers(0, 2**32),
+    bits=st.sampled_from(BITS),
+    rows=st.integers(1, 10),
+    cols=st.integers(1, 3),
+    far=st.booleans(),
 )
 @settings(max_examples=40)
 def test_unpacking_is_the_inverse_of_packing(seed: int, bits: int, rows: int, cols: int, far: bool) -> None:
