@@ -322,7 +322,10 @@ def test_a_directory_without_kconvert_json_is_known_by_its_tensors(
     [
         (lambda tensors: tensors.pop("blk.2.ffn_up_exps.1.numa.1.scale"), "blk.2.ffn_up_exps.1"),
         (lambda tensors: [tensors.pop(name) for name in list(tensors) if "up_exps.1." in name], "layer 1"),
-        (lambda tensors: [tensors.pop(name) for name in list(tensors) if "numa.1." in name], "quantised"),
+        (
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if "numa.1." in name],
+            "numa 2, but the tensors are 1",
+        ),
     ],
 )
 def test_a_directory_that_lacks_tensors_is_refused(
@@ -336,6 +339,7 @@ def test_a_directory_that_lacks_tensors_is_refused(
     result = run("inspect", tmp_path)
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
+    assert words in result.stderr
 
 
 @pytest.mark.parametrize("numa", [2, 4])

@@ -15,6 +15,7 @@ SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
 SHIFTED = np.int32(0x4B400000)  # the bits of SHIFT
 LANES = 64  # sums of squared errors, each over the columns that are equal modulo LANES
 FACTORS = np.array(AMX_FACTORS, np.float32)
+LOW_NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
 ZERO, ONE = np.float32(0), np.float32(1)
 
 
@@ -70,20 +71,19 @@ def _code_twice(value: Any, highest: Any) -> Any:
 
 
 @inline
-def _nibbles(values: Any, inverse: Any, rounding: Any, codes: Any) -> None:
-    """values f32 [k] -> codes u8 [k / 2]: of 128 columns the first 64 are low nibbles, the others high ones."""
-    for start in range(0, codes.shape[0], 64):
-        for i in range(64):
-            low = rounding(values[2 * start + i] * inverse, np.float32(7))
-            high = rounding(values[2 * start + 64 + i] * inverse, np.float32(7))
-            codes[start + i] = np.uint8(np.int32(low & np.int32(15)) | np.int32(high << np.int32(4)))
+def _quantise(values: Any, inverse: Any, rounding: Any, highest: Any, codes: Any) -> None:
+    """values f32 [k] -> codes u8 [k], two's complements."""
+    for i in range(codes.shape[0]):
+        codes[i] = np.uint8(rounding(values[i] * inverse, highest))
 
 
 @inline
-def _bytes(values: Any, inverse: Any, codes: Any) -> None:
-    """values f32 [k] -> codes u8 [k]."""
-    for i in range(codes.shape[0]):
-        codes[i] = np.uint8(_code(values[i] * inverse, np.float32(127)))
+def _pair(codes: Any, pairs: Any) -> None:
+    """Four-bit codes u8 [k] -> u8 [k / 2]: of 128 columns the first 64 are low nibbles, the others high ones."""
+    sources, targets = codes.view(np.uint64), pairs.view(np.uint64)
+    for i in range(targets.shape[0]):
+        low = i // 8 * 16 + i % 8
+        targets[i] = (sources[low] & LOW_NIBBLES) | ((sources[low + 8] & LOW_NIBBLES) << np.uint64(4))
 
 
 @inline
@@ -165,8 +165,8 @@ def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: A
     """
     rows, count = words.shape
     values = np.empty(count * 32 // bits, np.float32)
-    codes = np.empty((16, 4 * count), np.uint8)
-    sums = np.empty(LANES, np.float32)
+    codes, sums = np.empty(values.shape[0], np.uint8), np.empty(LANES, np.float32)
+    lines = np.empty((16, 4 * count), np.uint8)
     for row in range(rows):
         amax = _settle(tile, row, first, values)
         if amax >= INFINITE:
@@ -176,14 +176,17 @@ def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: A
             step = _search(values, amax, step, bits, sums)
         scale[row] = step
         inverse = ONE / step if step > ZERO else ZERO
+        line = lines[row % 16]
         if bits == 8:
-            _bytes(values, inverse, codes[row % 16])
+            _quantise(values, inverse, _code, np.float32(127), line)
         elif mse:
-            _nibbles(values, inverse * np.float32(1 / 16), _code, codes[row % 16])
+            _quantise(values, inverse * np.float32(1 / 16), _code, np.float32(7), codes)
+            _pair(codes, line)
         else:
-            _nibbles(values, inverse, _code_twice, codes[row % 16])
+            _quantise(values, inverse, _code_twice, ZERO, codes)
+            _pair(codes, line)
         if row % 16 == 15:
-            _exchange(codes.view(np.uint32), row - 15, bits, words, True)
+            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
     return 0
 
 
@@ -197,17 +200,16 @@ def _exact(value: Any, highest: Any) -> Any:
 def encode_codes(tile: Any, first: Any, bits: Any, words: Any) -> None:
     """encode_rows for columns that are codes already."""
     rows, count = words.shape
-    values = np.empty(count * 32 // bits, np.float32)
-    codes = np.empty((16, 4 * count), np.uint8)
+    codes = np.empty(count * 32 // bits, np.uint8)
+    lines = np.empty((16, 4 * count), np.uint8)
     for row in range(rows):
-        values[:] = tile[row, first : first + values.shape[0]]
-        if bits == 8:
-            for i in range(values.shape[0]):
-                codes[row % 16, i] = np.uint8(_exact(values[i], ZERO))
-        else:
-            _nibbles(values, ONE, _exact, codes[row % 16])
+        line = lines[row % 16]
+        values = tile[row, first : first + codes.shape[0]]
+        _quantise(values, ONE, _exact, ZERO, line if bits == 8 else codes)
+        if bits == 4:
+            _pair(codes, line)
         if row % 16 == 15:
-            _exchange(codes.view(np.uint32), row - 15, bits, words, True)
+            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
 
 
 @kernel
