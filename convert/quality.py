@@ -51,8 +51,8 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
     served = np.empty_like(tile)
     format.encode(tile, parts)
     format.decode(parts, 0, served)
-    values = tile.astype(np.float64)
-    return float(np.square(values).sum()), float(np.square(values - served).sum())
+    error = np.subtract(tile, served, dtype=np.float64)
+    return float(np.einsum("ij,ij", tile, tile, dtype=np.float64)), float(np.einsum("ij,ij", error, error))
 
 
 def sqnr(signal: float, noise: float) -> float | None:
