@@ -25,6 +25,7 @@ METHODS = {"AMXINT4": 4, "AMXINT8": 8}
 RECORD = "kconvert.json"
 PROJECTIONS: Mapping[str, Split] = {"gate": "rows", "up": "rows", "down": "cols"}
 TENSOR = re.compile(r"(blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+))\.(numa\.(\d+)\.(?:weight|scale))")
+KT_GLOB = "_layer_*/_numa_*/*.kt"
 KT_FILE = re.compile(r"_layer_(\d+)/_numa_(\d+)/INT([48])_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt")
 KT_KINDS = {"weight": "quant", "scale": "scale"}
 
@@ -53,8 +54,9 @@ class AmxModel:
     @property
     def quantised_for(self) -> int:
         """The NUMA nodes whose shards of down got their scales; fewer than `numa` where shards were cut further."""
-        known = self.record.get("quantised_for", self.numa)
-        return int(known) if str(known).isdigit() and self.numa % (int(known) or self.numa + 1) == 0 else self.numa
+        known = str(self.record.get("quantised_for", ""))
+        possible = (n for n in range(1, self.numa) if self.numa % n == 0)
+        return next((n for n in possible if str(n) == known), self.numa)
 
     @property
     def form(self) -> str:
@@ -75,16 +77,17 @@ def kt_path(tensor: str, bits: int, nbytes: int) -> str:
 
 
 def is_amx(root: Path) -> bool:
-    """Whether the directory holds AMX weights, by the names of its first file."""
-    if any(root.glob("_layer_*/_numa_*")):
-        return True
+    """Whether the directory holds AMX weights, by the names in its first file; a damaged one says nothing."""
     first = min(root.glob("*.safetensors"), default=None)
     if first is None:
+        return any(root.glob(KT_GLOB))
+    try:
+        with Reader(root) as reader:
+            entries = read_header(
+                str(first), first.stat().st_size, lambda start, nbytes: reader.read(first.name, start, nbytes)
+            )
+    except (KconvertError, OSError):
         return False
-    with Reader(root) as reader:
-        entries = read_header(
-            str(first), first.stat().st_size, lambda start, nbytes: reader.read(first.name, start, nbytes)
-        )
     return any(TENSOR.fullmatch(entry.name) for entry in entries)
 
 
@@ -92,7 +95,8 @@ def open_amx(root: Path) -> AmxModel:
     """Read names and sizes of all tensors in `root`; KconvertError for whatever does not fit together."""
     if not is_amx(root):
         raise KconvertError(f"{root} holds no AMX weights; give a directory that repack-amx or kt-kernel has written")
-    checkpoint = _kt_checkpoint(root) if any(root.glob("_layer_*/_numa_*")) else open_checkpoint(root)
+    # Where there are both, KTransformers takes the safetensors files.
+    checkpoint = open_checkpoint(root) if any(root.glob("*.safetensors")) else _kt_checkpoint(root)
     experts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = []
     for name, tensor in checkpoint.tensors.items():
@@ -122,7 +126,7 @@ def _kt_checkpoint(root: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     files: dict[str, FileStat] = {}
     methods = set()
-    for path in sorted(root.glob("_layer_*/_numa_*/*.kt")):
+    for path in sorted(root.glob(KT_GLOB)):
         file, stat = str(path.relative_to(root)), path.stat()
         match = KT_FILE.fullmatch(file)
         if match is None or path.is_symlink():

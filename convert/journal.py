@@ -19,7 +19,7 @@ from kconvert.files import write_file
 from kconvert.plan import Plan
 
 JOURNAL = "journal.jsonl"
-SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")
+SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
 
 
 class Journal:

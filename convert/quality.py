@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
@@ -64,16 +65,19 @@ def gains(plan: Plan) -> dict[str, Gain]:
     """For each encoding that the plan writes with scales of least squared error, and for AMX: what these gain over amax, on a
     sample of the weights."""
     sums: dict[str, list[float]] = {}
-    for target, tile in _sample(plan):
-        signal, noise = squares(replace(target, mse=True), tile)
-        _, by_amax = squares(replace(target, mse=False), tile)
+    for name, target, tile in _sample(plan):
+        try:
+            signal, noise = squares(replace(target, mse=True), tile)
+            _, by_amax = squares(replace(target, mse=False), tile)
+        except ValueError as error:
+            raise KconvertError(f"weight {name!r} cannot be written as {target.label}: {error}") from None
         total = sums.setdefault(target.label, [0.0, 0.0, 0.0])
         total[:] = [total[0] + signal, total[1] + by_amax, total[2] + noise]
     return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
 
 
-def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Fp8 | Amx, Tile]]:
-    """The first rows of some weights all over the model, with their targets."""
+def _sample(plan: Plan) -> Iterator[tuple[str, Packed | Mx | Fp8 | Amx, Tile]]:
+    """The first rows of some weights all over the model, with their names and targets."""
     import numpy as np
 
     chosen = [step for step in plan.steps if isinstance(step, Transcode) and _searches(step.target)]
@@ -93,7 +97,7 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Fp8 | Amx, Tile]]:
             if isinstance(target, Amx) and target.split == "rows":
                 target = replace(target, numa=1)  # which rows are in a shard changes nothing for each of them
             assert isinstance(target, Packed | Mx | Fp8 | Amx)
-            yield target, tile
+            yield step.name, target, tile
 
 
 def _searches(format: Format) -> bool:

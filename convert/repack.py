@@ -10,6 +10,7 @@ import kconvert
 from kconvert.amx import METHODS, PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
 from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
+from kconvert.formats import Format
 from kconvert.formats.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
 from kconvert.manifest import lookup
@@ -297,8 +298,7 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str, scales: str) -> di
 
 def _advice(experts: Experts, recipe: AmxRecipe) -> Iterator[str]:
     """What somebody who repacks native INT4 should know."""
-    native = Packed(32)
-    if all(weight.format == replace(native, shape_dtype=_shape_dtype(weight)) for weight in experts.weights):
+    if all(_is_rawint4(weight.format) for weight in experts.weights):
         yield "KTransformers runs this INT4 as it is, with --kt-method RAWINT4: that needs no conversion and loses nothing"
         yield (
             "AMXINT4 is a lossy re-quantisation of it: the scales of 32 values become one scale a row; AMXINT8 loses a tenth "
@@ -308,5 +308,8 @@ def _advice(experts: Experts, recipe: AmxRecipe) -> Iterator[str]:
         )
 
 
-def _shape_dtype(weight: Weight) -> str | None:
-    return weight.format.shape_dtype if isinstance(weight.format, Packed) else None
+def _is_rawint4(format: Format) -> bool:
+    """Whether KTransformers' RAWINT4 reads it; other sizes of groups it would take for 32, silently."""
+    if not isinstance(format, Packed) or format.ordered or not format.symmetric:
+        return False
+    return (format.bits, format.group_size, format.scale_dtype, format.stack) == (4, 32, "BF16", None)

@@ -169,8 +169,6 @@ def _compare_all(
 
 def _compare(ours: Weight, theirs: Weight, source: Reader, output: Reader, mse: bool, quantised_for: int) -> Outcome:
     """Every block of rows of every shard: codes and scales are those that the reference makes of the source's values."""
-    import torch
-
     from kconvert.formats.reference import amx as reference
 
     format = theirs.format
@@ -179,26 +177,32 @@ def _compare(ours: Weight, theirs: Weight, source: Reader, output: Reader, mse: 
     for first, last in _blocks(theirs, format):
         values = independent_values(ours, source, first, last)
         for shards, piece in _pieces(values, theirs, format, first, quantised_for):
-            scales = [_read(theirs, 2 * n + 1, output, first, last) for n in shards]
-            width = piece.shape[1] // len(shards)
-            weights = [_read(theirs, 2 * n, output, first, last) for n in shards]
-            codes = [reference.unpack(weight, len(piece), width, format.bits) for weight in weights]
             packed, scale = reference.encode(piece, format.bits, mse)
-            expected = reference.unpack(packed, len(piece), piece.shape[1], format.bits).chunk(len(shards), 1)
-            row = first % (theirs.rows // format.numa) if format.split == "rows" else first
-            for n, own_codes, own_scale, wanted in zip(shards, codes, scales, expected, strict=True):
-                for k, different in ((1, own_scale != scale), (0, own_codes != wanted)):
+            codes = reference.unpack(packed, *_shape(piece), format.bits)
+            for n, wanted in zip(shards, codes.chunk(len(shards), 1), strict=True):
+                found = reference.unpack(_read(theirs, 2 * n, output, first, last), *_shape(wanted), format.bits)
+                found_scale = _read(theirs, 2 * n + 1, output, first, last)
+                for tensor, different in ((2 * n + 1, found_scale != scale), (2 * n, found != wanted)):
                     if bool(different.any()):
-                        at = different.nonzero()[0].tolist()
-                        where = [row + at[0], *at[1:]]
-                        name = theirs.tensors[2 * n + k].name
-                        return Outcome(
-                            fault=f"tensor {name!r} differs from the reference packing at {where} of its shard"
-                        )
-            served = torch.cat(codes, 1).double() * (scale.double() * (16 if format.bits == 4 else 1)).unsqueeze(1)
+                        row, *col = different.nonzero()[0].tolist()
+                        at = [_row_of_shard(theirs, format, first) + row, *col]
+                        name = theirs.tensors[tensor].name
+                        return Outcome(fault=f"tensor {name!r} differs from the reference packing at {at} of its shard")
+            # Which it has been shown to be, in all its shards.
+            served = reference.decode(packed, scale, piece.shape[1], format.bits)
             signal += float(piece.double().square().sum())
             noise += float((piece.double() - served).square().sum())
     return Outcome(signal, noise)
+
+
+def _shape(matrix: torch.Tensor) -> tuple[int, int]:
+    rows, cols = matrix.shape
+    return rows, cols
+
+
+def _row_of_shard(weight: Weight, format: Amx, row: int) -> int:
+    """Where this row of the weight is within its shard."""
+    return row % (weight.rows // format.numa) if format.split == "rows" else row
 
 
 def _pieces(

@@ -108,7 +108,14 @@ def test_formats_open_nothing():
     assert not calls
 
 
-PLANNING = ["kconvert.plan", "kconvert.manifest", "kconvert.model", "kconvert.recipe", "kconvert.amx", "kconvert.repack"]
+PLANNING = [
+    "kconvert.plan",
+    "kconvert.manifest",
+    "kconvert.model",
+    "kconvert.recipe",
+    "kconvert.amx",
+    "kconvert.repack",
+]
 
 
 @pytest.mark.parametrize("module", PLANNING)

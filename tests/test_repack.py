@@ -260,6 +260,7 @@ def test_the_kt_tree_holds_the_same_bytes_file_by_file(source: Path, two: Path, 
 def test_overwriting_a_kt_tree_leaves_no_file_of_it(source: Path, two: Path, tmp_path: Path, tree: Tree) -> None:
     repack(source, tmp_path / "out", "AMXINT8", 4, form="kt")
     assert tree(repack(source, tmp_path / "out", "AMXINT4", 2, overwrite=True)) == tree(two)
+    assert open_amx(tmp_path / "out").method == "AMXINT4"
 
 
 def test_the_rest_goes_along_under_kt_kernels_names(source: Path, two: Path, tmp_path: Path) -> None:
@@ -400,9 +401,11 @@ def test_a_damaged_scale_of_the_source_stops_the_run_before_anything_is_written(
     scale = checkpoint["model.layers.2.mlp.experts.2.up_proj.weight_scale"]
     scale.data = b"\xc0\x7f" + scale.data[2:]
     checkpoint.save(tmp_path / "damaged")
-    result = run("repack-amx", tmp_path / "damaged", tmp_path / "out", "--method", "AMXINT4", "--numa", 1)
+    command = ("repack-amx", tmp_path / "damaged", tmp_path / "out", "--method", "AMXINT4", "--numa", 1)
+    result = run(*command)
     assert result.exit_code == 2
     assert "model.layers.2.mlp.experts.2.up_proj.weight_scale" in result.stderr
+    assert "model.layers.2.mlp.experts.2.up_proj" in run(*command, "--dry-run").stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

@@ -54,7 +54,9 @@ def test_kt_kernel_packs_the_same_files(source: Path, tmp_path: Path, method: st
             assert reader.read(tensor.file, tensor.start, tensor.nbytes) == data.tobytes(), name
 
 
-def moe(weights: dict[str, torch.Tensor], tokens: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def moe(
+    weights: dict[str, torch.Tensor], tokens: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor
+) -> torch.Tensor:
     output = torch.zeros(tokens.shape)
     for token, x in enumerate(tokens.float()):
         for expert, share in zip(ids[token].tolist(), shares[token], strict=True):
@@ -70,7 +72,8 @@ def dequantised(root: Path, numa: int) -> dict[str, torch.Tensor]:
     with model.checkpoint.reader() as reader:
         for weight in (weight for weight in model.weights if weight.layer == LAYER):
             data = [
-                np.frombuffer(reader.read(tensor.file, tensor.start, tensor.nbytes), np.uint8) for tensor in weight.tensors
+                np.frombuffer(reader.read(tensor.file, tensor.start, tensor.nbytes), np.uint8)
+                for tensor in weight.tensors
             ]
             by_rows = not weight.role.endswith("down")
             shape = (weight.rows // numa, weight.cols) if by_rows else (weight.rows, weight.cols // numa)
