@@ -89,16 +89,13 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
         drafts += rest_of(model)
-    record = _record(recipe, experts, model.checkpoint.name, recipe.scales)
+    record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
     facts = {
         "source": model.checkpoint.name,
         "manifest": model.manifest.name,
         "weights": dict(format_counts(experts.weights)),
         "read_bytes": sum(tensor.nbytes for tensor in sources),
-        "dropped": []
-        if recipe.with_rest
-        else [f"{len(model.checkpoint.tensors) - len(sources):,} tensors besides the experts"],
         "notes": list(_advice(experts, recipe)),
     }
     checkpoint = model.checkpoint if recipe.with_rest else replace(model.checkpoint, side_files={})
@@ -113,7 +110,7 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
     scale in each shard: a shard can be cut further, but two cannot become one.
     """
     with_rest = bool(model.rest) and form != "kt"
-    recipe = AmxRecipe(model.method, numa, str(model.record.get("scales") or "amax"), form, with_rest, shard_size)
+    recipe = AmxRecipe(model.method, numa, form=form, with_rest=with_rest, shard_size=shard_size)
     check_numa(model.bits, numa, model.hidden, model.intermediate)
     if numa % model.numa:
         possible = [n for n in possible_numa(model.bits, model.hidden, model.intermediate) if n % model.numa == 0]
@@ -126,7 +123,7 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
     drafts += [_copy(tensor, tensor.name) for tensor in model.rest if with_rest]
     experts = Experts(model.weights, model.hidden, model.intermediate, model.layers)
     record = {
-        **_record(recipe, experts, model.checkpoint.name, recipe.scales),
+        **_record(recipe, experts, model.checkpoint.name),
         "quantised_for": model.quantised_for,
         "scales": model.record.get("scales", "unknown"),
         **{key: model.record[key] for key in ("source", "revision") if key in model.record},
@@ -168,7 +165,7 @@ def _plan(
         **facts,
         "to": recipe.method,
         "numa": recipe.numa,
-        "scales": recipe.scales,
+        "scales": record["scales"],
         "parameters": parameters,
         **count_steps(steps),
         "left_out": list(checkpoint.left_out),
@@ -278,14 +275,14 @@ def _copy(tensor: Tensor, name: str) -> Copy:
     return Copy(name, tensor.dtype, tensor.shape, (Place(tensor.file, tensor.start),))
 
 
-def _record(recipe: AmxRecipe, experts: Experts, source: str, scales: str) -> dict[str, Any]:
+def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:
     """What the loader cannot find out: goes into kconvert.json and into the header of every file."""
-    name, _, revision = source.partition("@")
+    name, _, revision = source.partition("@") if "/" in source else (source, "", "")  # org/name@revision
     return {
         "kconvert": kconvert.__version__,
         "method": recipe.method,
         "numa": recipe.numa,
-        "scales": scales,
+        "scales": recipe.scales,
         "quantised_for": recipe.numa,
         "hidden_size": experts.hidden,
         "moe_intermediate_size": experts.intermediate,
@@ -297,7 +294,9 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str, scales: str) -> di
 
 
 def _advice(experts: Experts, recipe: AmxRecipe) -> Iterator[str]:
-    """What somebody who repacks native INT4 should know."""
+    """What stays out, and what somebody who repacks native INT4 should know."""
+    if not recipe.with_rest:
+        yield "only the routed experts are written; --with-rest copies all other tensors, too"
     if all(_is_rawint4(weight.format) for weight in experts.weights):
         yield "KTransformers runs this INT4 as it is, with --kt-method RAWINT4: that needs no conversion and loses nothing"
         yield (

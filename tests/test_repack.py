@@ -213,6 +213,14 @@ def test_a_model_without_routed_experts_is_refused(raw: Any, tmp_path: Path) -> 
         repack(tmp_path / "dense", tmp_path / "out", "AMXINT4", 1)
 
 
+def test_experts_without_a_gate_matrix_of_their_own_are_refused(tmp_path: Path) -> None:
+    """gpt-oss, whose kernel KTransformers' AMX backends do not have."""
+    sizes = {"layers": 1, "experts": 2, "hidden": 256, "moe_intermediate": 256, "vocab": 256, "heads": 4}
+    convert(plan_synthetic(SampleRecipe("gpt-oss", sizes)), tmp_path / "sample")
+    with pytest.raises(KconvertError, match="gpt-oss are not supported"):
+        repack(tmp_path / "sample", tmp_path / "out", "AMXINT4", 1)
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("memory", [1, 300_000, 256 << 20])
 def test_threads_and_memory_change_no_byte(
@@ -360,6 +368,14 @@ def test_resplitting_keeps_every_code_and_scale(source: Path, two: Path, tmp_pat
 def unpack_down(tensors: dict[str, torch.Tensor], numa: int) -> torch.Tensor:
     names = [f"blk.1.ffn_down_exps.2.numa.{n}.weight" for n in range(numa)]
     return torch.cat([reference.unpack(tensors[name], HIDDEN, INTERMEDIATE // numa, 4) for name in names], 1)
+
+
+def test_weights_of_unknown_origin_are_split_again_and_again(two: Path, tmp_path: Path, raw: Any) -> None:
+    raw.load(two).save(tmp_path / "bare")
+    resplit(resplit(tmp_path / "bare", tmp_path / "once", 2), tmp_path / "twice", 4)
+    assert json.loads((tmp_path / "twice" / "kconvert.json").read_text())["scales"] == "unknown"
+    once, twice = load(resplit(two, tmp_path / "four", 4)), load(tmp_path / "twice")
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 def test_merging_shards_is_refused_and_says_why(two: Path, tmp_path: Path) -> None:
