@@ -19,6 +19,7 @@ from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tens
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
 from kconvert.formats.dense import Dense
+from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
@@ -59,7 +60,7 @@ class Transcode:
     @property
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what it writes."""
-        return [(f"{self.name}.{part.suffix}", part.dtype, part.shape) for part in self.target_parts]
+        return [(part.tensor_of(self.name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
         return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes)
@@ -190,13 +191,23 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
 
 
 def fate_of(step: Transcode) -> str:
-    """What becomes of the weight's values. They are bf16 whatever spells them, so BF16 holds them all.
+    """What becomes of the weight's values. Their own dtype holds them all, and F32 holds those of any.
 
     `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
     """
-    if isinstance(step.target, Dense) and step.target.dtype == "BF16":
+    if isinstance(step.target, Dense) and step.target.dtype in ("F32", _dtype_of_values(step.source)):
         return "lossless"
     return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
+
+
+def _dtype_of_values(format: Format) -> str:
+    """Integers are multiplied in their scale's dtype; the values of all other encodings are bf16."""
+    match format:
+        case Dense():
+            return format.dtype
+        case Packed() | Int8():
+            return format.scale_dtype
+    return "BF16"
 
 
 def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import kconvert as package
-from kconvert.cli import Size, main
+from kconvert.cli import main
+from kconvert.cli.options import Size
 
 COMMANDS = sorted(main.commands)
 HEAVY = ["torch", "numba", "numpy", "huggingface_hub", "compressed_tensors", "transformers", "tqdm"]

@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from kconvert.formats.conventions import LARGEST_ERROR
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -81,6 +83,17 @@ def largest_bits(tile: Any, group: Any) -> Any:
 
 
 @inline
+def smallest_bits(tile: Any, group: Any) -> Any:
+    """Bits of the smallest magnitude of tile[group] that is not zero; of NaN if there is none."""
+    smallest = np.uint32(0x7FFFFFFF)
+    for i in range(tile.shape[1]):
+        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        below = np.uint32(magnitude - np.uint32(1))  # zero becomes the largest of all
+        smallest = below if below < smallest else smallest
+    return np.uint32(smallest + np.uint32(1)) if smallest < np.uint32(0x7FFFFFFF) else np.uint32(0x7FFFFFFF)
+
+
+@inline
 def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
     """pairs u16 [n], two nibbles in the bytes of each, -> packed[group] u8 [n], the first one low."""
     for j in range(pairs.shape[0]):
@@ -111,8 +124,11 @@ def error_places(size: Any) -> Any:
 
 @inline
 def squared_error(value: Any, served: Any, unit: Any, places: Any) -> Any:
-    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order."""
-    error = (value - served) * unit
+    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order.
+
+    Errors stay below 2 units but where `served` is infinite, next to the largest bf16.
+    """
+    error = min(abs((value - served) * unit), np.float32(LARGEST_ERROR))
     return np.int32(error * error * places)
 
 

@@ -1,0 +1,113 @@
+"""The options that commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import click
+
+from kconvert.formats.conventions import CONVENTIONS
+from kconvert.recipe import SCALES, TARGETS
+
+Command: TypeAlias = Callable[..., Any]
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 500000000, 500MB, 5GB, 1GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?I?)B?", str(value).upper())
+        if match is None or match[2] not in UNITS:
+            self.fail(f"{value!r} is not a size such as 500MB or 5GB", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+directory = click.Path(file_okay=False, path_type=Path)
+revision_option = click.option("--revision", help="Revision of SRC, when that is a repository of the Hub's cache.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+def output_options(function: Command) -> Command:
+    """Options of every command that writes a checkpoint."""
+    options = [
+        click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+        click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
+        click.option("--threads", type=click.IntRange(1, 256), help="Worker threads [default: cores + 2]."),
+        click.option("--memory", type=Size(), help="Buffers of all workers together [default: 256MiB]."),
+        click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST."),
+        json_option,
+        quiet_option,
+        click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),
+    ]
+    return apply(options, function)
+
+
+def selection_options(function: Command) -> Command:
+    """Options that choose weights by name."""
+    options = [
+        click.option("--include", multiple=True, metavar="GLOB", help="Only weights with such names; repeatable."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="No weights with such names; repeatable."),
+    ]
+    return apply(options, function)
+
+
+def apply(options: Sequence[Callable[[Command], Command]], function: Command) -> Command:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def conversion(function: Command) -> Command:
+    """The arguments and options that all conversions share."""
+
+    @click.argument("source", metavar="SRC", type=directory)
+    @click.argument("destination", metavar="DST", type=directory)
+    @revision_option
+    @selection_options
+    @output_options
+    @wraps(function)
+    def command(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return command
+
+
+def layout_option(*targets: str) -> Callable[[Command], Command]:
+    layouts = list(dict.fromkeys(layout for target in targets for layout in TARGETS[target] if layout))
+    return click.option("--layout", type=click.Choice(layouts), help="Which weights, and in whose dialect.")
+
+
+scales_option = click.option(
+    "--scales",
+    type=click.Choice(SCALES),
+    default="amax",
+    show_default=True,
+    help="INT4, FP8 and MX: by the largest value, or the best of a few by squared error.",
+)
+
+
+def packed_options(function: Command) -> Command:
+    """Options of INT4."""
+    options = [
+        click.option(
+            "--convention",
+            type=click.Choice(list(CONVENTIONS)),
+            default="kimi",
+            show_default=True,
+            help="INT4: whose rule makes scales and codes.",
+        ),
+        click.option(
+            "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
+        ),
+        scales_option,
+        click.option("--require-exact", is_flag=True, help="INT4: stop at values that no codes and scale reproduce."),
+    ]
+    return apply(options, function)

@@ -1,0 +1,58 @@
+"""`kconvert sample`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kconvert.cli.options import Command, apply, directory, output_options
+from kconvert.cli.running import carry_out
+
+DIMENSIONS = {
+    "layers": "Layers in all.",
+    "dense-layers": "Layers without experts, at the beginning.",
+    "experts": "Routed experts of a layer.",
+    "hidden": "Hidden size.",
+    "intermediate": "Width of a dense MLP.",
+    "moe-intermediate": "Width of an expert.",
+    "vocab": "Vocabulary.",
+    "heads": "Attention heads.",
+    "q-rank": "Rank of the query compression.",
+    "kv-rank": "Rank of the key/value compression.",
+}
+
+
+def dimension_options(function: Command) -> Command:
+    return apply(
+        [click.option(f"--{name}", type=click.IntRange(0), help=text) for name, text in DIMENSIONS.items()], function
+    )
+
+
+@click.command()
+@click.argument("destination", metavar="DST", type=directory)
+@click.option("--like", default="kimi-k2-thinking", show_default=True, help="The manifest whose shape it takes.")
+@click.option("--from", "origin", type=directory, metavar="SRC", help="Cut real weights out of SRC instead.")
+@click.option("--scatter", is_flag=True, help="Put the tensors of one weight into different shards.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the synthetic weights.")
+@dimension_options
+@output_options
+def sample(
+    destination: Path, like: str, origin: Path | None, scatter: bool, seed: int, shard_size: int, **options: Any
+) -> None:
+    """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC.
+
+    Sizes that are not given stay the model's own, so without any this writes 594 GB.
+
+    \b
+    Example: kconvert sample ./tiny --layers 3 --experts 8 --hidden 512 --vocab 1024
+    """
+    from kconvert.checkpoint.source import open_checkpoint
+    from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic
+
+    given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}
+    sizes = {name: size for name, size in given.items() if size is not None}
+    recipe = SampleRecipe(like, sizes, shard_size, scatter, seed)
+    plan = plan_synthetic(recipe) if origin is None else plan_cut(open_checkpoint(origin), recipe)
+    carry_out(plan, destination, **options)
