@@ -20,6 +20,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
 from kconvert.formats.amx import AmxCodes, AmxScales
 from kconvert.formats.dense import Dense
+from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
@@ -203,15 +204,25 @@ def count_steps(steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def fate_of(step: Transcode) -> str:
-    """What becomes of the weight's values. They are bf16 whatever spells them, so BF16 holds them all.
+    """What becomes of the weight's values. Their own dtype holds them all, and F32 holds those of any.
 
     `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
     """
-    if isinstance(step.target, Dense) and step.target.dtype == "BF16":
+    if isinstance(step.target, Dense) and step.target.dtype in ("F32", _dtype_of_values(step.source)):
         return "lossless"
     if isinstance(step.target, AmxCodes | AmxScales):
         return "lossless"
     return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
+
+
+def _dtype_of_values(format: Format) -> str:
+    """Integers are multiplied in their scale's dtype; the values of all other encodings are bf16."""
+    match format:
+        case Dense():
+            return format.dtype
+        case Packed() | Int8():
+            return format.scale_dtype
+    return "BF16"
 
 
 def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:

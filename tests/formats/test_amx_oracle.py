@@ -96,4 +96,5 @@ def test_kt_kernel_computes_the_moe_of_the_dequantised_weights(
     output = amx_oracle.forward(tmp_path / form, method, numa, EXPERTS, INTERMEDIATE, tokens, ids, shares).float()
 
     expected = moe(dequantised(packed, method, numa), tokens, ids, shares)
-    assert (output - expected).norm() < 0.02 * expected.norm()  # it rounds the activations to 8 bits, twice
+    # It rounds the activations to 8 bits a row, twice: 2 to 3% measured. Bytes in a wrong order give over 100%.
+    assert (output - expected).norm() < 0.04 * expected.norm()
