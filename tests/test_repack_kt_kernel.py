@@ -106,4 +106,5 @@ def check_forward(root: Path, method: str, numa: int) -> None:
     shares = torch.rand(len(tokens), 2, generator=random)
     output = amx_oracle.forward(root, method, numa, EXPERTS, INTERMEDIATE, tokens, ids, shares, layer=LAYER).float()
     expected = moe(dequantised(root, numa), tokens, ids, shares)
-    assert (output - expected).norm() < 0.02 * expected.norm()  # it rounds the activations to 8 bits, twice
+    # It rounds the activations to 8 bits a row, twice; bytes in a wrong order would give over 100%.
+    assert (output - expected).norm() < 0.04 * expected.norm()
