@@ -13,6 +13,7 @@ from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
+from kconvert.metrics import sqnr
 from kconvert.model import parts_of
 from kconvert.plan import Plan, Transcode
 
@@ -54,11 +55,6 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
     format.decode(parts, 0, served)
     error = np.subtract(tile, served, dtype=np.float64)
     return float(np.einsum("ij,ij", tile, tile, dtype=np.float64)), float(np.einsum("ij,ij", error, error))
-
-
-def sqnr(signal: float, noise: float) -> float | None:
-    """In dB; None without noise."""
-    return 10 * math.log10(signal / noise) if signal and noise else None
 
 
 def gains(plan: Plan) -> dict[str, Gain]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert import __version__
-from kconvert.cli import conversions, inspect, repack, sample, verify
+from kconvert.cli import conversions, diff, inspect, repack, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
 
 
@@ -55,6 +55,7 @@ COMMANDS = (
     conversions.convert,
     repack.repack_amx,
     verify.verify,
+    diff.diff,
     sample.sample,
 )
 for command in COMMANDS:
