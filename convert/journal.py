@@ -21,6 +21,7 @@ from kconvert.files import write_file
 from kconvert.plan import Plan
 
 JOURNAL = "journal.jsonl"
+SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
 
 
 class Journal:
@@ -45,7 +46,7 @@ class Journal:
     def _begin(self, plan: Plan, overwrite: bool) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
         if len(self.finished) < len(plan.shards):
-            for name in (CONFIG_NAME, INDEX_NAME):
+            for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
                 (self.destination / name).unlink(missing_ok=True)
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
@@ -124,7 +125,8 @@ def stale_files(destination: Path, finished: set[str], overwrite: bool) -> list[
     """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST; nothing else."""
     stale = list((destination / STATE_DIR).glob("*.part"))
     if overwrite:
-        stale += [path for path in destination.glob("*.safetensors") if path.name not in finished]
+        shards = (path for pattern in SHARDS for path in destination.glob(pattern))
+        stale += [path for path in shards if str(path.relative_to(destination)) not in finished]
     return stale
 
 

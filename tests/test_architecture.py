@@ -110,7 +110,17 @@ def test_formats_open_nothing():
     assert not calls
 
 
-@pytest.mark.parametrize("module", ["kconvert.plan", "kconvert.manifest", "kconvert.model", "kconvert.recipe"])
+PLANNING = [
+    "kconvert.plan",
+    "kconvert.manifest",
+    "kconvert.model",
+    "kconvert.recipe",
+    "kconvert.amx",
+    "kconvert.repack",
+]
+
+
+@pytest.mark.parametrize("module", PLANNING)
 def test_planning_knows_neither_hub_nor_click_nor_numba(module):
     forbidden = ["huggingface_hub", "kconvert.checkpoint.hub", "click", "numba", "numpy", "torch", "kconvert.engine"]
     assert not offenders([module], forbidden)
@@ -143,7 +153,9 @@ def test_numba_is_known_to_the_kernels_only():
 
 
 def test_verification_never_takes_the_way_of_the_kernels():
-    rooms = "verify oracle compare codes metrics inventory diff logits report.document report.page report.plots"
+    rooms = (
+        "verify verify_amx oracle compare codes metrics inventory diff logits report.document report.page report.plots"
+    )
     modules = [f"kconvert.{room}" for room in rooms.split()]
     assert not offenders(modules, ["kconvert.formats.kernels", "kconvert.engine", "numba"])
     decodes = {

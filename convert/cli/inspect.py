@@ -30,15 +30,21 @@ def inspect(source: Path, revision: str | None, report: Path | None, as_json: bo
     Example: kconvert inspect ./Kimi-K2-Thinking --report inventory.html
     """
     import kconvert
+    from kconvert.amx import is_amx, open_amx
     from kconvert.report import check_report_path
-    from kconvert.summary import summarise
+    from kconvert.summary import summarise, summarise_amx
 
-    if report is not None:
-        check_report_path(report)
-    model = kconvert.inspect(source, revision)
-    if report is not None:
-        _write_report(model, report)
-    summary = summarise(model)
+    if is_amx(source):
+        if report is not None:
+            raise click.UsageError("there is no report on AMX weights alone; `kconvert verify SRC DST` compares them")
+        summary = summarise_amx(open_amx(source))
+    else:
+        if report is not None:
+            check_report_path(report)
+        model = kconvert.inspect(source, revision)
+        if report is not None:
+            _write_report(model, report)
+        summary = summarise(model)
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
 
 

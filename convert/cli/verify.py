@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,9 +111,17 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
+    from kconvert.amx import is_amx
     from kconvert.logits import compare_logits
     from kconvert.report import check_report_path
 
+    if is_amx(output):
+        if report or logits or not options["standard"].exact or options["include"] or options["exclude"]:
+            raise click.UsageError(
+                "AMX weights are compared whole and bit for bit; besides --sample nothing can be chosen"
+            )
+        _verify_amx(source, output, sample, as_json, quiet)
+        return
     if report is not None:
         check_report_path(report)
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -164,3 +173,21 @@ def _sentence(report: Report) -> str:
         f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
         f"source's{skipped}"
     )
+
+
+def _verify_amx(source: Path, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
+    from kconvert.verify_amx import verify_amx
+
+    total = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in {".safetensors", ".kt"})
+    with progress(int(total * sample), quiet) as advance:
+        report = verify_amx(source, output, sample, advance)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+    elif not quiet:
+        skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
+        ratio = f", SQNR {report.sqnr_db:.2f} dB" if report.sqnr_db is not None else ""
+        click.echo(
+            f"verified: codes and scales (by {report.scales}) of {report.weights:,} weights equal the reference packing of the "
+            f"source's values bit for bit, {report.tensors:,} tensors are the source's{skipped}; what packing lost: relative "
+            f"error {report.relative_frobenius:.3g}{ratio}"
+        )
