@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import kconvert
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
@@ -25,6 +26,7 @@ from kconvert.plan import Plan
 
 JOURNAL = "journal.jsonl"
 STAGED = "source"  # source files on their way through the disk
+SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
 
 Record: TypeAlias = dict[str, Any]
 
@@ -53,7 +55,7 @@ class Journal:
         if not _belongs(_read_lines(self._state / JOURNAL), plan):
             shutil.rmtree(self.staged, ignore_errors=True)
         if len(self.finished) < len(plan.shards):
-            for name in (CONFIG_NAME, INDEX_NAME):
+            for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
                 (self.destination / name).unlink(missing_ok=True)
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
@@ -167,17 +169,33 @@ def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -
     """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST; nothing else."""
     stale = list((destination / STATE_DIR).glob("*.part"))
     if overwrite:
-        stale += [path for path in destination.glob("*.safetensors") if path.name not in finished]
+        shards = (path for pattern in SHARDS for path in destination.glob(pattern))
+        stale += [path for path in shards if str(path.relative_to(destination)) not in finished]
     return stale
 
 
+def provenance(root: Path) -> dict[str, str]:
+    """`version`, `recipe` and `from` of the run that wrote the checkpoint in `root`; empty without a journal that says so.
+
+    `from` is the source's name, empty of a synthetic sample.
+    """
+    try:
+        lines = _read_lines(root / STATE_DIR / JOURNAL)
+    except OSError:
+        return {}
+    head = lines[0] if lines else {}
+    return {key: str(head.get(key, "")) for key in ("version", "recipe", "from")} if "version" in head else {}
+
+
 def _head(plan: Plan) -> Record:
-    """What a journal belongs to, and for a source on the Hub its commit and the revision that was asked for."""
+    """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
+    said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
     origin = {} if plan.source is None else plan.source.origin
-    return {"plan": plan.hash, "source": plan.stamp, **origin}
+    return {"plan": plan.hash, "source": plan.stamp, **said, **origin}
 
 
 def _belongs(lines: list[Record], plan: Plan) -> bool:
+    """Whether a journal is this plan's; what the source is called does not matter."""
     return bool(lines) and (lines[0].get("plan"), lines[0].get("source")) == (plan.hash, plan.stamp)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader, Tensor
 from kconvert.formats import Format, Part
+from kconvert.metrics import sqnr
 from kconvert.model import Weight
 from kconvert.plan import Place, Step, Transcode
-from kconvert.quality import sqnr
 
 if TYPE_CHECKING:
     import torch

@@ -81,6 +81,13 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list
     return parse_header(file, size, read(LENGTH.size, length))
 
 
+def read_metadata(read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """What the header of a sound file says of the file as a whole."""
+    (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    metadata = json.loads(read(LENGTH.size, length)).get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
     """Parse the JSON of a header, in the order of the data; see read_header."""
     try:
@@ -114,7 +121,13 @@ def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
     """One of some 200,000 in a large checkpoint, so what is sound takes the short way through the checks."""
     try:
         dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
-        sound = len(info) == 3 and type(shape) is list and type(start) is type(stop) is int and start >= 0 and name.isprintable()
+        sound = (
+            len(info) == 3
+            and type(shape) is list
+            and type(start) is type(stop) is int
+            and start >= 0
+            and name.isprintable()
+        )
         for size in shape:
             sound = sound and type(size) is int and size >= 0
         if sound and _elements(shape) * DTYPE_BITS[dtype] == 8 * (stop - start):

@@ -49,6 +49,12 @@ revision_option = click.option(
     "--revision",
     help="Branch, tag or commit of SRC: a Hub id (unless there is such a directory), or in the Hub's cache.",
 )
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a report: FILE.html or FILE.json.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 

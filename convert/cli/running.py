@@ -34,15 +34,20 @@ def carry_out(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    launch: str = "",
     **terms: Any,
 ) -> None:
-    """`terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them."""
+    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that uses the result.
+
+    `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
+    """
     import kconvert
     from kconvert.delivery import Delivery
     from kconvert.summary import Outcome, describe_plan
 
     delivery = Delivery.to(destination, terms["push"])
-    description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
+    if dry_run or (verbose and not as_json):
+        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
     if dry_run:
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, **terms)
@@ -55,7 +60,7 @@ def carry_out(
         inexact = kconvert.convert(
             plan, destination, threads=threads, memory=memory, advance=advance, command=command, **terms
         )
-    outcome = Outcome.now(plan, delivery, time.monotonic() - started, inexact)
+    outcome = Outcome.now(plan, delivery, time.monotonic() - started, inexact, launch)
     if as_json:
         click.echo(json.dumps(outcome.as_dict(), indent=2))
     elif not quiet:
