@@ -52,14 +52,18 @@ class Journal:
 
     def _begin(self, plan: Plan, overwrite: bool) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
-        if not _belongs(_read_lines(self._state / JOURNAL), plan):
+        before = _read_lines(self._state / JOURNAL)
+        goes_on = _belongs(before, plan)
+        if not goes_on:
             shutil.rmtree(self.staged, ignore_errors=True)
         if len(self.finished) < len(plan.shards):
             for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
                 (self.destination / name).unlink(missing_ok=True)
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
-        lines = [_head(plan), *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
+        # Who goes on names the commit that he found here; what was asked for at first must stay.
+        head = before[0] if goes_on else _head(plan)
+        lines = [head, *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
 

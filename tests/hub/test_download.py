@@ -178,6 +178,7 @@ def test_a_rerun_after_the_branch_moved_keeps_its_commit(hub, remote, command, w
     stop_in_the_middle(hub, command, arguments)
     commit = hub.repos[remote].branches["main"]
     hub.put(remote, {"config.json": Content(b"{}", is_large=False)})
+    stop_in_the_middle(hub, command, arguments)
     command.ok(*arguments)
     assert tree(tmp_path / "dst") == whole
     assert f'"origin": "{remote}@{commit}"' in (tmp_path / "dst" / ".kconvert" / "journal.jsonl").read_text()
