@@ -81,6 +81,17 @@ def largest_bits(tile: Any, group: Any) -> Any:
 
 
 @inline
+def smallest_bits(tile: Any, group: Any) -> Any:
+    """Bits of the smallest magnitude of tile[group] that is not zero, 0 if there is none."""
+    before = np.uint32(0xFFFFFFFF)  # one less than it, so that zeros come last
+    for i in range(tile.shape[1]):
+        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        candidate = np.uint32(magnitude - np.uint32(1))
+        before = candidate if candidate < before else before
+    return np.uint32(before + np.uint32(1))
+
+
+@inline
 def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
     """pairs u16 [n], two nibbles in the bytes of each, -> packed[group] u8 [n], the first one low."""
     for j in range(pairs.shape[0]):
@@ -165,3 +176,47 @@ def _round_like(value: Any, stored: Any) -> Any:
         types.float32: lambda value, stored: value,
     }
     return by_type.get(stored)
+
+
+def load_bf16(stored: Any) -> Any:
+    """A value of a bf16 array (in u16) or an f32 one -> the bf16 that it is or is rounded to, as f32."""
+    raise NotImplementedError("only in kernels")
+
+
+def store_bf16(array: Any, row: Any, col: Any, value: Any) -> None:
+    """Put an f32, rounded to bf16, into a bf16 array (in u16) or an f32 one."""
+    raise NotImplementedError("only in kernels")
+
+
+@overload(load_bf16, strict=False)
+def _load_bf16(stored: Any) -> Any:
+    by_type = {
+        types.uint16: lambda stored: widen(stored),  # noqa: PLW0108
+        types.float32: lambda stored: _round_finite(stored),  # noqa: PLW0108
+    }
+    return by_type.get(stored)
+
+
+@overload(store_bf16, strict=False)
+def _store_bf16(array: Any, row: Any, col: Any, value: Any) -> Any:
+    if array.dtype == types.uint16:
+        return lambda array, row, col, value: _store_bits(array, row, col, value)
+    return lambda array, row, col, value: _store_float(array, row, col, value)
+
+
+@inline
+def _store_bits(array: Any, row: Any, col: Any, value: Any) -> None:
+    array[row, col] = np.uint16(round_bits(value) >> np.uint32(16))
+
+
+@inline
+def _store_float(array: Any, row: Any, col: Any, value: Any) -> None:
+    array[row, col] = round_bf16(value)
+
+
+@inline
+def _round_finite(value: Any) -> Any:
+    """round_bf16, but infinity and NaN stay what they are."""
+    bits = bits_of(value)
+    special = np.uint32(bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000)
+    return float_of(bits if special else np.uint32(round_bits(value) & np.uint32(0xFFFF0000)))
