@@ -93,7 +93,7 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
         config_key=table.get("config_key"),
         prefix=table.get("prefix", ""),
         plain_prefixes=tuple(table.get("plain_prefixes", ())),
-        plain_method=table.get("plain_method"),
+        stacked_method=table.get("stacked_method"),
         optional_layers=table.get("optional_layers"),
         dims=table.get("dims", {}),
         defaults=table.get("defaults", {}),

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Protocol
@@ -182,13 +182,10 @@ class Run:
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-            try:
+            with _naming(f"weight {step.name!r} cannot be read as {step.source.label}", row, stop):
+                step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            with _naming(f"weight {step.name!r} cannot be written as {step.target.label}", row, stop):
                 lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
-            except ValueError as error:
-                raise KconvertError(
-                    f"weight {step.name!r} cannot be written as {step.target.label}: {error} in rows {row} to {stop - 1}"
-                ) from None
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
@@ -229,6 +226,15 @@ class Run:
         with self._lock:
             del self._writers[file]
         self.journal.record(file)
+
+
+@contextmanager
+def _naming(fault: str, first: int, stop: int) -> Iterator[None]:
+    """A format knows what is wrong with a tile, but not whose tile it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
 
 
 def warm_up(plan: Plan) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from kconvert.checkpoint.config import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
+from kconvert.formats import spellings
 
 # Kimi-K2 has 70,000. A config.json that describes more than this is damaged, and its names would fill the memory.
 MAX_NAMES = 4_000_000
@@ -69,13 +70,26 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it."""
+    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it.
+
+    A Linear's shape is [out, in]; with three dimensions it is a stack of experts, see formats.stacks.
+    """
 
     rule: Rule
     shape: tuple[int, ...]
     layer: int | None = None
     expert: int | None = None
     optional: bool = False
+
+    @property
+    def stack(self) -> int | None:
+        """How many matrices a Linear stacks, if it does."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """A Linear's shape [out, in], with the rows of stacked matrices one after the other."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class Manifest:
     config_key: str | None
     prefix: str
     plain_prefixes: tuple[str, ...]
-    plain_method: str | None
+    stacked_method: str | None
     optional_layers: str | None
     dims: Mapping[str, str]
     defaults: Mapping[str, str]
@@ -117,10 +131,14 @@ class Manifest:
         return next((prefix.rstrip(".") for prefix in self.plain_prefixes if name.startswith(prefix)), None)
 
     def quantization(self, config: Mapping[str, Any]) -> QuantizationConfig:
-        """The quantisation of the Linears; none where the manifest itself lists the encoded tensors."""
-        if self.plain_method and quant_method(config) == self.plain_method:
+        """The quantisation of the Linears; none where only stacked experts have one."""
+        if self.has_encoded_stacks(config):
             return QuantizationConfig()
         return read_quantization(config)
+
+    def has_encoded_stacks(self, config: Mapping[str, Any]) -> bool:
+        """Whether stacked experts are in MXFP4; see formats.stacks."""
+        return self.stacked_method is not None and quant_method(config) == self.stacked_method
 
     def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
@@ -217,6 +235,14 @@ class Names:
         """What is known of the Linear called `module`."""
         match = self._known.get(module)
         return match if match is not None and match.rule.dtype is None else None
+
+    def spelling(self, tensor: str) -> tuple[str, str] | None:
+        """(Linear, suffix) of a tensor that belongs to a Linear."""
+        for weight, suffix, stacked in spellings(tensor):
+            match = self.linear(weight)
+            if match is not None and stacked == (match.stack is not None):
+                return weight, suffix
+        return None
 
     def tensor(self, name: str) -> Match | None:
         """What is known of the tensor called `name`, which is part of no Linear."""

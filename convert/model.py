@@ -133,15 +133,15 @@ def _sort_out(checkpoint: Checkpoint, names: Names) -> tuple[dict[str, dict[str,
     dropped: list[Tensor] = []
     unknown: list[Tensor] = []
     for name, tensor in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
         if (match := names.tensor(name)) is not None:
             if tensor.shape != match.shape:
                 raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
             plain.append(Plain(tensor, match.rule.role, match.layer))
-        elif suffix in CACHE_SUFFIXES:
+        elif name.rpartition(".")[2] in CACHE_SUFFIXES:
             dropped.append(tensor)
-        elif names.linear(module) is not None:
-            modules.setdefault(module, {})[suffix] = tensor
+        elif (spelling := names.spelling(name)) is not None:
+            weight, suffix = spelling
+            modules.setdefault(weight, {})[suffix] = tensor
         elif (role := names.manifest.plain_role(name)) is not None:
             plain.append(Plain(tensor, role))
         else:
@@ -167,7 +167,7 @@ def _sort_out_unknown(unknown: list[Tensor], modules: dict[str, dict[str, Tensor
 
 def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: QuantizationConfig) -> Weight:
     match = names.linear(name)
-    shape = None if match is None else (match.shape[0], match.shape[1])
+    shape = None if match is None else match.matrix
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
@@ -184,6 +184,8 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
                 f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
                 f"{part.dtype} {list(part.shape)} there; fetch the file again"
             )
+        if match is not None and match.stack not in (None, tensor.shape[0]):
+            raise KconvertError(f"{tensor} stacks {tensor.shape[0]} matrices, but the model has {match.stack} experts")
         tensors.append(tensor)
     if match is None:
         return Weight(name, "other", rows, cols, format, tuple(tensors))

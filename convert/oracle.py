@@ -12,9 +12,10 @@ from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
-from kconvert.formats.mx import Mx
+from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.model import Weight
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
         if part.constant is None
     }
     match weight.format:
+        case Dense(transposed=int(out)):
+            values = state[""].view(-1, weight.cols, out).swapaxes(1, 2).reshape(-1, weight.cols)
         case Dense():
             values = state["weight"]
         case Packed():
@@ -43,6 +46,9 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
             values = _int_quantized(weight.format, state)
         case Mx() | Nvfp4():
             values = _microscaled(weight.format, state)
+        case MxStack():
+            codes, scale = state["_blocks"].view(-1, weight.cols // 2), state["_scales"].view(-1, weight.cols // GROUP)
+            values = _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
         case _:
             raise NotImplementedError(f"no independent decoder of {weight.format.label}")
     return values[first - start :]
@@ -51,7 +57,7 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
 
-    Nothing in an INT4 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
+    Nothing in an INT4, FP8 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
     import torch
 
@@ -66,8 +72,9 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
                     yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
-            codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype)
-            yield {"weight": codes, format.scale_name: scale}
+            for mse in (False, True):
+                codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype, mse)
+                yield {"weight": codes, format.scale_name: scale}
         case Int8(strategy="channel", symmetric=True):
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
@@ -108,6 +115,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     strategy = "group" if format.group_size else "channel"
@@ -116,6 +124,8 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
+    if format.zero_dtype == "I8":
+        state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
     if format.ordered:
         return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]

@@ -59,7 +59,7 @@ class Transcode:
     @property
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what it writes."""
-        return [(f"{self.name}.{part.suffix}", part.dtype, part.shape) for part in self.target_parts]
+        return [(part.tensor_of(self.name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
         return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes)

@@ -83,7 +83,7 @@ def check_values(plan: Plan, finished: set[str]) -> None:
 def _check_batch(checkpoint: Checkpoint, reader: Reader, steps: Iterable[Transcode]) -> None:
     for step in steps:
         for part, place in _doubtful(step):
-            where = f"{checkpoint.root / place.file}: tensor {f'{step.name}.{part.suffix}'!r}"
+            where = f"{checkpoint.root / place.file}: tensor {part.tensor_of(step.name)!r}"
             data = reader.read(place.file, place.start, part.nbytes)
             if part.constant is not None and data != part.constant:
                 code = {"I32": "i", "I64": "q"}[part.dtype]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
+from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.model import parts_of
@@ -60,7 +61,7 @@ def gains(plan: Plan) -> dict[str, Gain]:
     return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
 
 
-def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
+def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx | Fp8, Tile]]:
     """The first rows of some weights all over the model, with their targets."""
     import numpy as np
 
@@ -69,7 +70,7 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
         return
     with plan.source.reader() as reader:
         for step in chosen[:: math.ceil(len(chosen) / SAMPLED_WEIGHTS)]:
-            unit = math.lcm(*(part.every for part in step.source_parts if part.every))
+            unit = math.lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
             rows = min(step.rows, math.ceil(SAMPLED_ROWS / unit) * unit)
             data: list[Bytes] = []
             for part, place in zip(step.source_parts, step.reads, strict=True):
@@ -77,9 +78,9 @@ def _sample(plan: Plan) -> Iterator[tuple[Packed | Mx, Tile]]:
                 data.append(np.frombuffer(reader.read(place.file, place.start + start, stop - start), np.uint8))
             tile = np.empty((rows, step.cols), np.float32)
             step.source.decode(data, 0, tile)
-            assert isinstance(step.target, Packed | Mx)
+            assert isinstance(step.target, Packed | Mx | Fp8)
             yield step.target, tile
 
 
 def _searches(format: Format) -> bool:
-    return isinstance(format, Packed | Mx) and format.mse
+    return isinstance(format, Packed | Mx | Fp8) and format.mse

@@ -24,6 +24,7 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -107,8 +108,8 @@ class Recipe:
     """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
-    `convention`, `group_size` and `require_exact` are for the target `int4`, `scales`, one of SCALES, also for `mxfp4` and
-    `mxfp8`; see formats.packed and formats.mx.
+    `convention`, `group_size` and `require_exact` are for the target `int4`, `scales`, one of SCALES, also for `fp8`, `mxfp4`
+    and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
     """
 
     to: str
@@ -142,8 +143,8 @@ class Recipe:
     def _check_scales(self) -> None:
         if self.scales not in SCALES:
             raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join(SCALES)}")
-        if self.scales == "mse" and not isinstance(TARGETS[self.to][self.layout].format, Packed | Mx):
-            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, mxfp4 and mxfp8")
+        if self.scales == "mse" and not isinstance(TARGETS[self.to][self.layout].format, Packed | Mx | Fp8):
+            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
 
@@ -186,6 +187,8 @@ class Recipe:
             raise KconvertError(
                 f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
             )
+        if isinstance(weight.format, MxStack) or (isinstance(weight.format, Dense) and weight.format.transposed):
+            return self._fit_stacked(format, weight)
         stack = weight.format.stack if isinstance(weight.format, Packed | Dense) else None
         if stack is not None:
             if not isinstance(format, Packed | Dense):
@@ -197,7 +200,17 @@ class Recipe:
         if isinstance(format, Packed):
             may_be_exact = self.require_exact or isinstance(weight.format, Dense | Packed)
             return replace(format, exact=may_be_exact and not mse, mse=mse)
-        return replace(format, mse=mse) if isinstance(format, Mx) else format
+        return replace(format, mse=mse) if isinstance(format, Mx | Fp8) else format
+
+    def _fit_stacked(self, format: Format, weight: Weight) -> Format:
+        """gpt-oss's experts are matrices [in, out] where they are no MXFP4; engines read them in no other way."""
+        if not isinstance(format, Dense):
+            raise KconvertError(
+                f"weight {weight.name!r} is a stack of experts in gpt-oss's form, which goes to bf16 only"
+            )
+        if isinstance(weight.format, MxStack):
+            return replace(format, transposed=weight.rows // weight.format.stack)
+        return weight.format
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""

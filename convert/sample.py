@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kconvert import formats
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
+from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.stacks import MxStack
 from kconvert.formats.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.manifest import Manifest, Match, lookup
 from kconvert.model import natural_key, parts_of, understand
@@ -48,7 +51,7 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
         if match.rule.dtype is None:
             # The patterns of a published config.json are about the language model, wherever it is.
             scheme = quantization.scheme_for(name.removeprefix(manifest.prefix))
-            drafts.append(_invent_weight(name, match, scheme, recipe.seed))
+            drafts.append(_invent_weight(name, match, _spelling(manifest, config, match, scheme), recipe.seed))
         else:
             drafts.append(_invent_tensor(name, match, match.rule.dtype, recipe.seed))
     steps, shards = place(drafts, recipe.shard_size, manifest.shard_name, recipe.scatter)
@@ -59,10 +62,16 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     return Plan(repr(recipe), None, steps, shards, texts, facts)
 
 
-def _invent_weight(name: str, match: Match, scheme: Scheme | None, seed: int) -> Transcode:
-    rows, cols = match.shape
+def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: Scheme | None) -> Format:
+    """The format that this config.json says a weight is in."""
+    if match.stack is not None:
+        return MxStack(match.stack) if manifest.has_encoded_stacks(config) else Dense("BF16", None, match.shape[1])
+    return formats.from_scheme(scheme) if scheme else Dense("BF16")
+
+
+def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transcode:
+    rows, cols = match.matrix
     try:
-        target = formats.from_scheme(scheme) if scheme else Dense("BF16")
         parts_of(target, rows, cols)
         if can_be_dealt(target):
             return Transcode(name, rows, cols, Picks(name, seed), (), Dealt(target, seed))
@@ -76,8 +85,6 @@ def _invent_tensor(name: str, match: Match, dtype: str, seed: int) -> Transcode:
     cols = match.shape[-1]
     # Values of F32 tensors must not be exact in bf16: who rounds them is to be found out.
     center, gain = float(match.rule.role == "norm"), 0.7 if dtype == "F32" else 1.0
-    if dtype == "U8":  # of MXFP4: exponents a little below 1, or codes all over the byte
-        center, gain = (120.0, 50.0) if match.rule.role.endswith("scale") else (127.0, 2000.0)
     source = Synthetic(name, seed, center, gain)
     return Transcode(module, math.prod(match.shape) // cols, cols, source, (), Unquantised(suffix, dtype, match.shape))
 
@@ -129,7 +136,7 @@ def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Tensor]:
     whole = checkpoint.tensors.get(name)
     if whole is not None:
         return [whole]
-    parts = (checkpoint.tensors.get(f"{name}.{suffix}") for suffix in sorted(formats.SUFFIXES))
+    parts = (checkpoint.tensors.get(formats.tensor_name(name, suffix)) for suffix in sorted(formats.SUFFIXES))
     return [part for part in parts if part is not None]
 
 
@@ -141,9 +148,11 @@ def _free_tensors(manifest: Manifest, checkpoint: Checkpoint) -> list[Tensor]:
 
 
 def _cut(tensor: Tensor, match: Match) -> Copy:
-    """A weight's tensor as it is; of another tensor the first rows (of the router: those of the experts that stay)."""
+    """A weight's tensor as it is, or its first experts if it stacks them; of another tensor the first rows (of the
+    router: those of the experts that stay)."""
     if match.rule.dtype is None:
-        return _copy(tensor, tensor.shape)
+        stack = () if match.stack is None else (match.stack,)
+        return _copy(tensor, (*stack, *tensor.shape[len(stack) :]))
     if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
         raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
     return _copy(tensor, match.shape)

@@ -209,7 +209,8 @@ def _compare_weights(ours: Weight, theirs: Weight, source: Reader, output: Reade
     """Values of every row, equal bit for bit and finite."""
     import torch
 
-    count = max(1, CHUNK_ELEMENTS // max(ours.cols, 1))
+    unit = math.lcm(row_unit(ours), row_unit(theirs))
+    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
     for first in range(0, ours.rows, count):
         last = min(first + count, ours.rows)
         expected, found = independent_values(ours, source, first, last), independent_values(theirs, output, first, last)

@@ -3,7 +3,8 @@
     name, model_types   what `--like` calls it, and the `model_type` of the config.json files that it describes
     base                another manifest: everything is as there but what stands here; tables are merged key by key, and
                         `weights` and `tensors` entry by entry, by name
-    weights             the Linears: name (of the module), role, shape [out, in]; any encoding may spell them
+    weights             the Linears: name (of the module), role, shape [out, in]; any encoding may spell them. A shape
+                        [experts, out, in] is that of stacked experts, as formats.stacks spells them
     tensors             everything else: name (whole), role, dtype, shape; never quantised
     dims                symbol = key of config.json (`a.b` leads into tables); shapes are expressions over the symbols
     defaults            symbol = expression for where config.json has no such key
@@ -21,5 +22,6 @@ entry, the model has no such tensors.
 A language model inside a larger one: `prefix` goes before the names of the base, `config_key` is the table of config.json that
 describes it, and tensors whose names begin with one of `plain_prefixes` are copied without being known.
 
-`plain_method` is a `quant_method` whose encoded tensors are listed in `tensors`; `open` accepts any names at all.
+`stacked_method` is the `quant_method` of stacked experts, which their tensors' names tell by themselves; `open` accepts any
+names at all.
 """

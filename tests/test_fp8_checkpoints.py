@@ -83,6 +83,17 @@ def test_verify_proves_an_fp8_output_and_its_way_back(
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scales_by_mse_are_proved_and_their_gain_is_printed(
+    int4: Path, tmp_path: Path, kconvert: Any, layout: str
+) -> None:
+    run = kconvert("int4-to-fp8", int4, tmp_path / "out", "--layout", layout, "--scales", "mse", "--json")
+    assert run.returncode == 0, run.stderr
+    ((_, gain),) = json.loads(run.stdout)["sqnr_db"].items()
+    assert gain["mse"] > gain["amax"]
+    assert verify(int4, tmp_path / "out").weights > 0
+
+
 @pytest.mark.parametrize("suffix", ["weight", "weight_scale_inv"])
 def test_verify_finds_one_changed_bit(fp8: dict[str, Path], int4: Path, tmp_path: Path, raw: Any, suffix: str) -> None:
     damaged = raw.load(fp8["experts"])

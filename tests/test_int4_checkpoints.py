@@ -108,6 +108,23 @@ def test_ignore_has_the_published_patterns_only_where_they_say_just_what_is_mean
     assert packed_table(32, [expert, "model.layers.0.mlp.up_proj"], others)["ignore"] == others
 
 
+@pytest.mark.parametrize("target", ["bf16", "fp8"])
+def test_a_scale_of_zero_over_codes_that_are_not_is_an_error_naming_the_weight(
+    int4_copy: Path, tmp_path: Path, raw: Any, target: str
+) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale, packed = checkpoint[f"{EXPERT}.weight_scale"], checkpoint[f"{EXPERT}.weight_packed"]
+    columns = scale.shape[1]
+    scale.data = scale.data[: 2 * (3 * columns + 1)] + bytes(2) + scale.data[2 * (3 * columns + 2) :]
+    assert packed.data[(3 * columns + 1) * 16 : (3 * columns + 2) * 16] != b"\x88" * 16
+    checkpoint.save()
+    with pytest.raises(
+        KconvertError, match=rf"'{EXPERT}' cannot be read as int4 .* scale of zero over codes that are not"
+    ):
+        convert(plan(int4_copy, Recipe(target)), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_fp8_goes_to_int4_by_the_rule_with_nothing_promised(int4: Path, tmp_path: Path) -> None:
     convert(plan(int4, Recipe("fp8", "int4")), tmp_path / "fp8")
     made = plan(tmp_path / "fp8", Recipe("int4", "fp8"))
@@ -157,7 +174,7 @@ def test_scales_by_mse_serve_better_and_the_gain_is_printed(bf16: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"to": "fp8", "scales": "mse"}, "scales by mse are not for fp8"),
+        ({"to": "int8", "scales": "mse"}, "scales by mse are not for int8"),
         ({"to": "int4", "scales": "mse", "require_exact": True}, "exact values have their own scales"),
         ({"to": "int4", "scales": "best"}, "no scales by 'best'"),
         ({"to": "int4", "convention": "mine"}, "no convention 'mine'"),

@@ -24,6 +24,7 @@ NAMES = {
     torch.int32: "I32",
     torch.int64: "I64",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.float8_e4m3fn: "F8_E4M3",
 }
 
@@ -89,6 +90,27 @@ def test_packed_integers_of_every_kind_become_bf16(
     convert(plan(source, Recipe("bf16")), tmp_path / "out")
     report = verify(source, tmp_path / "out")
     assert report.weights > 0
+
+
+def test_an_old_file_with_plain_zero_points_becomes_bf16(bf16: Path, tmp_path: Path, raw: Any) -> None:
+    scheme = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    args = QuantizationArgs(**scheme)
+
+    def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.view(len(weight), -1, 32)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+        state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+        packed = PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
+        return {**packed, "weight_zero_point": zero.to(torch.int8)}
+
+    source = respell(raw, bf16, tmp_path / "source", {**scheme, "format": "pack-quantized"}, make)
+    convert(plan(source, Recipe("bf16")), tmp_path / "out")
+    assert verify(source, tmp_path / "out").weights > 0
+    spoilt = raw.load(source)
+    zero = spoilt[f"{EXPERT}.weight_zero_point"]
+    zero.dtype = "U8"
+    with pytest.raises(KconvertError, match=rf"'{EXPERT}' cannot be read: its weight_zero_point is U8, not I32 or I8"):
+        inspect(spoilt.save(tmp_path / "spoilt"))
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

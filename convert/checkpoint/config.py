@@ -77,7 +77,10 @@ def quantization_tables(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every quantisation table of a config.json, in the order in which serving engines look for it."""
     nested = config.get(NESTED)
     candidates = [config.get(KEYS[0]), nested.get(KEYS[0]) if isinstance(nested, dict) else None, config.get(KEYS[1])]
-    yield from (table for table in candidates if isinstance(table, dict) and table)
+    for table in filter(None, candidates):
+        if not isinstance(table, dict):
+            raise KconvertError(f"config.json: its quantization_config is no table but {table!r}; fetch it again")
+        yield table
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:

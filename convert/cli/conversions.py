@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import conversion, layout_option, packed_options
+from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
 from kconvert.cli.running import carry_out
 from kconvert.recipe import TARGETS
 
@@ -27,6 +27,7 @@ def int4_to_bf16(source: Path, destination: Path, **options: Any) -> None:
 @click.command("int4-to-fp8")
 @conversion
 @layout_option("fp8")
+@scales_option
 def int4_to_fp8(source: Path, destination: Path, **options: Any) -> None:
     """Convert the INT4 checkpoint SRC to FP8 in DST.
 

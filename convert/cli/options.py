@@ -90,7 +90,7 @@ scales_option = click.option(
     type=click.Choice(SCALES),
     default="amax",
     show_default=True,
-    help="INT4 and MX: by the largest value, or the best of a few by squared error.",
+    help="INT4, FP8 and MX: by the largest value, or the best of a few by squared error.",
 )
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed
-from kconvert.formats.base import Family, Format, Part
+from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
+from kconvert.formats.base import Family, Format, Part, tensor_name
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
 
-__all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise"]
+__all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise", "spellings", "tensor_name"]
 
-FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
 SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES))
 QUANTISED_SUFFIXES = SUFFIXES - dense.SUFFIXES
+
+
+def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
+    """(weight, suffix, whether it is a stack's) for each way to make a tensor's name of the two; see base.tensor_name."""
+    weight, _, suffix = tensor.rpartition(".")
+    yield weight, suffix, False
+    for suffix in stacks.SUFFIXES:
+        if tensor.endswith(suffix):
+            yield tensor.removesuffix(suffix), suffix, True
 
 
 def from_scheme(scheme: Scheme) -> Format:

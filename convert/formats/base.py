@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     Tile = NDArray[np.float32]
 
 
+def tensor_name(weight: str, suffix: str) -> str:
+    """What the tensor is called that spells `weight` together with others; see Part."""
+    return f"{weight}{suffix}" if suffix[:1] in ("", "_") else f"{weight}.{suffix}"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of an encoded weight, called `{module}.{suffix}`.
+    """One tensor of an encoded weight, called `{weight}.{suffix}`, or `{weight}{suffix}` with a suffix "" or "_…".
 
     `every` rows of the weight share one slice of the part (1 for codes, 128 for the scales of a block format); None means
     that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
@@ -40,6 +45,10 @@ class Part:
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
+
+    def tensor_of(self, weight: str) -> str:
+        """The tensor's name."""
+        return tensor_name(weight, self.suffix)
 
     def span(self, rows: int, first: int, last: int) -> tuple[int, int]:
         """Byte range, within the part of a weight of `rows` rows, that rows `first` to `last` (exclusive) need."""

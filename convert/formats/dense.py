@@ -1,4 +1,7 @@
-"""Plain floating-point weights: one tensor, `weight`, BF16 [out, in]; half to even when rounding from f32."""
+"""Plain floating-point weights: one tensor, `weight`, BF16 [out, in]; half to even when rounding from f32.
+
+The transposed stacks of formats.stacks have the weight's own name and the matrices' rows as columns, [stack, in, out].
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,30 @@ DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """`dtype` is one of DTYPES; `stack`: the number of matrices if it is a stack of them, [stack, out, in]."""
+    """`dtype` is one of DTYPES; `stack`: the number of matrices if it is a stack of them, [stack, out, in].
+
+    `transposed`: the rows of each matrix if it is a stack of transposed ones, [stack, in, out].
+    """
 
     dtype: str = "BF16"
     stack: int | None = None
+    transposed: int | None = None
 
     @property
     def label(self) -> str:
         return self.dtype.lower()
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if self.transposed is not None:
+            return (Part("", self.dtype, (rows // self.transposed, cols, self.transposed), every=self.transposed),)
         shape = (rows, cols) if self.stack is None else (self.stack, rows // self.stack, cols)
         return (Part("weight", self.dtype, shape),)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import dense as kernels
 
+        if self.transposed is not None:
+            raise NotImplementedError("transposed stacks are copied, never read")
         if self.dtype == "BF16":
             kernels.decode_bf16(parts[0].view("u2"), tile.reshape(-1))
         else:
@@ -42,7 +53,10 @@ class Dense:
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import dense as kernels
 
-        if self.dtype == "BF16":
+        if self.transposed is not None:
+            matrices = tile.reshape(-1, self.transposed, tile.shape[1])
+            kernels.encode_transposed(matrices, parts[0].view("u2").reshape(matrices.swapaxes(1, 2).shape))
+        elif self.dtype == "BF16":
             kernels.encode_bf16(tile.reshape(-1), parts[0].view("u2"))
         else:
             parts[0].view("f2" if self.dtype == "F16" else "f4")[:] = tile.reshape(-1)

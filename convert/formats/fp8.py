@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Part
@@ -44,7 +44,8 @@ class Fp8:
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
     `flat`: a channel scale is [out] and a tensor scale []. `input_scale`: dtype and shape of that tensor where there is one.
-    Written are block and channel scales, F32 or BF16.
+    Written are block and channel scales, F32 or BF16. `mse`: of a few scales the one with the least squared error
+    (conventions.FP8_DIVISORS); no part of the encoding.
     """
 
     strategy: str = "block"
@@ -53,6 +54,7 @@ class Fp8:
     scale_dtype: str = "F32"
     flat: bool = False
     input_scale: tuple[str, tuple[int, ...]] | None = None
+    mse: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -86,7 +88,7 @@ class Fp8:
         blocks = math.ceil(tile.shape[0] / block_rows), math.ceil(tile.shape[1] / block_cols)
         scale = np.empty(blocks, np.float32) if rounded else parts[1].view("f4").reshape(blocks)
         codes = parts[0].reshape(tile.shape)
-        if kernels.encode_fp8(tile, block_rows, block_cols, rounded, codes, scale):
+        if kernels.encode_fp8(tile, block_rows, block_cols, rounded, self.mse, codes, scale):
             raise ValueError("it has a value that is not finite")
         if rounded:
             parts[1].view("u2")[:] = scale.reshape(-1).view("u4") >> 16

@@ -4,7 +4,8 @@
 |---|---|
 | weight_packed | I32 [out, ceil(in * bits / 32)]; little endian, the first column lowest; stored value = code + 8, or + 128 |
 | weight_scale | BF16, F16 or F32 [out, in / group], or [out, 1] for channel scales |
-| weight_zero_point | asymmetric only: I32 [ceil(out * bits / 32), in / group], packed down the rows with the same offset |
+| weight_zero_point | asymmetric only: I32 [ceil(out * bits / 32), in / group], packed down the rows with the same offset; |
+| | in old files I8 [out, in / group] |
 | weight_g_idx | old files with activation order: I32 [in], the group of each column |
 | weight_shape | I32 or I64 [2] = [out, in]; may be absent |
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"})
 SHAPE_CODES = {"I32": "i", "I64": "q"}
 SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
+ZERO_CODES = {"I32": "u4", "I8": "i1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Packed:
     convention: Convention = field(default=KIMI, compare=False)
     bits: int = 4
     symmetric: bool = True
+    zero_dtype: str = "I32"
     scale_dtype: str = "BF16"
     ordered: bool = False
     stack: int | None = None
@@ -79,7 +82,9 @@ class Packed:
             Part("weight_packed", "I32", (*stack, rows, math.ceil(cols / in_word))),
             Part("weight_scale", self.scale_dtype, (*stack, rows, groups), values="nonnegative"),
         ]
-        if not self.symmetric:
+        if not self.symmetric and self.zero_dtype == "I8":
+            parts.append(Part("weight_zero_point", "I8", (*stack, rows, groups)))
+        elif not self.symmetric:
             words = math.ceil(rows / in_word)
             parts.append(Part("weight_zero_point", "I32", (*stack, words, groups), every=in_word))
         if self.ordered:
@@ -98,13 +103,15 @@ class Packed:
         scale = parts[1].view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1)
         groups = scale.shape[1]
         size = cols // groups
-        zero = None if self.symmetric else parts[2].view("u4").reshape(-1, groups)
+        zero = None if self.symmetric else parts[2].view(ZERO_CODES[self.zero_dtype]).reshape(-1, groups)
         if self.ordered or (groups > 1 and (size * self.bits % 8 or cols * self.bits % 32)):
             index = parts[3 - self.symmetric].view("i4") if self.ordered else _groups_of_columns(groups, size)
-            kernels.decode_indexed(codes, self.bits, scale, zero, index, tile)
+            senseless = kernels.decode_indexed(codes, self.bits, scale, zero, index, tile)
         else:
             kernel = kernels.decode_nibbles if self.bits == 4 else kernels.decode_bytes
-            kernel(codes.reshape(rows, groups, -1), scale, zero, tile.reshape(rows, groups, -1))
+            senseless = kernel(codes.reshape(rows, groups, -1), scale, zero, tile.reshape(rows, groups, -1))
+        if senseless:
+            raise ValueError("it has a scale of zero over codes that are not")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import packed as kernels
@@ -172,7 +179,10 @@ def recognise(
         shape = (math.prod(packed[:-1]), cols)
     if stack == 0:
         raise ValueError("it is a stack of no matrices")
-    if stack and not format.symmetric and packed[1] % (32 // format.bits):
+    zero_dtype = found.get("weight_zero_point", ("I32",))[0]
+    if zero_dtype not in ZERO_CODES:
+        raise ValueError(f"its weight_zero_point is {zero_dtype}, not I32 or I8")
+    if stack and not format.symmetric and zero_dtype == "I32" and packed[1] % (32 // format.bits):
         raise ValueError(f"the zero points of its {packed[1]} rows end within a word, in a stack that is not supported")
     shape_dtype = found["weight_shape"][0] if "weight_shape" in found else None
     if shape_dtype is not None and shape_dtype not in SHAPE_CODES:
@@ -180,4 +190,5 @@ def recognise(
     if scale_dtype not in SCALE_CODES:
         scale_dtype = format.scale_dtype  # which the tensor then disagrees with
     ordered = "weight_g_idx" in found
-    return replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, ordered=ordered, stack=stack), shape
+    format = replace(format, shape_dtype=shape_dtype, scale_dtype=scale_dtype, zero_dtype=zero_dtype)
+    return replace(format, ordered=ordered, stack=stack), shape

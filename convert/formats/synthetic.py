@@ -73,9 +73,6 @@ class Unquantised:
         raise NotImplementedError("nothing is read as an unquantised tensor, they are copied")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        if self.dtype == "U8":
-            parts[0][:] = tile.reshape(-1).clip(0, 254)  # 255 is no number as an exponent of MXFP4
-            return 0
         return Dense(self.dtype).encode(tile, parts)
 
 

@@ -144,6 +144,13 @@ def test_a_malformed_quantisation_is_refused(place, table):
         read_quantization(PLACES[place](table))
 
 
+@pytest.mark.parametrize("table", ["int4", 4, True, ["pack-quantized"]])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_quantisation_that_is_no_table_is_refused_and_not_taken_for_none(place, table):
+    with pytest.raises(KconvertError, match=re.escape(f"its quantization_config is no table but {table!r}")):
+        read_quantization(PLACES[place](table))
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", 7, ["compressed-tensors"]])
 def test_another_method_is_refused_by_name(method):
     with pytest.raises(KconvertError, match=re.escape(f"quant_method {method!r} is not supported")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ CHANNEL = Fp8("channel", scale_name="weight_scale", scale_dtype="BF16")
 CHANNEL_F32 = Fp8("channel", scale_name="weight_scale")
 TENSOR = Fp8("tensor", scale_name="weight_scale")
 WRITTEN = (BLOCK, BLOCK_BF16, CHANNEL, CHANNEL_F32)
+BY_MSE = tuple(replace(format, mse=True) for format in WRITTEN)
 
 
 @njit
@@ -130,7 +132,7 @@ KINDS = ("normal", "heavy", "zero", "minus zero", "denormal", "small", "extreme"
 
 @given(
     kind=st.sampled_from(KINDS),
-    format=st.sampled_from(WRITTEN),
+    format=st.sampled_from((*WRITTEN, *BY_MSE)),
     rows=st.sampled_from([1, 64, 127, 128, 129, 300, 576]),
     cols=st.sampled_from([1, 7, 64, 127, 128, 129, 384, 400]),
     seed=st.integers(0, 2**31),
@@ -139,11 +141,13 @@ KINDS = ("normal", "heavy", "zero", "minus zero", "denormal", "small", "extreme"
 @example(kind="extreme", format=BLOCK_BF16, rows=129, cols=129, seed=0)
 @example(kind="small", format=BLOCK_BF16, rows=129, cols=129, seed=0)
 @example(kind="denormal", format=BLOCK, rows=129, cols=129, seed=0)
+@example(kind="extreme", format=BY_MSE[0], rows=129, cols=129, seed=0)
+@example(kind="denormal", format=BY_MSE[1], rows=129, cols=129, seed=0)
 def test_kernels_equal_the_reference(kind: str, format: Fp8, rows: int, cols: int, seed: int) -> None:
     weight = made(kind, rows, cols, seed)
     codes, scale = encode(format, weight)
     block = format.block_shape(rows, cols)
-    expected_codes, expected_scale = reference.encode(weight, block, DTYPES[format.scale_dtype])
+    expected_codes, expected_scale = reference.encode(weight, block, DTYPES[format.scale_dtype], format.mse)
     assert same(scale, expected_scale)
     assert same(codes, expected_codes)
     assert same(decode(format, codes, scale), reference.decode(codes, scale, block))
@@ -154,6 +158,21 @@ def test_blocks_of_zeros_take_scale_one(format: Fp8) -> None:
     codes, scale = encode(format, torch.zeros(200, 200, dtype=torch.bfloat16))
     assert bool((scale == 1).all())
     assert not codes.view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+@pytest.mark.parametrize("format", BY_MSE, ids=lambda format: f"{format.label} {format.scale_dtype}")
+def test_scales_by_mse_have_less_error_in_every_block(kind: str, format: Fp8) -> None:
+    weight = made(kind, 256, 400, 3)
+    block = format.block_shape(*weight.shape)
+
+    def errors(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        squares = (decode(format, codes, scale).double() - weight.double()).square()
+        return reference.blocks_of(squares, block).sum((1, 3))
+
+    by_amax, by_mse = errors(*encode(replace(format, mse=False), weight)), errors(*encode(format, weight))
+    assert bool((by_mse <= by_amax * (1 + 1e-4)).all())  # compared in fixed point
+    assert by_mse.sum() < 0.99 * by_amax.sum()
 
 
 def test_a_576_row_weight_has_five_rows_of_scales() -> None:
@@ -208,7 +227,7 @@ def test_encoding_equals_compressed_tensors_in_f32(format: Fp8) -> None:
     """Its scales are ours; its codes are, too, when it divides in f32 (in bf16 the quotient is rounded twice)."""
     weight = made("heavy", 384, 256, 4)
     scheme = compressed_tensors_scheme(format)
-    amax = reference.block_amax(weight.float(), format.block_shape(384, 256)).bfloat16()
+    amax = reference.blocks_of(weight.float().abs(), format.block_shape(384, 256)).amax((1, 3)).bfloat16()
     expected_scale, _ = calculate_qparams(-amax, amax, scheme.weights)
     state = {"weight": weight.float(), "weight_scale": expected_scale.float()}
     codes, scale = encode(format, weight)

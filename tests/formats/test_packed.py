@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
@@ -92,6 +93,20 @@ def test_values_equal_compressed_tensors(
     assert same(reference.decode(state["weight_packed"], state["weight_scale"], cols, bits, zero), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group_size", "cols"), [(32, 128), (5, 40), (None, 43)])
+def test_zero_points_of_old_files_are_not_packed(codec: Any, bits: int, group_size: int | None, cols: int) -> None:
+    weight = (0.02 * torch.randn(21, cols) ** 3 + 0.01).bfloat16()
+    state = compress(weight, bits, False, group_size)
+    expected = PackedQuantizationCompressor.decompress(state, scheme(bits, False, group_size))["weight"]
+    groups = state["weight_scale"].shape
+    plain = unpack_from_int32(state["weight_zero_point"], bits, groups, packed_dim=0)
+    assert plain.dtype == torch.int8
+    assert bool(plain.any())
+    format = Packed(group_size, "I64", bits=bits, symmetric=False, zero_dtype="I8")
+    assert same(codec.decode(format, {**state, "weight_zero_point": plain}, 21, cols), expected.float())
+
+
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_columns_belong_to_the_groups_that_g_idx_says(codec: Any, bits: int, symmetric: bool) -> None:
@@ -113,7 +128,7 @@ def test_columns_belong_to_the_groups_that_g_idx_says(codec: Any, bits: int, sym
 
 
 def test_every_code_with_every_scale_gives_the_product_rounded_once(codec: Any) -> None:
-    scale = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16)
+    scale = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
     packed = torch.tensor([[0x76543210, -0x01234568]], dtype=torch.int32).expand(len(scale), 2)
     expected = (torch.arange(-8, 8).double() * scale.double().unsqueeze(1)).bfloat16().float()
     state = {"weight_packed": packed, "weight_scale": scale.unsqueeze(1)}

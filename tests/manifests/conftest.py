@@ -55,8 +55,11 @@ def tensors_of() -> Callable[..., dict[str, Tensor]]:
     def make(name: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors = {}
         for module, match in load_manifest(name).bind(config).expected():
-            whole = module if match.rule.dtype else f"{module}.weight"
-            tensors[whole] = Tensor(whole, match.rule.dtype or "BF16", match.shape, "model.safetensors", 0, 0)
+            whole, dtype, shape = module, match.rule.dtype, match.shape
+            if dtype is None:
+                (part,) = Dense("BF16", None, shape[1] if match.stack else None).parts(*match.matrix)
+                whole, dtype, shape = part.tensor_of(module), part.dtype, part.shape
+            tensors[whole] = Tensor(whole, dtype, shape, "model.safetensors", 0, 0)
         return tensors
 
     return make

@@ -18,7 +18,7 @@ from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic
 from kconvert.summary import summarise
 
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
-QUANTISED = ["deepseek-v3", "kimi-k2-instruct", "kimi-k2-thinking", "kimi-k2.5"]
+QUANTISED = ["deepseek-v3", "gpt-oss", "kimi-k2-instruct", "kimi-k2-thinking", "kimi-k2.5"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -93,14 +93,6 @@ def test_a_bf16_copy_of_a_nested_model_declares_no_quantisation_anywhere(
 ) -> None:
     convert(plan(small_sample("kimi-k2.5"), Recipe("bf16")), tmp_path / "bf16")
     assert "quantization_config" not in (tmp_path / "bf16" / "config.json").read_text()
-
-
-def test_gpt_oss_is_inspected_but_not_converted_to_what_it_is_not(small_sample: Callable[[str], Path]) -> None:
-    source = small_sample("gpt-oss")
-    roles = {plain.role for plain in inspect(source).plain}
-    assert {"expert.gate_up", "expert.gate_up.scale", "expert.down.bias", "attention.sinks"} <= roles
-    with pytest.raises(KconvertError, match="no quantised weights"):
-        plan(source, Recipe("bf16"))
 
 
 def test_a_dimension_that_the_family_does_not_have_is_refused_by_name() -> None:

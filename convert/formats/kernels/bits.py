@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
+from kconvert.formats.conventions import LARGEST_ERROR
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -122,8 +124,11 @@ def error_places(size: Any) -> Any:
 
 @inline
 def squared_error(value: Any, served: Any, unit: Any, places: Any) -> Any:
-    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order."""
-    error = (value - served) * unit
+    """(value - served)^2 in units of amax, as a fixed-point i32: integers have the same sum in any order.
+
+    Errors stay below 2 units but where `served` is infinite, next to the largest bf16.
+    """
+    error = min(abs((value - served) * unit), np.float32(LARGEST_ERROR))
     return np.int32(error * error * places)
 
 

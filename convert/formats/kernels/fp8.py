@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from kconvert.formats.kernels.bits import bits_of, float_of, inline, kernel, round_bf16
+from kconvert.formats.conventions import FP8_DIVISORS
+from kconvert.formats.kernels.bits import (
+    bits_of,
+    error_places,
+    error_unit,
+    float_of,
+    inline,
+    kernel,
+    round_bf16,
+    squared_error,
+)
 
 U = np.uint32
 MAGNITUDE = U(0x7FFFFFFF)
@@ -18,6 +28,7 @@ LARGEST = U(0x43E00000)  # 448 as f32
 SMALLEST_BINADE = U(121 << 23)  # 2**-6: below it the steps of e4m3 stay as they are
 TO_MAGIC = U(20 << 23)  # adding 2**20 times the binade leaves steps of an eighth of the binade
 REBIAS = np.float32(2.0**120)  # exponent bias of f32 less that of e4m3
+SEGMENT = 128  # so many squared errors are summed in 32 bits
 
 
 @inline
@@ -57,24 +68,28 @@ def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: A
 
 
 @kernel
-def encode_fp8(tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, codes: Any, scale: Any) -> Any:
+def encode_fp8(
+    tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, search: Any, codes: Any, scale: Any
+) -> Any:
     """tile f32 [rows, cols] -> codes u8 [rows, cols], scale f32 [row blocks, col blocks]; how many blocks hold Inf or NaN.
 
-    scale = amax / 448 of the block, rounded to bf16 when `bf16_scale`, 1 where that is 0; code = e4m3(value / scale).
+    scale = amax / 448 of the block, or if `search`, amax over the one of FP8_DIVISORS that has the least squared error;
+    rounded to bf16 when `bf16_scale`, 1 where that is 0; code = e4m3(value / scale).
     Goes row by row and keeps the amax of a row of blocks in `scale`: block by block would miss the TLB at every row.
     """
     faults = 0
+    divisors = np.full(scale.shape[1], np.float32(448))
     for group in range(scale.shape[0]):
         first, last = group * block_rows, min((group + 1) * block_rows, tile.shape[0])
         steps = scale[group]
         steps[:] = np.float32(0)
         for row in range(first, last):
             _raise_to_amax(tile[row], block_cols, steps)
+        if search:
+            _choose_divisors(tile[first:last], block_cols, bf16_scale, steps, divisors)
         for block in range(steps.shape[0]):
             faults += bits_of(steps[block]) >= EXPONENT
-            step = steps[block] / np.float32(448)
-            step = round_bf16(step) if bf16_scale else step
-            steps[block] = step if step > np.float32(0) else np.float32(1)
+            steps[block] = _step(steps[block], divisors[block], bf16_scale)
         for row in range(first, last):
             _quantise(tile[row], block_cols, steps, codes[row])
     return faults
@@ -89,6 +104,44 @@ def _raise_to_amax(values: Any, block_cols: Any, amax: Any) -> None:
         for i in range(source.shape[0]):
             peak = U(max(peak, U(bits_of(source[i]) & MAGNITUDE)))
         amax[block] = float_of(peak)
+
+
+@inline
+def _step(amax: Any, divisor: Any, bf16_scale: Any) -> Any:
+    """The scale of a block."""
+    step = amax / divisor
+    step = round_bf16(step) if bf16_scale else step
+    return step if step > np.float32(0) else np.float32(1)
+
+
+@inline
+def _choose_divisors(values: Any, block_cols: Any, bf16_scale: Any, amax: Any, divisors: Any) -> None:
+    """divisors f32 [blocks] become those of FP8_DIVISORS, the first ones, with the least error on values f32 [rows, cols]."""
+    least = np.full(amax.shape[0], np.int64(2**62))
+    for divisor in FP8_DIVISORS:
+        errors = np.zeros(amax.shape[0], np.int64)
+        for row in range(values.shape[0]):
+            for block in range(amax.shape[0]):
+                step = _step(amax[block], np.float32(divisor), bf16_scale)
+                unit = error_unit(bits_of(amax[block]))
+                errors[block] += _error(values[row, block * block_cols : (block + 1) * block_cols], step, unit)
+        for block in range(amax.shape[0]):
+            if errors[block] < least[block]:
+                least[block], divisors[block] = errors[block], np.float32(divisor)
+
+
+@inline
+def _error(values: Any, step: Any, unit: Any) -> Any:
+    """The squared error of values f32 [n] under a scale, see bits.squared_error, with the places that SEGMENT values have."""
+    total, places = np.int64(0), error_places(SEGMENT)
+    for first in range(0, values.shape[0], SEGMENT):
+        part = values[first : first + SEGMENT]
+        error = np.int32(0)
+        for i in range(part.shape[0]):
+            served = round_bf16(widen_e4m3(round_e4m3(part[i] / step)) * step)
+            error = np.int32(error + squared_error(part[i], served, unit, places))
+        total += error
+    return total
 
 
 @inline

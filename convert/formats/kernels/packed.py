@@ -1,7 +1,7 @@
 """Packed integer codes with a scale for each group; see formats.packed and formats.conventions.
 
 A scale is bf16 in u16, f16 in i16, or f32 (see bits.widen_scale). `zero` are zero points u32 [ceil(rows / n), groups], n
-rows to a word, or None.
+rows to a word, or i8 [rows, groups], or None.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
@@ -40,33 +42,35 @@ SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1
 HEAD = 8  # values that fill a vector
 
 
-@inline
-def _nibble_offset(zero: Any, row: Any, group: Any) -> Any:
-    """What is subtracted from a stored nibble: the offset 8 and the zero point, which has the same offset."""
-    if zero is None:
-        return np.int32(8)
-    return np.int32((zero[row >> 3, group] >> np.uint32(4 * (row & 7))) & np.uint32(15))
+def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
+    """What is subtracted from a stored code: 8 or 128, and the zero point, which in packed form has the same offset."""
+    raise NotImplementedError("only in kernels")
 
 
-@inline
-def _byte_offset(zero: Any, row: Any, group: Any) -> Any:
-    if zero is None:
-        return np.int32(128)
-    return np.int32((zero[row >> 2, group] >> np.uint32(8 * (row & 3))) & np.uint32(255))
+@overload(_offset, strict=False)
+def _offset_of(zero: Any, row: Any, group: Any, bits: Any) -> Any:
+    if isinstance(zero, types.NoneType):
+        return lambda zero, row, group, bits: np.int32(1 << (bits - 1))
+    if zero.dtype == types.int8:
+        return lambda zero, row, group, bits: np.int32((1 << (bits - 1)) + zero[row, group])
+    return lambda zero, row, group, bits: np.int32(
+        (zero[row * bits >> 5, group] >> np.uint32(row * bits & 31)) & np.uint32((1 << bits) - 1)
+    )
 
 
 @kernel
-def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> None:
+def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
     """packed u8 [rows, groups, >= g/2], scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point) * scale.
 
-    g is even, or there is one group.
+    g is even, or there is one group. Returns whether a scale is zero over codes that are not.
     """
     size = tile.shape[2]
+    senseless = False
     for row in range(tile.shape[0]):
         for group in range(tile.shape[1]):
             stored = scale[row, group]
             step = widen_scale(stored)
-            offset = _nibble_offset(zero, row, group)
+            offset = _offset(zero, row, group, 4)
             for j in range(size // 2):
                 byte = packed[row, group, j]
                 tile[row, group, 2 * j] = round_like(np.float32(np.int32(byte & 15) - offset) * step, stored)
@@ -74,36 +78,49 @@ def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> None:
             if size & 1:
                 code = np.int32(packed[row, group, size // 2] & 15) - offset
                 tile[row, group, size - 1] = round_like(np.float32(code) * step, stored)
+            if step == np.float32(0):
+                for i in range(size):
+                    senseless |= np.int32((packed[row, group, i >> 1] >> (4 * (i & 1))) & 15) != offset
+    return senseless
 
 
 @kernel
-def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> None:
+def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
     """decode_nibbles for eight-bit codes: packed u8 [rows, groups, >= g], any g."""
+    senseless = False
     for row in range(tile.shape[0]):
         for group in range(tile.shape[1]):
             stored = scale[row, group]
             step = widen_scale(stored)
-            offset = _byte_offset(zero, row, group)
+            offset = _offset(zero, row, group, 8)
             for i in range(tile.shape[2]):
                 code = np.int32(packed[row, group, i]) - offset
                 tile[row, group, i] = round_like(np.float32(code) * step, stored)
+            if step == np.float32(0):
+                for i in range(tile.shape[2]):
+                    senseless |= np.int32(packed[row, group, i]) != offset
+    return senseless
 
 
 @kernel
-def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, tile: Any) -> None:
+def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, tile: Any) -> Any:
     """packed u8 [rows, bytes], scale [rows, groups], index i32 [cols], the group of each column -> tile f32 [rows, cols].
 
-    For columns in any order, and groups that end within a byte; `bits` is 4 or 8.
+    For columns in any order, and groups that end within a byte; `bits` is 4 or 8. Returns as decode_nibbles.
     """
+    senseless = False
     for row in range(tile.shape[0]):
         for col in range(tile.shape[1]):
             group = index[col]
             stored = scale[row, group]
             if bits == 4:
-                code = np.int32((packed[row, col >> 1] >> (4 * (col & 1))) & 15) - _nibble_offset(zero, row, group)
+                code = np.int32((packed[row, col >> 1] >> (4 * (col & 1))) & 15) - _offset(zero, row, group, 4)
             else:
-                code = np.int32(packed[row, col]) - _byte_offset(zero, row, group)
-            tile[row, col] = round_like(np.float32(code) * widen_scale(stored), stored)
+                code = np.int32(packed[row, col]) - _offset(zero, row, group, 8)
+            step = widen_scale(stored)
+            senseless |= step == np.float32(0) and code != 0
+            tile[row, col] = round_like(np.float32(code) * step, stored)
+    return senseless
 
 
 @inline

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kconvert.formats.conventions import DIVISORS, Convention
+from kconvert.formats.conventions import DIVISORS, LARGEST_ERROR, Convention
 
 
 def unpack(packed: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
@@ -97,11 +97,12 @@ def _error(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch
 def squared_error(groups: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
     """f32 [..., g] twice -> int64 [...]: the sum of the squared errors in units of the power of two in amax.
 
-    In fixed point, so that the order of the sum is nothing: as many places as keep the sum of g squares below 2^31.
+    In fixed point, so that the order of the sum is nothing: as many places as keep the sum of g squares below 2^31. An error
+    counts LARGEST_ERROR at most: that is where `served` is infinite, next to the largest bf16.
     """
     _, exponent = torch.frexp(groups.abs().amax(-1, keepdim=True).double())
     unit = torch.pow(2.0, 1.0 - exponent.clamp(min=-126).double()).float()
-    error = (groups - served) * unit
+    error = ((groups - served) * unit).abs().clamp(max=LARGEST_ERROR)
     places = 29 - (groups.shape[-1] - 1).bit_length()
     return (error * error * 2.0**places).to(torch.int32).long().sum(-1)
 
