@@ -2,5 +2,6 @@
 
 from kconvert.qat.attach import Coverage, at_step, coverage, detach, prepare
 from kconvert.qat.config import QATConfig
+from kconvert.qat.export import export
 
-__all__ = ["Coverage", "QATConfig", "at_step", "coverage", "detach", "prepare"]
+__all__ = ["Coverage", "QATConfig", "at_step", "coverage", "detach", "export", "prepare"]

@@ -102,7 +102,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> Coverage:
     for weight in weights:
         _check(weight, config)
     state = State(config, active=config.start_step == 0)
-    adapted = {id(layer.get_base_layer()): layer for layer in adapted_linears(model)}
+    adapted = {id(layer.get_base_layer()): layer for layer in _adapted_linears(model)}
     for weight in weights:
         _attach(_fake_quantised, weight.module, weight, state)
         if config.lora == "merged" and (layer := adapted.get(id(weight.module))) is not None:
@@ -124,7 +124,7 @@ def coverage(model: nn.Module) -> Coverage:
         if attached is None or weight.parameter not in attached.transposed:
             raise KconvertError(f"{weight.key} is not fake-quantised; was its module replaced after prepare?")
     covered = {id(weight.module) for weight in weights}
-    for layer in adapted_linears(model):
+    for layer in _adapted_linears(model):
         if config.lora == "merged" and id(layer.get_base_layer()) in covered and attached_to(layer) is None:
             raise KconvertError("an adapter was added to an expert's Linear after prepare; with lora='merged' add it before")
     chosen = {id(weight) for weight in weights}
@@ -157,15 +157,19 @@ def attached_to(module: nn.Module) -> Attached | None:
     return attached
 
 
-def adapted_linears(model: nn.Module) -> list[Any]:
-    """PEFT's layers around an nn.Linear."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "get_base_layer")]
-    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear)]
+def adapters_of(model: nn.Module) -> list[Any]:
+    """PEFT's layers, each around a module of the model."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "get_base_layer")]
+
+
+def _adapted_linears(model: nn.Module) -> list[Any]:
+    return [layer for layer in adapters_of(model) if isinstance(layer.get_base_layer(), nn.Linear)]
 
 
 def _check(weight: ExpertWeight, config: QATConfig) -> None:
-    if weight.inputs % config.group_size:
-        raise KconvertError(f"{weight.key} has {weight.inputs} inputs, which do not divide into groups of {config.group_size}")
+    inputs = weight.shape[1]
+    if inputs % config.group_size:
+        raise KconvertError(f"{weight.key} has {inputs} inputs, which do not divide into groups of {config.group_size}")
     if weight.tensor.dtype not in DTYPES:
         raise KconvertError(f"{weight.key} is {weight.tensor.dtype}; quantisation-aware training needs BF16 or F32 weights")
 

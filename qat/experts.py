@@ -52,18 +52,19 @@ class ExpertWeight:
         return value
 
     @property
-    def inputs(self) -> int:
-        """The size of the axis that groups lie along."""
-        return self.tensor.shape[-2 if self.transposed else -1]
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of each matrix."""
+        size = self.tensor.shape
+        rows, cols = (size[-1], size[-2]) if self.transposed else (size[-2], size[-1])
+        return rows // len(self.pieces), cols
 
-    def matrices(self, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """(expert, piece, [out, in]) for each matrix in `tensor`, which is laid out as the parameter is; views."""
-        rows = tensor.mT if self.transposed else tensor
-        for expert, matrix in enumerate(rows if self.stacked else rows.unsqueeze(0)):
-            count = len(self.pieces)
-            for k, piece in enumerate(self.pieces):
-                size = matrix.shape[0] // count
-                yield expert, piece, matrix[k * size : (k + 1) * size] if self.concatenated else matrix[k::count]
+    def matrix(self, tensor: torch.Tensor, expert: int, piece: str) -> torch.Tensor:
+        """One matrix [out, in] of `tensor`, which is laid out as the parameter is; a view."""
+        matrix = tensor[expert] if self.stacked else tensor
+        matrix = matrix.mT if self.transposed else matrix
+        count, k = len(self.pieces), self.pieces.index(piece)
+        size = matrix.shape[0] // count
+        return matrix[k * size : (k + 1) * size] if self.concatenated else matrix[k::count]
 
 
 def find_experts(model: nn.Module) -> list[ExpertWeight]:
@@ -98,7 +99,7 @@ def _fused(path: str, module: nn.Module) -> list[ExpertWeight]:
             raise KconvertError(f"{path} is marked as fused experts, but has no parameter {parameter!r}")
     return [
         ExpertWeight(path, module, first, pieces, transposed=transposed, concatenated=concatenated),
-        ExpertWeight(path, module, "down_proj", ("down",), transposed=transposed),
+        ExpertWeight(path, module, "down_proj", ("down",), transposed=transposed, concatenated=True),
     ]
 
 

@@ -44,8 +44,8 @@ def _fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip:
         _by_kernel(groups, rule, served)
     else:
         step = max(1, REFERENCE_CHUNK // group_size)
-        for values, target in zip(groups.split(step), served.split(step), strict=True):
-            target.copy_(reference.fake_quantise(values, group_size, rule))
+        for first in range(0, len(groups), step):
+            served[first : first + step] = reference.fake_quantise(groups[first : first + step], group_size, rule)
     return served.view(weight.shape)
 
 

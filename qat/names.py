@@ -6,7 +6,8 @@ is asked of its own conversion, with a probe of numbered values. A model that ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -36,6 +37,10 @@ class Matrix:
     def role(self) -> str:
         return f"expert.{self.piece}"
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The matrix in `tensor`, which is laid out as the weight is; a view."""
+        return self.weight.matrix(tensor, self.expert, self.piece)
+
 
 def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matrix]:
     """Every matrix in `weights`; KconvertError when the model's manifest knows of experts that are not among them."""
@@ -43,7 +48,8 @@ def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matri
     config = config_of(model)
     if config.get("model_type") is not None:
         names = manifest_for(config).bind(config)
-        missing = [name for name in names.missing({matrix.name for matrix in matrices}) if _is_expert(names.linear(name))]
+        found = {matrix.name for matrix in matrices} | {matrix.weight.key for matrix in matrices}
+        missing = [name for name in names.missing(found) if _is_expert(names.linear(name))]
         if missing:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise KconvertError(f"the model has no {missing[0]!r}{rest}, which its configuration demands")
@@ -55,46 +61,83 @@ def _is_expert(match: Any) -> bool:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The model's config.json; empty for a module without one."""
-    config = getattr(base_model(model), "config", None)
-    table = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {key: value.to_dict() if hasattr(value, "to_dict") else value for key, value in table.items()}
+    """The model's config.json as it would be saved; empty for a module without one."""
+    model = base_model(model)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    table: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    return {**table, "architectures": [plain_class(model).__name__], "dtype": dtype}
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The model inside PEFT's and torch.compile's wrappers."""
     model = getattr(model, "_orig_mod", model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def plain_class(model: nn.Module) -> type:
+    """The model's own class, without what FSDP2 makes of it."""
+    return next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
 
 
 def _named(model: nn.Module, weight: ExpertWeight) -> list[Matrix]:
     if not weight.stacked:
         return [Matrix(weight.path, weight, 0, weight.pieces[0])]
-    experts = weight.tensor.shape[0]
-    names = _ask_transformers(model, weight, experts)
+    names = _ask_transformers(model, weight)
     return [
         Matrix(names.get((expert, k)) or f"{weight.path}.{expert}.{piece}_proj", weight, expert, piece)
-        for expert in range(experts)
+        for expert in range(weight.tensor.shape[0])
         for k, piece in enumerate(weight.pieces)
     ]
 
 
-def _ask_transformers(model: nn.Module, weight: ExpertWeight, experts: int) -> dict[tuple[int, int], str]:
+def _ask_transformers(model: nn.Module, weight: ExpertWeight) -> dict[tuple[int, int], str]:
     """(expert, piece) -> name; empty when transformers keeps the experts of this model fused in its checkpoints."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {}
-    model, count = base_model(model), len(weight.pieces)
-    if not hasattr(model, "config"):
-        return {}
+    experts, count = weight.tensor.shape[0], len(weight.pieces)
     probe = torch.arange(experts * count, dtype=torch.float32).view(experts, count, 1)
-    spelled = revert_weight_conversion(model, {weight.key: probe.mT if weight.transposed else probe})
+    spelled = as_saved(model, {weight.key: probe.mT if weight.transposed else probe})
     if any(value.numel() != 1 for value in spelled.values()):
         return {}
-    return {divmod(int(value.item()), count): name.removesuffix(".weight") for name, value in spelled.items()}  # type: ignore[misc]
+    places = {name: divmod(int(value.item()), count) for name, value in spelled.items()}
+    return {(expert, k): name.removesuffix(".weight") for name, (expert, k) in places.items()}
+
+
+def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the model's state dict as they are called and laid out in its checkpoint."""
+    base = base_model(model)
+    if not hasattr(base, "save_pretrained"):
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    return saved
+
+
+def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
+    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once."""
+    weights = list(weights)
+    state = {plain_name(key): value for key, value in base_model(model).state_dict().items()}
+    if hasattr(base_model(model), "save_pretrained"):
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        state = remove_tied_weights_from_state_dict(state, base_model(model))
+    for weight in weights:
+        del state[weight.key]
+    rest = as_saved(model, state)
+    for weight in weights:
+        if weight.stacked and (bias := rest.pop(f"{weight.key}_bias", None)) is not None:
+            rest.update(_split_bias(weight, bias))
+    return rest
+
+
+def _split_bias(weight: ExpertWeight, bias: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bias [experts, out] of fused experts, for each of their matrices."""
+    columns = bias.unsqueeze(-2 if weight.transposed else -1)
+    for expert in range(len(bias)):
+        for piece in weight.pieces:
+            yield f"{weight.path}.{expert}.{piece}_proj.bias", weight.matrix(columns, expert, piece).squeeze(-1)
 
 
 def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: QATConfig) -> list[ExpertWeight]:

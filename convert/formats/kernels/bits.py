@@ -204,19 +204,13 @@ def _load_bf16(stored: Any) -> Any:
 
 @overload(store_bf16, strict=False)
 def _store_bf16(array: Any, row: Any, col: Any, value: Any) -> Any:
-    if array.dtype == types.uint16:
-        return lambda array, row, col, value: _store_bits(array, row, col, value)
-    return lambda array, row, col, value: _store_float(array, row, col, value)
+    def store_bits(array: Any, row: Any, col: Any, value: Any) -> None:
+        array[row, col] = np.uint16(round_bits(value) >> np.uint32(16))
 
+    def store_float(array: Any, row: Any, col: Any, value: Any) -> None:
+        array[row, col] = round_bf16(value)
 
-@inline
-def _store_bits(array: Any, row: Any, col: Any, value: Any) -> None:
-    array[row, col] = np.uint16(round_bits(value) >> np.uint32(16))
-
-
-@inline
-def _store_float(array: Any, row: Any, col: Any, value: Any) -> None:
-    array[row, col] = round_bf16(value)
+    return store_bits if array.dtype == types.uint16 else store_float
 
 
 @inline

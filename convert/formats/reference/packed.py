@@ -108,7 +108,7 @@ def squared_error(groups: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
 
 
 def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """encode, but groups that codes and a bf16 scale reproduce to the bit get these; also the number of those that have none."""
+    """encode, but groups that codes and a bf16 scale reproduce to the bit get these; also the number of the other groups."""
     codes, scale, lost = quantise_exact(weight.float().view(-1, group_size), rule)
     return pack(codes.view(len(weight), -1), 4), scale.view(len(weight), -1), lost
 
