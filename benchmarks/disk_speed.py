@@ -1,6 +1,6 @@
-"""INT4 -> BF16 against the disk itself: two dd's side by side, one reads the input, the other writes as many bytes.
+"""A conversion against the disk itself: two dd's side by side, one reads the input, the other writes as many bytes.
 
-Both pass the page cache and find the source cold. kconvert's time is that of a fresh process, up to the last fsync; dd's
+All pass the page cache and find the source cold. kconvert's time is that of a fresh process, up to the last fsync; dd's
 has no fsync. Each ratio is that of a pair of neighbouring runs.
 """
 
@@ -29,6 +29,7 @@ from common import (
 )
 
 TARGET = 1.15
+JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4")
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
 LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
@@ -36,15 +37,15 @@ LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--output-gb", type=float, default=8.5, help="BF16 to write [8.5]")
+    parser.add_argument("--model-gb", type=float, default=8.5, help="size of the model in BF16 [8.5]")
+    parser.add_argument("--job", choices=JOBS, default="int4-to-bf16", help="the command measured [int4-to-bf16]")
     options = parser.parse_args()
-    experts = max(1, round(options.output_gb * GB / EXPERT_BYTES))
-    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
-    converted, zeros = options.dir / "disk-bf16", options.dir / "disk-zeros"
+    source = source_of(options.job, options.dir, max(1, round(options.model_gb * GB / EXPERT_BYTES)))
+    converted, zeros = options.dir / "disk-converted", options.dir / "disk-zeros"
 
     def convert() -> Child:
         make_cold(source)
-        result = run([KCONVERT, "int4-to-bf16", source, converted, "-q"])
+        result = run([KCONVERT, options.job, source, converted, "-q"])
         sizes.append(nbytes(tensor_files(converted)))
         remove(converted)
         return result
@@ -71,8 +72,21 @@ def main() -> None:
     print(f"\nread {read / GB:.2f} GB, wrote {written / GB:.2f} GB, {options.runs} runs each: median (min-max)", end="")
     table(["", "wall time", "written", "read and written"], rows)
     ratios = [ours.seconds / dd.seconds for ours, dd in zip(results["kconvert"], results["two dd's"], strict=True)]
+    print(f"peak RSS: {spread([child.peak / 1e6 for child in results['kconvert']], 0, 'MB')}")
     print(f"kconvert / two dd's, pair by pair: {spread(ratios)}  {verdict(median(ratios), TARGET)}")
     machine(options.dir)
+
+
+def source_of(job: str, folder: Path, experts: int) -> Path:
+    """A checkpoint in the encoding that the job starts from."""
+    int4 = sample(folder, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    encoding = job.partition("-")[0]
+    if encoding == "int4":
+        return int4
+    source = folder / f"disk-{experts}-experts-{encoding}"
+    if not (source / "config.json").exists():
+        run([KCONVERT, f"int4-to-{encoding}", int4, source, "-q"])
+    return source
 
 
 def two_dds(sources: list[Path], target: Path, size: int) -> str:

@@ -126,7 +126,9 @@ def coverage(model: nn.Module) -> Coverage:
     covered = {id(weight.module) for weight in weights}
     for layer in _adapted_linears(model):
         if config.lora == "merged" and id(layer.get_base_layer()) in covered and attached_to(layer) is None:
-            raise KconvertError("an adapter was added to an expert's Linear after prepare; with lora='merged' add it before")
+            raise KconvertError(
+                "an adapter was added to an expert's Linear after prepare; with lora='merged' add it before"
+            )
     chosen = {id(weight) for weight in weights}
     return Coverage(config, tuple(weights), tuple(matrix for matrix in matrices if id(matrix.weight) in chosen))
 
@@ -171,7 +173,9 @@ def _check(weight: ExpertWeight, config: QATConfig) -> None:
     if inputs % config.group_size:
         raise KconvertError(f"{weight.key} has {inputs} inputs, which do not divide into groups of {config.group_size}")
     if weight.tensor.dtype not in DTYPES:
-        raise KconvertError(f"{weight.key} is {weight.tensor.dtype}; quantisation-aware training needs BF16 or F32 weights")
+        raise KconvertError(
+            f"{weight.key} is {weight.tensor.dtype}; quantisation-aware training needs BF16 or F32 weights"
+        )
 
 
 def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWeight, state: State) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 import kconvert
 from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import packed_table, with_quantization
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, open_checkpoint
+from kconvert.checkpoint.source import Checkpoint, open_checkpoint
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.finalize import finalize
@@ -85,7 +85,9 @@ def export(
     covered = coverage(model)
     if adapters_of(model):
         advice = "merge_and_unload()" if covered.config.lora == "merged" else "unload(), and save the adapter with PEFT"
-        raise KconvertError(f"the model has adapters that an INT4 checkpoint cannot hold; export the result of {advice}")
+        raise KconvertError(
+            f"the model has adapters that an INT4 checkpoint cannot hold; export the result of {advice}"
+        )
     task = _plan(model, covered, None if source is None else open_checkpoint(source), tokenizer, shard_size)
     target = Path(destination)
     leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -98,9 +100,7 @@ def export(
     return task.plan
 
 
-def _plan(
-    model: nn.Module, covered: Coverage, source: Checkpoint | None, tokenizer: Any, shard_size: int
-) -> Export:
+def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokenizer: Any, shard_size: int) -> Export:
     config = covered.config
     matrices = {matrix.name: matrix for matrix in covered.matrices}
     rest = plain_tensors(model, covered.weights)
@@ -167,7 +167,9 @@ def _write(task: Export, journal: Journal | None, advance: Callable[[int], None]
                     for spot, data in zip(step.writes, parts, strict=True):
                         if spot.file not in writers:
                             shard, path = shards[spot.file], journal.destination / spot.file
-                            writers[spot.file] = ShardWriter(path, journal.partial(spot.file), shard.header, shard.nbytes)
+                            writers[spot.file] = ShardWriter(
+                                path, journal.partial(spot.file), shard.header, shard.nbytes
+                            )
                         if len(data) and writers[spot.file].write(data.data, spot.start):
                             writers.pop(spot.file).commit()
                             journal.record(spot.file)

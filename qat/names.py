@@ -149,7 +149,9 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
     chosen = []
     for weight in weights:
         if wanted[id(weight)] == {True, False}:
-            raise KconvertError(f"the targets {', '.join(config.targets)} mean a part of {weight.key} only, which is one parameter")
+            raise KconvertError(
+                f"the targets {', '.join(config.targets)} mean a part of {weight.key} only, which is one parameter"
+            )
         if True in wanted[id(weight)]:
             chosen.append(weight)
     if not chosen:

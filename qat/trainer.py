@@ -15,9 +15,17 @@ from typing import Any
 import torch
 import transformers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, Trainer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import Checkpoint, open_checkpoint
@@ -96,7 +104,7 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     transformers.set_seed(request.seed)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
     training, held_out = _blocks(request, tokenizer)
-    last = get_last_checkpoint(str(request.output / "checkpoints")) if (request.output / "checkpoints").is_dir() else None
+    last = _last_checkpoint(request.output / "checkpoints")
     model = load_model(request.model, MASTERS[request.masters])
     before = held_out_loss(model, held_out)
     covered = prepare(model, request.config)
@@ -111,7 +119,7 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     trainer.train(resume_from_checkpoint=last)
     at_step(model, max(request.steps, request.config.start_step))
     trained = held_out_loss(model, held_out)
-    _save(request, trainer, tokenizer, origin)
+    _save(request, model, trainer.state.log_history, tokenizer, origin)
     return Outcome(request.output, str(covered), request.steps, before, quantised, trained)
 
 
@@ -119,7 +127,9 @@ def load_model(path: Path, dtype: torch.dtype) -> Any:
     """The causal language model in `path`, by the class that its config.json names where transformers has it (Kimi-K2)."""
     names = open_checkpoint(path).config.get("architectures") or [""]
     known = getattr(transformers, str(names[0]), None)
-    loader = known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else AutoModelForCausalLM
+    loader = (
+        known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else AutoModelForCausalLM
+    )
     try:
         model = loader.from_pretrained(path, dtype=dtype)
     except (ValueError, OSError, KeyError) as error:
@@ -134,14 +144,15 @@ def held_out_loss(model: Any, blocks: torch.Tensor, batch: int = 8) -> float:
     model.eval()
     total = 0.0
     with torch.no_grad():
-        for ids in blocks.to(model.device).split(batch):
+        for first in range(0, len(blocks), batch):
+            ids = blocks[first : first + batch].to(model.device)
             logits = model(ids).logits[:, :-1].float().flatten(0, 1)
             total += float(functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum"))
     model.train(training)
     return total / blocks[:, 1:].numel()
 
 
-class QATTrainer(Trainer):  # type: ignore[misc]
+class QATTrainer(Trainer):
     """transformers' Trainer with our loss and callback, and without its own output."""
 
     def __init__(self, request: TrainRequest, model: Any, blocks: torch.Tensor, advance: Advance) -> None:
@@ -169,7 +180,7 @@ class QATTrainer(Trainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
+class Progress(TrainerCallback):
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
 
@@ -214,6 +225,12 @@ def _claim(request: TrainRequest) -> None:
         raise KconvertError(f"cannot write to {request.output}: {error.strerror}") from None
 
 
+def _last_checkpoint(folder: Path) -> str | None:
+    """The latest that is whole: Trainer writes its state last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
 def _blocks(request: TrainRequest, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [blocks, block] to train on, and held out; every HELD_OUT-th block of the text, at most MOST_HELD_OUT."""
     ids: list[int] = []
@@ -226,7 +243,9 @@ def _blocks(request: TrainRequest, tokenizer: Any) -> tuple[torch.Tensor, torch.
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
     blocks = torch.tensor(ids[: len(ids) // request.block * request.block]).view(-1, request.block)
     if len(blocks) < 2:
-        raise KconvertError(f"the text has {len(ids):,} tokens, which is less than two blocks of {request.block}; give more")
+        raise KconvertError(
+            f"the text has {len(ids):,} tokens, which is less than two blocks of {request.block}; give more"
+        )
     chosen = torch.zeros(len(blocks), dtype=torch.bool)
     chosen[HELD_OUT - 1 :: HELD_OUT] = True
     chosen[-1] = chosen[-1] or not bool(chosen.any())
@@ -234,14 +253,15 @@ def _blocks(request: TrainRequest, tokenizer: Any) -> tuple[torch.Tensor, torch.
     return blocks[~chosen], held_out
 
 
-def _save(request: TrainRequest, trainer: QATTrainer, tokenizer: Any, origin: Checkpoint | None) -> None:
-    log = trainer.state.log_history
+def _save(
+    request: TrainRequest, model: Any, log: list[dict[str, float]], tokenizer: Any, origin: Checkpoint | None
+) -> None:
     (request.output / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     plot_training(log, request.output / "training.png")
-    trainer.model.save_pretrained(request.output / "masters")
+    model.save_pretrained(request.output / "masters")
     tokenizer.save_pretrained(request.output / "masters")
     export(
-        trainer.model,
+        model,
         request.output / "int4",
         source=None if origin is None else origin.root,
         tokenizer=tokenizer,

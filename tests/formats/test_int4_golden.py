@@ -23,6 +23,11 @@ def flat(tensor):
     return tensor.contiguous().view(torch.uint8).reshape(-1).numpy().copy()
 
 
+def without_zeros(scales):
+    """A scale of zero is refused unless all codes are; see below."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
 def decode(packed, scale, cols, group_size):
     """BF16 bits [rows, cols] by our code, from torch tensors."""
     tile = np.full((len(packed), cols), np.nan, np.float32)
@@ -84,7 +89,7 @@ def all_codes(rows, groups, group_size):
 
 @pytest.mark.parametrize("group_size", [32, None])
 def test_every_code_times_every_finite_scale_equals_compressed_tensors(group_size):
-    scales = torch.from_numpy(FINITE.copy()).view(torch.bfloat16)
+    scales = without_zeros(torch.from_numpy(FINITE.copy()).view(torch.bfloat16))
     scale = scales.reshape(-1, 8 if group_size else 1)
     cols = scale.shape[1] * 32
     packed = all_codes(len(scale), scale.shape[1], 32)
@@ -104,8 +109,20 @@ def test_random_words_and_scales_decode_as_compressed_tensors_does(data, group_s
         )
     )
     packed = torch.frombuffer(bytearray(random.randbytes(rows * width // 2)), dtype=torch.int32).reshape(rows, -1)
-    scale = torch.tensor(scales, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).reshape(rows, -1)
+    scale = without_zeros(torch.tensor(scales, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)).reshape(
+        rows, -1
+    )
     assert np.array_equal(decode(packed, scale, width, group_size), decompress(packed, scale, width, group_size))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0])
+def test_a_scale_of_zero_is_good_for_codes_of_zero_only(scale):
+    packed = torch.full((1, 4), -0x77777778, dtype=torch.int32)
+    zero = torch.tensor([[scale]]).bfloat16()
+    assert np.array_equal(decode(packed, zero, 32, 32), decompress(packed, zero, 32, 32))
+    packed[0, 3] = 0x78888888
+    with pytest.raises(ValueError, match="scale of zero over codes that are not"):
+        decode(packed, zero, 32, 32)
 
 
 @pytest.mark.parametrize("cols", [1, 4, 15, 20, 24])

@@ -84,13 +84,13 @@ def largest_bits(tile: Any, group: Any) -> Any:
 
 @inline
 def smallest_bits(tile: Any, group: Any) -> Any:
-    """Bits of the smallest magnitude of tile[group] that is not zero, 0 if there is none."""
-    before = np.uint32(0xFFFFFFFF)  # one less than it, so that zeros come last
+    """Bits of the smallest magnitude of tile[group] that is not zero; of NaN if there is none."""
+    smallest = np.uint32(0x7FFFFFFF)
     for i in range(tile.shape[1]):
         magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
-        candidate = np.uint32(magnitude - np.uint32(1))
-        before = candidate if candidate < before else before
-    return np.uint32(before + np.uint32(1))
+        below = np.uint32(magnitude - np.uint32(1))  # zero becomes the largest of all
+        smallest = below if below < smallest else smallest
+    return np.uint32(smallest + np.uint32(1)) if smallest < np.uint32(0x7FFFFFFF) else np.uint32(0x7FFFFFFF)
 
 
 @inline

@@ -40,6 +40,8 @@ LOW_NIBBLE = U(15)
 HIGHEST = np.float32(7)
 SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1, and the last nibble of this one is 8
 HEAD = 8  # values that fill a vector
+# Codes from 1 to 8 span less than this, rounded products included; values that never were INT4 nearly always span more.
+WIDEST = np.float32(8.0625)
 
 
 def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
@@ -224,9 +226,8 @@ def _search(tile: Any, group: Any, amax: Any, top: Any, lowest: Any, codes: Any)
 
 @inline
 def _may_be_exact(amax: Any, smallest: Any) -> Any:
-    """Whether a scale can reproduce the group: then no value but zero is smaller than the scale, and amax = bf16(m * scale)
-    for an m of at most 8. Of values that were never quantised nearly none pass, and the search is spared."""
-    return float_of(amax) <= np.float32(8.125) * float_of(smallest)
+    """Whether a scale can reproduce the group, by what lies between its values; most that were never quantised cannot."""
+    return float_of(amax) <= WIDEST * float_of(smallest)
 
 
 @inline
@@ -257,7 +258,7 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
         bits = _exact_scale(tile, group, amax, lowest, codes) if possible else U(0)
         if bits == U(0):
             bits = _rule(amax, divisor, zero_scale)
-            if _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
+            if amax or _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
                 _quantise(tile, group, bits, lowest, rounds, codes)
                 inexact += 1
         scale[group] = np.uint16(bits)
@@ -326,7 +327,7 @@ def fake_quantise(values: Any, divisor: Any, lowest: Any, rounds: Any, zero_scal
 
 @inline
 def _extremes(values: Any, group: Any) -> Any:
-    """Bits of the largest magnitude of values[group], and of the smallest that is not zero, 0 if there is none."""
+    """amax_bits and smallest_bits in one pass over stored values; the second is 0 if there is none."""
     largest, before = U(0), U(0xFFFFFFFF)  # zeros come last in the order of what is one less
     for i in range(values.shape[1]):
         magnitude = U(bits_of(load_bf16(values[group, i])) & U(0x7FFFFFFF))
