@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert import __version__
-from kconvert.cli import conversions, inspect, sample, verify
+from kconvert.cli import conversions, inspect, qat, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
 
 
@@ -55,6 +55,7 @@ COMMANDS = (
     conversions.convert,
     verify.verify,
     sample.sample,
+    qat.qat,
 )
 for command in COMMANDS:
     main.add_command(command)
