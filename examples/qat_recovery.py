@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DeepseekV3Config, PreTrainedTokenizerFast, set_seed
 
-from kconvert.qat import QATConfig, export, prepare
+from kconvert.qat import QATConfig, coverage, export, prepare
 from kconvert.qat.distill import distillation_loss
 from kconvert.qat.parity import compare
 from kconvert.qat.trainer import held_out_loss
@@ -188,12 +188,14 @@ def measure(
 
 def check_export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, ids: torch.Tensor) -> bool:
     """Whether the exported checkpoint, loaded by transformers in BF16, computes the trainer's logits bit for bit."""
-    model = model.to(torch.bfloat16)
-    export(model, folder, tokenizer=tokenizer, overwrite=True)
+    model.save_pretrained(folder / "masters")
+    shipped = AutoModelForCausalLM.from_pretrained(folder / "masters", dtype=torch.bfloat16)
+    prepare(shipped, coverage(model).config)
+    export(shipped, folder / "int4", tokenizer=tokenizer, overwrite=True)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+        folder / "int4", dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    return compare(model, loaded, [ids]).is_exact
+    return compare(shipped, loaded, [ids]).is_exact
 
 
 def table(rows: list[Row]) -> str:
@@ -265,7 +267,7 @@ def main() -> None:
     (options.output / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     plot(rows, options.output / "recovery.png")
     print(table(rows))
-    exact = check_export(model, tokenizer, options.output / "int4", held_out[:BATCH])
+    exact = check_export(model, tokenizer, options.output, held_out[:BATCH])
     say(f"the exported checkpoint computes the trainer's logits bit for bit: {exact}")
 
 

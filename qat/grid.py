@@ -8,6 +8,7 @@ torch.compile cannot elide the rounding of scales to bf16, which would change 7%
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,12 @@ def _by_kernel(groups: torch.Tensor, rule: Convention, served: torch.Tensor) -> 
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    """The contiguous tensor's memory [groups, g]. Not by numpy(), after which FSDP2 could not free the storage."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if not nbytes:
+        return np.empty(tensor.shape, np.uint16)
+    memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, np.uint16 if tensor.dtype == torch.bfloat16 else np.float32).reshape(tensor.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """The model's config.json as it would be saved; empty for a module without one."""
     model = base_model(model)
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_json_string"):
+    if not hasattr(model, "save_pretrained") or not hasattr(config, "to_json_string"):
         return {}
     table: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
@@ -155,7 +155,7 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
         if True in wanted[id(weight)]:
             chosen.append(weight)
     if not chosen:
-        raise KconvertError(f"the targets {', '.join(config.targets)} mean none of the model's experts")
+        raise KconvertError(f"the targets {config.targets} mean none of the model's experts")
     return chosen
 
 

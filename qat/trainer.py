@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from kconvert.checkpoint.config import quantization_tables
-from kconvert.checkpoint.source import Checkpoint, open_checkpoint
+from kconvert.checkpoint.source import open_checkpoint
 from kconvert.errors import KconvertError
 from kconvert.qat.attach import at_step, prepare
 from kconvert.qat.callback import QATCallback
@@ -115,11 +115,15 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     if last is not None:  # Trainer does not restore fused experts
         model = load_model(Path(last), MASTERS[request.masters])
         prepare(model, request.config)
+    if request.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     trainer = QATTrainer(request, model, training, advance or (lambda step, logs: None))
     trainer.train(resume_from_checkpoint=last)
-    at_step(model, max(request.steps, request.config.start_step))
-    trained = held_out_loss(model, held_out)
-    _save(request, model, trainer.state.log_history, tokenizer, origin)
+    shipped = _save_masters(request, model, trainer.state.log_history, tokenizer)
+    prepare(shipped, replace(request.config, start_step=0))
+    trained = held_out_loss(shipped, held_out)
+    lender = None if origin is None else origin.root
+    export(shipped, request.output / "int4", source=lender, tokenizer=tokenizer, overwrite=True)
     return Outcome(request.output, str(covered), request.steps, before, quantised, trained)
 
 
@@ -202,7 +206,6 @@ def _arguments(request: TrainRequest) -> TrainingArguments:
         logging_steps=max(1, min(10, request.steps // 10)),
         save_steps=request.save_every,
         save_total_limit=2,
-        gradient_checkpointing=request.gradient_checkpointing,
         use_cpu=not torch.cuda.is_available(),
         seed=request.seed,
         report_to="none",
@@ -253,17 +256,11 @@ def _blocks(request: TrainRequest, tokenizer: Any) -> tuple[torch.Tensor, torch.
     return blocks[~chosen], held_out
 
 
-def _save(
-    request: TrainRequest, model: Any, log: list[dict[str, float]], tokenizer: Any, origin: Checkpoint | None
-) -> None:
+def _save_masters(request: TrainRequest, model: Any, log: list[dict[str, float]], tokenizer: Any) -> Any:
+    """Write the trained weights and the log; returns the model as it is shipped, in BF16 but for what stays in F32."""
     (request.output / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     plot_training(log, request.output / "training.png")
-    model.save_pretrained(request.output / "masters")
-    tokenizer.save_pretrained(request.output / "masters")
-    export(
-        model,
-        request.output / "int4",
-        source=None if origin is None else origin.root,
-        tokenizer=tokenizer,
-        overwrite=True,
-    )
+    masters = request.output / "masters"
+    model.save_pretrained(masters)
+    tokenizer.save_pretrained(masters)
+    return load_model(masters, torch.bfloat16)
