@@ -29,7 +29,13 @@ from statistics import mean, stdev
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, DeepseekV3Config, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    DeepseekV3Config,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from kconvert.qat import QATConfig, coverage, export, prepare
 from kconvert.qat.distill import distillation_loss
@@ -111,7 +117,7 @@ def make_model() -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="grouped_mm")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
 
 
 def batches(data: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:
@@ -179,9 +185,7 @@ def run_seed(
     return rows, model
 
 
-def measure(
-    model: nn.Module, reference: nn.Module, held_out: torch.Tensor, seed: int, way: str, group: int
-) -> Row:
+def measure(model: nn.Module, reference: nn.Module, held_out: torch.Tensor, seed: int, way: str, group: int) -> Row:
     parity = compare(reference, model, held_out.split(BATCH))
     return Row(seed, way, group, held_out_loss(model, held_out), parity.kl, parity.top1)
 
@@ -216,7 +220,10 @@ def table(rows: list[Row]) -> str:
 
 def _share(rows: list[Row], way: str, group: int) -> float:
     """Recovered of the mean losses, in which no seed with a small gap counts for more than the others."""
-    losses = {name: mean(row.loss for row in rows if row.way == name and row.group in (0, group)) for name in ("BF16", "PTQ", way)}
+    losses = {
+        name: mean(row.loss for row in rows if row.way == name and row.group in (0, group))
+        for name in ("BF16", "PTQ", way)
+    }
     return (losses["PTQ"] - losses[way]) / (losses["PTQ"] - losses["BF16"])
 
 

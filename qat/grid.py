@@ -80,8 +80,9 @@ def _array(tensor: torch.Tensor) -> NDArray[Any]:
     nbytes = tensor.numel() * tensor.element_size()
     if not nbytes:
         return np.empty(tensor.shape, np.uint16)
-    memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, np.uint16 if tensor.dtype == torch.bfloat16 else np.float32).reshape(tensor.shape)
+    memory: Any = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    array: NDArray[Any] = np.frombuffer(memory, "u2" if tensor.dtype == torch.bfloat16 else "f4")
+    return array.reshape(tensor.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -35,11 +35,15 @@ def qat() -> None:
 @click.option("--group-size", type=click.IntRange(8), default=32, show_default=True, help="Inputs to a scale.")
 @click.option("--target", "targets", multiple=True, help="Role or glob of names; repeatable [default: every expert].")
 @click.option("--start-step", type=click.IntRange(0), default=0, show_default=True, help="Steps without the grid.")
-@click.option("--gradient", type=click.Choice(["straight-through", "clip"]), default="straight-through", show_default=True)
+@click.option(
+    "--gradient", type=click.Choice(["straight-through", "clip"]), default="straight-through", show_default=True
+)
 @click.option("--learning-rate", type=float, default=1e-5, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--block", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence.")
-@click.option("--masters", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Trained weights.")
+@click.option(
+    "--masters", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Trained weights."
+)
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Keep the quantised experts of one layer at a time.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -82,8 +86,9 @@ def _run(train: Any, request: Any, quiet: bool) -> Any:
     from tqdm import tqdm
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence: Any = logging
+    silence.set_verbosity_error()
+    silence.disable_progress_bar()
     with tqdm(total=request.steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
 
         def advance(step: int, logs: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def test_the_guard_refuses_another_grid(tiny, tmp_path, group, message):
 
 
 def test_from_kimi_to_kimi_the_codes_of_untouched_weights_stay(sample, tmp_path):
-    """INT4 -> BF16 masters -> a step that touches one expert -> INT4: every other byte of every packed tensor is the source's."""
+    """INT4 -> BF16 masters -> a step that touches one expert -> INT4: every other tensor is the source's."""
     from transformers import DeepseekV3ForCausalLM
 
     source = sample(tmp_path / "int4", layers=2, shard_size=10**9)

@@ -8,7 +8,13 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-CONFIG = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+CONFIG = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def make():

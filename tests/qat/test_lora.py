@@ -67,7 +67,9 @@ def test_linears_of_a_module_list(module_list, mode):
     layer = model.base_model.model.experts[0].gate_proj
     weight, delta, x = layer.get_base_layer().weight, layer.get_delta_weight("default"), torch.randn(5, 64)
     prepare(model, QATConfig(lora=mode))
-    quantised = fake_quantise(weight + delta, 32, "kimi") if mode == "merged" else fake_quantise(weight, 32, "kimi") + delta
+    quantised = (
+        fake_quantise(weight + delta, 32, "kimi") if mode == "merged" else fake_quantise(weight, 32, "kimi") + delta
+    )
     torch.testing.assert_close(layer(x), x @ quantised.T)
 
 

@@ -52,7 +52,13 @@ def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["loss_trained"] < outcome["loss_quantised"]
-    for name in ("int4/config.json", "int4/tokenizer.json", "int4/qat_config.json", "masters/config.json", "training.png"):
+    for name in (
+        "int4/config.json",
+        "int4/tokenizer.json",
+        "int4/qat_config.json",
+        "masters/config.json",
+        "training.png",
+    ):
         assert (tmp_path / "out" / name).stat().st_size
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log[0]["qat_sqnr"] > 15
@@ -124,7 +130,11 @@ def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"teacher": Path("x")}, "go together"), ({"masters": "f16"}, "no masters in"), ({"text": (Path("none"),)}, "cannot be read")],
+    [
+        ({"teacher": Path("x")}, "go together"),
+        ({"masters": "f16"}, "no masters in"),
+        ({"text": (Path("none"),)}, "cannot be read"),
+    ],
 )
 def test_bad_requests_are_one_sentence(request_, options, message):
     from kconvert.qat.trainer import train
