@@ -64,7 +64,7 @@ def sides_of(weights: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
 def saved_bytes(weight: torch.Tensor) -> int:
     """What autograd keeps for the backward of the fake-quantised weight's matmul, besides the weight and the input."""
     leaf = weight[:1].clone().requires_grad_()
-    inputs = torch.randn(1, 8, weight.shape[2], dtype=weight.dtype, device=weight.device)
+    inputs = torch.randn(1, 8, weight.shape[2], dtype=weight.dtype, device=weight.device, requires_grad=True)
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
