@@ -1,4 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.10 to 3.13 with venv, and a package index.
+# `make demo` and `make test` need nothing but Python 3.10 to 3.13 with venv, and a package index. The tests of the HTML report
+# take a Chromium on the PATH (Debian: apt-get install chromium) and skip without one.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -23,7 +23,7 @@ from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.formats import Part
 from kconvert.journal import Journal
-from kconvert.plan import Copy, Place, Plan, Step, Transcode
+from kconvert.plan import Copy, Plan, Step, Transcode
 from kconvert.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Buffers:
     def fetch(self, source: Source | None, use: str, file: str, start: int, nbytes: int) -> Bytes:
         """Bytes of `file`, in the buffer for `use`."""
         assert source is not None
+        if not nbytes:
+            return np.empty(0, np.uint8)
         room = self.take(use, nbytes + 2 * PAGE)
         return np.frombuffer(source.fetch(file, start, nbytes, room.data), np.uint8)
 
@@ -169,14 +171,7 @@ class Run:
         self._write(target.file, target.start + first, data)
 
     def _transcode(self, step: Transcode, first: int, last: int, buffers: Buffers) -> None:
-        inputs = [
-            self._read(step, part, place, first, last, buffers)
-            for part, place in zip(step.source_parts, step.reads, strict=True)
-        ]
-        outputs = [
-            self._room(step, part, place, first, last, buffers)
-            for part, place in zip(step.target_parts, step.writes, strict=True)
-        ]
+        inputs, outputs = self._inputs(step, first, last, buffers), self._outputs(step, first, last, buffers)
         count, lost = _tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
@@ -193,16 +188,25 @@ class Run:
             if part.every is not None or first == 0:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
 
-    def _read(self, step: Transcode, part: Part, place: Place, first: int, last: int, buffers: Buffers) -> Bytes:
-        start, stop = part.span(step.rows, first, last)
-        return buffers.fetch(self.source, "in." + part.suffix, place.file, place.start + start, stop - start)
-
-    def _room(self, step: Transcode, part: Part, place: Place, first: int, last: int, buffers: Buffers) -> Bytes:
-        start, stop = part.span(step.rows, first, last)
-        data = buffers.take("out." + part.suffix, stop - start, place.start + start)
-        if part.constant is not None:
-            data[:] = np.frombuffer(part.constant, np.uint8)
+    def _inputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
+        """The bytes of every part that these rows need, read into buffers; parts of other rows take none."""
+        data: list[Bytes] = []
+        for part, place in zip(step.source_parts, step.reads, strict=True):
+            start, stop = part.span(step.rows, first, last)
+            use = f"in.{sum(map(bool, map(len, data)))}"
+            data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
         return data
+
+    def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
+        """Room for the bytes that these rows are in every part."""
+        rooms: list[Bytes] = []
+        for part, place in zip(step.target_parts, step.writes, strict=True):
+            start, stop = part.span(step.rows, first, last)
+            room = buffers.take(f"out.{sum(map(bool, map(len, rooms)))}", stop - start, place.start + start)
+            if part.constant is not None:
+                room[:] = np.frombuffer(part.constant, np.uint8)
+            rooms.append(room)
+        return rooms
 
     def _write(self, file: str, offset: int, data: Bytes) -> None:
         if file in self._done or not len(data):

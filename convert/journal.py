@@ -10,15 +10,18 @@ import fcntl
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import kconvert
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import write_file
 from kconvert.plan import Plan
 
 JOURNAL = "journal.jsonl"
+SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
 
 
 class Journal:
@@ -43,7 +46,7 @@ class Journal:
     def _begin(self, plan: Plan, overwrite: bool) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
         if len(self.finished) < len(plan.shards):
-            for name in (CONFIG_NAME, INDEX_NAME):
+            for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
                 (self.destination / name).unlink(missing_ok=True)
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
@@ -100,13 +103,14 @@ def finished_shards(destination: Path, plan: Plan, overwrite: bool) -> set[str]:
     advice = "choose another directory, or --overwrite to replace the checkpoint in it"
     try:
         lines = _read_lines(destination / STATE_DIR / JOURNAL)
-        if overwrite and lines[:1] != [_head(plan)]:
+        mine = bool(lines) and _belongs(lines[0], plan)
+        if overwrite and not mine:
             return set()
         if not lines:
             foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
             if foreign is not None:
                 raise KconvertError(f"{destination} is not empty ({foreign}); {advice}")
-        elif lines[0] != _head(plan):
+        elif not mine:
             same = lines[0].get("plan") == plan.hash
             what = "from source files that have changed since" if same else "with other settings, or of another source"
             raise KconvertError(f"{destination} holds a conversion {what}; {advice}")
@@ -121,12 +125,32 @@ def stale_files(destination: Path, finished: set[str], overwrite: bool) -> list[
     """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST; nothing else."""
     stale = list((destination / STATE_DIR).glob("*.part"))
     if overwrite:
-        stale += [path for path in destination.glob("*.safetensors") if path.name not in finished]
+        shards = (path for pattern in SHARDS for path in destination.glob(pattern))
+        stale += [path for path in shards if str(path.relative_to(destination)) not in finished]
     return stale
 
 
+def provenance(root: Path) -> dict[str, str]:
+    """`version`, `recipe` and `from` of the run that wrote the checkpoint in `root`; empty without a journal that says so.
+
+    `from` is the source's name, empty of a synthetic sample.
+    """
+    try:
+        lines = _read_lines(root / STATE_DIR / JOURNAL)
+    except OSError:
+        return {}
+    head = lines[0] if lines else {}
+    return {key: str(head.get(key, "")) for key in ("version", "recipe", "from")} if "version" in head else {}
+
+
 def _head(plan: Plan) -> dict[str, object]:
-    return {"plan": plan.hash, "source": plan.stamp}
+    said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
+    return {"plan": plan.hash, "source": plan.stamp, **said}
+
+
+def _belongs(head: Mapping[str, object], plan: Plan) -> bool:
+    """Whether a journal's first line is this plan's; what the source is called does not matter."""
+    return (head.get("plan"), head.get("source")) == (plan.hash, plan.stamp)
 
 
 def _looks(path: Path) -> dict[str, object]:

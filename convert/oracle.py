@@ -24,38 +24,83 @@ if TYPE_CHECKING:
     State = dict[str, torch.Tensor]
 
 
+# How torch reads the tensors of a file: names, as torch is loaded when it is needed.
+TORCH_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E8M0": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
+
 def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` (exclusive) of `weight`, [last - first, cols] in the weight's own dtype."""
     unit = row_unit(weight)
     start = first // unit * unit
-    state = {
-        part.suffix: _rows(weight, index, reader, start, last)
+    state = read_state(weight, reader, start, last)
+    return decoded(weight.format, state, (last - start, weight.cols))[first - start :]
+
+
+def read_state(weight: Weight, reader: Reader, first: int, last: int) -> State:
+    """The tensors that these rows of `weight` need, but for constants; `first` is a multiple of row_unit(weight)."""
+    return {
+        part.suffix: _rows(weight, index, reader, first, last)
         for index, part in enumerate(weight.parts)
         if part.constant is None
     }
-    match weight.format:
+
+
+def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tensor:
+    """The values [rows, cols] = `shape` that the tensors `state` spell, in the weight's own dtype."""
+    cols = shape[1]
+    match format:
         case Dense(transposed=int(out)):
-            values = state[""].view(-1, weight.cols, out).swapaxes(1, 2).reshape(-1, weight.cols)
+            values = state[""].view(-1, cols, out).swapaxes(1, 2).reshape(-1, cols)
         case Dense():
             values = state["weight"]
         case Packed():
-            values = _pack_quantized(weight.format, state, (last - start, weight.cols))
+            values = _pack_quantized(format, state, shape)
         case Fp8():
-            values = _float_quantized(weight.format, state)
+            values = _float_quantized(format, state)
         case Int8():
-            values = _int_quantized(weight.format, state)
+            values = _int_quantized(format, state)
         case Mx() | Nvfp4():
-            values = _microscaled(weight.format, state)
+            values = _microscaled(format, state)
         case MxStack():
-            codes, scale = state["_blocks"].view(-1, weight.cols // 2), state["_scales"].view(-1, weight.cols // GROUP)
+            codes, scale = state["_blocks"].view(-1, cols // 2), state["_scales"].view(-1, cols // GROUP)
             values = _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
         case _:
-            raise NotImplementedError(f"no independent decoder of {weight.format.label}")
-    return values[first - start :]
+            raise NotImplementedError(f"no independent decoder of {format.label}")
+    return values
+
+
+def authority(format: Format) -> str:
+    """Who says what the values of a weight in this format are."""
+    return "the source" if isinstance(format, Dense) else "compressed-tensors"
+
+
+def has_reference(format: Format) -> bool:
+    """Whether it is known what kconvert writes as `format`: then expected_parts takes it."""
+    match format:
+        case Packed():
+            return (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+        case Fp8():
+            return format.strategy != "tensor" and format.scale_dtype != "F16"
+        case Int8():
+            return (format.strategy, format.symmetric, format.scale_dtype) == ("channel", True, "BF16")
+    return isinstance(format, Mx)
 
 
 def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
-    """What `format` may make of the rows `values`, bf16 [rows, cols], by its reference in torch: {suffix: tensor}.
+    """What `format`, one that has_reference, may make of the rows `values`, bf16 [rows, cols]: {suffix: tensor}.
 
     Nothing in an INT4, FP8 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
@@ -64,7 +109,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
     from kconvert.formats.reference import fp8, int8, mx, packed
 
     match format:
-        case Packed(bits=4, symmetric=True, ordered=False):
+        case Packed():
             size = format.group_size or values.shape[1]
             for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
                 for rule in CONVENTIONS.values():
@@ -75,7 +120,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
             for mse in (False, True):
                 codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype, mse)
                 yield {"weight": codes, format.scale_name: scale}
-        case Int8(strategy="channel", symmetric=True):
+        case Int8():
             codes, scale = int8.encode(values)
             yield {"weight": codes, "weight_scale": scale}
         case Mx():
@@ -95,21 +140,11 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     """The rows of one part that these rows of the weight need, as torch reads them."""
     import torch
 
-    dtypes = {
-        "BF16": torch.bfloat16,
-        "F16": torch.float16,
-        "F32": torch.float32,
-        "I32": torch.int32,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "F8_E8M0": torch.uint8,
-        "F8_E4M3": torch.float8_e4m3fn,
-    }
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
-    return torch.frombuffer(data, dtype=dtypes[part.dtype]).view(shape)
+    return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[part.dtype])).view(shape)
 
 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
@@ -126,6 +161,9 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     state = {**state, "weight_shape": torch.tensor(shape)}
     if format.zero_dtype == "I8":
         state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
+    if not format.symmetric and len(state["weight_zero_point"]) == 1:
+        # compressed-tensors cannot unpack a single word down the rows; it cuts off what is too much.
+        state["weight_zero_point"] = state["weight_zero_point"].repeat(2, 1)
     if format.ordered:
         return _unordered(format, state, shape)
     values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,7 +18,9 @@ from kconvert.checkpoint.header import layout, tensor_bytes
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
+from kconvert.formats.amx import AmxCodes, AmxScales
 from kconvert.formats.dense import Dense
+from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
@@ -38,7 +40,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Transcode:
-    """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`."""
+    """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
+
+    `output` is its name there where that is another one than in the source.
+    """
 
     name: str
     rows: int
@@ -47,6 +52,7 @@ class Transcode:
     reads: tuple[Place, ...]
     target: Format
     writes: tuple[Place, ...] = ()
+    output: str = ""
 
     @property
     def source_parts(self) -> tuple[Part, ...]:
@@ -59,10 +65,11 @@ class Transcode:
     @property
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype, shape) of what it writes."""
-        return [(part.tensor_of(self.name), part.dtype, part.shape) for part in self.target_parts]
+        name = self.output or self.name
+        return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
-        return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes)
+        return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ Step: TypeAlias = Transcode | Copy
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its header and its size in bytes, header included."""
+    """One output file: its header (empty for a file that is one tensor's bytes) and its size in bytes, header included."""
 
     name: str
     header: bytes
@@ -168,7 +175,6 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     recipe.check_source(model)
     model = model.select(recipe.include, recipe.exclude)
     steps, shards = place(list(_drafts(model, recipe)), recipe.shard_size)
-    transcoded = [step for step in steps if isinstance(step, Transcode)]
     texts = final_texts(recipe.config(model), shards, model.parameters)
     facts = {
         "source": model.checkpoint.name,
@@ -180,23 +186,43 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         "weights": dict(format_counts(model.weights)),
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
         + sum(plain.tensor.nbytes for plain in model.plain),
-        "transcoded": len(transcoded),
-        "copied": len(steps) - len(transcoded),
-        **{fate: _pairs(step for step in transcoded if fate_of(step) == fate) for fate in FATES},
+        **count_steps(steps),
         "dropped": [tensor.name for tensor in model.dropped],
         "left_out": list(model.checkpoint.left_out),
     }
     return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
 
 
+def count_steps(steps: Sequence[Step]) -> dict[str, Any]:
+    """How many steps of each kind there are, and which conversions lose something."""
+    transcoded = [step for step in steps if isinstance(step, Transcode)]
+    return {
+        "transcoded": len(transcoded),
+        "copied": len(steps) - len(transcoded),
+        **{fate: _pairs(step for step in transcoded if fate_of(step) == fate) for fate in FATES},
+    }
+
+
 def fate_of(step: Transcode) -> str:
-    """What becomes of the weight's values. They are bf16 whatever spells them, so BF16 holds them all.
+    """What becomes of the weight's values. Their own dtype holds them all, and F32 holds those of any.
 
     `recovered`: where codes and a scale reproduce a group's values the output has these, and the run counts the others.
     """
-    if isinstance(step.target, Dense) and step.target.dtype == "BF16":
+    if isinstance(step.target, Dense) and step.target.dtype in ("F32", _dtype_of_values(step.source)):
+        return "lossless"
+    if isinstance(step.target, AmxCodes | AmxScales):
         return "lossless"
     return "recovered" if isinstance(step.target, Packed) and step.target.exact else "lossy"
+
+
+def _dtype_of_values(format: Format) -> str:
+    """Integers are multiplied in their scale's dtype; the values of all other encodings are bf16."""
+    match format:
+        case Dense():
+            return format.dtype
+        case Packed() | Int8():
+            return format.scale_dtype
+    return "BF16"
 
 
 def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:
@@ -225,7 +251,11 @@ def _copy(tensor: Tensor) -> Copy:
 
 
 def place(
-    drafts: Sequence[Step], shard_size: int, shard_name: str = SHARD_NAME, scatter: bool = False
+    drafts: Sequence[Step],
+    shard_size: int,
+    shard_name: str = SHARD_NAME,
+    scatter: bool = False,
+    metadata: Mapping[str, str] = METADATA,
 ) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
     """Give every output tensor its shard and offset; shards hold at most `shard_size` bytes, or one weight.
 
@@ -247,7 +277,7 @@ def place(
         if not content:
             raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
         name = shard_name.format(number=number, total=total)
-        header, entries = layout(content, METADATA)
+        header, entries = layout(content, metadata)
         shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))
         places.update((entry.name, Place(name, entry.start)) for entry in entries)
     if len(places) != sum(map(len, contents)):
@@ -256,6 +286,19 @@ def place(
         )
     steps = tuple(draft.placed(tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
     return steps, tuple(shards)
+
+
+def place_apart(
+    drafts: Iterable[Step], file_of: Callable[[str, int], str]
+) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
+    """Give every output tensor a file of its own without a header: `file_of` its name and size in bytes."""
+    steps, shards = [], []
+    for draft in drafts:
+        sizes = [(name, tensor_bytes(dtype, shape)) for name, dtype, shape in draft.outputs]
+        files = [Shard(file_of(name, nbytes), b"", nbytes, (name,)) for name, nbytes in sizes]
+        steps.append(draft.placed(tuple(Place(file.name, 0) for file in files)))
+        shards += files
+    return tuple(steps), tuple(shards)
 
 
 def _shard_numbers(drafts: Iterable[Step], shard_size: int) -> list[int]:
@@ -277,8 +320,8 @@ def final_texts(config: Mapping[str, Any], shards: Iterable[Shard], parameters: 
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
     metadata = {"total_size": total, "total_parameters": parameters}
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    return {CONFIG_NAME: _json(config), INDEX_NAME: _json(index)}
+    return {CONFIG_NAME: json_bytes(config), INDEX_NAME: json_bytes(index)}
 
 
-def _json(table: Mapping[str, Any]) -> bytes:
+def json_bytes(table: Mapping[str, Any]) -> bytes:
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

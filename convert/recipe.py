@@ -90,6 +90,7 @@ def _experts_or_all(format: Format, table: Callable[[list[str], list[str]], dict
 # Target -> layout -> what it means; the first layout is the default.
 TARGETS: Mapping[str, Mapping[str, Target]] = {
     "bf16": {"": Target(Dense("BF16"))},
+    "f16": {"": Target(Dense("F16"))},
     "fp8": {
         "experts": Target(Fp8(), EXPERTS, table=_fp8_experts_table),
         "all": Target(Fp8(), LINEARS, table=_fp8_all_table),
@@ -204,7 +205,7 @@ class Recipe:
 
     def _fit_stacked(self, format: Format, weight: Weight) -> Format:
         """gpt-oss's experts are matrices [in, out] where they are no MXFP4; engines read them in no other way."""
-        if not isinstance(format, Dense):
+        if format != Dense("BF16"):
             raise KconvertError(
                 f"weight {weight.name!r} is a stack of experts in gpt-oss's form, which goes to bf16 only"
             )

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
+
+if TYPE_CHECKING:
+    from kconvert.amx import AmxModel
+    from kconvert.quality import Gain
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,9 @@ def find(model: Model) -> list[str]:
 
 
 def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: int | None) -> Summary:
-    """`--dry-run`: output bytes, shards, peak RAM, free disk."""
+    """`--dry-run`: output bytes, shards, peak RAM, free disk; errors on a sample of the weights where scales are a choice."""
     from kconvert.engine import Limits
+    from kconvert.quality import gains
 
     limits = Limits.choose(threads, memory)
     folder = destination.absolute()
@@ -101,11 +107,15 @@ def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: in
         "threads": limits.threads,
         "free_disk_bytes": free,
     }
+    found = gains(plan)
+    facts |= _error_facts(found)
     notes = [
         f"{fate}: {pair}, {count:,} weights"
         for fate in ("lossless", "recovered", "lossy")
         for pair, count in plan.facts.get(fate, {}).items()
     ]
+    notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
+    notes += plan.facts.get("notes", ())
     notes += [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
     notes += [f"not copied: {name}" for name in plan.facts.get("left_out", ())]
     lines = (
@@ -122,9 +132,12 @@ class Outcome(Summary):
     """The closing summary of a run."""
 
     @classmethod
-    def now(cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int]) -> Outcome:
+    def now(
+        cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int], launch: str = ""
+    ) -> Outcome:
         from kconvert.quality import gains
 
+        found = gains(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {
             "output": str(destination),
@@ -135,14 +148,76 @@ class Outcome(Summary):
             "peak_memory_bytes": peak,
             "inexact_groups": dict(inexact),
         }
-        found = gains(plan) if plan.facts.get("scales") == "mse" else {}
-        facts.update({"sqnr_db": {label: asdict(gain) for label, gain in found.items()}} if found else {})
+        facts |= _error_facts(found)
+        facts |= {"launch": launch} if launch else {}
         compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
         line = (
             f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
         )
-        return cls(facts, (line, *_exactness(plan, inexact), *compared))
+        notes = (*plan.facts.get("notes", ()), *([f"launch: {launch}"] if launch else ()))
+        return cls(facts, (line, *_exactness(plan, inexact), *compared, *notes))
+
+
+def _error_facts(found: Mapping[str, Gain]) -> dict[str, Any]:
+    """What the scales of each encoding make of a sample of the weights, as JSON."""
+    if not found:
+        return {}
+    frobenius = {
+        label: dict(zip(("mse", "amax"), gain.relative_frobenius, strict=True)) for label, gain in found.items()
+    }
+    return {"sqnr_db": {label: asdict(gain) for label, gain in found.items()}, "relative_frobenius": frobenius}
+
+
+def launch_command(weights: Path, method: str, numa: int, model: str) -> str:
+    """How SGLang with KTransformers serves `model` with the experts in `weights`; the loader checks none of these flags."""
+    flags = [
+        "--model",
+        model,
+        "--kt-weight-path",
+        str(weights),
+        "--kt-method",
+        method,
+        "--kt-threadpool-count",
+        str(numa),
+    ]
+    return shlex.join(["python", "-m", "sglang.launch_server", *flags])
+
+
+def summarise_amx(model: AmxModel) -> Summary:
+    """`kconvert inspect` of AMX weights: what the loader cannot see, and the command that fits."""
+    checkpoint, record = model.checkpoint, model.record
+    origin = "@".join(str(record[key]) for key in ("source", "revision") if record.get(key))
+    launch = launch_command(checkpoint.root, model.method, model.numa, str(record.get("source") or "MODEL"))
+    nbytes = sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
+    experts = sum(model.layers.values())
+    facts = {
+        "name": checkpoint.name,
+        "method": model.method,
+        "numa": model.numa,
+        "scales": record.get("scales"),
+        "hidden_size": model.hidden,
+        "moe_intermediate_size": model.intermediate,
+        "layers": {str(layer): count for layer, count in model.layers.items()},
+        "format": model.form,
+        "bytes": checkpoint.nbytes,
+        "files": len(checkpoint.files),
+        "rest": len(model.rest),
+        "source": origin or None,
+        "written_by": f"kconvert {record['kconvert']}" if "kconvert" in record else None,
+        "launch": launch,
+    }
+    scales = f", scales by {record['scales']}" if "scales" in record else ""
+    lines = [
+        f"{checkpoint.name}: {model.method} for {model.numa} NUMA nodes{scales}, {human(nbytes)} in "
+        f"{len(checkpoint.files):,} files",
+        f"experts: {experts:,} in layers {min(model.layers)} to {max(model.layers)}, gate and up "
+        f"[{model.intermediate}, {model.hidden}], down [{model.hidden}, {model.intermediate}]",
+        f"source: {origin or 'not recorded'}",
+        *([f"besides the experts: {len(model.rest):,} tensors"] if model.rest else []),
+        f"launch: {launch}",
+    ]
+    return Summary(facts, tuple(lines))
 
 
 def _exactness(plan: Plan, inexact: Mapping[str, int]) -> Iterator[str]:

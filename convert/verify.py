@@ -8,79 +8,143 @@ from __future__ import annotations
 import filecmp
 import functools
 import hashlib
+import heapq
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
+from kconvert.compare import Advance, Comparison, Standard, compare_plain, compare_weights
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
+from kconvert.metrics import Spread
 from kconvert.model import Model, Plain, Weight, understand
-from kconvert.oracle import expected_parts, independent_values, row_unit
+from kconvert.oracle import authority, independent_values
 
 if TYPE_CHECKING:
-    from kconvert.oracle import State
+    from kconvert.metrics import Position
 
-CHUNK_ELEMENTS = 4 << 20  # at a time; bounds the memory of a worker to some 100 MB
-Advance: TypeAlias = Callable[[int], None]
 Pair: TypeAlias = tuple[Weight, Weight] | tuple[Plain, Plain]  # of the source and of the output
+Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
+WORST = 10
+EXCERPT = 48  # columns around the worst element
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """A few columns of a row on both sides, from `first` on, around the element that is furthest off in its weight."""
+
+    weight: str
+    at: Position
+    first: int
+    expected: tuple[float, ...]
+    found: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared; `weights` and `tensors` count those found equal, bit for bit, to what `reference` gives."""
+    """What was compared, and how it came out.
 
-    source: str
-    output: str
+    `reference` says in words what the weights were held to; `weights` and `tensors` count those that were compared,
+    `skipped` those that were not (a sample). `faults` are sentences, none of a good output; `notes` are no faults.
+    `comparisons` are the weights', in natural order of their names; `spreads` their distributions by role and format;
+    `worst` are those with the lowest SQNR of all that differ, the worst first.
+    """
+
+    source: Model
+    output: Model
+    standard: Standard
     reference: str
     weights: int
     tensors: int
     skipped: int
     side_files: int
     dropped: tuple[str, ...]
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    spreads: Mapping[tuple[str, str], Spread]
+    worst: tuple[Excerpt, ...]
 
 
 def verify(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    standard: Standard | None = None,
     sample: float = 1.0,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
+    keep_going: bool = False,
     advance: Advance | None = None,
 ) -> Report:
-    """Compare a converted checkpoint with its source, both directories; CheckFailed names the first difference.
+    """Compare a checkpoint with the one it was made of, both directories; CheckFailed names the first fault.
 
-    `sample` is the share of the tensors whose values are compared, the same ones every time and some of each role;
-    `include` and `exclude` must be those of the conversion. `advance` is called with bytes of output compared.
+    `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
+    tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
+    of the conversion. With `keep_going` faults are collected in the report, as far as the output can be read at all.
+    `advance` is called with bytes of output compared.
     """
-    include, exclude = tuple(include), tuple(exclude)
+    include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
-    converted = _open_output(Path(output), partial=bool(include or exclude))
-    pairs = _check_coverage(original, converted)
-    _check_config(converted)
-    side_files = _check_side_files(original.checkpoint, converted.checkpoint)
+    converted = _open_output(Path(output), partial=bool(include or exclude or keep_going))
+    pairs, faults = _relate(original, converted)
+    faults += _config_faults(converted)
+    differences = list(_side_file_faults(original.checkpoint, converted.checkpoint))
+    faults += differences if standard.exact else []
+    if faults and not keep_going:
+        raise CheckFailed(faults[0])
     chosen = _choose(pairs, sample)
+    tally = _Tally(converted.checkpoint.root, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
-        for fault in _compare_all(chosen, ours, theirs, advance or (lambda nbytes: None)):
-            if fault:
-                raise CheckFailed(f"{converted.checkpoint.root}: {fault}")
-    weights = sum(isinstance(pair[0], Weight) for pair in chosen)
+        for outcome in _compare_all(chosen, ours, theirs, standard, advance or (lambda nbytes: None)):
+            tally.add(outcome)
+        worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
     return Report(
-        source=original.checkpoint.name,
-        output=converted.checkpoint.name,
-        reference=_reference(chosen),
-        weights=weights,
-        tensors=len(chosen) - weights,
+        source=original,
+        output=converted,
+        standard=standard,
+        reference=_reference(tally.comparisons, chosen),
+        weights=len(tally.comparisons),
+        tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
-        side_files=side_files,
+        side_files=len(original.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
+        faults=tuple(tally.faults),
+        notes=() if standard.exact else tuple(differences),
+        comparisons=tuple(tally.comparisons),
+        spreads=tally.spreads,
+        worst=worst,
     )
+
+
+@dataclass
+class _Tally:
+    """What the comparisons of a run have brought so far; unless it is to `keep_going`, the first fault ends it."""
+
+    root: Path
+    keep_going: bool
+    faults: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)
+    spreads: dict[tuple[str, str], Spread] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        fault = outcome
+        if isinstance(outcome, tuple):
+            comparison, spread = outcome
+            key = comparison.role, comparison.output_format
+            self.comparisons.append(comparison)
+            self.spreads[key] = self.spreads.get(key, Spread()) + spread
+            fault = comparison.fault
+        if fault:
+            self.faults.append(f"{self.root}: {fault}")
+            if not self.keep_going:
+                raise CheckFailed(self.faults[0])
 
 
 def _open_output(path: Path, partial: bool) -> Model:
@@ -93,39 +157,38 @@ def _open_output(path: Path, partial: bool) -> Model:
         raise CheckFailed(f"the output is not sound: {error}") from None
 
 
-def _reference(pairs: Iterable[Pair]) -> str:
-    """What the outputs were compared with."""
-    encoded = any(
-        isinstance(ours, Weight) and isinstance(theirs, Weight) and _encoded(ours, theirs) for ours, theirs in pairs
-    )
-    return (
-        "the reference encoding of compressed-tensors decompression" if encoded else "compressed-tensors decompression"
-    )
+def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
+    """What the weights were held to, and by whose code."""
+    judges = {comparison.judged_by for comparison in comparisons}
+    sources = {authority(pair[0].format) for pair in pairs if isinstance(pair[0], Weight)}
+    values = "compressed-tensors decompression" if "compressed-tensors" in sources else "the source's values"
+    if "limits" in judges:
+        return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
+    return f"the reference encoding of {values}" if "bytes" in judges else values
 
 
-def _encoded(ours: Weight, theirs: Weight) -> bool:
-    """Whether the output has the weight in another encoding, which need not hold its values."""
-    return ours.format != theirs.format and not isinstance(theirs.format, Dense)
-
-
-def _check_coverage(original: Model, converted: Model) -> list[Pair]:
-    """Every weight and tensor of the source has its counterpart of the same shape, and there are no others."""
+def _relate(original: Model, converted: Model) -> tuple[list[Pair], list[str]]:
+    """Every weight and tensor of the source with its counterpart of the same shape; and what has none."""
     root = converted.checkpoint.root
     weights = {weight.name: weight for weight in original.weights}
     plain = {item.tensor.name: item for item in original.plain}
     converted_weights, converted_plain = _as_in(weights, converted)
     wanted, found = weights.keys() | plain.keys(), converted_weights.keys() | converted_plain.keys()
-    if missing := sorted(wanted - found):
-        raise CheckFailed(f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)")
-    if extra := sorted(found - wanted):
-        raise CheckFailed(f"{root}: {extra[0]!r} is not in the source ({len(extra)} such in all)")
-    pairs: list[Pair] = [(weight, converted_weights[name]) for name, weight in weights.items()]
-    pairs += [(item, converted_plain[name]) for name, item in plain.items()]
-    for pair in pairs:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    faults = [f"{root}: {missing[0]!r} of the source is missing ({len(missing)} in all)"] if missing else []
+    faults += [f"{root}: {extra[0]!r} is not in the source ({len(extra)} such in all)"] if extra else []
+    every: list[Pair] = [
+        (weight, converted_weights[name]) for name, weight in weights.items() if name in converted_weights
+    ]
+    every += [(item, converted_plain[name]) for name, item in plain.items() if name in converted_plain]
+    pairs = []
+    for pair in every:
         ours, theirs = _spelled(pair[0]), _spelled(pair[1])
-        if ours != theirs:
-            raise CheckFailed(f"{root}: {theirs}, in the source {ours}")
-    return pairs
+        if ours == theirs:
+            pairs.append(pair)
+        else:
+            faults.append(f"{root}: {theirs}, in the source {ours}")
+    return pairs, faults
 
 
 def _as_in(weights: Mapping[str, Weight], converted: Model) -> tuple[dict[str, Weight], dict[str, Plain]]:
@@ -150,21 +213,20 @@ def _spelled(item: Weight | Plain) -> str:
     return f"{item.tensor.name!r} is {item.tensor.dtype} {list(item.tensor.shape)}"
 
 
-def _check_config(converted: Model) -> None:
+def _config_faults(converted: Model) -> list[str]:
     quantised = any(not isinstance(weight.format, Dense) for weight in converted.weights)
-    if not quantised and any(quantization_tables(converted.checkpoint.config)):
-        raise CheckFailed(
-            f"{converted.checkpoint.root / 'config.json'} declares a quantisation, but no weight is quantised; remove it"
-        )
+    if quantised or not any(quantization_tables(converted.checkpoint.config)):
+        return []
+    path = converted.checkpoint.root / CONFIG_NAME
+    return [f"{path} declares a quantisation, but no weight is quantised; remove it"]
 
 
-def _check_side_files(original: Checkpoint, converted: Checkpoint) -> int:
+def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[str]:
     for name in original.side_files:
         if name not in converted.side_files:
-            raise CheckFailed(f"{converted.root / name} is missing; the source has it")
-        if not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
-            raise CheckFailed(f"{converted.root / name} differs from the source's")
-    return len(original.side_files)
+            yield f"{converted.root / name} is missing; the source has it"
+        elif not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
+            yield f"{converted.root / name} differs from the source's"
 
 
 def _choose(pairs: list[Pair], sample: float) -> list[Pair]:
@@ -181,12 +243,14 @@ def _choose(pairs: list[Pair], sample: float) -> list[Pair]:
     return chosen
 
 
-def _compare_all(pairs: list[Pair], ours: Reader, theirs: Reader, advance: Advance) -> Iterator[str | None]:
-    """The fault of each pair, None for none, in order."""
+def _compare_all(
+    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, advance: Advance
+) -> Iterator[Outcome]:
+    """The outcome of each pair, in order."""
     import torch
 
     torch.set_num_threads(1)
-    compare = functools.partial(_compare, ours=ours, theirs=theirs, advance=advance)
+    compare = functools.partial(_compare, ours=ours, theirs=theirs, standard=standard, advance=advance)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         try:
             yield from pool.map(compare, pairs)
@@ -194,89 +258,33 @@ def _compare_all(pairs: list[Pair], ours: Reader, theirs: Reader, advance: Advan
             pool.shutdown(cancel_futures=True)
 
 
-def _compare(pair: Pair, ours: Reader, theirs: Reader, advance: Advance) -> str | None:
+def _compare(pair: Pair, ours: Reader, theirs: Reader, standard: Standard, advance: Advance) -> Outcome:
     match pair:
-        case Weight() as a, Weight() as b if _encoded(a, b):
-            return _compare_encoded(a, b, ours, theirs, advance)
         case Weight() as a, Weight() as b:
-            return _compare_weights(a, b, ours, theirs, advance)
-        case Plain(), Plain():
-            return _compare_plain(*pair, ours, theirs, advance)
+            return compare_weights(a, b, ours, theirs, standard, advance)
+        case Plain() as a, Plain() as b:
+            return compare_plain(a, b, ours, theirs, advance)
     raise AssertionError(pair)
 
 
-def _compare_weights(ours: Weight, theirs: Weight, source: Reader, output: Reader, advance: Advance) -> str | None:
-    """Values of every row, equal bit for bit and finite."""
-    import torch
-
-    unit = math.lcm(row_unit(ours), row_unit(theirs))
-    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
-    for first in range(0, ours.rows, count):
-        last = min(first + count, ours.rows)
-        expected, found = independent_values(ours, source, first, last), independent_values(theirs, output, first, last)
-        expected = expected.to(found.dtype)
-        if not torch.equal(expected.view(torch.int16), found.view(torch.int16)):
-            row, col = (int(i) for i in (expected.view(torch.int16) != found.view(torch.int16)).nonzero()[0])
-            return (
-                f"tensor {theirs.tensors[0].name!r} differs at [{first + row}, {col}]: it is {float(found[row, col])!r}, "
-                f"compressed-tensors gives {float(expected[row, col])!r}"
-            )
-        if not bool(torch.isfinite(found).all()):
-            return f"tensor {theirs.tensors[0].name!r} has a value that is not finite"
-        advance((last - first) * ours.cols * found.element_size())
-    return None
-
-
-def _compare_encoded(ours: Weight, theirs: Weight, source: Reader, output: Reader, advance: Advance) -> str | None:
-    """Every byte of the output is what the reference encoder makes of the source's values."""
-    import torch
-
-    unit = row_unit(theirs)
-    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
-    for first in range(0, ours.rows, count):
-        last = min(first + count, ours.rows)
-        found = {}
-        for part, tensor in zip(theirs.parts, theirs.tensors, strict=True):
-            start, stop = part.span(theirs.rows, first, last)
-            data = bytearray(output.read(tensor.file, tensor.start + start, stop - start))
-            found[part.suffix] = torch.frombuffer(data, dtype=torch.uint8)
-        faults = []
-        for expected in expected_parts(independent_values(ours, source, first, last), theirs.format):
-            fault = _difference(theirs, expected, found, first)
-            if fault is None:
-                break
-            faults.append(fault)
-        else:
-            return faults[0]
-        advance(sum(map(len, found.values())))
-    return None
-
-
-def _difference(weight: Weight, expected: State, found: State, first: int) -> str | None:
-    """Where the bytes found for the rows from `first` on are not those of the tensors expected."""
-    import torch
-
-    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
-        if part.constant is not None:
-            wanted = torch.frombuffer(bytearray(part.constant), dtype=torch.uint8)
-        else:
-            wanted = expected[part.suffix].contiguous().view(torch.uint8).flatten()
-        different = (wanted != found[part.suffix]).nonzero()
-        if len(different):
-            start, _ = part.span(weight.rows, first, first)
-            element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
-            return f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
-    return None
-
-
-def _compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance) -> str | None:
-    a, b = ours.tensor, theirs.tensor
-    for start in range(0, a.nbytes, CHUNK_ELEMENTS):
-        size = min(CHUNK_ELEMENTS, a.nbytes - start)
-        one, two = source.read(a.file, a.start + start, size), output.read(b.file, b.start + start, size)
-        if one != two:
-            byte = start + next(i for i in range(size) if one[i] != two[i])
-            element = byte * math.prod(a.shape) // a.nbytes
-            return f"tensor {b.name!r} differs from the source's at element {element}"
-        advance(size)
-    return None
+def _excerpts(
+    pairs: Iterable[Pair], comparisons: Iterable[Comparison], ours: Reader, theirs: Reader
+) -> Iterator[Excerpt]:
+    """Around the worst elements of the WORST weights."""
+    ranked = {
+        comparison.name: (comparison.errors.sqnr, comparison.errors.worst)
+        for comparison in comparisons
+        if comparison.errors.sqnr is not None
+    }
+    weights = {pair[1].name: pair for pair in pairs if isinstance(pair[1], Weight) and pair[1].name in ranked}
+    for name in heapq.nsmallest(WORST, ranked, key=lambda name: ranked[name][0] or 0.0):
+        at = ranked[name][1]
+        if at is None:
+            continue
+        first = max(0, at.col - EXCERPT // 2)
+        sides = []
+        for weight, reader in zip(weights[name], (ours, theirs), strict=True):
+            assert isinstance(weight, Weight)
+            row = independent_values(weight, reader, at.row, at.row + 1)[0]
+            sides.append(tuple(row[first : first + EXCERPT].float().tolist()))
+        yield Excerpt(name, at, first, *sides)

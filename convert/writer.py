@@ -26,6 +26,7 @@ class ShardWriter:
         self._remaining = nbytes - len(header)
         self._descriptors: list[int] = []  # through the page cache, and past it
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._descriptors.append(os.open(partial, flags, 0o666))
             reserve(self._descriptors[0], nbytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -191,6 +191,7 @@ def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWe
 def _fake_quantised(original: Any) -> type:
     """The subclass whose forward is the original's on fake-quantised weights."""
 
+    @wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         attached = self._kconvert_qat
         if not attached.state.active:
@@ -205,6 +206,7 @@ def _fake_quantised(original: Any) -> type:
 def _fake_quantised_sum(original: Any) -> type:
     """The same of PEFT's layer around an nn.Linear, which quantises the sum of the weight and its adapters."""
 
+    @wraps(original.forward)
     def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         attached = self._kconvert_qat
         if not attached.state.active or self.disable_adapters or self.merged:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import nn
 
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
+from kconvert.logits import Agreement, Routing, agreement, expert_modules, overlap
 from kconvert.qat.attach import Coverage
-from kconvert.qat.distill import kl_divergence
-from kconvert.qat.experts import MARKS, ExpertWeight
+from kconvert.qat.experts import ExpertWeight
 from kconvert.qat.grid import fake_quantise
 from kconvert.quality import sqnr
 
@@ -24,83 +23,53 @@ SAMPLED_GROUPS = 4096  # of each weight
 
 @dataclass(frozen=True)
 class Parity:
-    """Logits of a model against those of a reference, over all positions.
+    """A model's logits against those of a reference, over all positions.
 
-    `sqnr` is in dB, None when they are equal; `kl` is the mean KL(reference || model) in nats; `top1` the share of positions
-    where both have the same best token; `routing` the share of chosen experts that both chose, None without fused experts.
+    `sqnr` is in dB, None when they are equal; `experts` the mean share of routed experts that both choose, None where none are
+    seen (ModuleLists).
     """
 
-    positions: int
-    max_abs: float
+    agreement: Agreement
     sqnr: float | None
     cosine: float
-    kl: float
-    top1: float
-    routing: float | None
-
-    @property
-    def is_exact(self) -> bool:
-        return self.max_abs == 0
+    experts: float | None
 
 
 def compare(reference: nn.Module, model: nn.Module, batches: Iterable[torch.Tensor]) -> Parity:
-    """Compare two causal language models on batches of token ids [batch, positions]."""
-    totals = dict.fromkeys(("positions", "signal", "noise", "dot", "own", "kl", "top1", "chosen", "both"), 0.0)
-    largest = 0.0
-    for ids in batches:
-        wanted, routes = _run(reference, ids)
-        have, other_routes = _run(model, ids)
-        error = have - wanted
-        largest = max(largest, float(error.abs().max()))
-        totals["positions"] += ids.numel()
-        totals["signal"] += float(wanted.square().sum())
-        totals["own"] += float(have.square().sum())
-        totals["noise"] += float(error.square().sum())
-        totals["dot"] += float((wanted * have).sum())
-        totals["kl"] += float(kl_divergence(wanted, have).sum())
-        totals["top1"] += float((wanted.argmax(-1) == have.argmax(-1)).sum())
-        for ours, theirs in zip(routes, other_routes, strict=True):
-            totals["chosen"] += ours.numel()
-            totals["both"] += float((ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).sum())
-    if not totals["positions"]:
-        raise ValueError("there are no tokens to compare the models on")
+    """Compare two causal language models on batches of token ids [batch, positions]; all logits are held in memory."""
+    batches = list(batches)
+    expected, routing = _run(reference, batches)
+    found, chosen = _run(model, batches)
+    a, b = expected.double(), found.double()
     return Parity(
-        positions=int(totals["positions"]),
-        max_abs=largest,
-        sqnr=sqnr(totals["signal"], totals["noise"]),
-        cosine=totals["dot"] / math.sqrt(totals["signal"] * totals["own"]),
-        kl=totals["kl"] / totals["positions"],
-        top1=totals["top1"] / totals["positions"],
-        routing=totals["both"] / totals["chosen"] if totals["chosen"] else None,
+        agreement=agreement(expected, found),
+        sqnr=sqnr(float(a.square().sum()), float((a - b).square().sum())),
+        cosine=float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()),
+        experts=overlap(routing, chosen),
     )
 
 
-def _run(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits in f64 and, of each layer with fused experts, the experts chosen [tokens, k]."""
+def _run(model: nn.Module, batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, Routing]:
+    """Logits f32 [positions, vocabulary] in evaluation mode, and what each layer's router chose for each batch."""
     training = model.training
     model.eval()
+    routing: Routing = []
+    hooks = []
+    for module, names in expert_modules(model):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, names: Sequence[str] = names) -> None:
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            routing.append((given[names[0]], given[names[1]]))
+
+        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        with torch.no_grad(), _routes(model) as routes:
-            logits = model(ids).logits.double()
+        with torch.no_grad():
+            logits = torch.cat([model(ids).logits.float().flatten(0, 1) for ids in batches])
     finally:
         model.train(training)
-    return logits, routes
-
-
-@contextmanager
-def _routes(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    routes: list[torch.Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routes.append((args[1] if len(args) > 1 else kwargs["top_k_index"]).detach().clone())
-
-    marked = [module for module in model.modules() if all(hasattr(module, mark) for mark in MARKS)]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in marked]
-    try:
-        yield routes
-    finally:
         for hook in hooks:
             hook.remove()
+    return logits, routing
 
 
 def weight_sqnr(covered: Coverage) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ HEAVY = {
     "huggingface_hub",
     "compressed_tensors",
     "transformers",
+    "matplotlib",
     "safetensors",
 }
 
@@ -64,6 +65,7 @@ def within(name, package):
 
 
 CLI = sorted(module for module in MODULES if within(module, "kconvert.cli"))
+QAT = sorted(module for module in MODULES if within(module, "kconvert.qat"))
 OUTSIDE_CLI = sorted(MODULES.keys() - set(CLI))
 
 
@@ -108,7 +110,17 @@ def test_formats_open_nothing():
     assert not calls
 
 
-@pytest.mark.parametrize("module", ["kconvert.plan", "kconvert.manifest", "kconvert.model", "kconvert.recipe"])
+PLANNING = [
+    "kconvert.plan",
+    "kconvert.manifest",
+    "kconvert.model",
+    "kconvert.recipe",
+    "kconvert.amx",
+    "kconvert.repack",
+]
+
+
+@pytest.mark.parametrize("module", PLANNING)
 def test_planning_knows_neither_hub_nor_click_nor_numba(module):
     forbidden = ["huggingface_hub", "kconvert.checkpoint.hub", "click", "numba", "numpy", "torch", "kconvert.engine"]
     assert not offenders([module], forbidden)
@@ -141,7 +153,10 @@ def test_numba_is_known_to_the_kernels_only():
 
 
 def test_verification_never_takes_the_way_of_the_kernels():
-    modules = [module for module in ("kconvert.verify", "kconvert.oracle") if module in MODULES]
+    rooms = (
+        "verify verify_amx oracle compare codes metrics inventory diff logits report.document report.page report.plots"
+    )
+    modules = [f"kconvert.{room}" for room in rooms.split()]
     assert not offenders(modules, ["kconvert.formats.kernels", "kconvert.engine", "numba"])
     decodes = {
         module
@@ -152,6 +167,15 @@ def test_verification_never_takes_the_way_of_the_kernels():
     assert not decodes
 
 
+def test_only_the_plots_draw():
+    may = ("kconvert.report.plots", "kconvert.report", *QAT)
+    assert not offenders(MODULES.keys() - set(may), ["matplotlib"], typing=True)
+
+
+def test_only_the_logits_know_transformers():
+    assert not offenders(MODULES.keys() - {"kconvert.logits", *QAT}, ["transformers"], typing=True)
+
+
 @pytest.mark.parametrize("module", ["kconvert", *CLI, "kconvert.formats", "kconvert.formats.packed", "kconvert.plan"])
 def test_heavy_modules_are_imported_when_needed_and_not_before(module):
     assert not offenders([module], HEAVY - {"click"}, top_level=True)
@@ -159,10 +183,8 @@ def test_heavy_modules_are_imported_when_needed_and_not_before(module):
 
 def test_what_trains_is_known_to_qat_only():
     others = [module for module in MODULES if not within(module, "kconvert.qat") and module != "kconvert.cli.qat"]
-    assert not offenders(others, ["transformers", "accelerate", "peft", "matplotlib", "kconvert.qat"], typing=True)
+    assert not offenders(others, ["accelerate", "peft", "kconvert.qat"], typing=True)
 
 
 def test_qat_never_knows_the_engine():
-    assert not offenders(
-        [module for module in MODULES if within(module, "kconvert.qat")], ["kconvert.engine"], typing=True
-    )
+    assert not offenders(QAT, ["kconvert.engine"], typing=True)

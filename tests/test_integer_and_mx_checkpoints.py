@@ -87,9 +87,49 @@ def test_packed_integers_of_every_kind_become_bf16(
         return dict(PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args)))
 
     source = respell(raw, bf16, tmp_path / "source", {**scheme, "format": "pack-quantized"}, make)
-    convert(plan(source, Recipe("bf16")), tmp_path / "out")
+    made = plan(source, Recipe("bf16"))
+    assert bool(made.facts["lossless"]) == (dtype == "BF16")
+    convert(made, tmp_path / "out")
     report = verify(source, tmp_path / "out")
     assert report.weights > 0
+
+
+def test_a_model_in_f16_keeps_its_dtype_and_every_value(bf16: Path, tmp_path: Path, raw: Any) -> None:
+    scheme = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    quantization = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**scheme))
+    values: list[torch.Tensor] = []
+
+    def make(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.half().view(len(weight), -1, 32)
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), quantization.weights)
+        state = {"weight": weight.half(), "weight_scale": scale, "weight_zero_point": zero}
+        packed = dict(PackedQuantizationCompressor.compress(state, quantization))
+        values.append(PackedQuantizationCompressor.decompress(dict(packed), quantization)["weight"])
+        return packed
+
+    source = respell(raw, bf16, tmp_path / "source", {**scheme, "format": "pack-quantized"}, make)
+    made = plan(source, Recipe("f16"))
+    assert made.facts["lossless"]
+    assert not made.facts["lossy"]
+    convert(made, tmp_path / "out")
+    written = raw.load(tmp_path / "out")
+    found = {name: written[name] for name in written if ".experts." in name}
+    assert {tensor.dtype for tensor in found.values()} == {"F16"}
+    assert sorted(t.data for t in found.values()) == sorted(
+        bytes(v.view(torch.uint8).reshape(-1).numpy()) for v in values
+    )
+    assert verify(source, tmp_path / "out").weights > 0
+
+
+def test_a_value_beyond_f16_is_an_error_naming_the_weight(int4_copy: Path, tmp_path: Path, raw: Any) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint[f"{EXPERT}.weight_scale"]
+    scale.data = b"\x80\x47" * (len(scale.data) // 2)  # 65536
+    checkpoint.save()
+    with pytest.raises(
+        KconvertError, match=rf"'{EXPERT}' cannot be written as f16: it has a value that F16 cannot hold"
+    ):
+        convert(plan(int4_copy, Recipe("f16")), tmp_path / "out")
 
 
 def test_an_old_file_with_plain_zero_points_becomes_bf16(bf16: Path, tmp_path: Path, raw: Any) -> None:

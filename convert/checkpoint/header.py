@@ -81,6 +81,13 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list
     return parse_header(file, size, read(LENGTH.size, length))
 
 
+def read_metadata(read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """What the header of a sound file says of the file as a whole."""
+    (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    metadata = json.loads(read(LENGTH.size, length)).get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
     """Parse the JSON of a header, in the order of the data; see read_header."""
     try:

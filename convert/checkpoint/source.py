@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from kconvert.files import PAGE, open_direct, read_at
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 STATE_DIR = ".kconvert"
+KEPT_OPEN = 256  # descriptors; a process may have 1024
 # Weights in other containers: not tensors of this checkpoint, and stale beside a converted one.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -77,7 +79,10 @@ class Checkpoint:
 
 
 class Reader:
-    """Positional reads of a checkpoint's files from any thread; files are opened once and closed together."""
+    """Positional reads of a checkpoint's files from any thread; files are opened once and closed together.
+
+    Of more files than KEPT_OPEN the others are opened for every read.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -104,7 +109,8 @@ class Reader:
 
     def _fill(self, file: str, descriptors: dict[str, int], start: int, buffer: memoryview, needed: int) -> None:
         try:
-            done = read_at(self._open(file, descriptors), buffer, start, needed)
+            with self._open(file, descriptors) as descriptor:
+                done = read_at(descriptor, buffer, start, needed)
         except OSError as error:
             raise explain_os_error(error, f"cannot read {self.root / file}") from None
         if done < needed:
@@ -113,12 +119,21 @@ class Reader:
                 "restore it and run the same command again"
             )
 
-    def _open(self, file: str, descriptors: dict[str, int]) -> int:
+    @contextmanager
+    def _open(self, file: str, descriptors: dict[str, int]) -> Iterator[int]:
         with self._lock:
-            if file not in descriptors:
+            descriptor = descriptors.get(file)
+            if descriptor is None:
                 opener = open_direct if descriptors is self._direct else os.open
-                descriptors[file] = opener(self.root / file, os.O_RDONLY)
-            return descriptors[file]
+                descriptor = opener(self.root / file, os.O_RDONLY)
+                if len(descriptors) < KEPT_OPEN:
+                    descriptors[file] = descriptor
+            kept = descriptors.get(file) == descriptor
+        try:
+            yield descriptor
+        finally:
+            if not kept:
+                os.close(descriptor)
 
     def close(self) -> None:
         for descriptors in (self._cached, self._direct):

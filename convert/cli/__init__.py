@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert import __version__
-from kconvert.cli import conversions, inspect, qat, sample, verify
+from kconvert.cli import conversions, diff, inspect, qat, repack, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
 
 
@@ -53,7 +53,9 @@ COMMANDS = (
     conversions.bf16_to_int4,
     conversions.fp8_to_int4,
     conversions.convert,
+    repack.repack_amx,
     verify.verify,
+    diff.diff,
     sample.sample,
     qat.qat,
 )

@@ -3,25 +3,55 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import directory, json_option, revision_option
+from kconvert.cli.options import directory, json_option, report_option, revision_option
+
+if TYPE_CHECKING:
+    from kconvert.model import Model
 
 
 @click.command()
 @click.argument("source", metavar="SRC", type=directory)
 @revision_option
+@report_option
 @json_option
-def inspect(source: Path, revision: str | None, as_json: bool) -> None:
+def inspect(source: Path, revision: str | None, report: Path | None, as_json: bool) -> None:
     """Say what SRC is: family, sizes, formats, roles and findings.
 
+    A report also looks into a sample of the weights: whose convention INT4 codes follow, how codes and scales are used.
+
     \b
-    Example: kconvert inspect ./Kimi-K2-Thinking
+    Example: kconvert inspect ./Kimi-K2-Thinking --report inventory.html
     """
     import kconvert
-    from kconvert.summary import summarise
+    from kconvert.amx import is_amx, open_amx
+    from kconvert.report import check_report_path
+    from kconvert.summary import summarise, summarise_amx
 
-    summary = summarise(kconvert.inspect(source, revision))
+    if is_amx(source):
+        if report is not None:
+            raise click.UsageError("there is no report on AMX weights alone; `kconvert verify SRC DST` compares them")
+        summary = summarise_amx(open_amx(source))
+    else:
+        if report is not None:
+            check_report_path(report)
+        model = kconvert.inspect(source, revision)
+        if report is not None:
+            _write_report(model, report)
+        summary = summarise(model)
     click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
+
+
+def _write_report(model: Model, path: Path) -> None:
+    from kconvert.inventory import take_inventory
+    from kconvert.report import write_report
+    from kconvert.report.document import inspect_document
+
+    command = shlex.join(["kconvert", *sys.argv[1:]])
+    write_report(inspect_document(model, take_inventory(model), command), path)

@@ -31,6 +31,12 @@ class Size(click.ParamType[int]):
 
 directory = click.Path(file_okay=False, path_type=Path)
 revision_option = click.option("--revision", help="Revision of SRC, when that is a repository of the Hub's cache.")
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write a report: FILE.html or FILE.json.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 

@@ -25,11 +25,14 @@ def carry_out(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    launch: str = "",
 ) -> None:
+    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that uses the result."""
     import kconvert
     from kconvert.summary import Outcome, describe_plan
 
-    description = describe_plan(plan, destination, threads, memory)
+    if dry_run or (verbose and not as_json):
+        description = describe_plan(plan, destination, threads, memory)
     if dry_run:
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, overwrite=overwrite)
@@ -41,7 +44,7 @@ def carry_out(
         inexact = kconvert.convert(
             plan, destination, threads=threads, memory=memory, overwrite=overwrite, advance=advance
         )
-    outcome = Outcome.now(plan, destination, time.monotonic() - started, inexact)
+    outcome = Outcome.now(plan, destination, time.monotonic() - started, inexact, launch)
     if as_json:
         click.echo(json.dumps(outcome.as_dict(), indent=2))
     elif not quiet:

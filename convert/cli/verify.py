@@ -3,14 +3,80 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import directory, json_option, quiet_option, selection_options
+from kconvert.cli.options import Command, apply, directory, json_option, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
+from kconvert.errors import CheckFailed
+from kconvert.metrics import CEILINGS, FLOORS
+
+if TYPE_CHECKING:
+    from kconvert.logits import Agreement, LogitsReport
+    from kconvert.verify import Report
+
+
+class Bound(click.ParamType[tuple[str, float]]):
+    """A metric and a number: sqnr=30."""
+
+    name = "metric=number"
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self._metrics = metrics
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        metric, _, number = str(value).partition("=")
+        if metric not in self._metrics:
+            self.fail(f"{value!r} is not METRIC=NUMBER with one of {', '.join(self._metrics)}", param, ctx)
+        try:
+            return metric, float(number)
+        except ValueError:
+            self.fail(f"{number!r} is not a number", param, ctx)
+
+
+def standard_options(function: Command) -> Command:
+    """Options that say what a weight is held to; the function gets them as a `standard`."""
+
+    @wraps(function)
+    def command(
+        *,
+        close: bool,
+        fail_under: tuple[tuple[str, float], ...],
+        fail_over: tuple[tuple[str, float], ...],
+        **options: Any,
+    ) -> Any:
+        from kconvert.compare import Standard
+        from kconvert.metrics import Limits
+
+        limits = Limits(dict(fail_under), dict(fail_over))
+        return function(standard=Standard(not (close or fail_under or fail_over), limits), **options)
+
+    close_help = "DST was made by other means: judge by error, within its formats' usual limits, not by bit equality."
+    floors_help = f"Limit for every weight, instead of the usual: {' or '.join(FLOORS)}; implies --close."
+    ceilings_help = f"The same for {', '.join(CEILINGS)}."
+    options = [
+        click.option("--close", is_flag=True, help=close_help),
+        click.option("--fail-under", type=Bound(FLOORS), multiple=True, metavar="METRIC=X", help=floors_help),
+        click.option("--fail-over", type=Bound(CEILINGS), multiple=True, metavar="METRIC=X", help=ceilings_help),
+    ]
+    return apply(options, command)
+
+
+def logits_options(function: Command) -> Command:
+    file = click.Path(exists=True, dir_okay=False, path_type=Path)
+    options = [
+        click.option("--logits", is_flag=True, help="Also compare the logits of both, in transformers; small models."),
+        click.option("--text", type=file, metavar="FILE", help="Text for --logits [default: random tokens]."),
+        click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens for --logits."),
+    ]
+    return apply(options, function)
 
 
 @click.command()
@@ -19,27 +85,109 @@ from kconvert.cli.running import progress
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
+@standard_options
+@logits_options
 @selection_options
+@report_option
 @json_option
 @quiet_option
-def verify(source: Path, output: Path, sample: float, as_json: bool, quiet: bool, **selection: Any) -> None:
+def verify(
+    source: Path,
+    output: Path,
+    sample: float,
+    logits: bool,
+    text: Path | None,
+    tokens: int,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
-    Exits with 1 and the first differing tensor and element otherwise.
+    Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected.
 
     \b
-    Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01
+    Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
+    from kconvert.amx import is_amx
+    from kconvert.logits import compare_logits
+    from kconvert.report import check_report_path
 
+    if is_amx(output):
+        if report or logits or not options["standard"].exact or options["include"] or options["exclude"]:
+            raise click.UsageError(
+                "AMX weights are compared whole and bit for bit; besides --sample nothing can be chosen"
+            )
+        _verify_amx(source, output, sample, as_json, quiet)
+        return
+    if report is not None:
+        check_report_path(report)
     total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
-        report = kconvert.verify(source, output, sample=sample, advance=advance, **selection)
+        found = kconvert.verify(
+            source, output, sample=sample, keep_going=report is not None, advance=advance, **options
+        )
+    wanted = logits and not found.faults
+    said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
+    _tell(found, said, report, as_json, quiet)
+
+
+def _tell(found: Report, said: LogitsReport | None, report: Path | None, as_json: bool, quiet: bool) -> None:
+    from kconvert.report import write_report
+    from kconvert.report.document import verify_document
+
+    command = shlex.join(["kconvert", *sys.argv[1:]])
+    if report is not None:
+        write_report(verify_document(found, command, said), report)
+    if found.faults:
+        more = f" ({len(found.faults) - 1:,} more in {report})" if len(found.faults) > 1 else ""
+        raise CheckFailed(found.faults[0] + more)
+    if as_json:
+        click.echo(json.dumps(verify_document(found, command, said, details=False), indent=2))
+    elif not quiet:
+        click.echo(_sentence(found))
+        for line in _logits_lines(said) if said else ():
+            click.echo(line)
+
+
+def _logits_lines(said: LogitsReport) -> Iterator[str]:
+    """The agreement of the logits, and what to make of it."""
+    experts = "" if said.experts is None else f", {said.experts:.2%} of the routed experts in common"
+    yield f"logits on {said.text}: {_agreement(said.free)}{experts}"
+    if said.routed is not None and said.experts != 1:
+        yield f"with the source's routing: {_agreement(said.routed)}"
+        yield said.note
+
+
+def _agreement(found: Agreement) -> str:
+    return f"max abs {found.max_abs:.4g}, KL {found.kl:.3g}, same top 1 {found.top1:.2%}"
+
+
+def _sentence(report: Report) -> str:
+    skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
+    files = f" and {report.side_files} side files" if report.standard.exact else ""
+    equality = " bit for bit" if report.standard.exact else ""
+    return (
+        f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
+        f"source's{skipped}"
+    )
+
+
+def _verify_amx(source: Path, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
+    from kconvert.verify_amx import verify_amx
+
+    total = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in {".safetensors", ".kt"})
+    with progress(int(total * sample), quiet) as advance:
+        report = verify_amx(source, output, sample, advance)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     elif not quiet:
         skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
+        ratio = f", SQNR {report.sqnr_db:.2f} dB" if report.sqnr_db is not None else ""
         click.echo(
-            f"verified: {report.weights:,} weights equal {report.reference} bit for bit, {report.tensors:,} tensors and "
-            f"{report.side_files} side files are the source's{skipped}"
+            f"verified: codes and scales (by {report.scales}) of {report.weights:,} weights equal the reference packing of the "
+            f"source's values bit for bit, {report.tensors:,} tensors are the source's{skipped}; what packing lost: relative "
+            f"error {report.relative_frobenius:.3g}{ratio}"
         )

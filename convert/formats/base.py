@@ -32,6 +32,7 @@ class Part:
     that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
     `values` says what is demanded of a part's values: scales are finite and nonnegative or positive, codes are any bits.
     The integers of a part with `below` lie in [0, below).
+    A part with `rows` (first, last) belongs to these rows of the weight alone; they begin at a multiple of `every`.
     """
 
     suffix: str
@@ -41,6 +42,7 @@ class Part:
     constant: bytes | None = None
     values: Literal["any", "nonnegative", "positive"] = "any"
     below: int | None = None
+    rows: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +56,9 @@ class Part:
         """Byte range, within the part of a weight of `rows` rows, that rows `first` to `last` (exclusive) need."""
         if self.every is None:
             return 0, self.nbytes
+        if self.rows is not None:
+            begin, end = self.rows
+            rows, first, last = end - begin, min(max(first, begin), end) - begin, min(max(last, begin), end) - begin
         stride = self.nbytes // math.ceil(rows / self.every)
         return first // self.every * stride, math.ceil(last / self.every) * stride
 

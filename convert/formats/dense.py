@@ -59,8 +59,18 @@ class Dense:
         elif self.dtype == "BF16":
             kernels.encode_bf16(tile.reshape(-1), parts[0].view("u2"))
         else:
-            parts[0].view("f2" if self.dtype == "F16" else "f4")[:] = tile.reshape(-1)
+            self._round(tile, parts[0])
         return 0
+
+    def _round(self, tile: Tile, part: Bytes) -> None:
+        """To F16 or F32, half to even."""
+        import numpy as np
+
+        values = part.view("f2" if self.dtype == "F16" else "f4")
+        with np.errstate(over="ignore"):
+            values[:] = tile.reshape(-1)
+        if not np.isfinite(values).all():
+            raise ValueError(f"it has a value that {self.dtype} cannot hold")
 
 
 def from_scheme(scheme: Scheme) -> None:

@@ -1,0 +1,80 @@
+"""`kconvert repack-amx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kconvert.amx import METHODS
+from kconvert.cli.options import directory, output_options, revision_option
+from kconvert.cli.running import carry_out
+from kconvert.recipe import SCALES
+from kconvert.repack import FORMS
+
+
+@click.command("repack-amx")
+@click.argument("paths", metavar="[SRC] DST", nargs=-1, required=True, type=directory)
+@click.option("--method", type=click.Choice(list(METHODS)), help="Bits of the codes; needed with SRC.")
+@click.option("--numa", required=True, type=click.IntRange(1), help="NUMA nodes of the machine that will serve.")
+@click.option(
+    "--scales",
+    type=click.Choice(SCALES),
+    help="amax: kt-kernel's bytes; mse: least squared error [default: mse for AMXINT4, amax for AMXINT8].",
+)
+@click.option("--format", "form", type=click.Choice(FORMS), default="safetensors", show_default=True, help="Files.")
+@click.option("--with-rest", is_flag=True, help="Also copy what belongs to no routed expert.")
+@click.option("--from-amx", type=directory, metavar="DIR", help="Split AMX weights anew, in place of SRC; exact.")
+@revision_option
+@output_options
+def repack_amx(
+    paths: tuple[Path, ...],
+    method: str | None,
+    scales: str | None,
+    from_amx: Path | None,
+    with_rest: bool,
+    **options: Any,
+) -> None:
+    """Pack SRC's routed experts for KTransformers' AMX kernels, straight from any encoding that can be read.
+
+    \b
+    Example: kconvert repack-amx ./Kimi-K2-Instruct ./Kimi-K2-Instruct-AMXINT4-NUMA2 --method AMXINT4 --numa 2
+    """
+    if from_amx is not None:
+        if len(paths) != 1 or method or scales or with_rest:
+            raise click.UsageError(
+                "--from-amx takes the place of SRC, --method, --scales and --with-rest; give DST only"
+            )
+        _resplit(from_amx, paths[0], **options)
+    elif len(paths) != 2 or method is None:
+        raise click.UsageError("give SRC, DST and --method, or DST and --from-amx")
+    else:
+        _repack(*paths, method=method, scales=scales or "", with_rest=with_rest, **options)
+
+
+def _repack(
+    source: Path, destination: Path, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
+) -> None:
+    import kconvert
+    from kconvert.repack import AmxRecipe, plan_repack
+    from kconvert.summary import launch_command
+
+    chosen = {name: options.pop(name) for name in ("scales", "form", "with_rest")}
+    recipe = AmxRecipe(method, numa, shard_size=shard_size, **chosen)
+    plan = plan_repack(kconvert.inspect(source, revision), recipe)
+    carry_out(plan, destination, launch=launch_command(destination, method, numa, str(source)), **options)
+
+
+def _resplit(
+    source: Path, destination: Path, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
+) -> None:
+    from kconvert.amx import open_amx
+    from kconvert.repack import plan_resplit
+    from kconvert.summary import launch_command
+
+    if revision is not None:
+        raise click.UsageError("--revision is for SRC; leave it out with --from-amx")
+    model = open_amx(source)
+    launch = launch_command(destination, model.method, numa, str(model.record.get("source") or "MODEL"))
+    carry_out(plan_resplit(model, numa, form, shard_size), destination, launch=launch, **options)

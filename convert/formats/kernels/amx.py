@@ -1,0 +1,234 @@
+"""Rows with one scale each, in the order in which AMX tiles are read; see formats.amx for the order and the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kconvert.formats.conventions import AMX_FACTORS, AMX_START, AMX_STRIDES
+from kconvert.formats.kernels.bits import bits_of, error_unit, float_of, inline, kernel, round_bf16
+
+TINY = np.uint32(0x00800000)  # bits of 2^-126: what is below counts as zero
+INFINITE = np.uint32(0x7F800000)
+SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
+SHIFTED = np.int32(0x4B400000)  # the bits of SHIFT
+LANES = 64  # sums of squared errors, each over the columns that are equal modulo LANES
+FACTORS = np.array(AMX_FACTORS, np.float32)
+LOW_NIBBLES = np.uint64(0x0F0F0F0F0F0F0F0F)
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+@inline
+def _magnitude(value: Any) -> Any:
+    return np.uint32(bits_of(value) & np.uint32(0x7FFFFFFF))
+
+
+@inline
+def _flush(value: Any) -> Any:
+    """A subnormal number counts as zero."""
+    return value if _magnitude(value) >= TINY else ZERO
+
+
+@inline
+def _settle(tile: Any, row: Any, first: Any, values: Any) -> Any:
+    """The row's values from column `first` on, rounded to bf16 and flushed -> values f32 [k]; returns the bits of amax."""
+    amax = np.uint32(0)
+    for i in range(values.shape[0]):
+        value = tile[row, first + i]
+        magnitude = _magnitude(value)
+        amax = magnitude if magnitude > amax else amax
+        values[i] = _flush(round_bf16(value))
+    # In the order of bits NaN lies above infinity; it must not be rounded.
+    return amax if amax >= INFINITE else _magnitude(_flush(round_bf16(float_of(amax))))
+
+
+@inline
+def _rule(amax: Any, bits: Any) -> Any:
+    """The scale that amax (its bits) asks for: a quotient for four bits, the product with a reciprocal for eight."""
+    value = float_of(amax)
+    return _flush(value / np.float32(112) if bits == 4 else value * np.float32(1 / 127))
+
+
+@inline
+def _shifted(value: Any, highest: Any) -> Any:
+    """The code as f32 code + SHIFT, clamped and rounded half to even: the addition leaves no place for a fraction."""
+    value = value if value > -highest else -highest
+    value = value if value < highest else highest
+    return value + SHIFT
+
+
+@inline
+def _code(value: Any, highest: Any) -> Any:
+    return np.int32(np.int32(bits_of(_shifted(value, highest))) - SHIFTED)
+
+
+@inline
+def _code_twice(value: Any, highest: Any) -> Any:
+    """A four-bit code as kt-kernel makes it: rounded to eight bits first, whose magnitude is then rounded half up."""
+    wide = np.int32(np.int32(bits_of(value + SHIFT)) - SHIFTED)
+    return np.int32(np.int32(wide + np.int32(8) + np.int32(wide >> np.int32(31))) >> np.int32(4))
+
+
+@inline
+def _quantise(values: Any, inverse: Any, rounding: Any, highest: Any, codes: Any) -> None:
+    """values f32 [k] -> codes u8 [k], two's complements."""
+    for i in range(codes.shape[0]):
+        codes[i] = np.uint8(rounding(values[i] * inverse, highest))
+
+
+@inline
+def _pair(codes: Any, pairs: Any) -> None:
+    """Four-bit codes u8 [k] -> u8 [k / 2]: of 128 columns the first 64 are low nibbles, the others high ones."""
+    sources, targets = codes.view(np.uint64), pairs.view(np.uint64)
+    for i in range(targets.shape[0]):
+        low = i // 8 * 16 + i % 8
+        targets[i] = (sources[low] & LOW_NIBBLES) | ((sources[low + 8] & LOW_NIBBLES) << np.uint64(4))
+
+
+@inline
+def _error(values: Any, step: Any, highest: Any, unit: Any, sums: Any) -> Any:
+    """Squared error in units of amax with `step` from code to code: LANES sums, then halved by adding the second half."""
+    inverse = ONE / step
+    for lane in range(LANES):
+        sums[lane] = ZERO
+    for start in range(0, values.shape[0], LANES):
+        for lane in range(LANES):
+            value = values[start + lane]
+            served = (_shifted(value * inverse, highest) - SHIFT) * step
+            error = (value - served) * unit
+            sums[lane] += error * error
+    width = LANES // 2
+    while width:
+        for lane in range(width):
+            sums[lane] += sums[lane + width]
+        width //= 2
+    return sums[0]
+
+
+@kernel
+def _try(values: Any, scale: Any, bits: Any, unit: Any, sums: Any) -> Any:
+    """The row's error under a scale, infinite for one that is flushed."""
+    if _flush(scale) == ZERO:
+        return np.float32(np.inf)
+    if bits == 4:
+        return _error(values, scale * np.float32(16), np.float32(7), unit, sums)
+    return _error(values, scale, np.float32(127), unit, sums)
+
+
+@inline
+def _search(values: Any, amax: Any, rule: Any, bits: Any, sums: Any) -> Any:
+    """The scale rule * FACTORS[i] with the least squared error, as far as the search of formats.amx finds it."""
+    unit = error_unit(amax)
+    best, least = AMX_START, _try(values, rule, bits, unit, sums)
+    for place in range(AMX_START + AMX_STRIDES[0], FACTORS.shape[0], AMX_STRIDES[0]):
+        error = _try(values, rule * FACTORS[place], bits, unit, sums)
+        if not error < least:
+            break
+        best, least = place, error
+    for stride in AMX_STRIDES[1:]:
+        center = best
+        for place in (center - stride, center + stride):
+            error = _try(values, rule * FACTORS[place], bits, unit, sums)
+            if error < least:
+                best, least = place, error
+    return rule * FACTORS[best]
+
+
+@inline
+def _exchange(half: Any, row: Any, bits: Any, tile: Any, outward: Any) -> None:
+    """The words u32 [16, k] of rows `row` and following, to or from their places among those of the tile, u32 [rows, k]."""
+    rows, count = tile.shape
+    flat = tile.reshape(-1)
+    block, run = 512 // bits, 112 * bits
+    first = row // block * block
+    within = row - first
+    height = min(block, rows - first)
+    for k in range(0, count, run):
+        width = min(run, count - k)
+        base = first * count + k * height + within // 32 * 32 * width + within % 32 * 16
+        for group in range(width // 16):
+            for word in range(16):
+                place = base + group * 512 + word * 16
+                for i in range(16):
+                    if outward:
+                        flat[place + i] = half[i, k + group * 16 + word]
+                    else:
+                        half[i, k + group * 16 + word] = flat[place + i]
+
+
+@kernel
+def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: Any) -> Any:
+    """Columns `first` to first + k of tile f32 [rows, cols] -> words u32 [rows, k * bits / 32], scale f32 [rows].
+
+    Rows are whole blocks. Returns 0, or -1 at the first row with a value that is not finite.
+    """
+    rows, count = words.shape
+    values = np.empty(count * 32 // bits, np.float32)
+    codes, sums = np.empty(values.shape[0], np.uint8), np.empty(LANES, np.float32)
+    lines = np.empty((16, 4 * count), np.uint8)
+    for row in range(rows):
+        amax = _settle(tile, row, first, values)
+        if amax >= INFINITE:
+            return -1
+        step = _rule(amax, bits)
+        if mse and step > ZERO:
+            step = _search(values, amax, step, bits, sums)
+        scale[row] = step
+        inverse = ONE / step if step > ZERO else ZERO
+        line = lines[row % 16]
+        if bits == 8:
+            _quantise(values, inverse, _code, np.float32(127), line)
+        elif mse:
+            _quantise(values, inverse * np.float32(1 / 16), _code, np.float32(7), codes)
+            _pair(codes, line)
+        else:
+            _quantise(values, inverse, _code_twice, ZERO, codes)
+            _pair(codes, line)
+        if row % 16 == 15:
+            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
+    return 0
+
+
+@inline
+def _exact(value: Any, highest: Any) -> Any:
+    """A code from the f32 that it is."""
+    return np.int32(np.int32(bits_of(value + SHIFT)) - SHIFTED)
+
+
+@kernel
+def encode_codes(tile: Any, first: Any, bits: Any, words: Any) -> None:
+    """encode_rows for columns that are codes already."""
+    rows, count = words.shape
+    codes = np.empty(count * 32 // bits, np.uint8)
+    lines = np.empty((16, 4 * count), np.uint8)
+    for row in range(rows):
+        line = lines[row % 16]
+        values = tile[row, first : first + codes.shape[0]]
+        _quantise(values, ONE, _exact, ZERO, line if bits == 8 else codes)
+        if bits == 4:
+            _pair(codes, line)
+        if row % 16 == 15:
+            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
+
+
+@kernel
+def decode_rows(words: Any, scale: Any, bits: Any, first: Any, tile: Any) -> None:
+    """The inverse of encode_rows: code * step, or the codes themselves when `scale` is None."""
+    rows, count = words.shape
+    half = np.empty((16, count), np.uint32)
+    codes = half.view(np.int8)
+    for row in range(rows):
+        if row % 16 == 0:
+            _exchange(half, row, bits, words, False)
+        step = ONE if scale is None else scale[row] * np.float32(16 if bits == 4 else 1)
+        own = codes[row % 16]
+        if bits == 8:
+            for i in range(own.shape[0]):
+                tile[row, first + i] = np.float32(own[i]) * step
+        else:
+            for start in range(0, own.shape[0], 64):
+                for i in range(64):
+                    byte = np.int32(own[start + i])
+                    tile[row, first + 2 * start + i] = np.float32(np.int32(byte << np.int32(28)) >> np.int32(28)) * step
+                    tile[row, first + 2 * start + 64 + i] = np.float32(byte >> np.int32(4)) * step

@@ -1,0 +1,141 @@
+"""Weights for AMX tiles; see formats.amx for the order of bytes and the rules of the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from kconvert.formats.conventions import AMX_FACTORS, AMX_START, AMX_STRIDES
+
+TINY = 2.0**-126
+LANES = 64
+
+
+def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, k] of any floating dtype, rounded to bf16 first -> (I8 [n * k * bits / 8] in AMX order, f32 scale [n])."""
+    values = _flush(weight.bfloat16().float())
+    amax = values.abs().amax(-1)
+    scale = _flush(amax / 112 if bits == 4 else amax * torch.tensor(1 / 127))
+    if mse:
+        scale = _search(values, amax, scale, bits)
+    return pack(quantise(values, scale, bits, nearest=mse), bits), scale
+
+
+def quantise(values: torch.Tensor, scale: torch.Tensor, bits: int, nearest: bool) -> torch.Tensor:
+    """f32 [n, k] and scale [n] -> int8 codes [n, k]; all zero where the scale is.
+
+    round_half_even(value * (1 / scale)) with f32 reciprocal and product, clamped to eight bits. For four bits it is `nearest`
+    with 16 scales in place of one, clamped to [-7, 7]; or kt-kernel's: the magnitude + 8, shifted right by four.
+    """
+    inverse = torch.where(scale > 0, 1 / scale, 0).unsqueeze(-1)
+    if bits == 4 and nearest:
+        return torch.round(values * (inverse / 16)).clamp(-7, 7).to(torch.int8)
+    codes = torch.round(values * inverse).clamp(-127, 127).to(torch.int16)
+    if bits == 4:
+        codes = codes.sign() * ((codes.abs() + 8) >> 4)
+    return codes.to(torch.int8)
+
+
+def decode(packed: torch.Tensor, scale: torch.Tensor, cols: int, bits: int) -> torch.Tensor:
+    """What the loader serves: code * scale for eight bits, code * 16 * scale for four, rounded to f32 once; [n, cols]."""
+    step = scale * (16 if bits == 4 else 1)
+    return unpack(packed, len(scale), cols, bits).float() * step.unsqueeze(-1)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 codes [n, k] -> I8 [n * k * bits / 8]."""
+    n, k = codes.shape
+    packed = torch.empty(n * k * bits // 8, dtype=torch.int8, device=codes.device)
+    position = 0
+    for rows, cols in _blocks(n, k, bits):
+        block = _order(_combine(codes[rows, cols], bits)).flatten()
+        packed[position : position + len(block)] = block
+        position += len(block)
+    return packed
+
+
+def unpack(packed: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
+    """I8 [n * k * bits / 8] -> int8 codes [n, k]."""
+    codes = torch.empty(n, k, dtype=torch.int8, device=packed.device)
+    position = 0
+    for rows, cols in _blocks(n, k, bits):
+        target = codes[rows, cols]
+        places = torch.arange(target.numel() * bits // 8, device=packed.device)
+        order = _order(places.view(len(target), -1)).flatten()
+        block = torch.empty(len(order), dtype=torch.int8, device=packed.device)
+        block[order] = packed[position : position + len(order)]
+        target[:] = _separate(block.view(len(target), -1), bits)
+        position += len(order)
+    return codes
+
+
+def _blocks(n: int, k: int, bits: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of 128 rows for four bits, 64 for eight, times 3584 columns; the last ones may be short."""
+    height = 512 // bits
+    for row in range(0, n, height):
+        for col in range(0, k, 3584):
+            yield slice(row, min(row + height, n)), slice(col, min(col + 3584, k))
+
+
+def _combine(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [rows, cols] -> the bytes of the rows: of 128 four-bit codes the first 64 are low nibbles, the others high."""
+    if bits == 8:
+        return codes
+    low, high = codes.view(len(codes), -1, 2, 64).unbind(2)
+    return ((low & 15) | (high << 4)).flatten(1)
+
+
+def _separate(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of _combine, with sign."""
+    if bits == 8:
+        return rows
+    groups = rows.view(len(rows), -1, 64)
+    return torch.stack([(groups << 4) >> 4, groups >> 4], 2).flatten(1)
+
+
+def _order(rows: torch.Tensor) -> torch.Tensor:
+    """Bytes [rows, width] of a block: for 32 rows and 64 bytes of each, twice 16 x 16 words of four bytes, transposed."""
+    return rows.reshape(len(rows) // 32, 2, 16, -1, 16, 4).permute(0, 3, 1, 4, 2, 5)
+
+
+def _flush(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values.abs() < TINY, 0, values)
+
+
+def _search(values: torch.Tensor, amax: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale rule * AMX_FACTORS[i] with the least squared error: in large strides until it grows, then in small ones."""
+    factors = torch.tensor(AMX_FACTORS)
+    best = torch.full((len(values),), AMX_START)
+    least = _error(values, amax, rule, bits)
+    walking = torch.ones(len(values), dtype=torch.bool)
+    for place in range(AMX_START + AMX_STRIDES[0], len(factors), AMX_STRIDES[0]):
+        error = _error(values, amax, rule * factors[place], bits)
+        walking &= error < least
+        best, least = torch.where(walking, place, best), torch.where(walking, error, least)
+    for stride in AMX_STRIDES[1:]:
+        for places in (best - stride, best + stride):
+            error = _error(values, amax, rule * factors[places], bits)
+            best, least = torch.where(error < least, places, best), torch.minimum(error, least)
+    return rule * factors[best]
+
+
+def _error(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """f32 [n]: squared error of the rows in units of the power of two in amax; infinite where the scale would be flushed.
+
+    Summed in f32 in a fixed order: columns equal modulo LANES one after the other, then halves onto halves.
+    """
+    step = (scale * (16 if bits == 4 else 1)).unsqueeze(-1)
+    highest = 7 if bits == 4 else 127
+    codes = torch.round((values * (1 / step)).clamp(-highest, highest))
+    _, exponent = torch.frexp(amax)
+    unit = torch.pow(2.0, 1.0 - exponent.double()).float().unsqueeze(-1)
+    error = (values - codes * step) * unit
+    squares = (error * error).view(len(values), -1, LANES)
+    sums = torch.zeros(len(values), LANES)
+    for chunk in squares.unbind(1):
+        sums += chunk
+    while sums.shape[1] > 1:
+        low, high = sums.chunk(2, 1)
+        sums = low + high
+    return torch.where(_flush(scale) == 0, torch.inf, sums[:, 0])

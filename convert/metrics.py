@@ -1,0 +1,221 @@
+"""How far values are from those expected: arithmetic on tensors, and on its results.
+
+With a for the expected value and e for the error, found minus expected, both widened to f64 (exact), and sums in f64:
+SQNR = 10 log10(sum a^2 / sum e^2) in dB; relative Frobenius error = sqrt(sum e^2 / sum a^2); cosine = sum a(a + e) /
+sqrt(sum a^2 sum (a + e)^2). A relative error is the largest |e| of a row over the largest |a| of that row, or over the
+largest |a + e| where the row should be zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+TILE_ELEMENTS = 1 << 18  # at a time; two copies in f64 about fit into a cache
+LOWEST_DB, HIGHEST_DB = -20, 120  # of the rows' distribution; what lies outside counts as these
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """An element, and what it is."""
+
+    row: int
+    col: int
+    expected: float
+    found: float
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Of some elements, `different` of which have another value than expected; `+` puts two sets of elements together.
+
+    `signal`, `cross` and `noise` are the sums of a^2, a e and e^2; `worst` is where max_abs is. Elements that are not
+    finite on either side are counted in `nonfinite` and nowhere else.
+    """
+
+    elements: int = 0
+    different: int = 0
+    nonfinite: int = 0
+    signal: float = 0.0
+    cross: float = 0.0
+    noise: float = 0.0
+    max_abs: float = 0.0
+    max_relative: float = 0.0
+    worst: Position | None = None
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(
+            self.elements + other.elements,
+            self.different + other.different,
+            self.nonfinite + other.nonfinite,
+            self.signal + other.signal,
+            self.cross + other.cross,
+            self.noise + other.noise,
+            max(self.max_abs, other.max_abs),
+            max(self.max_relative, other.max_relative),
+            other.worst if other.max_abs > self.max_abs else self.worst,
+        )
+
+    @property
+    def sqnr(self) -> float | None:
+        return sqnr(self.signal, self.noise)
+
+    @property
+    def frobenius(self) -> float:
+        return math.sqrt(self.noise / (self.signal or _TINY))
+
+    @property
+    def cosine(self) -> float:
+        """1 where nothing differs, also of zeros with zeros."""
+        if not self.noise:
+            return 1.0
+        found = max(self.signal + 2 * self.cross + self.noise, 0.0)
+        return (self.signal + self.cross) / (math.sqrt(self.signal * found) or 1.0)
+
+
+_TINY = 1e-300
+
+
+def sqnr(signal: float, noise: float) -> float | None:
+    """In dB; None without noise."""
+    return 10 * math.log10((signal or _TINY) / noise) if noise else None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Distributions: `rows` by SQNR in whole dB (only rows that differ), `codes` by the code's value, `scales` by the floor
+    of 4 log2, that is in quarters of an octave. `+` puts two together."""
+
+    rows: Counter[int] = field(default_factory=Counter)
+    codes: Counter[float] = field(default_factory=Counter)
+    scales: Counter[int] = field(default_factory=Counter)
+
+    def __add__(self, other: Spread) -> Spread:
+        # Not Counter's own sum, which drops the codes that never occur.
+        sums = []
+        for ours, theirs in ((self.rows, other.rows), (self.codes, other.codes), (self.scales, other.scales)):
+            both: Counter[float] = Counter(ours)
+            both.update(theirs)
+            sums.append(both)
+        return Spread(*sums)  # type: ignore[arg-type]
+
+
+def measure(expected: torch.Tensor, found: torch.Tensor, first_row: int = 0) -> tuple[Errors, Counter[int]]:
+    """Floats [rows, cols] of any dtype each -> their errors, and the rows that differ by SQNR in whole dB.
+
+    `first_row` is the number of the first row in `Errors.worst`.
+    """
+    total, by_sqnr = Errors(), Counter[int]()
+    rows, cols = expected.shape
+    count = max(1, TILE_ELEMENTS // max(cols, 1))
+    for first in range(0, rows, count):
+        errors, distribution = _measure_tile(expected[first : first + count], found[first : first + count])
+        if errors.worst is not None:
+            errors = replace(errors, worst=replace(errors.worst, row=first_row + first + errors.worst.row))
+        total += errors
+        by_sqnr.update(distribution)
+    return total, by_sqnr
+
+
+def _measure_tile(expected: torch.Tensor, found: torch.Tensor) -> tuple[Errors, list[int]]:
+    """In place wherever it goes: new memory costs more than the arithmetic."""
+    import torch
+
+    a = expected.double()
+    signal = torch.linalg.vector_norm(a, dim=-1).square_()
+    if same_bits(expected, found):
+        finite = bool(torch.isfinite(signal).all())
+        return Errors(a.numel(), signal=float(signal.sum())) if finite else _measure_finite(a, a), []
+    e = found.double()
+    power = torch.linalg.vector_norm(e, dim=-1).square_()
+    if not bool(torch.isfinite(signal + power).all()):
+        return _measure_finite(a, e), []
+    noise = torch.linalg.vector_norm(e.sub_(a), dim=-1).square_()
+    different = int(e.count_nonzero())
+    worst, largest = e.abs_().amax(-1), a.abs_().amax(-1)
+    if not bool(largest.all()):
+        largest = torch.where(largest == 0, found.double().abs().amax(-1), largest).clamp(min=_TINY)
+    row = int(worst.argmax())
+    col = int(e[row].argmax())
+    errors = Errors(
+        elements=a.numel(),
+        different=different,
+        signal=float(signal.sum()),
+        cross=float(power.sum() - signal.sum() - noise.sum()) / 2,  # from |a + e|^2 = a^2 + 2 a e + e^2
+        noise=float(noise.sum()),
+        max_abs=float(worst[row]),
+        max_relative=float((worst / largest).max()),
+        worst=Position(row, col, float(expected[row, col]), float(found[row, col])) if worst[row] else None,
+    )
+    ratios = 10 * torch.log10(signal.clamp(min=_TINY) / noise)[noise > 0]
+    return errors, ratios.floor().clamp(LOWEST_DB, HIGHEST_DB).int().tolist()
+
+
+def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same dtype and the same bytes; much faster than torch.equal."""
+    import numpy as np
+    import torch
+
+    if expected.dtype != found.dtype:
+        return False
+    one, two = (side.contiguous().view(-1).view(torch.uint8).numpy() for side in (expected, found))
+    return np.array_equal(one, two)
+
+
+def _measure_finite(expected: torch.Tensor, found: torch.Tensor) -> Errors:
+    """The errors of the elements that are finite on both sides; the others are counted."""
+    finite = expected.isfinite() & found.isfinite()
+    expected, found = expected.where(finite, 0.0), found.where(finite, 0.0)
+    rest = int(finite.logical_not().sum())
+    errors, _ = _measure_tile(expected, found)
+    return replace(errors, elements=errors.elements - rest, nonfinite=rest)
+
+
+# What a limit may be put on: a floor, or a ceiling.
+FLOORS = ("sqnr", "cosine")
+CEILINGS = ("max_abs", "max_relative", "frobenius")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a weight may be from what is expected: metrics of FLOORS are not to fall under, of CEILINGS not to pass."""
+
+    floors: Mapping[str, float] = field(default_factory=dict)
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+
+    def __or__(self, other: Limits) -> Limits:
+        """Both, the other's where it has any for the same metric."""
+        return Limits({**self.floors, **other.floors}, {**self.ceilings, **other.ceilings})
+
+    def missed(self, errors: Errors) -> str | None:
+        """The first limit that is missed, in words; None when all are kept."""
+        for metric, floor in self.floors.items():
+            value = getattr(errors, metric)
+            if value is not None and value < floor:
+                return f"{spelled(metric, value)} is under the limit of {floor:g}"
+        for metric, ceiling in self.ceilings.items():
+            value = getattr(errors, metric)
+            if value > ceiling:
+                return f"{spelled(metric, value)} is over the limit of {ceiling:g}"
+        return None
+
+
+NAMES = {
+    "sqnr": "SQNR",
+    "cosine": "cosine",
+    "max_abs": "largest error",
+    "max_relative": "largest relative error",
+    "frobenius": "relative Frobenius error",
+}
+
+
+def spelled(metric: str, value: float) -> str:
+    """A metric's value as people read it; cosines need their places."""
+    number = f"{value:.2f} dB" if metric == "sqnr" else f"{value:.6f}" if metric == "cosine" else f"{value:.3g}"
+    return f"{NAMES[metric]} {number}"
