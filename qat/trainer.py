@@ -156,6 +156,12 @@ def held_out_loss(model: Any, blocks: torch.Tensor, batch: int = 8) -> float:
     return total / blocks[:, 1:].numel()
 
 
+def silence_transformers() -> None:
+    """No progress bars and advice of its own, for a command that has its own."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 class QATTrainer(Trainer):
     """transformers' Trainer with our loss and callback, and without its own output."""
 

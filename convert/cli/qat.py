@@ -84,11 +84,10 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
 
 def _run(train: Any, request: Any, quiet: bool) -> Any:
     from tqdm import tqdm
-    from transformers.utils import logging
 
-    silence: Any = logging
-    silence.set_verbosity_error()
-    silence.disable_progress_bar()
+    from kconvert.qat.trainer import silence_transformers
+
+    silence_transformers()
     with tqdm(total=request.steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
 
         def advance(step: int, logs: dict[str, Any]) -> None:
