@@ -197,3 +197,21 @@ def test_torch_compile_takes_the_experts_in_one_graph(tiny):
     wanted = experts(*inputs)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), wanted)
+
+
+def test_experts_without_a_gate_are_covered():
+    class Ungated(nn.Module):
+        is_transposed, is_concatenated, has_gate, has_bias = False, True, False, False
+
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.down_proj = (nn.Parameter(torch.randn(2, *shape)) for shape in ((32, 64), (64, 32)))
+
+        def forward(self, x):
+            return torch.relu(x @ self.up_proj.mT) @ self.down_proj.mT
+
+    model = nn.ModuleDict({"experts": Ungated()})
+    x = torch.randn(2, 5, 64)
+    wanted = quantised(model)["experts"](x)
+    assert [matrix.name for matrix in prepare(model).matrices][::2] == ["experts.0.up_proj", "experts.0.down_proj"]
+    assert torch.equal(model["experts"](x), wanted)
