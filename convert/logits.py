@@ -125,7 +125,7 @@ def _run(model: Model, ids: torch.Tensor, routing: Routing | None = None) -> tup
     network = _load(model)
     chosen: Routing = []
     given = iter(routing or ())
-    for experts, names in _expert_modules(network):
+    for experts, names in expert_modules(network):
         hook = functools.partial(_route, names=names, chosen=chosen, given=given)
         experts.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def _route(
     return tuple(arguments.values()), {}
 
 
-def _expert_modules(network: Any) -> Iterator[tuple[Any, Sequence[str]]]:
+def expert_modules(network: Any) -> Iterator[tuple[Any, Sequence[str]]]:
     """The modules of transformers that hold a layer's routed experts, told by what they are called with: the names of the
     arguments for each token's experts and their shares."""
     for module in network.modules():

@@ -230,8 +230,14 @@ class Recipe:
 
 def _plain_linears(model: Model) -> Iterable[str]:
     """Modules of matrices that are copied as they are, which an engine may take for Linears to be quantised."""
-    roles = NO_LINEARS - {"router"} if model.checkpoint.config.get("model_type") in LINEAR_ROUTERS else NO_LINEARS
     for plain in model.plain:
         module, _, suffix = plain.tensor.name.rpartition(".")
-        if suffix == "weight" and len(plain.tensor.shape) == 2 and plain.role.rpartition(".")[2] not in roles:
+        is_linear = is_linear_role(plain.role, model.checkpoint.config.get("model_type"))
+        if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
             yield module
+
+
+def is_linear_role(role: str, model_type: object) -> bool:
+    """Whether an engine's code for this type of model has a Linear in this role."""
+    last = role.rpartition(".")[2]
+    return last not in NO_LINEARS or (last == "router" and model_type in LINEAR_ROUTERS)

@@ -187,5 +187,10 @@ def test_heavy_modules_are_imported_when_needed_and_not_before(module):
     assert not offenders([module], HEAVY - {"click"}, top_level=True)
 
 
+def test_what_trains_is_known_to_qat_only():
+    others = [module for module in MODULES if not within(module, "kconvert.qat") and module != "kconvert.cli.qat"]
+    assert not offenders(others, ["accelerate", "peft", "kconvert.qat"], typing=True)
+
+
 def test_qat_never_knows_the_engine():
     assert not offenders(QAT, ["kconvert.engine"], typing=True)

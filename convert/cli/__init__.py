@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert import __version__
-from kconvert.cli import conversions, diff, inspect, repack, sample, verify
+from kconvert.cli import conversions, diff, inspect, qat, repack, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
 
 
@@ -60,6 +60,7 @@ COMMANDS = (
     verify.verify,
     diff.diff,
     sample.sample,
+    qat.qat,
 )
 for command in COMMANDS:
     main.add_command(command)

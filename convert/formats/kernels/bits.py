@@ -181,3 +181,41 @@ def _round_like(value: Any, stored: Any) -> Any:
         types.float32: lambda value, stored: value,
     }
     return by_type.get(stored)
+
+
+def load_bf16(stored: Any) -> Any:
+    """A value of a bf16 array (in u16) or an f32 one -> the bf16 that it is or is rounded to, as f32."""
+    raise NotImplementedError("only in kernels")
+
+
+def store_bf16(array: Any, row: Any, col: Any, value: Any) -> None:
+    """Put an f32, rounded to bf16, into a bf16 array (in u16) or an f32 one."""
+    raise NotImplementedError("only in kernels")
+
+
+@overload(load_bf16, strict=False)
+def _load_bf16(stored: Any) -> Any:
+    by_type = {
+        types.uint16: lambda stored: widen(stored),  # noqa: PLW0108
+        types.float32: lambda stored: _round_finite(stored),  # noqa: PLW0108
+    }
+    return by_type.get(stored)
+
+
+@overload(store_bf16, strict=False)
+def _store_bf16(array: Any, row: Any, col: Any, value: Any) -> Any:
+    def store_bits(array: Any, row: Any, col: Any, value: Any) -> None:
+        array[row, col] = np.uint16(round_bits(value) >> np.uint32(16))
+
+    def store_float(array: Any, row: Any, col: Any, value: Any) -> None:
+        array[row, col] = round_bf16(value)
+
+    return store_bits if array.dtype == types.uint16 else store_float
+
+
+@inline
+def _round_finite(value: Any) -> Any:
+    """round_bf16, but infinity and NaN stay what they are."""
+    bits = bits_of(value)
+    special = np.uint32(bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000)
+    return float_of(bits if special else np.uint32(round_bits(value) & np.uint32(0xFFFF0000)))

@@ -22,12 +22,14 @@ from kconvert.formats.kernels.bits import (
     inline,
     kernel,
     largest_bits,
+    load_bf16,
     pack_pairs,
     round_bf16,
     round_bits,
     round_like,
     smallest_bits,
     squared_error,
+    store_bf16,
     widen,
     widen_scale,
 )
@@ -222,6 +224,23 @@ def _search(tile: Any, group: Any, amax: Any, top: Any, lowest: Any, codes: Any)
     return U(0)
 
 
+@inline
+def _may_be_exact(amax: Any, smallest: Any) -> Any:
+    """Whether a scale can reproduce the group, by what lies between its values; most that were never quantised cannot."""
+    return float_of(amax) <= WIDEST * float_of(smallest)
+
+
+@inline
+def _exact_scale(tile: Any, group: Any, amax: Any, lowest: Any, codes: Any) -> Any:
+    """_search, the likeliest scale first. 0 also for a group of zeros."""
+    # -8 has no counterpart above, so it can only be where no positive value is as large.
+    top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
+    bits = U(_nearest(amax, top))
+    if _quantise_exactly(tile, group, bits, lowest, codes):
+        bits = _search(tile, group, amax, top, lowest, codes)
+    return bits
+
+
 @kernel
 def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
     """encode_rule, but a group whose values are all bf16(code * scale) gets such codes and such a scale back.
@@ -235,13 +254,8 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        bits = U(0)
-        if float_of(amax) <= WIDEST * float_of(smallest_bits(tile, group)):
-            # -8 has no counterpart above, so it can only be where no positive value is as large.
-            top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
-            bits = U(_nearest(amax, top))
-            if _quantise_exactly(tile, group, bits, lowest, codes):
-                bits = _search(tile, group, amax, top, lowest, codes)
+        possible = _may_be_exact(amax, smallest_bits(tile, group))
+        bits = _exact_scale(tile, group, amax, lowest, codes) if possible else U(0)
         if bits == U(0):
             bits = _rule(amax, divisor, zero_scale)
             if amax or _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
@@ -285,3 +299,39 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
         _quantise(tile, group, best, lowest, rounds, codes)
         pack_pairs(pairs, group, packed)
     return 0
+
+
+@kernel
+def fake_quantise(values: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, served: Any) -> None:
+    """What encode_exact and decode_nibbles make of values [groups, g]: bf16 bits in u16, or f32 that is rounded to bf16 first.
+
+    `served` has the type of `values`. Groups with a value that is not finite become NaN.
+    """
+    size = values.shape[1]
+    codes = np.empty(size, np.uint8)
+    tile = np.empty((1, size), np.float32)
+    for group in range(values.shape[0]):
+        amax, smallest = _extremes(values, group)
+        if amax < INFINITE and _may_be_exact(amax, smallest):
+            for i in range(size):
+                tile[0, i] = load_bf16(values[group, i])
+            if _exact_scale(tile, 0, amax, lowest, codes):
+                for i in range(size):
+                    store_bf16(served, group, i, tile[0, i])
+                continue
+        step = _step(_rule(amax, divisor, zero_scale)) if amax < INFINITE else np.float32(np.nan)
+        for i in range(size):
+            shifted = _shifted(load_bf16(values[group, i]), step, lowest, rounds)
+            store_bf16(served, group, i, (shifted - SHIFT) * step)
+
+
+@inline
+def _extremes(values: Any, group: Any) -> Any:
+    """amax_bits and smallest_bits in one pass over stored values; the second is 0 if there is none."""
+    largest, before = U(0), U(0xFFFFFFFF)  # zeros come last in the order of what is one less
+    for i in range(values.shape[1]):
+        magnitude = U(bits_of(load_bf16(values[group, i])) & U(0x7FFFFFFF))
+        less = U(magnitude - U(1))
+        largest = magnitude if magnitude > largest else largest
+        before = less if less < before else before
+    return largest, U(before + U(1))

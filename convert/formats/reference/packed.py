@@ -67,10 +67,14 @@ def rule_scale(groups: torch.Tensor, rule: Convention) -> torch.Tensor:
 
 def quantise(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch.Tensor:
     """f32 [..., g] and bf16 scale [...] -> f32 codes [..., g]; all zero where the scale is."""
+    return unclamped(groups, scale, rule).clamp(rule.lowest, rule.highest)
+
+
+def unclamped(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> torch.Tensor:
+    """The codes of quantise before they are clamped."""
     step = scale.float().unsqueeze(-1)
     quotient = groups / torch.where(step == 0, torch.inf, step)
-    quotient = quotient.bfloat16().float() if rule.rounds else quotient
-    return torch.round(quotient).clamp(rule.lowest, rule.highest)
+    return torch.round(quotient.bfloat16().float() if rule.rounds else quotient)
 
 
 def encode_mse(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,16 +108,25 @@ def squared_error(groups: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
 
 
 def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """encode, but groups that codes and a bf16 scale reproduce to the bit get these; also the number of those that have none.
+    """encode, but groups that codes and a bf16 scale reproduce to the bit get these; also the number of the other groups."""
+    codes, scale, lost = quantise_exact(weight.float().view(-1, group_size), rule)
+    return pack(codes.view(len(weight), -1), 4), scale.view(len(weight), -1), lost
+
+
+def quantise_exact(groups: torch.Tensor, rule: Convention) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """f32 [n, g] of bf16 values -> f32 codes [n, g], bf16 scale [n], and the number of groups that these do not reproduce.
 
     If m is the largest magnitude among a group's codes, then amax = bf16(m * scale), and that scale is bf16(amax / m) or
     next to it. The first that fits is taken: m = 8 first (only where the largest value is negative), the nearest first.
     """
-    groups = weight.float().view(-1, group_size)
     scale = rule_scale(groups, rule)
     codes = quantise(groups, scale, rule)
     amax = groups.abs().amax(-1)
-    open_ = (~((amax == 0) & _reproduces(codes, scale, groups))).nonzero().squeeze(1)
+    zero = (amax == 0) & _reproduces(codes, scale, groups)
+    # Where the codes are 1 to 8 no value but zero is below an eighth of another; others are spared, most that were never INT4.
+    smallest = torch.where(groups == 0, torch.inf, groups.abs()).amin(-1)
+    open_ = (~zero & (amax <= 8 * smallest)).nonzero().squeeze(1)
+    lost = len(groups) - int(zero.sum()) - len(open_)
     by_quotient = Convention(rule.name, rule.divisor, rule.lowest)
     for m in range(-rule.lowest, 0, -1):
         for offset in (0, -1, 1):
@@ -127,7 +140,18 @@ def encode_exact(weight: torch.Tensor, group_size: int, rule: Convention) -> tup
             scale[open_[fits]] = candidate[fits]
             codes[open_[fits]] = found[fits]
             open_ = open_[~fits]
-    return pack(codes.view(len(weight), -1), 4), scale.view(len(weight), -1), len(open_)
+    return codes, scale, lost + len(open_)
+
+
+def fake_quantise(weight: torch.Tensor, group_size: int, rule: Convention) -> torch.Tensor:
+    """bf16 or f32 [rows, cols] -> the same type: decode of encode_exact of the weight in bf16.
+
+    Groups with a value that is not finite become NaN.
+    """
+    groups = weight.bfloat16().float().view(-1, group_size)
+    codes, scale, _ = quantise_exact(groups, rule)
+    served = ((codes + 0.0) * scale.float().unsqueeze(-1)).bfloat16()
+    return torch.where(groups.isfinite().all(-1, keepdim=True), served, torch.nan).to(weight.dtype).view_as(weight)
 
 
 def _reproduces(codes: torch.Tensor, scale: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,99 @@
+"""`kconvert qat`: quantisation-aware training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kconvert.cli.options import directory, json_option, quiet_option
+from kconvert.errors import KconvertError
+from kconvert.formats.conventions import CONVENTIONS
+
+text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group()
+def qat() -> None:
+    """Train a model's experts on the exact INT4 grid that is shipped."""
+
+
+@qat.command()
+@click.option("--model", required=True, type=directory, help="The checkpoint to train, in BF16, with its tokenizer.")
+@click.option("--output", required=True, type=directory, help="Where everything goes.")
+@click.option("--steps", required=True, type=click.IntRange(1), help="Optimiser steps.")
+@click.argument("text", nargs=-1, required=True, type=text_file, metavar="TEXT...")
+@click.option("--source", type=directory, help="The INT4 checkpoint that MODEL was converted from.")
+@click.option("--teacher", type=directory, help="A checkpoint to distil from, mostly MODEL.")
+@click.option("--distillation", type=click.FloatRange(0, 1), help="Weight of the teacher [default: 0.5 with one].")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Softens both distributions.")
+@click.option("--convention", type=click.Choice(list(CONVENTIONS)), default="kimi", show_default=True)
+@click.option("--group-size", type=click.IntRange(8), default=32, show_default=True, help="Inputs to a scale.")
+@click.option("--target", "targets", multiple=True, help="Role or glob of names; repeatable [default: every expert].")
+@click.option("--start-step", type=click.IntRange(0), default=0, show_default=True, help="Steps without the grid.")
+@click.option(
+    "--gradient", type=click.Choice(["straight-through", "clip"]), default="straight-through", show_default=True
+)
+@click.option("--learning-rate", type=float, default=1e-5, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--block", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--masters", type=click.Choice(["f32", "bf16"]), default="f32", show_default=True, help="Trained weights."
+)
+@click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Keep the quantised experts of one layer at a time.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@quiet_option
+def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
+    """Fine-tune MODEL on the files TEXT with fake-quantised experts, and write its INT4 checkpoint.
+
+    OUTPUT gets `int4` (what is shipped: its weights are the values that training saw, bit for bit), `masters`, `log.json`
+    and `training.png`. Run the same command again to go on after an interruption.
+
+    \b
+    Example: kconvert qat train --model ./bf16 --teacher ./bf16 --steps 1000 --output ./trained corpus/*.txt
+    """
+    try:
+        from kconvert.qat.trainer import TrainRequest
+        from kconvert.qat.trainer import train as run
+    except ImportError as error:
+        raise KconvertError(f"{error.name} is missing; install it with `pip install kconvert-toolkit[qat]`") from None
+
+    from kconvert.qat import QATConfig
+
+    if options["distillation"] is None:
+        options["distillation"] = 0.5 if options["teacher"] else 0.0
+    options["targets"] = options["targets"] or ("expert",)
+    grid = {name: options.pop(name) for name in tuple(options) if name in QATConfig.__dataclass_fields__}
+    request = TrainRequest(text=text, config=QATConfig(**grid), **options)
+    outcome = _run(run, request, quiet)
+    if as_json:
+        click.echo(json.dumps(asdict(outcome), indent=2, default=str))
+    elif not quiet:
+        click.echo(
+            f"wrote {outcome.output / 'int4'}: {outcome.covered}\n"
+            f"held-out loss: {outcome.loss_before:.4f} as it came, {outcome.loss_quantised:.4f} on the grid before training, "
+            f"{outcome.loss_trained:.4f} after {outcome.steps:,} steps"
+        )
+
+
+def _run(train: Any, request: Any, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    from kconvert.qat.trainer import silence_transformers
+
+    silence_transformers()
+    with tqdm(total=request.steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
+
+        def advance(step: int, logs: dict[str, Any]) -> None:
+            bar.update(step - bar.n)
+            shown = {key: logs[key] for key in ("loss", "qat_sqnr", "qat_changed") if key in logs}
+            if shown:
+                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()})
+
+        return train(request, advance)

@@ -1,0 +1,282 @@
+"""How much of what INT4 loses does quantisation-aware training win back? An experiment that runs on two CPU cores.
+
+A small DeepSeek-V3-like mixture of experts is trained from scratch on the sources of Python's standard library, by a
+byte-level BPE made on the spot. From there it is fine-tuned in several ways, with the same steps on the same batches:
+
+    BF16     no grid; this is also the teacher, and the reference of KL and top-1
+    PTQ      the BF16 model, its experts rounded to INT4 after training
+    QAT      trained with fake-quantised experts
+    QAT+KD   the same, distilled from the BF16 model
+
+All are measured on the same held-out files. Recovered is (PTQ - QAT) / (PTQ - BF16), in held-out loss.
+
+    python examples/qat_recovery.py --output qat_recovery
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    DeepseekV3Config,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from kconvert.qat import QATConfig, coverage, export, prepare
+from kconvert.qat.distill import distillation_loss
+from kconvert.qat.parity import compare
+from kconvert.qat.trainer import held_out_loss
+
+VOCABULARY = 512
+BLOCK = 128
+BATCH = 16
+GROUPS = (32, 128)
+HELD_OUT = 25  # every so many files are held out
+WAYS = ("PTQ", "QAT", "QAT+KD")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of making a model, by one seed; losses in nats a token."""
+
+    seed: int
+    way: str
+    group: int
+    loss: float
+    kl: float
+    top1: float
+    recovered: float | None = None
+
+
+def read_corpus() -> tuple[str, str]:
+    """Sources of the standard library to train on, and held out."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    files = [path for path in files if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)]
+    texts = [path.read_text("utf-8", errors="replace") for path in files]
+    held_out = "".join(texts[::HELD_OUT])
+    del texts[::HELD_OUT]
+    return "".join(texts), held_out
+
+
+def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text[:2_000_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def blocks(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    """Token ids [blocks, BLOCK]."""
+    pieces = [text[k : k + 100_000] for k in range(0, len(text), 100_000)]
+    ids = [token for encoded in tokenizer.backend_tokenizer.encode_batch(pieces) for token in encoded.ids]
+    return torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
+
+
+def make_model() -> nn.Module:
+    config = DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=128,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=64,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=8,
+        v_head_dim=32,
+        max_position_embeddings=BLOCK,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+
+
+def batches(data: torch.Tensor, steps: int, seed: int) -> Iterator[torch.Tensor]:
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield data[torch.randint(len(data), (BATCH,), generator=order)]
+
+
+def fit(
+    model: nn.Module,
+    data: torch.Tensor,
+    steps: int,
+    peak: float,
+    seed: int,
+    config: QATConfig | None = None,
+    teacher: nn.Module | None = None,
+) -> nn.Module:
+    """AdamW with a cosine schedule and a warm-up of 5%."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    warm_up = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warm_up, 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    model.train()
+    for ids in batches(data, steps, seed):
+        with torch.no_grad():
+            target = None if teacher is None else teacher(ids).logits
+        loss = distillation_loss(model(ids).logits, target, ids, config or QATConfig())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+def run_seed(
+    seed: int, data: torch.Tensor, held_out: torch.Tensor, options: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[list[Row], nn.Module]:
+    """Every row of one seed, and the last model that was trained on the grid."""
+    set_seed(seed)
+    base = fit(make_model(), data, options.pretrain, 3e-3, seed)
+    say(f"seed {seed}: trained from scratch, held-out loss {held_out_loss(base, held_out):.4f}")
+    tuned = {"data": data, "steps": options.steps, "peak": options.rate, "seed": 1000 + seed}
+    reference = fit(copy.deepcopy(base), **tuned)
+    best = held_out_loss(reference, held_out)
+    rows = [Row(seed, "BF16", 0, best, 0.0, 1.0)]
+    say(f"seed {seed}: BF16, loss {best:.4f}")
+    for group in GROUPS:
+        lost = math.nan
+        for way in WAYS:
+            config = QATConfig(group_size=group, distillation=0.5 if way == "QAT+KD" else 0.0)
+            model = copy.deepcopy(reference if way == "PTQ" else base)
+            prepare(model, config)
+            if way != "PTQ":
+                fit(model, **tuned, config=config, teacher=reference if way == "QAT+KD" else None)
+            rows.append(measure(model, reference, held_out, seed, way, group))
+            lost = rows[-1].loss - best if way == "PTQ" else lost
+            if way != "PTQ":
+                recovered = 1 - (rows[-1].loss - best) / lost
+                rows[-1] = Row(**{**asdict(rows[-1]), "recovered": recovered})
+            say(f"seed {seed}: {way}, group {group}, loss {rows[-1].loss:.4f} ({rows[-1].loss - best:+.4f})")
+    return rows, model
+
+
+def measure(model: nn.Module, reference: nn.Module, held_out: torch.Tensor, seed: int, way: str, group: int) -> Row:
+    parity = compare(reference, model, held_out.split(BATCH))
+    return Row(seed, way, group, held_out_loss(model, held_out), parity.agreement.kl, parity.agreement.top1)
+
+
+def check_export(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, ids: torch.Tensor) -> bool:
+    """Whether the exported checkpoint, loaded by transformers in BF16, computes the trainer's logits bit for bit."""
+    model.save_pretrained(folder / "masters")
+    shipped = AutoModelForCausalLM.from_pretrained(folder / "masters", dtype=torch.bfloat16)
+    prepare(shipped, coverage(model).config)
+    export(shipped, folder / "int4", tokenizer=tokenizer, overwrite=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder / "int4", dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    return compare(shipped, loaded, [ids]).agreement.max_abs == 0
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each way, means over the seeds (with the standard deviation)."""
+    lines = ["way      group  held-out loss     above BF16          KL      top-1   recovered (each seed)"]
+    best = {row.seed: row.loss for row in rows if row.way == "BF16"}
+    for way, group in dict.fromkeys((row.way, row.group) for row in rows):
+        of = [row for row in rows if (row.way, row.group) == (way, group)]
+        above = [row.loss - best[row.seed] for row in of]
+        recovered = [row.recovered for row in of if row.recovered is not None]
+        each = f"{_share(rows, way, group):.0%} ({', '.join(f'{r:.0%}' for r in recovered)})" if recovered else ""
+        lines.append(
+            f"{way:8} {group or '':>5}  {spread([row.loss for row in of])}   {spread(above)}   "
+            f"{mean(row.kl for row in of):.5f}  {mean(row.top1 for row in of):.4f}  {each}"
+        )
+    return "\n".join(lines)
+
+
+def _share(rows: list[Row], way: str, group: int) -> float:
+    """Recovered of the mean losses, in which no seed with a small gap counts for more than the others."""
+    losses = {
+        name: mean(row.loss for row in rows if row.way == name and row.group in (0, group))
+        for name in ("BF16", "PTQ", way)
+    }
+    return (losses["PTQ"] - losses[way]) / (losses["PTQ"] - losses["BF16"])
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.4f} ({stdev(values) if len(values) > 1 else 0:.4f})"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    best = {row.seed: row.loss for row in rows if row.way == "BF16"}
+    for axes, group in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS, strict=True):
+        above = [[row.loss - best[row.seed] for row in rows if (row.way, row.group) == (way, group)] for way in WAYS]
+        axes.bar(WAYS, [mean(values) for values in above], color=["C3", "C0", "C2"], alpha=0.6)
+        for k, values in enumerate(above):
+            axes.plot([k] * len(values), values, "k.")
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_title(f"INT4, group {group}")
+    figure.axes[0].set_ylabel("held-out loss above BF16, nats a token")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("qat_recovery"), help="[qat_recovery]")
+    parser.add_argument("--seeds", type=int, default=3, help="[3]")
+    parser.add_argument("--pretrain", type=int, default=1500, help="steps from scratch [1500]")
+    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning [300]")
+    parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate of fine-tuning [5e-4]")
+    parser.add_argument("--held-out", type=int, default=256, help="blocks to measure on [256]")
+    options = parser.parse_args()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:6.0f} s] {text}", flush=True)
+
+    text, unseen = read_corpus()
+    tokenizer = make_tokenizer(text)
+    data, held_out = blocks(tokenizer, text), blocks(tokenizer, unseen)
+    held_out = held_out[:: max(1, len(held_out) // options.held_out)][: options.held_out]
+    say(f"{data.numel():,} tokens to train on, {held_out.numel():,} held out")
+    rows: list[Row] = []
+    for seed in range(options.seeds):
+        found, model = run_seed(seed, data, held_out, options, say)
+        rows += found
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    plot(rows, options.output / "recovery.png")
+    print(table(rows))
+    exact = check_export(model, tokenizer, options.output, held_out[:BATCH])
+    say(f"the exported checkpoint computes the trainer's logits bit for bit: {exact}")
+
+
+if __name__ == "__main__":
+    main()

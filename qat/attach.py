@@ -1,0 +1,220 @@
+"""Attaching fake quantisation to a model's routed experts, and taking it off again.
+
+The class of each module with expert weights is swapped for a subclass whose forward sees fake-quantised weights. Parameters
+stay where they are: keys, optimisers, save_pretrained, FSDP2, PEFT and deepcopy work as before. (parametrize was measured
+to rename the keys and to lose LoRA silently.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from kconvert.errors import KconvertError
+from kconvert.qat.config import QATConfig
+from kconvert.qat.experts import ExpertWeight, find_experts
+from kconvert.qat.grid import DTYPES, fake_quantise
+from kconvert.qat.names import Matrix, matrices_of, select
+
+STATE = "_kconvert_qat"
+ORIGINAL = "_kconvert_original"
+
+
+@dataclass
+class State:
+    """What all the prepared modules of a model share. While it is not `active` they see their weights as they are."""
+
+    config: QATConfig
+    active: bool
+
+    def serve(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """The weight as the exported checkpoint has it."""
+        config = self.config
+        options = (config.group_size, config.convention, config.gradient == "clip")
+        return fake_quantise(weight.mT, *options).mT if transposed else fake_quantise(weight, *options)
+
+
+@dataclass
+class Attached:
+    """What a prepared module knows: the parameters that it sees fake-quantised, and whether they are transposed."""
+
+    state: State
+    transposed: dict[str, bool]
+
+    def serve(self, module: nn.Module, parameter: str) -> torch.Tensor:
+        lists = getattr(module, "parametrizations", None)
+        if self.state.config.lora == "merged" or lists is None or parameter not in lists:
+            return self.state.serve(getattr(module, parameter), self.transposed[parameter])
+        value = self.state.serve(lists[parameter].original, self.transposed[parameter])
+        for adapter in lists[parameter]:
+            value = adapter(value)
+        return value
+
+
+class Served:
+    """A prepared module as its own forward sees it: with other weights."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        self.__dict__.update(weights)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What is fake-quantised: the weights, and the matrices in them under their names in the checkpoint."""
+
+    config: QATConfig
+    weights: tuple[ExpertWeight, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.tensor.numel() for weight in self.weights)
+
+    def __str__(self) -> str:
+        modules = len({id(weight.module) for weight in self.weights})
+        return (
+            f"{len(self.matrices):,} expert matrices with {self.parameters:,} parameters in {modules:,} modules, "
+            f"{self.config.convention} group {self.config.group_size}"
+        )
+
+
+def prepare(model: nn.Module, config: QATConfig | None = None) -> Coverage:
+    """Let the routed experts of `model` see fake-quantised weights in their forward, and nothing else.
+
+    Raises KconvertError, and changes nothing, when there are no experts, when not all that the model has are covered, or
+    when one cannot be. With `lora="merged"` and experts in nn.Linear, PEFT comes first.
+    """
+    config = config or QATConfig()
+    if any(attached_to(module) for module in model.modules()):
+        raise KconvertError("the model is prepared already; call detach first to change the configuration")
+    found = find_experts(model)
+    matrices = matrices_of(model, found)
+    weights = select(found, matrices, config)
+    for weight in weights:
+        _check(weight, config)
+    state = State(config, active=config.start_step == 0)
+    adapted = {id(layer.get_base_layer()): layer for layer in _adapted_linears(model)}
+    for weight in weights:
+        _attach(_fake_quantised, weight.module, weight, state)
+        if config.lora == "merged" and (layer := adapted.get(id(weight.module))) is not None:
+            _attach(_fake_quantised_sum, layer, weight, state)
+    return coverage(model)
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """What `prepare` covered, read from the modules themselves; KconvertError when it is nothing or no longer all."""
+    held = next((attached for module in model.modules() if (attached := attached_to(module))), None)
+    if held is None:
+        raise KconvertError("the model is not prepared for quantisation-aware training; call prepare first")
+    config = held.state.config
+    found = find_experts(model)
+    matrices = matrices_of(model, found)
+    weights = select(found, matrices, config)
+    for weight in weights:
+        attached = attached_to(weight.module)
+        if attached is None or weight.parameter not in attached.transposed:
+            raise KconvertError(f"{weight.key} is not fake-quantised; was its module replaced after prepare?")
+    covered = {id(weight.module) for weight in weights}
+    for layer in _adapted_linears(model):
+        if config.lora == "merged" and id(layer.get_base_layer()) in covered and attached_to(layer) is None:
+            raise KconvertError(
+                "an adapter was added to an expert's Linear after prepare; with lora='merged' add it before"
+            )
+    chosen = {id(weight) for weight in weights}
+    return Coverage(config, tuple(weights), tuple(matrix for matrix in matrices if id(matrix.weight) in chosen))
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `prepare`; the weights are as training left them."""
+    modules = [module for module in model.modules() if attached_to(module)]
+    for module in modules:
+        if ORIGINAL not in vars(type(module)):
+            raise KconvertError(f"{type(module).__name__} was wrapped after prepare; undo that before detach")
+    for module in modules:
+        module.__class__ = getattr(type(module), ORIGINAL)
+        delattr(module, STATE)
+
+
+def at_step(model: nn.Module, step: int) -> bool:
+    """To be called before each step of a training loop: fake quantisation is active from `start_step` on."""
+    active = False
+    for module in model.modules():
+        if (attached := attached_to(module)) is not None:
+            active = attached.state.active = step >= attached.state.config.start_step
+    return active
+
+
+def attached_to(module: nn.Module) -> Attached | None:
+    """What `prepare` left at the module."""
+    attached: Attached | None = module.__dict__.get(STATE)
+    return attached
+
+
+def adapters_of(model: nn.Module) -> list[Any]:
+    """PEFT's layers, each around a module of the model."""
+    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "get_base_layer")]
+
+
+def _adapted_linears(model: nn.Module) -> list[Any]:
+    return [layer for layer in adapters_of(model) if isinstance(layer.get_base_layer(), nn.Linear)]
+
+
+def _check(weight: ExpertWeight, config: QATConfig) -> None:
+    inputs = weight.shape[1]
+    if inputs % config.group_size:
+        raise KconvertError(f"{weight.key} has {inputs} inputs, which do not divide into groups of {config.group_size}")
+    if weight.tensor.dtype not in DTYPES:
+        raise KconvertError(
+            f"{weight.key} is {weight.tensor.dtype}; quantisation-aware training needs BF16 or F32 weights"
+        )
+
+
+def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWeight, state: State) -> None:
+    attached = attached_to(module)
+    if attached is None:
+        attached = Attached(state, {})
+        module.__dict__[STATE] = attached
+        module.__class__ = swapped(type(module))
+    attached.transposed[weight.parameter] = weight.transposed
+
+
+@cache
+def _fake_quantised(original: Any) -> type:
+    """The subclass whose forward is the original's on fake-quantised weights."""
+
+    @wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached = self._kconvert_qat
+        if not attached.state.active:
+            return original.forward(self, *args, **kwargs)
+        weights = {parameter: attached.serve(self, parameter) for parameter in attached.transposed}
+        return original.forward(Served(self, weights), *args, **kwargs)
+
+    return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})
+
+
+@cache
+def _fake_quantised_sum(original: Any) -> type:
+    """The same of PEFT's layer around an nn.Linear, which quantises the sum of the weight and its adapters."""
+
+    @wraps(original.forward)
+    def forward(self: Any, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        attached = self._kconvert_qat
+        if not attached.state.active or self.disable_adapters or self.merged:
+            return original.forward(self, inputs, *args, **kwargs)
+        linear = self.get_base_layer()
+        weight = linear.weight
+        for adapter in self.active_adapters:
+            weight = weight + self.get_delta_weight(adapter)
+        return nn.functional.linear(inputs, attached.state.serve(weight, False), linear.bias)
+
+    return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})

@@ -1,0 +1,232 @@
+"""The INT4 compressed-tensors checkpoint of a trained model, streamed: its weights are the values that training saw.
+
+Experts go under their per-expert names through the exact INT4 encoder, a few at a time; everything else keeps its dtype.
+The plan, the journal and the writer of shards are those of a conversion. The engine is not: its source is files, and an
+export must never be resumed, because the weights may have changed in between.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import kconvert
+from kconvert.catalogue import manifest_for
+from kconvert.checkpoint.config import packed_table, with_quantization
+from kconvert.checkpoint.source import Checkpoint, open_checkpoint
+from kconvert.errors import KconvertError
+from kconvert.files import PAGE
+from kconvert.finalize import finalize
+from kconvert.formats.conventions import CONVENTIONS
+from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
+from kconvert.journal import Journal
+from kconvert.model import natural_key
+from kconvert.plan import Copy, Plan, Step, Transcode, final_texts, place
+from kconvert.qat.attach import Coverage, adapters_of, coverage
+from kconvert.qat.config import CONFIG_NAME as QAT_CONFIG_NAME
+from kconvert.qat.names import Matrix, base_model, config_of, plain_tensors
+from kconvert.recipe import DEFAULT_SHARD_SIZE, is_linear_role
+from kconvert.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes
+
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and the tensors in memory that it is made of: the experts' matrices and the rest, by name."""
+
+    plan: Plan
+    matrices: Mapping[str, Matrix]
+    rest: Mapping[str, torch.Tensor]
+
+
+def export(
+    model: nn.Module,
+    destination: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Plan:
+    """Write the prepared `model` as an INT4 compressed-tensors checkpoint into directory `destination`.
+
+    `source`, the checkpoint that training began with, lends its config.json and its side files; without it they come from
+    the model, and the `tokenizer` is saved with them. `advance` is called with the bytes written. Under FSDP2 every rank
+    calls this; weights are gathered one by one, and the first rank writes. Returns the plan that was carried out.
+    """
+    covered = coverage(model)
+    if adapters_of(model):
+        advice = "merge_and_unload()" if covered.config.lora == "merged" else "unload(), and save the adapter with PEFT"
+        raise KconvertError(
+            f"the model has adapters that an INT4 checkpoint cannot hold; export the result of {advice}"
+        )
+    task = _plan(model, covered, None if source is None else open_checkpoint(source), tokenizer, shard_size)
+    target = Path(destination)
+    leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if leader:
+        kconvert.check(task.plan, target, overwrite=overwrite)
+    with Journal(target, task.plan, overwrite) if leader else nullcontext() as journal:
+        _write(task, journal, advance or (lambda nbytes: None))
+        if journal is not None:
+            finalize(task.plan, journal)
+    return task.plan
+
+
+def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokenizer: Any, shard_size: int) -> Export:
+    config = covered.config
+    matrices = {matrix.name: matrix for matrix in covered.matrices}
+    rest = plain_tensors(model, covered.weights)
+    format = Packed(config.group_size, convention=CONVENTIONS[config.convention], exact=True)
+    drafts: list[Step] = [
+        Transcode(name, *matrix.weight.shape, Dense("BF16"), (), format) for name, matrix in matrices.items()
+    ]
+    drafts += [Copy(name, DTYPES[tensor.dtype], tuple(tensor.shape), ()) for name, tensor in rest.items()]
+    drafts.sort(key=lambda draft: natural_key(draft.name))
+    steps, shards = place(drafts, shard_size)
+    parameters = covered.parameters + sum(tensor.numel() for tensor in rest.values())
+    table = packed_table(config.group_size, matrices, list(_plain_linears(model, rest)))
+    own = config_of(model) if source is None else source.config
+    texts = {
+        QAT_CONFIG_NAME: config.to_json().encode(),
+        **({} if source else _side_texts(model, tokenizer)),
+        **final_texts(with_quantization(own, table), shards, parameters),
+    }
+    if source is not None:
+        kept = {name: size for name, size in source.side_files.items() if name not in texts}
+        source = replace(source, side_files=kept)
+    # No two exports are the same, so that none goes on where another was interrupted.
+    plan = Plan(f"{config} {uuid.uuid4()}", source, steps, shards, texts, {"to": "int4", "parameters": parameters})
+    return Export(plan, matrices, rest)
+
+
+def _plain_linears(model: nn.Module, rest: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Modules with matrices that stay as they are and that an engine may take for Linears to be quantised."""
+    config = config_of(model)
+    known = manifest_for(config).bind(config)
+    for name, tensor in rest.items():
+        module, _, suffix = name.rpartition(".")
+        match = known.match(module) or known.match(name)
+        role = match.rule.role if match else "embedding" if "embed" in module else "other"
+        if suffix == "weight" and tensor.dim() == 2 and is_linear_role(role, config.get("model_type")):
+            yield module
+
+
+def _side_texts(model: nn.Module, tokenizer: Any) -> dict[str, bytes]:
+    texts = {}
+    generation = getattr(base_model(model), "generation_config", None)
+    if generation is not None:
+        texts["generation_config.json"] = generation.to_json_string().encode()
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            texts.update((path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()) if path.is_file())
+    return texts
+
+
+def _write(task: Export, journal: Journal | None, advance: Callable[[int], None]) -> None:
+    """Every shard, in order; some matrices at a time are encoded in parallel."""
+    shards = {shard.name: shard for shard in task.plan.shards}
+    writers: dict[str, ShardWriter] = {}
+    steps, threads = iter(task.plan.steps), torch.get_num_threads()
+    whole = Whole()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            while batch := list(islice(steps, 2 * threads)):
+                values = [_value(task, step, whole) for step in batch]
+                if journal is None:
+                    continue
+                for step, parts in zip(batch, pool.map(_spell, batch, values), strict=True):
+                    for spot, data in zip(step.writes, parts, strict=True):
+                        if spot.file not in writers:
+                            shard, path = shards[spot.file], journal.destination / spot.file
+                            writers[spot.file] = ShardWriter(
+                                path, journal.partial(spot.file), shard.header, shard.nbytes
+                            )
+                        if len(data) and writers[spot.file].write(data.data, spot.start):
+                            writers.pop(spot.file).commit()
+                            journal.record(spot.file)
+                        advance(len(data))
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+
+
+class Whole:
+    """Gathers sharded tensors (FSDP2), and keeps those of one module, whose matrices alternate."""
+
+    def __init__(self) -> None:
+        self._module: Any = None
+        self._held: dict[str, torch.Tensor] = {}
+
+    def of(self, matrix: Matrix) -> torch.Tensor:
+        weight = matrix.weight
+        if weight.module is not self._module:
+            self._module, self._held = weight.module, {}
+        if weight.parameter not in self._held:
+            self._held[weight.parameter] = whole(weight.tensor)
+        return self._held[weight.parameter]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all of it when it is sharded; then every rank must call this."""
+    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
+def _value(task: Export, step: Step, gathered: Whole) -> torch.Tensor:
+    if isinstance(step, Copy):
+        return whole(task.rest[step.name])
+    matrix = task.matrices[step.name]
+    return matrix.of(gathered.of(matrix))
+
+
+def _spell(step: Step, value: torch.Tensor) -> list[Bytes]:
+    """The bytes of each tensor that the step writes, in memory aligned as the file is."""
+    if isinstance(step, Copy):
+        data = _room(step.nbytes, step.writes[0].start)
+        data[:] = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return [data]
+    parts = step.target_parts
+    rooms = [_room(part.nbytes, spot.start) for part, spot in zip(parts, step.writes, strict=True)]
+    for part, room in zip(parts, rooms, strict=True):
+        if part.constant is not None:
+            room[:] = np.frombuffer(part.constant, np.uint8)
+    try:
+        step.target.encode(value.cpu().bfloat16().float().contiguous().numpy(), rooms)
+    except ValueError as error:
+        raise KconvertError(f"weight {step.name!r} cannot be written as {step.target.label}: {error}") from None
+    return rooms
+
+
+def _room(nbytes: int, start: int) -> Bytes:
+    raw = np.empty(nbytes + PAGE, np.uint8)
+    skip = (start - raw.ctypes.data) % PAGE
+    return raw[skip : skip + nbytes]

@@ -1,0 +1,174 @@
+"""What the experts' matrices are called in a checkpoint, and which of them a configuration means.
+
+transformers fuses the experts of a checkpoint when it loads one and takes them apart when it saves; where each matrix goes
+is asked of its own conversion, with a probe of numbered values. A model that has a manifest must have all its experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from kconvert.catalogue import manifest_for
+from kconvert.checkpoint.config import KEYS, quantization_tables, read_quantization
+from kconvert.errors import KconvertError
+from kconvert.formats import from_scheme
+from kconvert.formats.packed import Packed
+from kconvert.qat.config import QATConfig
+from kconvert.qat.experts import ExpertWeight, plain_name
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One expert's matrix [out, in]: its name in the checkpoint, without `.weight`, and its place in the model."""
+
+    name: str
+    weight: ExpertWeight
+    expert: int
+    piece: str
+
+    @property
+    def role(self) -> str:
+        return f"expert.{self.piece}"
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The matrix in `tensor`, which is laid out as the weight is; a view."""
+        return self.weight.matrix(tensor, self.expert, self.piece)
+
+
+def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matrix]:
+    """Every matrix in `weights`; KconvertError when the model's manifest knows of experts that are not among them."""
+    matrices = [matrix for weight in weights for matrix in _named(model, weight)]
+    config = config_of(model)
+    if config.get("model_type") is not None:
+        names = manifest_for(config).bind(config)
+        found = {matrix.name for matrix in matrices} | {matrix.weight.key for matrix in matrices}
+        missing = [name for name in names.missing(found) if _is_expert(names.linear(name))]
+        if missing:
+            rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise KconvertError(f"the model has no {missing[0]!r}{rest}, which its configuration demands")
+    return matrices
+
+
+def _is_expert(match: Any) -> bool:
+    return match is not None and match.rule.role.partition(".")[0] == "expert"
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The model's config.json as it would be saved; empty for a module without one."""
+    model = base_model(model)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(model, "save_pretrained") or not hasattr(config, "to_json_string"):
+        return {}
+    table: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    return {**table, "architectures": [plain_class(model).__name__], "dtype": dtype}
+
+
+def base_model(model: Any) -> Any:
+    """The model inside PEFT's and torch.compile's wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def plain_class(model: nn.Module) -> type:
+    """The model's own class, without what FSDP2 makes of it."""
+    return next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
+
+
+def _named(model: nn.Module, weight: ExpertWeight) -> list[Matrix]:
+    if not weight.stacked:
+        return [Matrix(weight.path, weight, 0, weight.pieces[0])]
+    names = _ask_transformers(model, weight)
+    return [
+        Matrix(names.get((expert, k)) or f"{weight.path}.{expert}.{piece}_proj", weight, expert, piece)
+        for expert in range(weight.tensor.shape[0])
+        for k, piece in enumerate(weight.pieces)
+    ]
+
+
+def _ask_transformers(model: nn.Module, weight: ExpertWeight) -> dict[tuple[int, int], str]:
+    """(expert, piece) -> name; empty when transformers keeps the experts of this model fused in its checkpoints."""
+    experts, count = weight.tensor.shape[0], len(weight.pieces)
+    probe = torch.arange(experts * count, dtype=torch.float32).view(experts, count, 1)
+    spelled = as_saved(model, {weight.key: probe.mT if weight.transposed else probe})
+    if any(value.numel() != 1 for value in spelled.values()):
+        return {}
+    places = {name: divmod(int(value.item()), count) for name, value in spelled.items()}
+    return {(expert, k): name.removesuffix(".weight") for name, (expert, k) in places.items()}
+
+
+def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the model's state dict as they are called and laid out in its checkpoint."""
+    base = base_model(model)
+    if not hasattr(base, "save_pretrained"):
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    return saved
+
+
+def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
+    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once."""
+    weights = list(weights)
+    state = {plain_name(key): value for key, value in base_model(model).state_dict().items()}
+    if hasattr(base_model(model), "save_pretrained"):
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        state = remove_tied_weights_from_state_dict(state, base_model(model))
+    for weight in weights:
+        del state[weight.key]
+    rest = as_saved(model, state)
+    for weight in weights:
+        if weight.stacked and (bias := rest.pop(f"{weight.key}_bias", None)) is not None:
+            rest.update(_split_bias(weight, bias))
+    return rest
+
+
+def _split_bias(weight: ExpertWeight, bias: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bias [experts, out] of fused experts, for each of their matrices."""
+    columns = bias.unsqueeze(-2 if weight.transposed else -1)
+    for expert in range(len(bias)):
+        for piece in weight.pieces:
+            yield f"{weight.path}.{expert}.{piece}_proj.bias", weight.matrix(columns, expert, piece).squeeze(-1)
+
+
+def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: QATConfig) -> list[ExpertWeight]:
+    """The weights that the targets mean; KconvertError when there are none, or only some matrices of a parameter."""
+    wanted: dict[int, set[bool]] = {}
+    for matrix in matrices:
+        hit = any(target in ("expert", matrix.role) or fnmatchcase(matrix.name, target) for target in config.targets)
+        wanted.setdefault(id(matrix.weight), set()).add(hit)
+    chosen = []
+    for weight in weights:
+        if wanted[id(weight)] == {True, False}:
+            raise KconvertError(
+                f"the targets {', '.join(config.targets)} mean a part of {weight.key} only, which is one parameter"
+            )
+        if True in wanted[id(weight)]:
+            chosen.append(weight)
+    if not chosen:
+        raise KconvertError(f"the targets {config.targets} mean none of the model's experts")
+    return chosen
+
+
+def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iterable[Matrix]) -> None:
+    """KconvertError when a quantised checkpoint's config.json has another grid for one of the matrices than `config`."""
+    if not any(True for _ in quantization_tables(config_json)):
+        return
+    quantization = read_quantization(config_json)
+    for matrix in matrices:
+        scheme = quantization.scheme_for(matrix.name)
+        format = from_scheme(scheme) if scheme else None
+        if format != Packed(config.group_size):
+            have = format.label if format else "not quantised"
+            raise KconvertError(
+                f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is int4 group {config.group_size}"
+            )

@@ -1,0 +1,36 @@
+"""The comparison of two models, and of weights with the grid."""
+
+import copy
+
+import torch
+
+from kconvert.qat import prepare
+from kconvert.qat.parity import changed_share, compare, sampled_codes, weight_sqnr
+
+
+def test_a_model_agrees_with_itself(tiny, ids):
+    model = tiny()
+    parity = compare(model, copy.deepcopy(model), [ids])
+    assert (parity.agreement.max_abs, parity.agreement.top1, parity.sqnr, parity.experts) == (0, 1, None, 1)
+
+
+def test_a_prepared_model_is_some_way_off_and_routes_other_tokens(tiny, ids):
+    model, prepared = tiny(), tiny()
+    prepare(prepared)
+    parity = compare(model, prepared, [ids, ids])
+    assert 0 < parity.sqnr < 40
+    assert 0.5 < parity.cosine < 1
+    assert parity.agreement.kl > 0
+    assert 0.5 < parity.experts <= 1
+
+
+def test_the_grid_of_gaussian_weights_is_some_20_db_below_them_and_nothing_below_its_own(tiny):
+    model = tiny()
+    covered = prepare(model)
+    assert all(18 < ratio < 23 for ratio in weight_sqnr(covered).values())
+    before = sampled_codes(covered)
+    assert set(changed_share(before, sampled_codes(covered)).values()) == {0.0}
+    with torch.no_grad():
+        for weight in covered.weights:
+            weight.tensor.neg_()
+    assert all(share > 0.5 for share in changed_share(before, sampled_codes(covered)).values())

@@ -1,0 +1,170 @@
+"""`kconvert qat train` and the callback, under transformers' Trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kconvert.errors import KconvertError
+from kconvert.qat import QATConfig, prepare
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(__file__).read_text() * 4)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(tiny, tmp_path_factory):
+    """A checkpoint with a tokenizer that has a token for each byte, as far as there are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("base")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:126]
+    vocabulary = {token: k for k, token in enumerate(["<end>", "<unknown>", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>").save_pretrained(root)
+    tiny().save_pretrained(root)
+    return root
+
+
+@pytest.fixture
+def request_(base, text, tmp_path):
+    from kconvert.qat.trainer import TrainRequest
+
+    def make(**options):
+        sizes = {"steps": 4, "batch_size": 2, "block": 32, "save_every": 2, "learning_rate": 1e-3}
+        return TrainRequest(**{"model": base, "text": (text,), "output": tmp_path / "out", **sizes, **options})
+
+    return make
+
+
+def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_path):
+    options = ["--steps", 3, "--batch-size", 2, "--block", 32, "--learning-rate", 1e-3, "--json"]
+    done = kconvert("qat", "train", "--model", base, "--output", tmp_path / "out", *options, text, timeout=200)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert outcome["loss_trained"] < outcome["loss_quantised"]
+    for name in (
+        "int4/config.json",
+        "int4/tokenizer.json",
+        "int4/qat_config.json",
+        "masters/config.json",
+        "training.png",
+    ):
+        assert (tmp_path / "out" / name).stat().st_size
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert log[0]["qat_sqnr"] > 15
+    assert 0 < log[-2]["qat_changed"] < 1
+
+
+def test_an_interrupted_training_ends_as_an_undisturbed_one(request_, tmp_path):
+    from kconvert.qat.trainer import train
+
+    whole = train(request_(output=tmp_path / "whole"))
+
+    def interrupt(step, logs):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(request_(), interrupt)
+    steps = []
+    resumed = train(request_(), lambda step, logs: steps.append(step))
+    assert min(steps) == 3
+    assert resumed.loss_trained == whole.loss_trained
+
+
+def test_another_request_does_not_go_on_in_the_same_place(request_):
+    from kconvert.qat.trainer import train
+
+    request = request_(steps=1)
+    train(request)
+    with pytest.raises(KconvertError, match="other settings"):
+        train(request_(steps=2))
+
+
+def test_a_resume_that_leaves_the_experts_behind_is_an_error(tiny, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from kconvert.qat.callback import QATCallback
+
+    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+
+    def trainer(model):
+        prepare(model)
+        options = {"max_steps": 4, "save_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-2, **options)
+        return Trainer(model, arguments, train_dataset=data, callbacks=[QATCallback()])
+
+    trainer(tiny(dtype=torch.float32)).train()
+    with pytest.raises(KconvertError, match="from_pretrained before resuming"):
+        trainer(tiny(dtype=torch.float32)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_distillation_pulls_towards_the_teacher(request_, base):
+    from kconvert.qat.trainer import train
+
+    config = QATConfig(distillation=1.0, temperature=2.0)
+    outcome = train(request_(config=config, teacher=base, steps=2))
+    assert abs(outcome.loss_trained - outcome.loss_before) < 0.2
+
+
+def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
+    from kconvert.qat import export
+    from kconvert.qat.trainer import train
+
+    model = tiny()
+    prepare(model)
+    export(model, tmp_path / "source")
+    with pytest.raises(KconvertError, match="QAT grid is int4 group 16"):
+        train(request_(config=QATConfig(group_size=16), source=tmp_path / "source"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": Path("x")}, "go together"),
+        ({"masters": "f16"}, "no masters in"),
+        ({"text": (Path("none"),)}, "cannot be read"),
+    ],
+)
+def test_bad_requests_are_one_sentence(request_, options, message):
+    from kconvert.qat.trainer import train
+
+    with pytest.raises(KconvertError, match=message):
+        train(request_(**options))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("convention", "none"),
+        ("group_size", 20),
+        ("group_size", True),
+        ("targets", ()),
+        ("start_step", -1),
+        ("gradient", "x"),
+        ("lora", "x"),
+        ("distillation", 1.5),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+    ],
+)
+def test_a_configuration_says_which_field_is_wrong(field, value):
+    with pytest.raises(KconvertError, match=field):
+        QATConfig(**{field: value})
+
+
+def test_a_configuration_survives_json():
+    config = QATConfig(group_size=64, targets=("expert.down", "*.3.*"), distillation=0.5)
+    assert QATConfig.from_json(config.to_json()) == config
+    with pytest.raises(KconvertError, match="keys"):
+        QATConfig.from_json('{"no": 1}')
