@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import directory, json_option, quiet_option
+from kconvert.cli.options import json_option, quiet_option
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS
 
+directory = click.Path(file_okay=False, path_type=Path)
 text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
