@@ -1,6 +1,6 @@
 """One weight of two checkpoints, compared: what it should be, how far it is from that, and what it uses of its grid.
 
-Both sides are decoded by compressed-tensors or torch, see oracle, never by the kernels that wrote the output.
+Both sides are decoded by compressed-tensors, torch or a reference, see oracle, never by the kernels that wrote the output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Advance: TypeAlias = Callable[[int], None]
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
 # amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
-# error. A format that is not here has the limits of int4.
+# error. AMX weights have one scale for a whole row, so its largest value costs all others more. A format that is not here has
+# the limits of int4.
 DEFAULT_LIMITS = {
     "bf16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
     "f16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
@@ -38,6 +39,8 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.7}),
+    "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.05}),
 }
 
 
@@ -165,7 +168,7 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
 def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int) -> str | None:
     """Where the tensors found for the rows from `first` on are none of those that kconvert may make of the values."""
     faults = []
-    for candidate in expected_parts(expected, weight.format):
+    for candidate in expected_parts(expected, weight, first):
         fault = _difference(weight, candidate, state, first)
         if fault is None:
             return None
