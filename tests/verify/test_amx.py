@@ -19,6 +19,9 @@ from click.testing import Result
 import kconvert
 from kconvert import Recipe, convert
 from kconvert.amx import open_amx
+from kconvert.compare import DEFAULT_LIMITS
+from kconvert.formats.reference import amx as reference
+from kconvert.metrics import measure
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
 
 Verify = Callable[..., Result]
@@ -63,7 +66,9 @@ def test_shards_that_were_cut_further_are_verified(
     convert(plan_resplit(open_amx(packed), 4, "safetensors"), tmp_path / "out")
     result = run_verify(source, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("verified: 12 weights equal the reference encoding of compressed-tensors decompression")
+    assert result.stdout.startswith(
+        "verified: 12 weights equal the reference encoding of compressed-tensors decompression"
+    )
     assert "relative Frobenius error" in result.stdout
 
 
@@ -140,6 +145,14 @@ def test_the_usual_limits_are_kept_by_gaussian_and_by_heavy_tailed_weights(
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.parametrize("mse", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_usual_limits_are_kept_by_long_rows(bits: int, mse: bool) -> None:
+    weight = torch.randn(128, 7168, generator=torch.Generator().manual_seed(0)).bfloat16()
+    errors, _ = measure(weight, reference.decode(*reference.encode(weight, bits, mse), 7168, bits))
+    assert DEFAULT_LIMITS[f"amxint{bits}"].missed(errors) is None
+
+
 @pytest.mark.parametrize(("limit", "code"), [("sqnr=5", 0), ("sqnr=60", 1)])
 def test_the_user_s_limits_decide_on_amx_weights(
     source: Path, packed: Path, run_verify: Verify, limit: str, code: int
@@ -156,7 +169,9 @@ def test_a_fault_that_limits_let_pass_is_found_without_them(
     checkpoint = raw.load(packed)
     change(checkpoint[f"{DOWN}.{'weight' if change is flip else 'scale'}"])
     checkpoint.save(tmp_path / "out")
-    assert run_verify(source, tmp_path / "out", "--fail-under", "sqnr=5", "--fail-over", "max_relative=9").exit_code == 0
+    assert (
+        run_verify(source, tmp_path / "out", "--fail-under", "sqnr=5", "--fail-over", "max_relative=9").exit_code == 0
+    )
     assert run_verify(source, tmp_path / "out").exit_code == 1
 
 
