@@ -86,7 +86,7 @@ def verify(
     keep_going: bool = False,
     advance: Advance | None = None,
 ) -> Report:
-    """Compare a checkpoint with the one it was made of, both directories; CheckFailed names the first fault.
+    """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
 
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
@@ -95,7 +95,7 @@ def verify(
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
-    expected, converted, notes = _open_output(original, Path(output), partial=bool(include or exclude or keep_going))
+    expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
     pairs, faults = _relate(expected, converted)
     faults += _config_faults(converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
@@ -150,17 +150,20 @@ class _Tally:
                 raise CheckFailed(self.faults[0])
 
 
-def _open_output(original: Model, path: Path, partial: bool) -> tuple[Model, Model, tuple[str, ...]]:
+def _open_output(
+    original: Model, output: str | os.PathLike[str], partial: bool
+) -> tuple[Model, Model, tuple[str, ...]]:
     """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
 
     Whatever is unsound about it is a failed check, not bad input.
     """
+    path = Path(output)
     if is_amx(path):
         return open_packed(original, path)
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
-        return original, understand(open_checkpoint(path), partial), ()
+        return original, understand(open_checkpoint(output), partial), ()
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 
@@ -233,7 +236,7 @@ def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[s
     for name in original.side_files:
         if name not in converted.side_files:
             yield f"{converted.root / name} is missing; the source has it"
-        elif not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
+        elif not filecmp.cmp(original.side_file(name), converted.side_file(name), shallow=False):
             yield f"{converted.root / name} differs from the source's"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from kconvert.model import Model, Plain, Weight, natural_key
 from kconvert.repack import rest_of, routed_experts
 
 
-def open_packed(original: Model, output: str | os.PathLike[str]) -> tuple[Model, Model, tuple[str, ...]]:
+def open_packed(original: Model, output: Path) -> tuple[Model, Model, tuple[str, ...]]:
     """What of `original` belongs into the AMX weights in `output`, called as there; these; and notes on what is compared.
 
     CheckFailed for whatever is unsound about `output`.
     """
     try:
-        packed = open_amx(Path(output))
+        packed = open_amx(output)
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
     plain = tuple(Plain(tensor, "rest") for tensor in packed.rest)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import Command, apply, directory, json_option, quiet_option, report_option, selection_options
+from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
 from kconvert.metrics import CEILINGS, FLOORS, Errors, spelled
@@ -79,8 +79,8 @@ def logits_options(function: Command) -> Command:
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=directory)
-@click.argument("output", metavar="DST", type=directory)
+@click.argument("source", metavar="SRC", type=location)
+@click.argument("output", metavar="DST", type=location)
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
@@ -91,8 +91,8 @@ def logits_options(function: Command) -> Command:
 @json_option
 @quiet_option
 def verify(
-    source: Path,
-    output: Path,
+    source: str,
+    output: str,
     sample: float,
     logits: bool,
     text: Path | None,
@@ -114,13 +114,13 @@ def verify(
     from kconvert.logits import compare_logits
     from kconvert.report import check_report_path
 
-    if is_amx(output) and (logits or options["include"] or options["exclude"]):
+    if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):
         raise click.UsageError(
             "AMX weights are all the experts and no model that transformers runs: leave out --logits, --include and --exclude"
         )
     if report is not None:
         check_report_path(report)
-    total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in output.glob(glob))
+    total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in Path(output).glob(glob))
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
             source, output, sample=sample, keep_going=report is not None, advance=advance, **options
