@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
+from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import GROUP, Mx
@@ -82,8 +83,10 @@ def grid(format: Format) -> tuple[float, ...] | None:
         case Packed():
             half = 2 ** (format.bits - 1)
             return tuple(float(code) for code in range(-half, half))
-        case Int8():
+        case Int8() | Amx(bits=8):
             return tuple(float(code) for code in (*range(128), *range(-128, 0)))
+        case Amx():
+            return tuple(float(code) for code in (*range(8), *range(-8, 0)))
         case Mx(bits=4) | MxStack() | Nvfp4():
             magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
             return (*magnitudes, *(-magnitude for magnitude in magnitudes))
@@ -98,6 +101,9 @@ def _count_codes(format: Format, state: State, shape: tuple[int, int]) -> list[i
 
     if isinstance(format, Packed):
         return _count_packed(format, state["weight_packed"], shape)
+    if isinstance(format, Amx):
+        counts = torch.bincount(_of_shards(state, "weight").view(torch.uint8), minlength=256)
+        return _nibbles(counts) if format.bits == 4 else counts.tolist()
     packed = state.get("_blocks" if isinstance(format, MxStack) else "weight_packed")
     stored = state["weight"] if packed is None else packed
     counts = torch.bincount(stored.reshape(-1).view(torch.uint8), minlength=256)
@@ -139,7 +145,16 @@ def _scales(format: Format, state: State) -> torch.Tensor:
             return state["weight_scale"].float() / state["weight_global_scale"].float()
         case Fp8():
             return state[format.scale_name].float()
+        case Amx():
+            return _of_shards(state, "scale")
     return state["weight_scale"].float()
+
+
+def _of_shards(state: State, suffix: str) -> torch.Tensor:
+    """What the shards of an AMX weight have of this, one after the other."""
+    import torch
+
+    return torch.cat([tensor for name, tensor in state.items() if name.endswith(suffix)])
 
 
 def _count_scales(scales: torch.Tensor) -> Counter[int]:
@@ -164,6 +179,8 @@ def group_columns(format: Format, cols: int) -> int:
             return 16
         case Fp8():
             return format.block[1] if format.strategy == "block" else cols
+        case Amx(split="cols"):
+            return cols // (format.numa // format.pieces)
     return cols
 
 

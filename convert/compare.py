@@ -1,6 +1,6 @@
 """One weight of two checkpoints, compared: what it should be, how far it is from that, and what it uses of its grid.
 
-Both sides are decoded by compressed-tensors or torch, see oracle, never by the kernels that wrote the output.
+Both sides are decoded by compressed-tensors, torch or a reference, see oracle, never by the kernels that wrote the output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Advance: TypeAlias = Callable[[int], None]
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
 # amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
-# error. A format that is not here has the limits of int4.
+# error. AMX has one scale for a whole row: amax costs its other values more, and the best scale clips more (15.7 dB and 0.46
+# for Gaussian rows of 7168 in four bits). A format that is not here has the limits of int4.
 DEFAULT_LIMITS = {
     "bf16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
     "f16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
@@ -38,6 +39,8 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.85}),
+    "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.1}),
 }
 
 
@@ -163,29 +166,35 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
 
 
 def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int) -> str | None:
-    """Where the tensors found for the rows from `first` on are none of those that kconvert may make of the values."""
-    faults = []
-    for candidate in expected_parts(expected, weight.format):
-        fault = _difference(weight, candidate, state, first)
-        if fault is None:
+    """Where the tensors found for the rows from `first` on are none of those that kconvert may make of the values.
+
+    Of several that it may make, the nearest was meant.
+    """
+    differences = []
+    for candidate in expected_parts(expected, weight, first):
+        count, fault = _difference(weight, candidate, state, first)
+        if not count:
             return None
-        faults.append(fault)
-    return f"{faults[0]}; of a checkpoint that kconvert did not make, see --close"
+        differences.append((count, fault))
+    return f"{min(differences)[1]}; of a checkpoint that kconvert did not make, see --close"
 
 
-def _difference(weight: Weight, expected: State, found: State, first: int) -> str | None:
+def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:
+    """How many bytes differ, and where the first does."""
     import torch
 
+    count, fault = 0, ""
     for part, tensor in zip(weight.parts, weight.tensors, strict=True):
         if part.constant is not None or same_bits(expected[part.suffix], found[part.suffix]):
             continue
         wanted, have = (side[part.suffix].contiguous().view(torch.uint8).flatten() for side in (expected, found))
         different = (wanted != have).nonzero()
-        if len(different):
+        if len(different) and not fault:
             start, _ = part.span(weight.rows, first, first)
             element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
-            return f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
-    return None
+            fault = f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
+        count += len(different)
+    return count, fault
 
 
 def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance) -> str | None:

@@ -1,4 +1,7 @@
-"""A weight's values by somebody else's code: compressed-tensors and torch, never the kernels that convert."""
+"""A weight's values by somebody else's code: compressed-tensors and torch, never the kernels that convert.
+
+AMX weights, which neither of them knows, are unpacked by the reference, whose bytes are kt-kernel's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
+from kconvert.formats.amx import Amx
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
@@ -44,9 +48,9 @@ TORCH_DTYPES = {
 def independent_values(weight: Weight, reader: Reader, first: int, last: int) -> torch.Tensor:
     """Rows `first` to `last` (exclusive) of `weight`, [last - first, cols] in the weight's own dtype."""
     unit = row_unit(weight)
-    start = first // unit * unit
-    state = read_state(weight, reader, start, last)
-    return decoded(weight.format, state, (last - start, weight.cols))[first - start :]
+    start, stop = first // unit * unit, min(-(-last // unit) * unit, weight.rows)
+    state = read_state(weight, reader, start, stop)
+    return decoded(weight.format, state, (stop - start, weight.cols))[first - start : last - start]
 
 
 def read_state(weight: Weight, reader: Reader, first: int, last: int) -> State:
@@ -77,6 +81,8 @@ def decoded(format: Format, state: State, shape: tuple[int, int]) -> torch.Tenso
         case MxStack():
             codes, scale = state["_blocks"].view(-1, cols // 2), state["_scales"].view(-1, cols // GROUP)
             values = _microscaled(Mx(4), {"weight_packed": codes, "weight_scale": scale})
+        case Amx():
+            values = _amx(format, state, cols)
         case _:
             raise NotImplementedError(f"no independent decoder of {format.label}")
     return values
@@ -96,11 +102,12 @@ def has_reference(format: Format) -> bool:
             return format.strategy != "tensor" and format.scale_dtype != "F16"
         case Int8():
             return (format.strategy, format.symmetric, format.scale_dtype) == ("channel", True, "BF16")
-    return isinstance(format, Mx)
+    return isinstance(format, Mx | Amx)
 
 
-def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
-    """What `format`, one that has_reference, may make of the rows `values`, bf16 [rows, cols]: {suffix: tensor}.
+def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    """What the format of `weight`, one that has_reference, may make of `values`, bf16 [rows, cols], as its rows from `first`
+    on: {suffix: tensor}.
 
     Nothing in an INT4, FP8 or MX checkpoint says by which convention it was made, from exact values, or with which scales.
     """
@@ -108,7 +115,7 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
 
     from kconvert.formats.reference import fp8, int8, mx, packed
 
-    match format:
+    match format := weight.format:
         case Packed():
             size = format.group_size or values.shape[1]
             for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
@@ -127,6 +134,9 @@ def expected_parts(values: torch.Tensor, format: Format) -> Iterator[State]:
             for mse in (False, True):
                 codes, scale = mx.encode(values, format.bits, mse)
                 yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
+        case Amx():
+            for mse in (False, True) if format.mse is None else (format.mse,):
+                yield _amx_parts(values, weight, first, format, mse)
         case _:
             raise NotImplementedError(f"no reference encoder of {format.label}")
 
@@ -144,7 +154,9 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> 
     start, stop = part.span(weight.rows, first, last)
     data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
-    return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[part.dtype])).view(shape)
+    dtype = getattr(torch, TORCH_DTYPES[part.dtype])
+    # A part that belongs to other rows gives none, which torch does not take.
+    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(0, dtype=dtype)
 
 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
@@ -236,3 +248,36 @@ def _microscaled(format: Mx | Nvfp4, state: State) -> torch.Tensor:
         compressor = mxfp4.MXFP4PackedCompressor if format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
     values: torch.Tensor = compressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
     return values
+
+
+def _amx(format: Amx, state: State, cols: int) -> torch.Tensor:
+    """All shards, side by side as the weight was cut."""
+    import torch
+
+    from kconvert.formats.reference import amx
+
+    by_rows = format.split == "rows"
+    width = cols if by_rows else cols // format.numa
+    shards = [
+        amx.decode(state[f"numa.{n}.weight"], state[f"numa.{n}.scale"], width, format.bits) for n in range(format.numa)
+    ]
+    return torch.cat(shards, 0 if by_rows else 1)
+
+
+def _amx_parts(values: torch.Tensor, weight: Weight, first: int, format: Amx, mse: bool) -> State:
+    """Codes and scales of what was quantised together, cut into the shards in which it is."""
+    from kconvert.formats.reference import amx
+
+    if format.split == "rows":
+        codes, scale = amx.codes_and_scale(values, format.bits, mse)
+        rows = [part.rows or (0, weight.rows) for part in weight.parts[::2]]
+        ranges = [slice(max(begin - first, 0), max(end - first, 0)) for begin, end in rows]
+        shards = [(codes[own], scale[own]) for own in ranges]
+    else:
+        together = values.chunk(format.numa // format.pieces, 1)
+        quantised = [amx.codes_and_scale(piece, format.bits, mse) for piece in together]
+        shards = [(shard, scale) for codes, scale in quantised for shard in codes.chunk(format.pieces, 1)]
+    state: State = {}
+    for n, (codes, scale) in enumerate(shards):
+        state |= {f"numa.{n}.weight": amx.pack(codes, format.bits), f"numa.{n}.scale": scale}
+    return state

@@ -88,7 +88,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts: list[Step] = [_repacked(weight, recipe) for weight in experts.weights]
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
-        drafts += rest_of(model)
+        drafts += [_copy(item.tensor) for item in rest_of(model)]
     record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
     facts = {
@@ -120,7 +120,7 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
             f"original checkpoint for {numa}"
         )
     drafts: list[Step] = [step for weight in model.weights for step in _resplit(weight, numa)]
-    drafts += [_copy(tensor, tensor.name) for tensor in model.rest if with_rest]
+    drafts += [_copy(tensor) for tensor in model.rest if with_rest]
     experts = Experts(model.weights, model.hidden, model.intermediate, model.layers)
     record = {
         **_record(recipe, experts, model.checkpoint.name),
@@ -256,13 +256,13 @@ def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
     yield Transcode(weight.name, weight.rows, numa if ours.split == "cols" else 1, *scales)
 
 
-def rest_of(model: Model) -> Iterator[Copy]:
-    """Every tensor that belongs to no routed expert, under the name that kt-kernel's converter gives it."""
+def rest_of(model: Model) -> Iterator[Plain]:
+    """Every tensor that belongs to no routed expert, to be copied under the name that kt-kernel's converter gives it."""
     items: Iterable[Weight | Plain] = (*model.weights, *model.plain)
     for item in items:
         if item.role.partition(".")[0] != "expert":
             for tensor in item.tensors if isinstance(item, Weight) else (item.tensor,):
-                yield _copy(tensor, rest_name(tensor.name))
+                yield Plain(replace(tensor, name=rest_name(tensor.name)), item.role, item.layer)
 
 
 def rest_name(name: str) -> str:
@@ -271,8 +271,8 @@ def rest_name(name: str) -> str:
     return name.replace("model.layers.", "blk.").replace("model.", "") if name.startswith("model.") else name
 
 
-def _copy(tensor: Tensor, name: str) -> Copy:
-    return Copy(name, tensor.dtype, tensor.shape, (Place(tensor.file, tensor.start),))
+def _copy(tensor: Tensor) -> Copy:
+    return Copy(tensor.name, tensor.dtype, tensor.shape, (Place(tensor.file, tensor.start),))
 
 
 def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Proof that a checkpoint is what another one was converted to: coverage, integrity and parity.
 
 Parity goes a way of its own: never through the kernels that wrote the output, but through compressed-tensors and torch.
+AMX weights are compared as all others, once both sides go by the same names, see verify_amx.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from kconvert.amx import is_amx
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
 from kconvert.compare import Advance, Comparison, Standard, compare_plain, compare_weights
@@ -25,6 +27,7 @@ from kconvert.formats.dense import Dense
 from kconvert.metrics import Spread
 from kconvert.model import Model, Plain, Weight, understand
 from kconvert.oracle import authority, independent_values
+from kconvert.verify_amx import open_packed
 
 if TYPE_CHECKING:
     from kconvert.metrics import Position
@@ -92,11 +95,11 @@ def verify(
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
-    converted = _open_output(output, partial=bool(include or exclude or keep_going))
-    pairs, faults = _relate(original, converted)
+    expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    pairs, faults = _relate(expected, converted)
     faults += _config_faults(converted)
-    differences = list(_side_file_faults(original.checkpoint, converted.checkpoint))
-    faults += differences if standard.exact else []
+    differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
+    faults += differences if standard.exact else ()
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = _choose(pairs, sample)
@@ -113,10 +116,10 @@ def verify(
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
-        side_files=len(original.checkpoint.side_files),
+        side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
         faults=tuple(tally.faults),
-        notes=() if standard.exact else tuple(differences),
+        notes=notes if standard.exact else (*notes, *differences),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
@@ -147,13 +150,20 @@ class _Tally:
                 raise CheckFailed(self.faults[0])
 
 
-def _open_output(output: str | os.PathLike[str], partial: bool) -> Model:
-    """The checkpoint to be verified; whatever is unsound about it is a failed check, not bad input."""
+def _open_output(
+    original: Model, output: str | os.PathLike[str], partial: bool
+) -> tuple[Model, Model, tuple[str, ...]]:
+    """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
+
+    Whatever is unsound about it is a failed check, not bad input.
+    """
     path = Path(output)
+    if is_amx(path):
+        return open_packed(original, path)
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
-        return understand(open_checkpoint(output), partial)
+        return original, understand(open_checkpoint(output), partial), ()
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import click
 from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
-from kconvert.metrics import CEILINGS, FLOORS
+from kconvert.metrics import CEILINGS, FLOORS, Errors, spelled
 
 if TYPE_CHECKING:
     from kconvert.logits import Agreement, LogitsReport
@@ -111,20 +110,17 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
-    from kconvert.amx import is_amx
+    from kconvert.amx import KT_GLOB, is_amx
     from kconvert.logits import compare_logits
     from kconvert.report import check_report_path
 
-    if is_amx(Path(output)):
-        if report or logits or not options["standard"].exact or options["include"] or options["exclude"]:
-            raise click.UsageError(
-                "AMX weights are compared whole and bit for bit; besides --sample nothing can be chosen"
-            )
-        _verify_amx(source, Path(output), sample, as_json, quiet)
-        return
+    if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):
+        raise click.UsageError(
+            "AMX weights are all the experts and no model that transformers runs: leave out --logits, --include and --exclude"
+        )
     if report is not None:
         check_report_path(report)
-    total = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
+    total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in Path(output).glob(glob))
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
             source, output, sample=sample, keep_going=report is not None, advance=advance, **options
@@ -167,27 +163,11 @@ def _agreement(found: Agreement) -> str:
 
 def _sentence(report: Report) -> str:
     skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
-    files = f" and {report.side_files} side files" if report.standard.exact else ""
+    files = f" and {report.side_files} side files" if report.standard.exact and report.side_files else ""
+    errors = sum((comparison.errors for comparison in report.comparisons), Errors())
+    lost = f"; lost: {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}" if errors.sqnr else ""
     equality = " bit for bit" if report.standard.exact else ""
     return (
         f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
-        f"source's{skipped}"
+        f"source's{skipped}{lost}"
     )
-
-
-def _verify_amx(source: str, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
-    from kconvert.verify_amx import verify_amx
-
-    total = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in {".safetensors", ".kt"})
-    with progress(int(total * sample), quiet) as advance:
-        report = verify_amx(source, output, sample, advance)
-    if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
-    elif not quiet:
-        skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
-        ratio = f", SQNR {report.sqnr_db:.2f} dB" if report.sqnr_db is not None else ""
-        click.echo(
-            f"verified: codes and scales (by {report.scales}) of {report.weights:,} weights equal the reference packing of the "
-            f"source's values bit for bit, {report.tensors:,} tensors are the source's{skipped}; what packing lost: relative "
-            f"error {report.relative_frobenius:.3g}{ratio}"
-        )

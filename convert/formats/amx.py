@@ -45,13 +45,15 @@ Split = Literal["rows", "cols"]
 class Amx:
     """`bits` are 4 or 8. A weight is cut into `numa` shards of as many rows or columns, as `split` says.
 
-    `mse`: scales by least squared error, which is no part of the encoding: the loader takes any.
+    How the scales were made is no part of the encoding, the loader takes any. `mse`: by least squared error, None: that is not
+    known. `pieces`: so many neighbouring shards of columns were one when they got their scales.
     """
 
     bits: int
     numa: int = 1
     split: Split = "rows"
-    mse: bool = field(default=False, compare=False)
+    mse: bool | None = field(default=False, compare=False)
+    pieces: int = field(default=1, compare=False)
 
     @property
     def label(self) -> str:
@@ -87,7 +89,7 @@ class Amx:
         from kconvert.formats.kernels import amx as kernels
 
         for (rows, first, words), scale in zip(self.shards(parts[::2], tile), parts[1::2], strict=True):
-            if kernels.encode_rows(rows, first, self.bits, self.mse, words, scale.view("f4")):
+            if kernels.encode_rows(rows, first, self.bits, bool(self.mse), words, scale.view("f4")):
                 raise ValueError("it has a value that is not finite")
         return 0
 

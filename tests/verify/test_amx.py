@@ -11,12 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from click.testing import Result
 
 import kconvert
-from kconvert import convert
+from kconvert import Recipe, convert
 from kconvert.amx import open_amx
+from kconvert.compare import DEFAULT_LIMITS
+from kconvert.formats.reference import amx as reference
+from kconvert.metrics import measure
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
 
 Verify = Callable[..., Result]
@@ -47,8 +52,12 @@ def test_sound_weights_are_verified_and_the_loss_is_told(
     result = run_verify(source, tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert (report["weights"], report["skipped"], report["scales"]) == (12, 0, scales)
-    assert 0 < report["relative_frobenius"] < (0.5 if method == "AMXINT4" else 0.03)
+    assert (report["weights"], report["skipped"]) == (12, 0)
+    assert {(row["role"], row["format"]) for row in report["roles"]} == {
+        (f"expert.{projection}", method.lower()) for projection in ("gate", "up", "down")
+    }
+    assert any(f"by {scales}" in note for note in report["notes"])
+    assert 0 < report["totals"]["frobenius"] < (0.5 if method == "AMXINT4" else 0.03)
 
 
 def test_shards_that_were_cut_further_are_verified(
@@ -57,13 +66,18 @@ def test_shards_that_were_cut_further_are_verified(
     convert(plan_resplit(open_amx(packed), 4, "safetensors"), tmp_path / "out")
     result = run_verify(source, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("verified: ")
+    assert result.stdout.startswith(
+        "verified: 12 weights equal the reference encoding of compressed-tensors decompression"
+    )
+    assert "relative Frobenius error" in result.stdout
 
 
 def test_a_sample_says_how_much_it_skipped(source: Path, packed: Path, run_verify: Verify) -> None:
     report = json.loads(run_verify(source, packed, "--sample", 0.3, "--json").stdout)
+    whole = json.loads(run_verify(source, packed, "--json").stdout)
+    assert (whole["weights"], whole["skipped"]) == (12, 0)
     assert 0 < report["weights"] < 12
-    assert report["weights"] + report["skipped"] == 12
+    assert report["weights"] + report["tensors"] + report["skipped"] == 12 + whole["tensors"]
 
 
 @pytest.fixture
@@ -100,6 +114,74 @@ def test_one_changed_code_or_scale_is_found(
     check: Callable[..., str], name: str, change: Callable[[Any], None]
 ) -> None:
     assert name in check(lambda checkpoint: change(checkpoint[name]))
+
+
+def test_scales_by_another_rule_than_the_record_says_are_found(
+    source: Path, packed: Path, tmp_path: Path, raw: Any, run_verify: Verify
+) -> None:
+    root = raw.load(packed).save(tmp_path / "packed")
+    record = json.loads((packed / "kconvert.json").read_text())
+    (root / "kconvert.json").write_text(json.dumps({**record, "scales": "amax"}))
+    result = run_verify(source, root)
+    assert result.exit_code == 1
+    assert "differs from the reference encoding" in result.stderr
+
+
+@pytest.mark.parametrize("scales", ["amax", "mse"])
+@pytest.mark.parametrize("method", ["AMXINT4", "AMXINT8"])
+def test_the_usual_limits_are_kept_by_gaussian_and_by_heavy_tailed_weights(
+    source: Path, tmp_path: Path, raw: Any, run_verify: Verify, method: str, scales: str
+) -> None:
+    convert(kconvert.plan(source, Recipe("bf16")), tmp_path / "bf16")
+    checkpoint = raw.load(tmp_path / "bf16")
+    generator = np.random.default_rng(0)
+    for name in [name for name in checkpoint if ".experts." in name]:
+        tensor = checkpoint[name]
+        values = generator.standard_t(8, tensor.shape) if "up" in name else generator.standard_normal(tensor.shape)
+        tensor.data = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().tobytes()
+    checkpoint.save()
+    convert(plan_repack(kconvert.inspect(tmp_path / "bf16"), AmxRecipe(method, 2, scales)), tmp_path / "out")
+    result = run_verify(tmp_path / "bf16", tmp_path / "out", "--close")
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize("mse", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_usual_limits_are_kept_by_long_rows(bits: int, mse: bool) -> None:
+    weight = torch.randn(128, 7168, generator=torch.Generator().manual_seed(0)).bfloat16()
+    errors, _ = measure(weight, reference.decode(*reference.encode(weight, bits, mse), 7168, bits))
+    assert DEFAULT_LIMITS[f"amxint{bits}"].missed(errors) is None
+
+
+@pytest.mark.parametrize(("limit", "code"), [("sqnr=5", 0), ("sqnr=60", 1)])
+def test_the_user_s_limits_decide_on_amx_weights(
+    source: Path, packed: Path, run_verify: Verify, limit: str, code: int
+) -> None:
+    result = run_verify(source, packed, "--fail-under", limit)
+    assert result.exit_code == code, result.stderr
+    assert code == 0 or ("(amxint4): its SQNR" in result.stderr and "furthest off at [" in result.stderr)
+
+
+@pytest.mark.parametrize("change", [flip, double])
+def test_a_fault_that_limits_let_pass_is_found_without_them(
+    source: Path, packed: Path, tmp_path: Path, raw: Any, run_verify: Verify, change: Callable[[Any], None]
+) -> None:
+    checkpoint = raw.load(packed)
+    change(checkpoint[f"{DOWN}.{'weight' if change is flip else 'scale'}"])
+    checkpoint.save(tmp_path / "out")
+    assert (
+        run_verify(source, tmp_path / "out", "--fail-under", "sqnr=5", "--fail-over", "max_relative=9").exit_code == 0
+    )
+    assert run_verify(source, tmp_path / "out").exit_code == 1
+
+
+@pytest.mark.parametrize("options", [("--logits",), ("--include", "*.layers.1.*"), ("--exclude", "*.layers.1.*")])
+def test_what_amx_weights_do_not_have_is_refused(
+    source: Path, packed: Path, run_verify: Verify, options: tuple[str, ...]
+) -> None:
+    result = run_verify(source, packed, *options)
+    assert result.exit_code == 2
+    assert options[0] in result.stderr
 
 
 @pytest.mark.parametrize(

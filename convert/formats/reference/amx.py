@@ -14,12 +14,18 @@ LANES = 64
 
 def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """[n, k] of any floating dtype, rounded to bf16 first -> (I8 [n * k * bits / 8] in AMX order, f32 scale [n])."""
+    codes, scale = codes_and_scale(weight, bits, mse)
+    return pack(codes, bits), scale
+
+
+def codes_and_scale(weight: torch.Tensor, bits: int, mse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same before packing: (int8 codes [n, k], f32 scale [n])."""
     values = _flush(weight.bfloat16().float())
     amax = values.abs().amax(-1)
     scale = _flush(amax / 112 if bits == 4 else amax * torch.tensor(1 / 127))
     if mse:
         scale = _search(values, amax, scale, bits)
-    return pack(quantise(values, scale, bits, nearest=mse), bits), scale
+    return quantise(values, scale, bits, nearest=mse), scale
 
 
 def quantise(values: torch.Tensor, scale: torch.Tensor, bits: int, nearest: bool) -> torch.Tensor:
