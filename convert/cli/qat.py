@@ -19,7 +19,11 @@ text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.group()
 def qat() -> None:
-    """Train a model's experts on the exact INT4 grid that is shipped."""
+    """Train a model's experts on the exact INT4 grid that is shipped.
+
+    \b
+    Example: kconvert qat train --model ./bf16 --teacher ./bf16 --steps 1000 --output ./trained corpus/*.txt
+    """
 
 
 @qat.command()
