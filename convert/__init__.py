@@ -1,6 +1,6 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
-The public API is four functions; each takes a checkpoint's directory and raises `KconvertError` with a one-sentence
+The public API is four functions; each takes a checkpoint's directory or Hub id and raises `KconvertError` with a one-sentence
 message. They are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
 """
 
@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 import gc
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
@@ -20,6 +20,9 @@ from kconvert.model import Model, understand
 from kconvert.plan import Plan, make_plan
 from kconvert.recipe import Recipe
 from kconvert.verify import Report, verify
+
+if TYPE_CHECKING:
+    from kconvert.disk import Needs
 
 __all__ = ["CheckFailed", "KconvertError", "Model", "Plan", "Recipe", "Report", "convert", "inspect", "plan", "verify"]
 
@@ -38,6 +41,14 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
         return make_plan(understand(open_checkpoint(source, revision)), recipe)
 
 
+def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
+    """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
+    from kconvert.delivery import Delivery
+    from kconvert.journal import pinned_commit
+
+    return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """A large checkpoint is a million small objects that all stay; the collector would walk them over and over."""
@@ -50,17 +61,28 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def check(plan: Plan, destination: StrPath, *, overwrite: bool = False) -> set[str]:
-    """KconvertError when `plan` cannot be carried out into `destination`; the names of the shards finished earlier."""
+def check(
+    plan: Plan,
+    destination: StrPath,
+    *,
+    overwrite: bool = False,
+    push: str | None = None,
+    disk_budget: int | None = None,
+) -> Needs:
+    """KconvertError when `plan` cannot be carried out into `destination`; what a run needs, and finds finished already."""
+    from kconvert.delivery import Delivery
+    from kconvert.disk import survey
     from kconvert.journal import finished_shards
-    from kconvert.preflight import check_paths, check_space
+    from kconvert.preflight import check_paths
 
-    target = Path(destination)
-    if plan.source is not None:
-        check_paths(plan.source.root, target)
-    finished = finished_shards(target, plan, overwrite)
-    check_space(plan, target, finished, overwrite)
-    return finished
+    delivery = Delivery.to(destination, push)
+    if plan.source is not None and plan.source.directory is not None:
+        check_paths(plan.source.directory, delivery.directory)
+    finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
+    needs = survey(plan, delivery, finished, disk_budget)
+    needs.check(overwrite)
+    delivery.check(plan, finished, overwrite)
+    return needs
 
 
 def convert(
@@ -71,9 +93,15 @@ def convert(
     memory: int | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
+    push: str | None = None,
+    disk_budget: int | None = None,
+    command: str = "kconvert.convert",
 ) -> dict[str, int]:
-    """Carry out `plan` into directory `destination`, or finish an earlier run that was interrupted.
+    """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
 
+    `destination` is a directory or a Hub id; `push` is a repository that gets the output of a directory, too, and `command`
+    what its model card says was typed. `disk_budget` bounds the bytes on the output's disk: source files from the Hub are
+    deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
     `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
     checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
     Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
@@ -85,17 +113,23 @@ def convert(
     from kconvert.finalize import finalize
     from kconvert.journal import Journal
     from kconvert.preflight import check_values
+    from kconvert.staging import Staging
 
-    target = Path(destination)
-    finished = check(plan, target, overwrite=overwrite)
+    needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
+    delivery = needs.delivery
     with ThreadPoolExecutor(1) as background:
-        if len(finished) < len(plan.shards):
+        if len(needs.finished) < len(plan.shards):
             background.submit(warm_up, plan)
-        check_values(plan, finished)
-        with Journal(target, plan, overwrite) as journal:
+        if not needs.fetches:
+            check_values(plan, needs.finished)
+        with Journal(delivery.directory, plan, overwrite, delivery.push) as journal:
             advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
-            with plan.source.reader() if plan.source else nullcontext() as reader:
-                run = Run(plan, reader, journal, Limits.choose(threads, memory), advance)
+            upload = delivery.open()
+            with Staging(needs, journal, upload) as staging:
+                run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)
                 run.execute()
+                staging.drain()
             finalize(plan, journal)
+            if upload is not None:
+                delivery.publish(plan, journal, upload, command)
     return dict(run.inexact)

@@ -35,10 +35,19 @@ BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
 TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
 
 
-class Source(Protocol):
-    """Where the bytes come from; see checkpoint.source.Reader."""
+class Stage(Protocol):
+    """Where the bytes come from, and who must hear of the shards; see staging.Staging. The first two may wait."""
 
     def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview: ...
+
+    def admit(self, shard: str) -> None:
+        """Before the first byte of a shard is written."""
+
+    def finish(self, shard: str) -> None:
+        """Once a shard is durable and in the journal."""
+
+    def stop(self, failure: BaseException) -> None:
+        """The run ends here; whoever waits must not wait any longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +94,12 @@ class Buffers:
             held = self._maps[use] = mmap.mmap(-1, nbytes + PAGE)
         return np.frombuffer(held, np.uint8, nbytes, alignment % PAGE)
 
-    def fetch(self, source: Source | None, use: str, file: str, start: int, nbytes: int) -> Bytes:
+    def fetch(self, stage: Stage, use: str, file: str, start: int, nbytes: int) -> Bytes:
         """Bytes of `file`, in the buffer for `use`."""
-        assert source is not None
         if not nbytes:
             return np.empty(0, np.uint8)
         room = self.take(use, nbytes + 2 * PAGE)
-        return np.frombuffer(source.fetch(file, start, nbytes, room.data), np.uint8)
+        return np.frombuffer(stage.fetch(file, start, nbytes, room.data), np.uint8)
 
 
 @dataclass
@@ -102,7 +110,7 @@ class Run:
     """
 
     plan: Plan
-    source: Source | None
+    stage: Stage
     journal: Journal
     limits: Limits
     advance: Callable[[int], None]
@@ -123,8 +131,9 @@ class Run:
                 try:
                     for worker in workers:
                         worker.result()
-                finally:
-                    self._stop.set()
+                except BaseException as failure:
+                    self._give_up(failure)
+                    raise
         finally:
             for writer in self._writers.values():
                 writer.abandon()
@@ -157,13 +166,17 @@ class Run:
                     self._transcode(task.step, task.first, task.last, buffers)
                 else:
                     self._copy(task.step, task.first, task.last, buffers)
-        except BaseException:
-            self._stop.set()
+        except BaseException as failure:
+            self._give_up(failure)
             raise
+
+    def _give_up(self, failure: BaseException) -> None:
+        self._stop.set()
+        self.stage.stop(failure)
 
     def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
         source, target = step.reads[0], step.writes[0]
-        data = buffers.fetch(self.source, "copy", source.file, source.start + first, last - first)
+        data = buffers.fetch(self.stage, "copy", source.file, source.start + first, last - first)
         if (source.start - target.start) % PAGE:
             moved = buffers.take("moved", last - first, target.start + first)
             moved[:] = data
@@ -194,7 +207,7 @@ class Run:
         for part, place in zip(step.source_parts, step.reads, strict=True):
             start, stop = part.span(step.rows, first, last)
             use = f"in.{sum(map(bool, map(len, data)))}"
-            data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
+            data.append(buffers.fetch(self.stage, use, place.file, place.start + start, stop - start))
         return data
 
     def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
@@ -211,6 +224,8 @@ class Run:
     def _write(self, file: str, offset: int, data: Bytes) -> None:
         if file in self._done or not len(data):
             return
+        if file not in self._writers:
+            self.stage.admit(file)
         with self._lock:
             writer = self._writers.get(file)
             if writer is None:
@@ -230,6 +245,7 @@ class Run:
         with self._lock:
             del self._writers[file]
         self.journal.record(file)
+        self.stage.finish(file)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def finalize(plan: Plan, journal: Journal) -> None:
 def _copy(plan: Plan, journal: Journal, name: str) -> None:
     """Copy a side file, following a Hub cache's symbolic link, with the mode that new files get."""
     assert plan.source is not None
-    source, target, partial = plan.source.root / name, journal.destination / name, journal.partial(name)
+    source, target, partial = plan.source.side_file(name), journal.destination / name, journal.partial(name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, partial)

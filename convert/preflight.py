@@ -1,22 +1,22 @@
-"""Checks before the first byte is written: room on the disk, and the values that a header cannot vouch for.
+"""Checks before the first byte is written: the paths, and the values that a header cannot vouch for.
 
 Scales are a ninth of an INT4 checkpoint's bytes or less. Reading them first means that a NaN in the last layer shows after
-a minute and not after hours; the pages stay in the page cache for the conversion where there is memory.
+a minute and not after hours; the pages stay in the page cache for the conversion where there is memory. The files of a
+checkpoint on the Hub are looked at one by one, as they arrive.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
-from kconvert.checkpoint.source import Checkpoint, Reader
-from kconvert.errors import KconvertError, human
+from kconvert.checkpoint.source import Reader
+from kconvert.errors import KconvertError
 from kconvert.formats import Part
-from kconvert.journal import stale_files
 from kconvert.plan import Place, Plan, Transcode
 
 # dtype -> numpy code, sign bit, bits that are all set in Inf and NaN
@@ -30,6 +30,14 @@ SCALE_BITS = {
 }
 
 
+class Doubt(NamedTuple):
+    """A part of a weight whose values a header cannot vouch for."""
+
+    step: Transcode
+    part: Part
+    place: Place
+
+
 def check_paths(source: Path, destination: Path) -> None:
     """KconvertError when writing `destination` could touch `source`."""
     source, destination = source.resolve(), destination.resolve()
@@ -41,66 +49,42 @@ def check_paths(source: Path, destination: Path) -> None:
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
 
 
-def check_space(plan: Plan, destination: Path, finished: set[str], overwrite: bool) -> None:
-    """KconvertError when the disk of `destination` cannot hold what is still to be written."""
-    folder = destination
-    while not folder.exists():
-        folder = folder.parent
-    done = sum(shard.nbytes for shard in plan.shards if shard.name in finished)
-    needed = plan.output_bytes - done - sum(map(_disk_bytes, stale_files(destination, finished, overwrite)))
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise KconvertError(
-            f"{destination} needs {human(needed)} more, but its disk has {human(free)} free; free some space or choose "
-            "another disk"
-        )
-
-
-def _disk_bytes(path: Path) -> int:
-    """0 for a file that is gone: another run may just have finished it."""
-    try:
-        return path.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
-
-
-def check_values(plan: Plan, finished: set[str]) -> None:
+def check_values(plan: Plan, finished: Collection[str]) -> None:
     """Read the scales and shapes of every weight still to be converted; KconvertError for the first that is not sound."""
     if plan.source is None:
         return
-    steps = [
-        step
-        for step in plan.steps
-        if isinstance(step, Transcode) and any(place.file not in finished for place in step.writes)
-    ]
-    batches = [steps[i : i + 64] for i in range(0, len(steps), 64)]
+    doubts = list(doubtful_values(plan, finished))
+    batches = [doubts[i : i + 128] for i in range(0, len(doubts), 128)]
     with plan.source.reader() as reader, ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
-        checkpoint = plan.source
-        for _ in pool.map(lambda batch: _check_batch(checkpoint, reader, batch), batches):
+        root = plan.source.root
+        for _ in pool.map(lambda batch: check_doubts(root, reader, batch), batches):
             pass
 
 
-def _check_batch(checkpoint: Checkpoint, reader: Reader, steps: Iterable[Transcode]) -> None:
-    for step in steps:
-        for part, place in _doubtful(step):
-            where = f"{checkpoint.root / place.file}: tensor {part.tensor_of(step.name)!r}"
-            data = reader.read(place.file, place.start, part.nbytes)
-            if part.constant is not None and data != part.constant:
-                code = {"I32": "i", "I64": "q"}[part.dtype]
-                values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
-                raise KconvertError(
-                    f"{where} says {values}, but the weight is [{step.rows}, {step.cols}]; fetch the file again"
-                )
-            if part.values != "any":
-                _check_scale(where, part, data)
-            if part.below is not None:
-                _check_index(where, part.below, data)
+def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
+    """The parts of the weights still to be converted that must be looked at."""
+    for step in plan.steps:
+        if isinstance(step, Transcode) and any(place.file not in finished for place in step.writes):
+            for part, place in zip(step.source_parts, step.reads, strict=True):
+                if part.values != "any" or part.constant is not None or part.below is not None:
+                    yield Doubt(step, part, place)
 
 
-def _doubtful(step: Transcode) -> Iterator[tuple[Part, Place]]:
-    for part, place in zip(step.source_parts, step.reads, strict=True):
-        if part.values != "any" or part.constant is not None or part.below is not None:
-            yield part, place
+def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
+    """KconvertError for the first that is not sound; `root` is how messages name the source."""
+    for step, part, place in doubts:
+        where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
+        data = reader.read(place.file, place.start, part.nbytes)
+        if part.constant is not None and data != part.constant:
+            code = {"I32": "i", "I64": "q"}[part.dtype]
+            values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
+            raise KconvertError(
+                f"{where} says {values}, but the weight is [{step.rows}, {step.cols}]; fetch the file again"
+            )
+        if part.values != "any":
+            _check_scale(where, part, data)
+        if part.below is not None:
+            _check_index(where, part.below, data)
 
 
 def _check_scale(where: str, part: Part, data: bytes) -> None:

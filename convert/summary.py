@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import resource
 import shlex
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.delivery import Delivery
+from kconvert.disk import existing, free_bytes, survey
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
@@ -19,6 +20,8 @@ from kconvert.plan import Plan
 if TYPE_CHECKING:
     from kconvert.amx import AmxModel
     from kconvert.quality import Gain
+
+LINE_SPEED = 125_000_000  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,26 @@ def find(model: Model) -> list[str]:
     return findings
 
 
-def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: int | None) -> Summary:
-    """`--dry-run`: output bytes, shards, peak RAM, free disk; errors on a sample of the weights where scales are a choice."""
+def describe_plan(
+    plan: Plan, delivery: Delivery, threads: int | None, memory: int | None, disk_budget: int | None = None
+) -> Summary:
+    """`--dry-run`: output bytes, shards, peak RAM, free disk; what comes from the Hub and goes there.
+
+    Where scales are a choice, errors on a sample of the weights, too, if these are on this machine.
+    """
     from kconvert.engine import Limits
-    from kconvert.quality import gains
 
     limits = Limits.choose(threads, memory)
-    folder = destination.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(delivery.directory)
+    traffic = _describe_traffic(plan, delivery, disk_budget)
     facts = {
         **plan.as_dict(),
         "peak_memory_bytes": limits.peak(plan),
         "threads": limits.threads,
         "free_disk_bytes": free,
+        **traffic.facts,
     }
-    found = gains(plan)
+    found = _sampled_gains(plan)
     facts |= _error_facts(found)
     notes = [
         f"{fate}: {pair}, {count:,} weights"
@@ -122,10 +128,37 @@ def describe_plan(plan: Plan, destination: Path, threads: int | None, memory: in
         *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, (str, int))),
         f"output: {human(plan.output_bytes)} in {len(plan.shards)} shards and {len(plan.side_files)} side files",
         f"memory: about {human(limits.peak(plan))} with {limits.threads} threads",
-        f"disk: {human(free)} free at {folder}",
+        f"disk: {human(free)} free at {existing(delivery.directory)}",
+        *traffic.lines,
         *notes,
     )
     return Summary(facts, lines)
+
+
+def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None) -> Summary:
+    """What a run from the beginning has to do with the Hub; nothing for one that has nothing to do with it."""
+    if (plan.source is None or plan.source.directory) and delivery.push is None and disk_budget is None:
+        return Summary({}, ())
+    needs = survey(plan, delivery, {}, disk_budget)
+    facts: dict[str, Any] = {}
+    lines: list[str] = []
+    if needs.fetches:
+        download, hours = needs.download_bytes, needs.download_bytes / LINE_SPEED / 3600
+        facts.update(download_bytes=download, download_seconds_at_1_gbit=round(download / LINE_SPEED))
+        lines.append(f"download: {human(download)}, {hours:.1f} h at 1 Gbit/s ({len(needs.fetches)} files)")
+    if delivery.push is not None:
+        facts.update(push=str(delivery.push))
+        lines.append(f"upload: {human(plan.output_bytes)} to {delivery.push}, private if it is new")
+    if needs.budget is None and needs.fetches:
+        lesser = survey(plan, delivery, {}, free_bytes(delivery.directory)).schedule.peak
+        facts.update(smallest_disk_budget=lesser)
+        lines.append(
+            f"disk budget: none, source files stay in the Hub's cache; the smallest possible is {human(lesser)}"
+        )
+    elif needs.budget is not None:
+        facts.update(disk_budget=needs.budget, smallest_disk_budget=needs.schedule.peak)
+        lines.append(f"disk budget: {human(needs.budget)}; the smallest possible is {human(needs.schedule.peak)}")
+    return Summary(facts, tuple(lines))
 
 
 class Outcome(Summary):
@@ -133,14 +166,13 @@ class Outcome(Summary):
 
     @classmethod
     def now(
-        cls, plan: Plan, destination: Path, seconds: float, inexact: Mapping[str, int], launch: str = ""
+        cls, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], launch: str = ""
     ) -> Outcome:
-        from kconvert.quality import gains
-
-        found = gains(plan)
+        found = _sampled_gains(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         facts = {
-            "output": str(destination),
+            "output": str(delivery),
+            **({"push": str(delivery.push)} if delivery.push else {}),
             "bytes": plan.output_bytes,
             "shards": len(plan.shards),
             "seconds": round(seconds, 3),
@@ -151,12 +183,20 @@ class Outcome(Summary):
         facts |= _error_facts(found)
         facts |= {"launch": launch} if launch else {}
         compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
+        where = str(delivery) if delivery.push is None or delivery.passing else f"{delivery} and {delivery.push}"
         line = (
-            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {destination} in {seconds:.1f} s "
+            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {where} in {seconds:.1f} s "
             f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
         )
         notes = (*plan.facts.get("notes", ()), *([f"launch: {launch}"] if launch else ()))
         return cls(facts, (line, *_exactness(plan, inexact), *compared, *notes))
+
+
+def _sampled_gains(plan: Plan) -> dict[str, Gain]:
+    """Of a plan whose weights need not be fetched for it."""
+    from kconvert.quality import gains
+
+    return gains(plan) if plan.source is None or plan.source.directory is not None else {}
 
 
 def _error_facts(found: Mapping[str, Gain]) -> dict[str, Any]:

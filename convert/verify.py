@@ -83,7 +83,7 @@ def verify(
     keep_going: bool = False,
     advance: Advance | None = None,
 ) -> Report:
-    """Compare a checkpoint with the one it was made of, both directories; CheckFailed names the first fault.
+    """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
 
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
@@ -92,7 +92,7 @@ def verify(
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
-    converted = _open_output(Path(output), partial=bool(include or exclude or keep_going))
+    converted = _open_output(output, partial=bool(include or exclude or keep_going))
     pairs, faults = _relate(original, converted)
     faults += _config_faults(converted)
     differences = list(_side_file_faults(original.checkpoint, converted.checkpoint))
@@ -147,12 +147,13 @@ class _Tally:
                 raise CheckFailed(self.faults[0])
 
 
-def _open_output(path: Path, partial: bool) -> Model:
+def _open_output(output: str | os.PathLike[str], partial: bool) -> Model:
     """The checkpoint to be verified; whatever is unsound about it is a failed check, not bad input."""
+    path = Path(output)
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
-        return understand(open_checkpoint(path), partial)
+        return understand(open_checkpoint(output), partial)
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 
@@ -225,7 +226,7 @@ def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[s
     for name in original.side_files:
         if name not in converted.side_files:
             yield f"{converted.root / name} is missing; the source has it"
-        elif not filecmp.cmp(original.root / name, converted.root / name, shallow=False):
+        elif not filecmp.cmp(original.side_file(name), converted.side_file(name), shallow=False):
             yield f"{converted.root / name} differs from the source's"
 
 

@@ -58,7 +58,9 @@ class Outcome:
     fault: str | None = None
 
 
-def verify_amx(source: Path, output: Path, sample: float = 1.0, advance: Advance | None = None) -> AmxReport:
+def verify_amx(
+    source: str | os.PathLike[str], output: Path, sample: float = 1.0, advance: Advance | None = None
+) -> AmxReport:
     """Compare the AMX weights in `output` with the checkpoint `source`; CheckFailed names the first difference.
 
     `sample` is the share of the weights that is compared, the same ones every time. AMX weights that do not say how their

@@ -80,7 +80,7 @@ def offenders(modules, forbidden, **options):
 
 def test_the_rooms_of_the_design_are_there():
     rooms = "cli engine finalize journal manifest plan verify writer formats.dense formats.packed formats.kernels"
-    rooms += " checkpoint.header checkpoint.source checkpoint.config"
+    rooms += " checkpoint.header checkpoint.source checkpoint.config checkpoint.hub"
     assert {f"kconvert.{room}" for room in rooms.split()} <= MODULES.keys()
 
 
@@ -131,8 +131,14 @@ def test_headers_know_no_torch():
     assert not offenders(["kconvert.checkpoint.header"], HEAVY, typing=True)
 
 
-def test_only_the_hub_module_knows_the_hub():
-    assert not offenders(MODULES.keys() - {"kconvert.checkpoint.hub"}, ["huggingface_hub"], typing=True)
+def test_only_the_hub_package_knows_the_hub():
+    others = [module for module in MODULES if not within(module, "kconvert.checkpoint.hub")]
+    assert not offenders(others, ["huggingface_hub"], typing=True)
+
+
+def test_the_hub_package_is_imported_when_a_hub_id_is_met_and_not_before():
+    others = [module for module in MODULES if not within(module, "kconvert.checkpoint.hub")]
+    assert not offenders(others, ["kconvert.checkpoint.hub"], top_level=True)
 
 
 def test_only_the_command_line_knows_click_and_tqdm():

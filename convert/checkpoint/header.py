@@ -121,7 +121,13 @@ def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
     """One of some 200,000 in a large checkpoint, so what is sound takes the short way through the checks."""
     try:
         dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
-        sound = len(info) == 3 and type(start) is type(stop) is int and start >= 0 and name.isprintable()
+        sound = (
+            len(info) == 3
+            and type(shape) is list
+            and type(start) is type(stop) is int
+            and start >= 0
+            and name.isprintable()
+        )
         for size in shape:
             sound = sound and type(size) is int and size >= 0
         if sound and _elements(shape) * DTYPE_BITS[dtype] == 8 * (stop - start):

@@ -1,17 +1,19 @@
-"""A checkpoint on disk: its configuration, every tensor by name, and reads of any byte range."""
+"""A checkpoint: its configuration, every tensor by name, and reads of any byte range; from a directory of the disk."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kconvert.checkpoint.header import read_header
+from kconvert.checkpoint.header import Entry, read_header
+from kconvert.checkpoint.hub_id import parse_hub_id
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import PAGE, open_direct, read_at
 
@@ -74,8 +76,22 @@ class Checkpoint:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def directory(self) -> Path | None:
+        """Where its files lie; None for a checkpoint on the Hub."""
+        return self.root
+
+    @property
+    def origin(self) -> dict[str, str | None]:
+        """Where on the Hub it comes from: `origin` is the commit, `asked` the revision by which it was named."""
+        return {}
+
     def reader(self) -> Reader:
         return Reader(self.root)
+
+    def side_file(self, name: str) -> Path:
+        """Where the side file `name` can be read."""
+        return self.root / name
 
 
 class Reader:
@@ -85,10 +101,13 @@ class Reader:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self._root = root
         self._cached: dict[str, int] = {}
         self._direct: dict[str, int] = {}
         self._lock = threading.Lock()
+
+    def path(self, file: str) -> Path:
+        return self._root / file
 
     def read(self, file: str, start: int, nbytes: int) -> bytes:
         """Some bytes of `file`, by way of the page cache: for what is small or read again."""
@@ -112,10 +131,10 @@ class Reader:
             with self._open(file, descriptors) as descriptor:
                 done = read_at(descriptor, buffer, start, needed)
         except OSError as error:
-            raise explain_os_error(error, f"cannot read {self.root / file}") from None
+            raise explain_os_error(error, f"cannot read {self.path(file)}") from None
         if done < needed:
             raise KconvertError(
-                f"{self.root / file} ends at byte {start + done}, inside a tensor; it shrank while it was being read, "
+                f"{self.path(file)} ends at byte {start + done}, inside a tensor; it shrank while it was being read, "
                 "restore it and run the same command again"
             )
 
@@ -125,7 +144,7 @@ class Reader:
             descriptor = descriptors.get(file)
             if descriptor is None:
                 opener = open_direct if descriptors is self._direct else os.open
-                descriptor = opener(self.root / file, os.O_RDONLY)
+                descriptor = opener(self.path(file), os.O_RDONLY)
                 if len(descriptors) < KEPT_OPEN:
                     descriptors[file] = descriptor
             kept = descriptors.get(file) == descriptor
@@ -134,6 +153,13 @@ class Reader:
         finally:
             if not kept:
                 os.close(descriptor)
+
+    def forget(self, file: str) -> None:
+        """Close `file`, which nobody reads any more."""
+        with self._lock:
+            for descriptors in (self._cached, self._direct):
+                if file in descriptors:
+                    os.close(descriptors.pop(file))
 
     def close(self) -> None:
         for descriptors in (self._cached, self._direct):
@@ -150,24 +176,47 @@ class Reader:
 def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Read configuration, index and headers of the checkpoint in directory `path`.
 
-    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main.
+    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main. So
+    will a Hub id (`org/name`, `hf://org/name@revision`) where no such directory is: its headers come by HTTP.
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
     that leads outside the directory.
     """
     root = Path(os.path.abspath(path))
     if not root.is_dir():
-        raise KconvertError(f"{path} is not a directory; give the directory that holds the checkpoint's config.json")
+        place = parse_hub_id(os.fspath(path))
+        if place is None or root.exists():
+            raise KconvertError(
+                f"{path} is not a directory; give the directory that holds the checkpoint's config.json"
+            )
+        from kconvert.checkpoint.hub import open_repository
+
+        return open_repository(place, revision)
     try:
         root = _snapshot(root, revision)
         inventory = _inventory(root)
-        weight_map = _weight_map(root, inventory)
-        names = sorted(set(weight_map.values())) if weight_map is not None else _lone_shards(root, inventory)
-        tensors: dict[str, Tensor] = {}
         with Reader(root) as reader:
-            for file in names:
-                _add_tensors(root, file, inventory[file].nbytes, reader, weight_map, tensors)
+
+            def headers(files: list[str]) -> Iterator[list[Entry]]:
+                for file in files:
+                    yield read_header(str(root / file), inventory[file].nbytes, partial(reader.read, file))
+
+            return assemble(root, inventory, lambda file: (root / file).read_bytes(), headers)
     except OSError as error:
         raise explain_os_error(error, f"cannot read {root}") from None
+
+
+def assemble(
+    root: Path,
+    inventory: Mapping[str, FileStat],
+    load: Callable[[str], bytes],
+    headers: Callable[[list[str]], Iterable[list[Entry]]],
+) -> Checkpoint:
+    """A checkpoint from the list of its files; `load` reads a small one whole, `headers` those of safetensors files."""
+    weight_map = _weight_map(root, inventory, load)
+    names = sorted(set(weight_map.values())) if weight_map is not None else _lone_shards(root, inventory)
+    tensors: dict[str, Tensor] = {}
+    for file, entries in zip(names, headers(names), strict=True):
+        _add_tensors(root, file, entries, weight_map, tensors)
     if weight_map is not None and len(weight_map) != len(tensors):
         missing = next(name for name in weight_map if name not in tensors)
         raise KconvertError(
@@ -177,7 +226,7 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     others = {file: stat for file, stat in inventory.items() if file not in known}
     return Checkpoint(
         root=root,
-        config=_read_json(root / CONFIG_NAME) if CONFIG_NAME in inventory else {},
+        config=_parse_json(root / CONFIG_NAME, load(CONFIG_NAME)) if CONFIG_NAME in inventory else {},
         tensors=tensors,
         files={file: inventory[file] for file in names},
         side_files={file: stat.nbytes for file, stat in others.items() if not file.endswith(OTHER_WEIGHTS)},
@@ -221,9 +270,9 @@ def _inventory(root: Path) -> dict[str, FileStat]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise KconvertError(f"{path} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(table, dict):
@@ -231,11 +280,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def _weight_map(root: Path, inventory: Mapping[str, FileStat]) -> dict[str, str] | None:
+def _weight_map(root: Path, inventory: Mapping[str, FileStat], load: Callable[[str], bytes]) -> dict[str, str] | None:
     if INDEX_NAME not in inventory:
         return None
     path = root / INDEX_NAME
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = _parse_json(path, load(INDEX_NAME)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise KconvertError(f"{path} has no weight_map; fetch it again")
     checked: set[str] = set()
@@ -264,12 +313,11 @@ def _lone_shards(root: Path, inventory: Mapping[str, FileStat]) -> list[str]:
 def _add_tensors(
     root: Path,
     file: str,
-    size: int,
-    reader: Reader,
+    entries: Iterable[Entry],
     weight_map: Mapping[str, str] | None,
     tensors: dict[str, Tensor],
 ) -> None:
-    for entry in read_header(str(root / file), size, lambda start, nbytes: reader.read(file, start, nbytes)):
+    for entry in entries:
         if weight_map is not None and weight_map.get(entry.name) != file:
             said = weight_map.get(entry.name)
             fault = f"{INDEX_NAME} places it in {said}" if said else f"{INDEX_NAME} does not name it"

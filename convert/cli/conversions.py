@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
-from kconvert.cli.running import carry_out
+from kconvert.cli.running import carry_out, pinned
 from kconvert.recipe import TARGETS
 
 
 @click.command("int4-to-bf16")
 @conversion
-def int4_to_bf16(source: Path, destination: Path, **options: Any) -> None:
+def int4_to_bf16(source: str, destination: str, **options: Any) -> None:
     """Convert the INT4 checkpoint SRC to BF16 in DST; run it again to go on after an interruption.
 
     \b
@@ -28,7 +27,7 @@ def int4_to_bf16(source: Path, destination: Path, **options: Any) -> None:
 @conversion
 @layout_option("fp8")
 @scales_option
-def int4_to_fp8(source: Path, destination: Path, **options: Any) -> None:
+def int4_to_fp8(source: str, destination: str, **options: Any) -> None:
     """Convert the INT4 checkpoint SRC to FP8 in DST.
 
     \b
@@ -45,7 +44,7 @@ def int4_to_fp8(source: Path, destination: Path, **options: Any) -> None:
 
 @click.command("fp8-to-bf16")
 @conversion
-def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
+def fp8_to_bf16(source: str, destination: str, **options: Any) -> None:
     """Convert the FP8 checkpoint SRC to BF16 in DST.
 
     \b
@@ -57,7 +56,7 @@ def fp8_to_bf16(source: Path, destination: Path, **options: Any) -> None:
 @click.command("bf16-to-int4")
 @conversion
 @packed_options
-def bf16_to_int4(source: Path, destination: Path, **options: Any) -> None:
+def bf16_to_int4(source: str, destination: str, **options: Any) -> None:
     """Convert the BF16 checkpoint SRC to INT4 in DST, its routed experts only.
 
     If SRC was INT4 once, its codes and scales are found again, bit for bit; groups where there are none are quantised by
@@ -72,7 +71,7 @@ def bf16_to_int4(source: Path, destination: Path, **options: Any) -> None:
 @click.command("fp8-to-int4")
 @conversion
 @packed_options
-def fp8_to_int4(source: Path, destination: Path, **options: Any) -> None:
+def fp8_to_int4(source: str, destination: str, **options: Any) -> None:
     """Convert the FP8 checkpoint SRC to INT4 in DST, its routed experts only; the rest becomes BF16.
 
     \b
@@ -86,7 +85,7 @@ def fp8_to_int4(source: Path, destination: Path, **options: Any) -> None:
 @packed_options
 @click.option("--to", required=True, type=click.Choice(list(TARGETS)), help="The encoding to write.")
 @layout_option(*TARGETS)
-def convert(source: Path, destination: Path, to: str, **options: Any) -> None:
+def convert(source: str, destination: str, to: str, **options: Any) -> None:
     """Convert the checkpoint SRC, in any encoding that can be read, to another one in DST.
 
     \b
@@ -96,8 +95,8 @@ def convert(source: Path, destination: Path, to: str, **options: Any) -> None:
 
 
 def _convert(
-    source: Path,
-    destination: Path,
+    source: str,
+    destination: str,
     *,
     to: str,
     expect: str | None,
@@ -110,4 +109,4 @@ def _convert(
     names = options.keys() & {field.name for field in fields(kconvert.Recipe)}
     chosen = {name: options.pop(name) for name in names}
     recipe = kconvert.Recipe(to, expect, **{name: value for name, value in chosen.items() if value is not None})
-    carry_out(kconvert.plan(source, recipe, revision), destination, **options)
+    carry_out(kconvert.plan(source, recipe, pinned(source, destination, revision, **options)), destination, **options)

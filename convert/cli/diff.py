@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import directory, json_option, quiet_option
+from kconvert.cli.options import json_option, location, quiet_option
 from kconvert.cli.running import progress
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ MARKS = {"added": ("+", "green"), "removed": ("-", "red"), "dtype": ("!", "yello
 
 
 @click.command()
-@click.argument("before", metavar="A", type=directory)
-@click.argument("after", metavar="B", type=directory)
+@click.argument("before", metavar="A", type=location)
+@click.argument("after", metavar="B", type=location)
 @click.option("--headers", is_flag=True, help="Compare names, dtypes and shapes only, no values.")
 @click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Most tensors listed; 0: all.")
 @json_option
 @quiet_option
-def diff(before: Path, after: Path, headers: bool, limit: int, as_json: bool, quiet: bool) -> None:
+def diff(before: str, after: str, headers: bool, limit: int, as_json: bool, quiet: bool) -> None:
     """Say which tensors differ between A and B: in name, dtype, shape or value, as their bytes lie in the files.
 
     Exits with 1 when any does. For checkpoints that spell the same weights in different encodings see `kconvert verify`.
@@ -38,7 +38,7 @@ def diff(before: Path, after: Path, headers: bool, limit: int, as_json: bool, qu
     """
     from kconvert.diff import diff as compare
 
-    total = 0 if headers else sum(path.stat().st_size for path in after.glob("*.safetensors"))
+    total = 0 if headers else sum(path.stat().st_size for path in Path(after).glob("*.safetensors"))
     with progress(total, quiet or headers) as advance:
         found = compare(before, after, values=not headers, advance=advance)
     if as_json:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import directory, json_option, report_option, revision_option
+from kconvert.cli.options import json_option, location, report_option, revision_option
 
 if TYPE_CHECKING:
     from kconvert.model import Model
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=directory)
+@click.argument("source", metavar="SRC", type=location)
 @revision_option
 @report_option
 @json_option
-def inspect(source: Path, revision: str | None, report: Path | None, as_json: bool) -> None:
+def inspect(source: str, revision: str | None, report: Path | None, as_json: bool) -> None:
     """Say what SRC is: family, sizes, formats, roles and findings.
 
     A report also looks into a sample of the weights: whose convention INT4 codes follow, how codes and scales are used.
@@ -34,10 +34,10 @@ def inspect(source: Path, revision: str | None, report: Path | None, as_json: bo
     from kconvert.report import check_report_path
     from kconvert.summary import summarise, summarise_amx
 
-    if is_amx(source):
+    if is_amx(Path(source)):
         if report is not None:
             raise click.UsageError("there is no report on AMX weights alone; `kconvert verify SRC DST` compares them")
-        summary = summarise_amx(open_amx(source))
+        summary = summarise_amx(open_amx(Path(source)))
     else:
         if report is not None:
             check_report_path(report)

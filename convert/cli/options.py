@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem
 
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.recipe import SCALES, TARGETS
@@ -29,8 +30,25 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * UNITS[match[2]])
 
 
-directory = click.Path(file_okay=False, path_type=Path)
-revision_option = click.option("--revision", help="Revision of SRC, when that is a repository of the Hub's cache.")
+class Location(click.ParamType[str]):
+    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://."""
+
+    name = "location"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if Path(value).is_file():
+            self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+location = Location()
+revision_option = click.option(
+    "--revision",
+    help="Branch, tag or commit of SRC: a Hub id (unless there is such a directory), or in the Hub's cache.",
+)
 report_option = click.option(
     "--report",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -49,6 +67,10 @@ def output_options(function: Command) -> Command:
         click.option("--threads", type=click.IntRange(1, 256), help="Worker threads [default: cores + 2]."),
         click.option("--memory", type=Size(), help="Buffers of all workers together [default: 256MiB]."),
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST."),
+        click.option("--push", metavar="ORG/NAME", help="Send the output to this repository of the Hub, too."),
+        click.option(
+            "--disk-budget", type=Size(), help="Most bytes on DST's disk: delete what has served [default: keep]."
+        ),
         json_option,
         quiet_option,
         click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),
@@ -74,8 +96,8 @@ def apply(options: Sequence[Callable[[Command], Command]], function: Command) ->
 def conversion(function: Command) -> Command:
     """The arguments and options that all conversions share."""
 
-    @click.argument("source", metavar="SRC", type=directory)
-    @click.argument("destination", metavar="DST", type=directory)
+    @click.argument("source", metavar="SRC", type=location)
+    @click.argument("destination", metavar="DST", type=location)
     @revision_option
     @selection_options
     @output_options

@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from kconvert.amx import METHODS
-from kconvert.cli.options import directory, output_options, revision_option
-from kconvert.cli.running import carry_out
+from kconvert.cli.options import location, output_options, revision_option
+from kconvert.cli.running import carry_out, pinned
 from kconvert.recipe import SCALES
 from kconvert.repack import FORMS
 
 
 @click.command("repack-amx")
-@click.argument("paths", metavar="[SRC] DST", nargs=-1, required=True, type=directory)
+@click.argument("paths", metavar="[SRC] DST", nargs=-1, required=True, type=location)
 @click.option("--method", type=click.Choice(list(METHODS)), help="Bits of the codes; needed with SRC.")
 @click.option("--numa", required=True, type=click.IntRange(1), help="NUMA nodes of the machine that will serve.")
 @click.option(
@@ -25,14 +25,14 @@ from kconvert.repack import FORMS
 )
 @click.option("--format", "form", type=click.Choice(FORMS), default="safetensors", show_default=True, help="Files.")
 @click.option("--with-rest", is_flag=True, help="Also copy what belongs to no routed expert.")
-@click.option("--from-amx", type=directory, metavar="DIR", help="Split AMX weights anew, in place of SRC; exact.")
+@click.option("--from-amx", type=location, metavar="DIR", help="Split AMX weights anew, in place of SRC; exact.")
 @revision_option
 @output_options
 def repack_amx(
-    paths: tuple[Path, ...],
+    paths: tuple[str, ...],
     method: str | None,
     scales: str | None,
-    from_amx: Path | None,
+    from_amx: str | None,
     with_rest: bool,
     **options: Any,
 ) -> None:
@@ -54,7 +54,7 @@ def repack_amx(
 
 
 def _repack(
-    source: Path, destination: Path, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
+    source: str, destination: str, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
 ) -> None:
     import kconvert
     from kconvert.repack import AmxRecipe, plan_repack
@@ -62,12 +62,12 @@ def _repack(
 
     chosen = {name: options.pop(name) for name in ("scales", "form", "with_rest")}
     recipe = AmxRecipe(method, numa, shard_size=shard_size, **chosen)
-    plan = plan_repack(kconvert.inspect(source, revision), recipe)
-    carry_out(plan, destination, launch=launch_command(destination, method, numa, str(source)), **options)
+    plan = plan_repack(kconvert.inspect(source, pinned(source, destination, revision, **options)), recipe)
+    carry_out(plan, destination, launch=launch_command(Path(destination), method, numa, str(source)), **options)
 
 
 def _resplit(
-    source: Path, destination: Path, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
+    source: str, destination: str, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
 ) -> None:
     from kconvert.amx import open_amx
     from kconvert.repack import plan_resplit
@@ -75,6 +75,6 @@ def _resplit(
 
     if revision is not None:
         raise click.UsageError("--revision is for SRC; leave it out with --from-amx")
-    model = open_amx(source)
-    launch = launch_command(destination, model.method, numa, str(model.record.get("source") or "MODEL"))
+    model = open_amx(Path(source))
+    launch = launch_command(Path(destination), model.method, numa, str(model.record.get("source") or "MODEL"))
     carry_out(plan_resplit(model, numa, form, shard_size), destination, launch=launch, **options)

@@ -3,48 +3,64 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from kconvert.plan import Plan
+
+
+def pinned(source: str, destination: str, revision: str | None, *, overwrite: bool, **_: Any) -> str | None:
+    """The revision to read `source` at: that of the run that this one goes on with, or the one asked for."""
+    import kconvert
+
+    return revision if overwrite else kconvert.pinned(source, destination, revision)
+
 
 def carry_out(
-    plan: Any,
-    destination: Path,
+    plan: Plan,
+    destination: str,
     *,
     dry_run: bool,
     threads: int | None,
     memory: int | None,
-    overwrite: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
     launch: str = "",
+    **terms: Any,
 ) -> None:
-    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that uses the result."""
+    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that uses the result.
+
+    `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
+    """
     import kconvert
+    from kconvert.delivery import Delivery
     from kconvert.summary import Outcome, describe_plan
 
+    delivery = Delivery.to(destination, terms["push"])
     if dry_run or (verbose and not as_json):
-        description = describe_plan(plan, destination, threads, memory)
+        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
     if dry_run:
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
-        kconvert.check(plan, destination, overwrite=overwrite)
+        kconvert.check(plan, destination, **terms)
         return
     if verbose and not as_json:
         click.echo(description.as_text())
     started = time.monotonic()
+    command = shlex.join(["kconvert", *sys.argv[1:]])
     with progress(plan.output_bytes, quiet) as advance:
         inexact = kconvert.convert(
-            plan, destination, threads=threads, memory=memory, overwrite=overwrite, advance=advance
+            plan, destination, threads=threads, memory=memory, advance=advance, command=command, **terms
         )
-    outcome = Outcome.now(plan, destination, time.monotonic() - started, inexact, launch)
+    outcome = Outcome.now(plan, delivery, time.monotonic() - started, inexact, launch)
     if as_json:
         click.echo(json.dumps(outcome.as_dict(), indent=2))
     elif not quiet:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from kconvert.cli.options import Command, apply, directory, output_options
-from kconvert.cli.running import carry_out
+from kconvert.cli.options import Command, apply, location, output_options
+from kconvert.cli.running import carry_out, pinned
 
 DIMENSIONS = {
     "layers": "Layers in all.",
@@ -31,15 +30,15 @@ def dimension_options(function: Command) -> Command:
 
 
 @click.command()
-@click.argument("destination", metavar="DST", type=directory)
+@click.argument("destination", metavar="DST", type=location)
 @click.option("--like", default="kimi-k2-thinking", show_default=True, help="The manifest whose shape it takes.")
-@click.option("--from", "origin", type=directory, metavar="SRC", help="Cut real weights out of SRC instead.")
+@click.option("--from", "origin", type=location, metavar="SRC", help="Cut real weights out of SRC instead.")
 @click.option("--scatter", is_flag=True, help="Put the tensors of one weight into different shards.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the synthetic weights.")
 @dimension_options
 @output_options
 def sample(
-    destination: Path, like: str, origin: Path | None, scatter: bool, seed: int, shard_size: int, **options: Any
+    destination: str, like: str, origin: str | None, scatter: bool, seed: int, shard_size: int, **options: Any
 ) -> None:
     """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC.
 
@@ -54,5 +53,8 @@ def sample(
     given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}
     sizes = {name: size for name, size in given.items() if size is not None}
     recipe = SampleRecipe(like, sizes, shard_size, scatter, seed)
-    plan = plan_synthetic(recipe) if origin is None else plan_cut(open_checkpoint(origin), recipe)
+    if origin is None:
+        plan = plan_synthetic(recipe)
+    else:
+        plan = plan_cut(open_checkpoint(origin, pinned(origin, destination, None, **options)), recipe)
     carry_out(plan, destination, **options)

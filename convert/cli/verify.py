@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import Command, apply, directory, json_option, quiet_option, report_option, selection_options
+from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
 from kconvert.metrics import CEILINGS, FLOORS
@@ -80,8 +80,8 @@ def logits_options(function: Command) -> Command:
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=directory)
-@click.argument("output", metavar="DST", type=directory)
+@click.argument("source", metavar="SRC", type=location)
+@click.argument("output", metavar="DST", type=location)
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
@@ -92,8 +92,8 @@ def logits_options(function: Command) -> Command:
 @json_option
 @quiet_option
 def verify(
-    source: Path,
-    output: Path,
+    source: str,
+    output: str,
     sample: float,
     logits: bool,
     text: Path | None,
@@ -115,16 +115,16 @@ def verify(
     from kconvert.logits import compare_logits
     from kconvert.report import check_report_path
 
-    if is_amx(output):
+    if is_amx(Path(output)):
         if report or logits or not options["standard"].exact or options["include"] or options["exclude"]:
             raise click.UsageError(
                 "AMX weights are compared whole and bit for bit; besides --sample nothing can be chosen"
             )
-        _verify_amx(source, output, sample, as_json, quiet)
+        _verify_amx(source, Path(output), sample, as_json, quiet)
         return
     if report is not None:
         check_report_path(report)
-    total = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
             source, output, sample=sample, keep_going=report is not None, advance=advance, **options
@@ -175,7 +175,7 @@ def _sentence(report: Report) -> str:
     )
 
 
-def _verify_amx(source: Path, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
+def _verify_amx(source: str, output: Path, sample: float, as_json: bool, quiet: bool) -> None:
     from kconvert.verify_amx import verify_amx
 
     total = sum(path.stat().st_size for path in output.rglob("*") if path.suffix in {".safetensors", ".kt"})

@@ -1,0 +1,60 @@
+"""The README.md of a converted checkpoint on the Hub: what it was made from, how, and how well that was checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+import kconvert
+from kconvert.checkpoint.hub.upload import CARD
+from kconvert.checkpoint.hub_id import HubId, parse_hub_id
+from kconvert.checkpoint.source import Checkpoint
+from kconvert.errors import human
+from kconvert.parity import Parity
+from kconvert.plan import FATES, Plan
+
+# Fields that are as true of the converted model.
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
+
+
+def model_card(title: str, plan: Plan, command: str, parity: Parity) -> bytes:
+    """The card's text; `command` is what the user typed."""
+    base = parse_hub_id(plan.source.name) if plan.source is not None else None
+    metadata = {key: value for key, value in _metadata(plan.source).items() if key in CARRIED and value}
+    if base is not None:
+        metadata["base_model"] = base.repo
+        if "to" in plan.facts:
+            metadata["base_model_relation"] = "quantized"
+    head = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
+    return "\n".join(["---", head, "---", "", f"# {title}", "", *_body(plan, base, command, parity), ""]).encode()
+
+
+def _metadata(source: Checkpoint | None) -> Mapping[str, Any]:
+    """The fields of the source's own card; none if it cannot be read."""
+    if source is None or CARD not in source.side_files:
+        return {}
+    try:
+        return metadata_load(Path(source.side_file(CARD))) or {}
+    except Exception:  # the YAML is a stranger's
+        return {}
+
+
+def _body(plan: Plan, base: HubId | None, command: str, parity: Parity) -> Iterator[str]:
+    tool = f"kconvert {kconvert.__version__}"
+    if base is not None:
+        link = f"[{base.repo}](https://huggingface.co/{base.repo}/tree/{base.revision})"
+        yield f"Made from {link} at commit `{base.revision}` by {tool}:"
+    elif plan.source is not None:
+        yield f"Made from `{plan.source.name}` by {tool}:"
+    else:
+        yield f"Synthetic weights in the shape of {plan.facts.get('like')}, made by {tool}:"
+    yield f"\n    {command}\n"
+    yield f"- {human(plan.output_bytes)} in {len(plan.shards)} shards"
+    for fate in FATES:
+        for pair, count in plan.facts.get(fate, {}).items():
+            yield f"- {pair}, {count:,} weights: {fate}"
+    yield from parity.lines()

@@ -1,0 +1,79 @@
+"""Where an output goes: into a directory, and from there perhaps to a repository of the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kconvert.checkpoint.hub_id import HubId, parse_destination, parse_hub_id
+from kconvert.errors import KconvertError
+from kconvert.journal import Journal, Record
+from kconvert.parity import Parity
+from kconvert.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kconvert.checkpoint.hub.upload import Upload
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """`push` is the repository that gets the output. With `passing` the directory is only on the way there."""
+
+    directory: Path
+    push: HubId | None = None
+    passing: bool = False
+
+    @classmethod
+    def to(cls, destination: str | os.PathLike[str], push: str | None = None) -> Delivery:
+        """From DST, a directory or a Hub id, and --push."""
+        target = parse_destination(os.fspath(destination))
+        if push is None and target is None:
+            return cls(Path(destination))
+        if push is not None and target is not None:
+            raise KconvertError(f"DST is {target} and --push says {push}; leave out one of them")
+        if push is not None and (target := parse_hub_id(push)) is None:
+            raise KconvertError(f"--push {push} is no repository of the Hub; name it as ORG/NAME")
+        assert target is not None
+        if push is not None:
+            return cls(Path(destination), target)
+        from kconvert.checkpoint.hub.upload import workplace
+
+        return cls(workplace(target), target, passing=True)
+
+    def __str__(self) -> str:
+        return str(self.push if self.passing else self.directory)
+
+    def check(self, plan: Plan, finished: Mapping[str, Record], overwrite: bool) -> None:
+        """KconvertError when the repository has something else in it; it need not exist yet."""
+        if self.push is None:
+            return
+        from kconvert.checkpoint.hub.upload import check_target
+
+        # An earlier run may have made the commit and been killed before it knew.
+        begun = any(record.get("upload", {}).get("repo") == self.push.repo for record in finished.values())
+        ours = {shard.name for shard in plan.shards} | plan.texts.keys() | plan.side_files.keys()
+        check_target(self.push, ours if begun else (), overwrite)
+
+    def open(self) -> Upload | None:
+        from kconvert.checkpoint.hub.upload import Upload
+
+        return Upload(self.push) if self.push is not None else None
+
+    def publish(self, plan: Plan, journal: Journal, upload: Upload, command: str) -> None:
+        """Commit what the directory holds and what was sent."""
+        from kconvert.checkpoint.hub.card import model_card
+
+        assert self.push is not None
+        records = {shard.name: journal.finished[shard.name] for shard in plan.shards}
+        parity = sum((Parity(**record.get("parity", {})) for record in records.values()), Parity())
+        card = model_card(self.push.repo.partition("/")[2], plan, command, parity)
+        files = {name: self.directory / name for name in (*plan.side_files, *plan.texts)}
+        uploads = {name: record["upload"] for name, record in records.items()}
+        upload.commit(uploads, files, card, f"Add the output of {command.partition(' -')[0]}")
+        if self.passing:
+            shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""A few weights of each finished shard, compared with what they were made from: the figures that go with a published copy.
+
+Both sides are read by compressed-tensors and torch, never by the kernels that converted; see oracle. It is no `verify`,
+but it can be done while source and output are both on the disk, which within a disk budget is the only time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kconvert.checkpoint.source import Reader, Tensor
+from kconvert.formats import Format, Part
+from kconvert.metrics import sqnr
+from kconvert.model import Weight
+from kconvert.plan import Place, Step, Transcode
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Over the values of some rows of some weights: how many are equal, sums of squares of values and errors, largest error."""
+
+    weights: int = 0
+    values: int = 0
+    equal: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Parity) -> Parity:
+        return Parity(
+            self.weights + other.weights,
+            self.values + other.values,
+            self.equal + other.equal,
+            self.signal + other.signal,
+            self.noise + other.noise,
+            max(self.largest, other.largest),
+        )
+
+    def lines(self) -> Iterator[str]:
+        if not self.weights:
+            return
+        yield (
+            f"- parity: of {self.values:,} values in {self.weights:,} weights, the first rows of one of each kind in each "
+            f"shard, {self.equal:,} are exactly those that compressed-tensors and torch read from the source"
+        )
+        ratio = sqnr(self.signal, self.noise)
+        if ratio is not None:
+            yield f"- SQNR {ratio:.2f} dB, largest error {self.largest:.3g} (the same values)"
+
+
+def shard_parity(steps: Iterable[Step], source: Reader, output: Reader) -> Parity:
+    """Of the first weight of each pair of formats among `steps`, which are those that wrote one shard."""
+    chosen: dict[tuple[str, str], Transcode] = {}
+    for step in steps:
+        if isinstance(step, Transcode) and step.reads:
+            chosen.setdefault((step.source.label, step.target.label), step)
+    return sum((_compare(step, source, output) for step in chosen.values()), Parity())
+
+
+def _compare(step: Transcode, source: Reader, output: Reader) -> Parity:
+    from kconvert.oracle import independent_values
+
+    rows = min(step.rows, ROWS)
+    try:
+        expected = independent_values(_weight(step, step.source, step.source_parts, step.reads), source, 0, rows)
+        found = independent_values(_weight(step, step.target, step.target_parts, step.writes), output, 0, rows)
+    except NotImplementedError:  # nobody else reads this format
+        return Parity()
+    return _figures(expected, found)
+
+
+def _figures(expected: torch.Tensor, found: torch.Tensor) -> Parity:
+    a, b = expected.double(), found.double()
+    error = a - b
+    return Parity(
+        weights=1,
+        values=a.numel(),
+        equal=int((a == b).sum()),
+        signal=float(a.square().sum()),
+        noise=float(error.square().sum()),
+        largest=float(error.abs().max()),
+    )
+
+
+def _weight(step: Transcode, format: Format, parts: tuple[Part, ...], places: tuple[Place, ...]) -> Weight:
+    tensors = tuple(
+        Tensor(part.tensor_of(step.name), part.dtype, part.shape, place.file, place.start, part.nbytes)
+        for part, place in zip(parts, places, strict=True)
+    )
+    return Weight(step.name, "", step.rows, step.cols, format, tensors)

@@ -1,0 +1,224 @@
+"""What a network does to a run: it is waited out, or it ends the run with one sentence, and the next run goes on."""
+
+import os
+import re
+
+import pytest
+
+from .conftest import SHARDS
+from .server import corrupt, cut, hang, reset, status
+
+SHARD = r"resolve/.*\.safetensors$"
+PASSING = {
+    "a reset": reset,
+    "a truncated body": cut(10),
+    "an empty body": cut(0),
+    "429 with Retry-After": status(429, Retry_After="0"),
+    "500": status(500),
+    "502": status(502),
+    "503": status(503),
+}
+
+
+def passing():
+    return pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+
+
+@passing()
+@pytest.mark.parametrize("call", ["/api/models/[^/]+/[^/]+$", "/tree/", r"config\.json$", SHARD])
+def test_what_passes_is_waited_out(hub, remote, command, fault, call):
+    hub.fail(call, fault, times=2)
+    command.ok("inspect", remote)
+    assert hub.faults[0].times == 0
+
+
+@passing()
+def test_a_conversion_survives_faults_in_every_file(hub, remote, command, whole, tree, tmp_path, fault):
+    command.ok("inspect", remote)
+    hub.fail(SHARD, fault, times=5)
+    command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(hub, remote, command, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    hub.fail(SHARD, hang(0.6))
+    command.ok("inspect", remote)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (reset, "the connection failed"),
+        (cut(0), "the connection failed"),
+        (status(429, Retry_After="0"), "fewer requests"),
+        (status(429, Retry_After="86400"), "fewer requests"),
+        (status(503), "the Hub answered 503"),
+        (status(403), "access was refused (403)"),
+        (status(401), "access was refused (401)"),
+        (status(418), "the Hub answered 418"),
+        (status(404, X_Error_Code="EntryNotFound"), "there is no such file"),
+        (status(404, X_Error_Code="RevisionNotFound"), "there is no revision"),
+        (status(403, X_Error_Code="GatedRepo"), "the repository is gated"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_pass_is_one_sentence_and_a_rerun_goes_on(
+    hub, remote, command, whole, tree, tmp_path, fault, words
+):
+    arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    last = max(name for name in hub.repos[remote].head() if name.endswith(".safetensors"))
+    hub.fail(rf"{last}$", lambda handler: False)  # the header
+    hub.fail(rf"{last}$", fault, times=1000)
+    message = command.refused(*arguments)
+    assert words in message
+    assert last in message
+    assert remote in message
+    assert not (tmp_path / "dst" / "config.json").exists()
+    hub.faults.clear()
+    command.ok(*arguments)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_the_waits_grow_and_are_bounded(hub, remote, command, monkeypatch):
+    from kconvert.checkpoint.hub import client
+
+    monkeypatch.setattr(client, "BACKOFF", (0.01, 0.02))
+    hub.fail("/api/", status(500), times=1000)
+    command.refused("inspect", remote)
+    assert hub.count("/api/") == 3
+
+
+def test_a_server_says_how_long_to_wait(hub, remote, command):
+    import time
+
+    hub.fail("/api/", status(429, Retry_After="1"))
+    started = time.monotonic()
+    command.ok("inspect", remote)
+    assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize("options", [(), ("--disk-budget", "20MB")], ids=["cached", "within a budget"])
+def test_wrong_content_is_fetched_again(hub, remote, command, whole, tree, tmp_path, options):
+    command.ok("inspect", remote)
+    first = min(name for name in hub.repos[remote].head() if name.endswith(".safetensors"))
+    hub.fail(rf"{first}$", lambda handler: False)
+    hub.fail(rf"{first}$", corrupt, times=2)
+    command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, *options)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_content_that_stays_wrong_is_one_sentence(hub, remote, command, whole, tree, tmp_path):
+    arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    first = min(name for name in hub.repos[remote].head() if name.endswith(".safetensors"))
+    hub.fail(rf"{first}$", lambda handler: False)
+    hub.fail(rf"{first}$", corrupt, times=1000)
+    message = command.refused(*arguments)
+    assert first in message
+    assert "another content than the Hub's list describes" in message
+    hub.faults.clear()
+    command.ok(*arguments)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_a_wrong_config_is_fetched_again(hub, remote, command):
+    hub.fail(r"/config\.json$", corrupt)
+    assert command.ok("inspect", remote).startswith(remote)
+
+
+def test_a_wrong_side_file_is_fetched_again(hub, remote, command, whole, tree, tmp_path):
+    hub.fail(r"/LICENSE$", corrupt)
+    command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_a_server_that_ignores_ranges_is_read_all_the_same(hub, remote, command, whole, tree, tmp_path, monkeypatch):
+    from .server import Handler
+
+    real = Handler._resolve
+
+    def plain(handler, *arguments):
+        handler.request_log.span = ""
+        real(handler, *arguments)
+
+    monkeypatch.setattr(Handler, "_resolve", plain)
+    hub.fail(SHARD, cut(300_000), times=3)
+    command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_a_server_that_is_not_there_is_one_sentence(hub, remote, command, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the connection failed" in command.refused("inspect", remote)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no/such", "there is no such repository, or it is private"),
+        ("moonshotai/Tiny-K2@v9", "there is no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_sentence(hub, remote, command, name, words):
+    assert words in command.refused("inspect", name)
+    assert hub.count("/api/") == 1
+
+
+def test_offline_mode_is_one_sentence(hub, remote, command, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    assert "HF_HUB_OFFLINE is set" in command.refused("inspect", remote)
+    assert hub.requests == []
+
+
+TOKEN = "hf_" + "Secret" * 6
+
+
+@pytest.fixture
+def private(hub, remote, monkeypatch):
+    hub.token, hub.repos[remote].private = TOKEN, True
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return remote
+
+
+def test_a_private_repository_is_read_with_the_users_token(private, command, whole, tree, tmp_path):
+    command.ok("int4-to-bf16", private, tmp_path / "dst", *SHARDS)
+    assert tree(tmp_path / "dst") == whole
+
+
+def test_without_a_token_a_private_repository_is_not_there(private, command, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert "or it is private; check the name, or log in" in command.refused("inspect", private)
+
+
+def test_the_token_appears_nowhere(hub, private, kconvert, command, tmp_path):
+    """Not in what is printed on success or failure, not in any file, not in what is published."""
+    said = [
+        kconvert("int4-to-bf16", private, tmp_path / "dst", *SHARDS, "-v", "--push", "me/out"),
+        kconvert("int4-to-bf16", private, tmp_path / "json", *SHARDS, "--json", "--disk-budget", "20MB"),
+    ]
+    assert [result.returncode for result in said] == [0, 0], said
+    for fault in (status(403), status(503)):
+        hub.faults.clear()
+        hub.fail(SHARD, fault, times=1000)
+        said.append(command("int4-to-bf16", private, tmp_path / "bad", *SHARDS))
+    assert not [result for result in said if TOKEN in result.stdout + result.stderr]
+    assert {request.token for request in hub.requests if not request.path.startswith("/lfs/")} == {TOKEN}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    published = hub.repos["me/out"].head()
+    assert not [name for name, content in published.items() if TOKEN.encode() in content.read(0, content.size)]
+
+
+def test_nothing_is_printed_of_a_fault_that_passed(hub, remote, kconvert, tmp_path):
+    hub.fail(SHARD, status(503), times=1)
+    result = kconvert("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"wrote .*\n", result.stdout)
+    assert os.listdir(tmp_path / "dst")

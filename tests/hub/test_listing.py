@@ -1,0 +1,120 @@
+"""Looking at a repository without downloading it."""
+
+import json
+
+import pytest
+
+from .server import Content
+
+DRY = ("int4-to-bf16", "--dry-run", "--json")
+
+
+def test_inspect_says_of_a_repository_what_it_says_of_its_copy(remote, command, int4):
+    here, there = (json.loads(command.ok("inspect", source, "--json")) for source in (int4, remote))
+    assert there.pop("name").startswith(f"{remote}@")
+    here.pop("name")
+    for found in (here, there):
+        found["side_files"].sort()
+    assert there == here
+
+
+def test_inspect_and_dry_run_fetch_headers_and_no_weights(hub, remote, command, int4, tmp_path):
+    headers = 0
+    for path in int4.glob("*.safetensors"):
+        headers += 8 + int.from_bytes(path.open("rb").read(8), "little")
+    weights = sum(path.stat().st_size for path in int4.glob("*.safetensors"))
+    for arguments in (["inspect", remote], [DRY[0], remote, tmp_path / "dst", *DRY[1:]]):
+        hub.requests.clear()
+        command.ok(*arguments)
+        # The first read of a header takes 64 KiB, or the file; the index comes from the cache the second time.
+        assert hub.sent(r"\.safetensors$") <= headers + len(list(int4.glob("*.safetensors"))) * (1 << 16) < weights / 2
+    assert hub.sent("index.json") == 0
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_dry_run_says_what_comes_what_goes_and_the_smallest_budget(remote, command, int4, tmp_path):
+    arguments = ("int4-to-bf16", remote, "hf://me/out", "--shard-size", "500kB", "--disk-budget", "1GB")
+    plan = json.loads(command.ok(*arguments, "--dry-run", "--json"))
+    assert plan["download_bytes"] == sum(path.stat().st_size for path in int4.glob("*.safetensors"))
+    assert plan["push"] == "me/out"
+    assert plan["output_bytes"] > plan["smallest_disk_budget"] > 0
+    text = command.ok("int4-to-bf16", remote, tmp_path / "dst", "--dry-run")
+    assert "download: " in text
+    assert "the smallest possible is" in text
+    assert "at 1 Gbit/s" in text
+
+
+def test_the_commit_is_asked_for_once_and_named_ever_after(hub, remote, command):
+    commit = hub.repos[remote].branches["main"]
+    assert command.ok("inspect", remote).startswith(f"{remote}@{commit}: ")
+    first, *rest = (request.path for request in hub.requests)
+    assert first == f"/api/models/{remote}"
+    assert len(rest) > 5
+    assert all(commit in path for path in rest)
+
+
+def test_a_branch_that_moves_while_it_is_read_changes_nothing(hub, remote, command, int4):
+    before = command.ok("inspect", remote, "--json")
+
+    def move(handler):
+        hub.put(remote, {"config.json": Content(b"{}", is_large=False)})
+        return False
+
+    hub.fail("/tree/", move)
+    assert command.ok("inspect", remote, "--json") == before
+
+
+def test_a_second_look_takes_config_and_index_from_the_clients_cache(hub, remote, command):
+    command.ok("inspect", remote)
+    hub.requests.clear()
+    command.ok("inspect", remote)
+    assert hub.count(r"\.json$") == 0
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../b", "a\\..\\b", "a//b", "./a", "a\0b", "a\nb"])
+def test_a_file_name_that_could_lead_elsewhere_is_refused(hub, remote, command, name, tmp_path):
+    files = {**hub.repos[remote].head(), name: Content(b"x", is_large=False)}
+    hub.put(remote, files)
+    message = command.refused("int4-to-bf16", remote, tmp_path / "home" / "dst")
+    assert "do not trust this repository" in message
+    assert repr(name) in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
+
+
+def test_an_index_that_names_a_file_outside_is_refused(hub, remote, command, tmp_path):
+    files = dict(hub.repos[remote].head())
+    index = json.loads(files["model.safetensors.index.json"].read(0, 1 << 30))
+    name = next(iter(index["weight_map"]))
+    index["weight_map"][name] = "../../x.safetensors"
+    hub.put(remote, files | {"model.safetensors.index.json": Content(json.dumps(index).encode(), is_large=False)})
+    assert "outside the checkpoint" in command.refused("inspect", remote)
+
+
+def test_the_files_of_hidden_directories_are_no_content(hub, remote, command):
+    before = json.loads(command.ok("inspect", remote, "--json"))["side_files"]
+    hub.put(remote, {**hub.repos[remote].head(), ".kconvert/journal.jsonl": Content(b"{}", is_large=False)})
+    assert json.loads(command.ok("inspect", remote, "--json"))["side_files"] == before
+
+
+@pytest.mark.parametrize("flaw", ["header", "truncated"])
+def test_a_damaged_shard_is_named_with_its_repository(hub, remote, command, flaw):
+    files = dict(hub.repos[remote].head())
+    name = next(name for name in files if name.endswith(".safetensors"))
+    data = files[name].read(0, 1 << 30)
+    files[name] = Content(data[:8] + b"x" + data[9:] if flaw == "header" else data[:-1], is_large=True)
+    commit = hub.put(remote, files)
+    message = command.refused("inspect", remote)
+    assert message.startswith(f"error: {remote}@{commit}/{name}")
+
+
+def test_verify_takes_a_repository_on_either_side(hub, remote, command, int4, bf16, tmp_path):
+    hub.add("me/bf16", bf16)
+    assert command.ok("verify", remote, "me/bf16", "--sample", 0.1).startswith("verified: ")
+    damaged = dict(hub.repos["me/bf16"].head())
+    name = next(name for name in damaged if name.endswith(".safetensors"))
+    data = damaged[name].read(0, 1 << 30)
+    damaged[name] = Content(data[:-1] + bytes([data[-1] ^ 64]), is_large=True)
+    hub.put("me/bf16", damaged)
+    result = command("verify", int4, "me/bf16")
+    assert result.exit_code == 1
+    assert "differs" in result.stderr
