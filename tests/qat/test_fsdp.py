@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -61,9 +62,11 @@ def compare(order, folder):
     export(model, f"{folder}/{order}")
 
 
-def test_two_ranks_train_and_export_as_one_does_in_either_order_of_sharding_and_preparing(tmp_path):
+def test_two_ranks_train_and_export_as_one_does_in_either_order_of_sharding_and_preparing(tmp_path, monkeypatch):
     from kconvert.qat import export, prepare
 
+    # The ranks import this module by its name, from wherever pytest was started.
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
