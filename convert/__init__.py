@@ -22,7 +22,7 @@ from kconvert.recipe import Recipe
 from kconvert.verify import Report, verify
 
 if TYPE_CHECKING:
-    from kconvert.disk import Needs
+    from kconvert.transfer.disk import Needs
 
 __all__ = ["CheckFailed", "KconvertError", "Model", "Plan", "Recipe", "Report", "convert", "inspect", "plan", "verify"]
 
@@ -43,8 +43,8 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
-    from kconvert.delivery import Delivery
     from kconvert.journal import pinned_commit
+    from kconvert.transfer.delivery import Delivery
 
     return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
 
@@ -70,10 +70,10 @@ def check(
     disk_budget: int | None = None,
 ) -> Needs:
     """KconvertError when `plan` cannot be carried out into `destination`; what a run needs, and finds finished already."""
-    from kconvert.delivery import Delivery
-    from kconvert.disk import survey
     from kconvert.journal import finished_shards
     from kconvert.preflight import check_paths
+    from kconvert.transfer.delivery import Delivery
+    from kconvert.transfer.disk import survey
 
     delivery = Delivery.to(destination, push)
     if plan.source is not None and plan.source.directory is not None:
@@ -113,7 +113,7 @@ def convert(
     from kconvert.finalize import finalize
     from kconvert.journal import Journal
     from kconvert.preflight import check_values
-    from kconvert.staging import Staging
+    from kconvert.transfer.staging import Staging
 
     needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
     delivery = needs.delivery

@@ -10,11 +10,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kconvert.codes import Extremes, convention_of, extremes, grid, spread_of
 from kconvert.formats.packed import Packed
-from kconvert.metrics import Spread
 from kconvert.model import Model, Weight
-from kconvert.oracle import read_state, row_unit
+from kconvert.parity.codes import Extremes, convention_of, extremes, grid, spread_of
+from kconvert.parity.metrics import Spread
+from kconvert.parity.oracle import read_state, row_unit
 
 SAMPLED_WEIGHTS = 64
 SAMPLED_ROWS = 64

@@ -13,8 +13,8 @@ from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
-from kconvert.metrics import sqnr
 from kconvert.model import parts_of
+from kconvert.parity.metrics import sqnr
 from kconvert.plan import Plan, Transcode
 
 if TYPE_CHECKING:

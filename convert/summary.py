@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kconvert.delivery import Delivery
-from kconvert.disk import existing, free_bytes, survey
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
+from kconvert.transfer.delivery import Delivery
+from kconvert.transfer.disk import existing, free_bytes, survey
 
 if TYPE_CHECKING:
     from kconvert.amx import AmxModel

@@ -1,7 +1,7 @@
 """Proof that a checkpoint is what another one was converted to: coverage, integrity and parity.
 
 Parity goes a way of its own: never through the kernels that wrote the output, but through compressed-tensors and torch.
-AMX weights are compared as all others, once both sides go by the same names, see verify_amx.
+AMX weights are compared as all others, once both sides go by the same names, see parity.packed_amx.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.amx import is_amx
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
-from kconvert.compare import Advance, Comparison, Standard, compare_plain, compare_weights
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
-from kconvert.metrics import Spread
 from kconvert.model import Model, Plain, Weight, understand
-from kconvert.oracle import authority, independent_values
-from kconvert.verify_amx import open_packed
+from kconvert.parity.compare import Advance, Comparison, Standard, compare_plain, compare_weights
+from kconvert.parity.metrics import Spread
+from kconvert.parity.oracle import authority, independent_values
+from kconvert.parity.packed_amx import open_packed
 
 if TYPE_CHECKING:
-    from kconvert.metrics import Position
+    from kconvert.parity.metrics import Position
 
 Pair: TypeAlias = tuple[Weight, Weight] | tuple[Plain, Plain]  # of the source and of the output
 Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault

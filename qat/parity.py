@@ -12,8 +12,8 @@ from torch import nn
 
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
-from kconvert.logits import Agreement, Routing, agreement, expert_modules, overlap
-from kconvert.metrics import sqnr
+from kconvert.parity.logits import Agreement, Routing, agreement, expert_modules, overlap
+from kconvert.parity.metrics import sqnr
 from kconvert.qat.attach import Coverage
 from kconvert.qat.experts import ExpertWeight
 from kconvert.qat.grid import fake_quantise

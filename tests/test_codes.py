@@ -10,13 +10,13 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file
 
-from kconvert import codes
 from kconvert.formats.conventions import COMPRESSED_TENSORS, KIMI, Convention
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import packed as reference
+from kconvert.parity import codes
 
 DATA = Path(__file__).parent / "data"
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan
 from kconvert.cli import main
-from kconvert.logits import agreement, compare_logits, overlap
+from kconvert.parity.logits import agreement, compare_logits, overlap
 from kconvert.sample import SampleRecipe, plan_synthetic
 
 pytest.importorskip("transformers")
@@ -69,7 +69,7 @@ def test_the_logits_are_those_that_transformers_computes(small: Path, tmp_path: 
     with torch.no_grad():
         expected = theirs(ids.unsqueeze(0), use_cache=False).logits[0].float()
 
-    from kconvert.logits import _run
+    from kconvert.parity.logits import _run
 
     found, routing = _run(inspect(small), ids)
 

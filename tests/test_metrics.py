@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kconvert import metrics
-from kconvert.metrics import Errors, Limits, Spread, measure
+from kconvert.parity import metrics
+from kconvert.parity.metrics import Errors, Limits, Spread, measure
 
 
 def pair(seed: int, rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from kconvert.amx import open_amx
 from kconvert.catalogue import load_manifest
 from kconvert.cli import main
 from kconvert.formats.reference import amx as reference
-from kconvert.oracle import independent_values
+from kconvert.parity.oracle import independent_values
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit, possible_numa
 from kconvert.sample import SampleRecipe, plan_synthetic
 

@@ -13,7 +13,7 @@ import torch
 import kconvert
 from kconvert import convert
 from kconvert.amx import open_amx
-from kconvert.oracle import independent_values
+from kconvert.parity.oracle import independent_values
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
 
 sys.path.append(str(Path(__file__).parent))

@@ -42,8 +42,8 @@ def carry_out(
     `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
     """
     import kconvert
-    from kconvert.delivery import Delivery
     from kconvert.summary import Outcome, describe_plan
+    from kconvert.transfer.delivery import Delivery
 
     delivery = Delivery.to(destination, terms["push"])
     if dry_run or (verbose and not as_json):

@@ -15,10 +15,10 @@ import click
 from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
-from kconvert.metrics import CEILINGS, FLOORS, Errors, spelled
+from kconvert.parity.metrics import CEILINGS, FLOORS, Errors, spelled
 
 if TYPE_CHECKING:
-    from kconvert.logits import Agreement, LogitsReport
+    from kconvert.parity.logits import Agreement, LogitsReport
     from kconvert.verify import Report
 
 
@@ -51,8 +51,8 @@ def standard_options(function: Command) -> Command:
         fail_over: tuple[tuple[str, float], ...],
         **options: Any,
     ) -> Any:
-        from kconvert.compare import Standard
-        from kconvert.metrics import Limits
+        from kconvert.parity.compare import Standard
+        from kconvert.parity.metrics import Limits
 
         limits = Limits(dict(fail_under), dict(fail_over))
         return function(standard=Standard(not (close or fail_under or fail_over), limits), **options)
@@ -111,7 +111,7 @@ def verify(
     """
     import kconvert
     from kconvert.amx import KT_GLOB, is_amx
-    from kconvert.logits import compare_logits
+    from kconvert.parity.logits import compare_logits
     from kconvert.report import check_report_path
 
     if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):

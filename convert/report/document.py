@@ -11,13 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 import kconvert
-from kconvert.codes import QUARTERS
-from kconvert.compare import Comparison
 from kconvert.inventory import Inventory
 from kconvert.journal import provenance
-from kconvert.logits import LogitsReport
-from kconvert.metrics import Errors, Spread
 from kconvert.model import Model, format_counts
+from kconvert.parity.codes import QUARTERS
+from kconvert.parity.compare import Comparison
+from kconvert.parity.logits import LogitsReport
+from kconvert.parity.metrics import Errors, Spread
 from kconvert.summary import summarise
 from kconvert.verify import Excerpt, Report
 

@@ -5,8 +5,8 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.budget import Ledger, make_schedule
 from kconvert.plan import Copy, Place, Plan, Shard
+from kconvert.transfer.budget import Ledger, make_schedule
 
 SIZES = st.integers(1, 50)
 

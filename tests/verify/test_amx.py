@@ -19,9 +19,9 @@ from click.testing import Result
 import kconvert
 from kconvert import Recipe, convert
 from kconvert.amx import open_amx
-from kconvert.compare import DEFAULT_LIMITS
 from kconvert.formats.reference import amx as reference
-from kconvert.metrics import measure
+from kconvert.parity.compare import DEFAULT_LIMITS
+from kconvert.parity.metrics import measure
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
 
 Verify = Callable[..., Result]

@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 
 from kconvert import Recipe, convert, inspect, plan
-from kconvert.compare import DEFAULT_LIMITS
+from kconvert.parity.compare import DEFAULT_LIMITS
 from kconvert.recipe import TARGETS
 
 Verify = Callable[..., Result]

@@ -14,7 +14,7 @@ from kconvert.checkpoint.hub.upload import CARD
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import human
-from kconvert.parity import Parity
+from kconvert.parity.spot_check import Parity
 from kconvert.plan import FATES, Plan
 
 # Fields that are as true of the converted model.

@@ -21,8 +21,8 @@ from kconvert.checkpoint.hub.client import transfer
 from kconvert.checkpoint.hub.digests import feed, new_digest, says
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.checkpoint.source import FileStat
-from kconvert.disk import PARTIAL
 from kconvert.errors import KconvertError, explain_os_error
+from kconvert.transfer.disk import PARTIAL
 
 ATTEMPTS = 3  # at a file whose digest is wrong
 

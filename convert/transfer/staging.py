@@ -15,14 +15,14 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Protocol
 
-from kconvert.arrivals import hub_source
-from kconvert.budget import Ledger
 from kconvert.checkpoint.source import Reader
-from kconvert.disk import Needs
 from kconvert.journal import Journal, Record
-from kconvert.parity import Parity, shard_parity
+from kconvert.parity.spot_check import Parity, shard_parity
 from kconvert.plan import Step
 from kconvert.preflight import Doubt, check_doubts, doubtful_values
+from kconvert.transfer.arrivals import hub_source
+from kconvert.transfer.budget import Ledger
+from kconvert.transfer.disk import Needs
 
 DOWNLOADS = 4  # connections at a time; one seldom fills a fast line
 UPLOADS = 2

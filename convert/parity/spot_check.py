@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader, Tensor
 from kconvert.formats import Format, Part
-from kconvert.metrics import sqnr
 from kconvert.model import Weight
+from kconvert.parity.metrics import sqnr
 from kconvert.plan import Place, Step, Transcode
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def shard_parity(steps: Iterable[Step], source: Reader, output: Reader) -> Parit
 
 
 def _compare(step: Transcode, source: Reader, output: Reader) -> Parity:
-    from kconvert.oracle import independent_values
+    from kconvert.parity.oracle import independent_values
 
     rows = min(step.rows, ROWS)
     try:

@@ -11,16 +11,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.source import Reader
-from kconvert.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
 from kconvert.formats.dense import Dense
-from kconvert.metrics import Errors, Limits, Position, Spread, measure, same_bits
 from kconvert.model import Plain, Weight
-from kconvert.oracle import authority, decoded, expected_parts, has_reference, independent_values, read_state, row_unit
+from kconvert.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
+from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits
+from kconvert.parity.oracle import (
+    authority,
+    decoded,
+    expected_parts,
+    has_reference,
+    independent_values,
+    read_state,
+    row_unit,
+)
 
 if TYPE_CHECKING:
     import torch
 
-    from kconvert.oracle import State
+    from kconvert.parity.oracle import State
 
 CHUNK_ELEMENTS = 1 << 20  # at a time; a worker takes some 50 MB for them, and more is slower
 Advance: TypeAlias = Callable[[int], None]

@@ -19,12 +19,12 @@ from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
-from kconvert.metrics import Spread
+from kconvert.parity.metrics import Spread
 
 if TYPE_CHECKING:
     import torch
 
-    from kconvert.oracle import State
+    from kconvert.parity.oracle import State
 
 OUTLIER_OCTAVES = 3  # a scale 8 times the weight's median, or more
 QUARTERS = 4  # bins to an octave

@@ -18,7 +18,7 @@ from kconvert.errors import KconvertError, human
 from kconvert.formats.dense import Dense
 from kconvert.formats.stacks import MxStack
 from kconvert.model import Model, Weight
-from kconvert.oracle import TORCH_DTYPES, independent_values
+from kconvert.parity.oracle import TORCH_DTYPES, independent_values
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kconvert.checkpoint.hub_id import HubId, parse_destination, parse_hub_id
 from kconvert.errors import KconvertError
 from kconvert.journal import Journal, Record
-from kconvert.parity import Parity
+from kconvert.parity.spot_check import Parity
 from kconvert.plan import Plan
 
 if TYPE_CHECKING:

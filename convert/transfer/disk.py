@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kconvert.arrivals import hub_source, plan_fetches
-from kconvert.budget import Schedule, make_schedule
 from kconvert.checkpoint.source import STATE_DIR
-from kconvert.delivery import Delivery
 from kconvert.errors import KconvertError, human
 from kconvert.journal import STAGED, Record, stale_files
 from kconvert.plan import Plan
+from kconvert.transfer.arrivals import hub_source, plan_fetches
+from kconvert.transfer.budget import Schedule, make_schedule
+from kconvert.transfer.delivery import Delivery
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.hub.download import Fetch
