@@ -1,23 +1,29 @@
 """Checks before the first byte is written: the paths, and the values that a header cannot vouch for.
 
 Scales are a ninth of an INT4 checkpoint's bytes or less. Reading them first means that a NaN in the last layer shows after
-a minute and not after hours; the pages stay in the page cache for the conversion where there is memory. The files of a
-checkpoint on the Hub are looked at one by one, as they arrive.
+a minute and not after hours. The files of a checkpoint on the Hub are looked at one by one, as they arrive.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
+from kconvert.files import PAGE
 from kconvert.formats import Part
 from kconvert.plan import Place, Plan, Transcode
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LARGE = 1 << 16  # bytes that are quicker read past the page cache
 
 # dtype -> numpy code, sign bit, bits that are all set in Inf and NaN
 SCALE_BITS = {
@@ -70,11 +76,16 @@ def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
                     yield Doubt(step, part, place)
 
 
-def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
+def check_doubts(root: Path, reader: Reader, doubts: Sequence[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
+    largest = max((part.nbytes for _, part, _ in doubts), default=0)
+    room = memoryview(mmap.mmap(-1, largest + 2 * PAGE))
     for step, part, place in doubts:
         where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
-        data = reader.read(place.file, place.start, part.nbytes)
+        if part.nbytes < LARGE:
+            data = memoryview(reader.read(place.file, place.start, part.nbytes))
+        else:
+            data = reader.fetch(place.file, place.start, part.nbytes, room)
         if part.constant is not None and data != part.constant:
             code = {"I32": "i", "I64": "q"}[part.dtype]
             values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
@@ -87,11 +98,13 @@ def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
             _check_index(where, part.below, data)
 
 
-def _check_scale(where: str, part: Part, data: bytes) -> None:
+def _check_scale(where: str, part: Part, data: memoryview) -> None:
     import numpy as np
 
     code, sign, special = SCALE_BITS[part.dtype]
     bits = np.frombuffer(data, code)
+    if _is_plainly_sound(bits.view(code.replace("u", "i") if sign else code), part.values, special):
+        return
     faults = {"is not finite": (bits & special) == special, "is negative": (bits & sign != 0) & (bits != sign)}
     if part.values == "positive" and sign:
         faults["is zero"] = bits & ~np.array(sign, code) == 0
@@ -101,7 +114,13 @@ def _check_scale(where: str, part: Part, data: bytes) -> None:
             raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")
 
 
-def _check_index(where: str, below: int, data: bytes) -> None:
+def _is_plainly_sound(bits: NDArray[Any], values: str, special: int) -> bool:
+    """Two quick looks: as signed integers, bits are in the order of the positive numbers, and negative ones below zero."""
+    lowest = 1 if values == "positive" and bits.dtype.kind == "i" else 0
+    return not bits.size or (bits.min() >= lowest and bits.max() < special)
+
+
+def _check_index(where: str, below: int, data: memoryview) -> None:
     import numpy as np
 
     index = np.frombuffer(data, "i4")

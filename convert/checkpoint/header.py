@@ -189,15 +189,22 @@ def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) ->
         )
 
 
+def _disorder(tensor: tuple[str, str, tuple[int, ...]]) -> tuple[bool, int]:
+    """How far back in its file a tensor belongs."""
+    _, dtype, shape = tensor
+    return tensor_bytes(dtype, shape) % PAGE != 0, -DTYPE_BITS[dtype]
+
+
 def layout(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[Entry]]:
     """Lay out (name, dtype, shape) triples as one file: the header's bytes and the entries in file order.
 
-    Wide dtypes come first, so that every tensor is aligned to its element; otherwise the given order stays. The header is
-    padded with spaces to a page, so that big tensors begin on page boundaries and can be written without the page cache.
+    The header is padded with spaces to a page and tensors of whole pages come first, so that these begin on page boundaries
+    and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
+    otherwise the given order stays.
     """
-    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor[1]])
+    ordered = sorted(tensors, key=_disorder)
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, dtype, shape in ordered:
