@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from kconvert.errors import KconvertError
-from kconvert.files import PAGE
+from kconvert.files import PAGE, allocate
 from kconvert.formats import Part
 from kconvert.journal import Journal
 from kconvert.plan import Copy, Plan, Step, Transcode
@@ -68,7 +68,7 @@ class Limits:
 
     @classmethod
     def choose(cls, threads: int | None = None, memory: int | None = None) -> Limits:
-        return cls(threads or len(os.sched_getaffinity(0)) + 2, memory or DEFAULT_MEMORY)
+        return cls(threads or len(os.sched_getaffinity(0)) + 6, memory or DEFAULT_MEMORY)
 
     @property
     def task_bytes(self) -> int:
@@ -91,7 +91,7 @@ class Buffers:
         """`nbytes` bytes for `use`, whose address is `alignment` modulo PAGE."""
         held = self._maps.get(use)
         if held is None or len(held) < nbytes + PAGE:
-            held = self._maps[use] = mmap.mmap(-1, nbytes + PAGE)
+            held = self._maps[use] = allocate(nbytes + PAGE)
         return np.frombuffer(held, np.uint8, nbytes, alignment % PAGE)
 
     def fetch(self, stage: Stage, use: str, file: str, start: int, nbytes: int) -> Bytes:

@@ -6,7 +6,6 @@ a minute and not after hours. The files of a checkpoint on the Hub are looked at
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
-from kconvert.files import PAGE
+from kconvert.files import PAGE, allocate
 from kconvert.formats import Part
 from kconvert.plan import Place, Plan, Transcode
 
@@ -79,7 +78,7 @@ def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
 def check_doubts(root: Path, reader: Reader, doubts: Sequence[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
     largest = max((part.nbytes for _, part, _ in doubts), default=0)
-    room = memoryview(mmap.mmap(-1, largest + 2 * PAGE))
+    room = memoryview(allocate(largest + 2 * PAGE))
     for step, part, place in doubts:
         where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
         if part.nbytes < LARGE:
