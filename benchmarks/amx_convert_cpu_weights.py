@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from common import GB, KCONVERT, Child, alternate, machine, run, spread, table, verdict
-from peers import Contest, int4_source, peer_arguments
+from peers import DISK, Contest, int4_source, peer_arguments
 
 TARGET, TARGET_MB = 15.0, 900
 PEER_NAME = "convert_cpu_weights.py, BF16"
@@ -63,7 +63,9 @@ def main() -> None:
     if options.converter:
         theirs = [options.peer_python, "-c", PEER, options.converter, "--input-path", bf16, "--input-type", "bf16"]
         theirs += ["--output", target, "--quant-method", options.method, "--threadpool-count", str(options.numa)]
-        sides[PEER_NAME] = Contest(bf16, target).side(*theirs)
+        contest = Contest(bf16, target)
+        sides[PEER_NAME] = contest.side(*theirs)
+        sides[DISK] = contest.disk
     report(alternate(options.runs, sides), weights_bytes(bf16))
     if not options.converter:
         print("kt-kernel's converter was not measured: give --converter, on a CPU with AVX-512")
@@ -88,7 +90,7 @@ def report(results: Mapping[str, list[Child]], nbytes: int) -> None:
     print(f"\n{nbytes / GB:.2f} GB of BF16, median (min-max); throughput in BF16, whatever the source", end="")
     table(["", "wall time", "throughput", "CPU time", "peak RSS"], rows)
     for name, children in results.items():
-        if name == PEER_NAME:
+        if name in (PEER_NAME, DISK):
             continue
         peak = median(child.peak / 1e6 for child in children)
         print(f"{name}: peak RSS {peak:.0f} MB  {verdict(peak, TARGET_MB, 'MB')}")
@@ -98,6 +100,9 @@ def report(results: Mapping[str, list[Child]], nbytes: int) -> None:
             print(
                 f"  throughput, pair by pair: {spread(ratios, 1)} x  {verdict(median(ratios), TARGET, 'x', at_most=False)}"
             )
+    if PEER_NAME in results:
+        most = [peer.seconds / disk.seconds for peer, disk in zip(results[PEER_NAME], results[DISK], strict=True)]
+        print(f"two dd's, BF16 in and AMX out: the most this disk allows is {spread(most, 1)} x")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 When the peer ends, its output is in the page cache, kconvert's is on the disk: "on disk" adds the time that `sync` takes
 afterwards. "Work alone" leaves out start-up (imports, kconvert's planning) and sync. On a slow disk the disk bounds the
-ratio; the CPU time tells what both would do on a fast one.
+ratio, and two dd's, one reading as many bytes and the other writing them, show how far; the CPU time tells what both would
+do on a fast one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from common import (
     tensor_files,
     verdict,
 )
-from disk_speed import EXPERT_BYTES, LITTLE_ELSE
+from disk_speed import EXPERT_BYTES, LITTLE_ELSE, two_dds
 
 
 def peer_arguments(doc: str | None, model_gb: float) -> argparse.ArgumentParser:
@@ -49,6 +50,9 @@ def int4_source(options: argparse.Namespace, *sizes: str) -> Path:
     return sample(
         options.dir, name, *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}", f"--shard-size={shard_size}", *sizes
     )
+
+
+DISK = "two dd's"
 
 
 class Contest:
@@ -74,11 +78,21 @@ class Contest:
 
         return once
 
+    def disk(self) -> Child:
+        """Reads the source and writes as many zeros as the sides before wrote, at once."""
+        make_cold(self.source)
+        zeros = self.target.with_name("peer-zeros")
+        result = run(["sh", "-c", two_dds(tensor_files(self.source), zeros, next(reversed(self.written.values())))])
+        remove(zeros)
+        return result
+
     def hold(
         self, ours: Sequence[str | Path], peer: str, theirs: Sequence[str | Path], runs: int, target: float
     ) -> None:
         """Run both sides `runs` times and print the figures; `target` is how many times our throughput is to be theirs."""
-        results = alternate(runs, {"kconvert": self.side(*ours), peer: self.side(*theirs)})
+        sides = {"kconvert": self.side(*ours), peer: self.side(*theirs), DISK: self.disk}
+        results = alternate(runs, sides)
+        floor = results.pop(DISK)
         rows = [
             [
                 name,
@@ -99,6 +113,10 @@ class Contest:
         )
         table(["", "wall time", "throughput", "on disk", "work alone", "CPU time", "peak RSS"], rows)
         self._compare(list(zip(*results.values(), strict=True)), target)
+        most = [theirs.seconds / disk.seconds for theirs, disk in zip(results[peer], floor, strict=True)]
+        print(
+            f"two dd's took {spread([c.seconds for c in floor], 2, 's')}: the most this disk allows is {spread(most, 1)} x"
+        )
         machine(self.target.parent)
 
     def _compare(self, pairs: Sequence[tuple[Child, ...]], target: float) -> None:

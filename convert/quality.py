@@ -20,7 +20,7 @@ from kconvert.plan import Plan, Transcode
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
 
-SAMPLED_WEIGHTS = 64
+SAMPLED_WEIGHTS = 16
 SAMPLED_ROWS = 64
 
 
