@@ -414,14 +414,14 @@ def test_a_damaged_scale_of_the_source_stops_the_run_before_anything_is_written(
     source: Path, tmp_path: Path, raw: Any
 ) -> None:
     checkpoint = raw.load(source)
-    scale = checkpoint["model.layers.2.mlp.experts.2.up_proj.weight_scale"]
+    scale = checkpoint["model.layers.1.mlp.experts.0.down_proj.weight_scale"]
     scale.data = b"\xc0\x7f" + scale.data[2:]
     checkpoint.save(tmp_path / "damaged")
     command = ("repack-amx", tmp_path / "damaged", tmp_path / "out", "--method", "AMXINT4", "--numa", 1)
     result = run(*command)
     assert result.exit_code == 2
-    assert "model.layers.2.mlp.experts.2.up_proj.weight_scale" in result.stderr
-    assert "model.layers.2.mlp.experts.2.up_proj" in run(*command, "--dry-run").stderr
+    assert "model.layers.1.mlp.experts.0.down_proj.weight_scale" in result.stderr
+    assert "model.layers.1.mlp.experts.0.down_proj" in run(*command, "--dry-run").stderr
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kconvert.formats.conventions import AMX_FACTORS, AMX_START, AMX_STRIDES
-from kconvert.formats.kernels.bits import bits_of, error_unit, float_of, inline, kernel, round_bf16
+from kconvert.formats.kernels.bits import bits_of, float_of, inline, kernel, round_bf16
 
 TINY = np.uint32(0x00800000)  # bits of 2^-126: what is below counts as zero
 INFINITE = np.uint32(0x7F800000)
@@ -34,8 +34,9 @@ def _flush(value: Any) -> Any:
 def _settle(tile: Any, row: Any, first: Any, values: Any) -> Any:
     """The row's values from column `first` on, rounded to bf16 and flushed -> values f32 [k]; returns the bits of amax."""
     amax = np.uint32(0)
+    source = tile[row, first : first + values.shape[0]]
     for i in range(values.shape[0]):
-        value = tile[row, first + i]
+        value = source[i]
         magnitude = _magnitude(value)
         amax = magnitude if magnitude > amax else amax
         values[i] = _flush(round_bf16(value))
@@ -87,16 +88,15 @@ def _pair(codes: Any, pairs: Any) -> None:
 
 
 @inline
-def _error(values: Any, step: Any, highest: Any, unit: Any, sums: Any) -> Any:
-    """Squared error in units of amax with `step` from code to code: LANES sums, then halved by adding the second half."""
-    inverse = ONE / step
+def _squares(values: Any, inverse: Any, highest: Any, sums: Any) -> Any:
+    """Squared error of values * inverse as codes, in units of a code: LANES sums, then halved by adding the second half."""
     for lane in range(LANES):
         sums[lane] = ZERO
     for start in range(0, values.shape[0], LANES):
+        part = values[start : start + LANES]
         for lane in range(LANES):
-            value = values[start + lane]
-            served = (_shifted(value * inverse, highest) - SHIFT) * step
-            error = (value - served) * unit
+            exact = part[lane] * inverse
+            error = exact - (_shifted(exact, highest) - SHIFT)
             sums[lane] += error * error
     width = LANES // 2
     while width:
@@ -107,29 +107,29 @@ def _error(values: Any, step: Any, highest: Any, unit: Any, sums: Any) -> Any:
 
 
 @kernel
-def _try(values: Any, scale: Any, bits: Any, unit: Any, sums: Any) -> Any:
-    """The row's error under a scale, infinite for one that is flushed."""
+def _error(values: Any, rule: Any, factor: Any, bits: Any, sums: Any) -> Any:
+    """The row's squared error under the scale rule * factor, in units of the rule's code; infinite for one that is flushed."""
+    scale = rule * factor
     if _flush(scale) == ZERO:
         return np.float32(np.inf)
     if bits == 4:
-        return _error(values, scale * np.float32(16), np.float32(7), unit, sums)
-    return _error(values, scale, np.float32(127), unit, sums)
+        return _squares(values, ONE / (scale * np.float32(16)), np.float32(7), sums) * (factor * factor)
+    return _squares(values, ONE / scale, np.float32(127), sums) * (factor * factor)
 
 
 @inline
-def _search(values: Any, amax: Any, rule: Any, bits: Any, sums: Any) -> Any:
+def _search(values: Any, rule: Any, bits: Any, sums: Any) -> Any:
     """The scale rule * FACTORS[i] with the least squared error, as far as the search of formats.amx finds it."""
-    unit = error_unit(amax)
-    best, least = AMX_START, _try(values, rule, bits, unit, sums)
+    best, least = AMX_START, _error(values, rule, FACTORS[AMX_START], bits, sums)
     for place in range(AMX_START + AMX_STRIDES[0], FACTORS.shape[0], AMX_STRIDES[0]):
-        error = _try(values, rule * FACTORS[place], bits, unit, sums)
+        error = _error(values, rule, FACTORS[place], bits, sums)
         if not error < least:
             break
         best, least = place, error
     for stride in AMX_STRIDES[1:]:
         center = best
         for place in (center - stride, center + stride):
-            error = _try(values, rule * FACTORS[place], bits, unit, sums)
+            error = _error(values, rule, FACTORS[place], bits, sums)
             if error < least:
                 best, least = place, error
     return rule * FACTORS[best]
@@ -173,7 +173,7 @@ def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: A
             return -1
         step = _rule(amax, bits)
         if mse and step > ZERO:
-            step = _search(values, amax, step, bits, sums)
+            step = _search(values, step, bits, sums)
         scale[row] = step
         inverse = ONE / step if step > ZERO else ZERO
         line = lines[row % 16]
@@ -223,12 +223,14 @@ def decode_rows(words: Any, scale: Any, bits: Any, first: Any, tile: Any) -> Non
             _exchange(half, row, bits, words, False)
         step = ONE if scale is None else scale[row] * np.float32(16 if bits == 4 else 1)
         own = codes[row % 16]
+        target = tile[row, first : first + own.shape[0] * 8 // bits]
         if bits == 8:
             for i in range(own.shape[0]):
-                tile[row, first + i] = np.float32(own[i]) * step
+                target[i] = np.float32(own[i]) * step
         else:
             for start in range(0, own.shape[0], 64):
+                source, pair = own[start : start + 64], target[2 * start : 2 * start + 128]
                 for i in range(64):
-                    byte = np.int32(own[start + i])
-                    tile[row, first + 2 * start + i] = np.float32(np.int32(byte << np.int32(28)) >> np.int32(28)) * step
-                    tile[row, first + 2 * start + 64 + i] = np.float32(byte >> np.int32(4)) * step
+                    byte = np.int32(source[i])
+                    pair[i] = np.float32(np.int32(byte << np.int32(28)) >> np.int32(28)) * step
+                    pair[64 + i] = np.float32(byte >> np.int32(4)) * step

@@ -24,7 +24,7 @@ def codes_and_scale(weight: torch.Tensor, bits: int, mse: bool) -> tuple[torch.T
     amax = values.abs().amax(-1)
     scale = _flush(amax / 112 if bits == 4 else amax * torch.tensor(1 / 127))
     if mse:
-        scale = _search(values, amax, scale, bits)
+        scale = _search(values, scale, bits)
     return quantise(values, scale, bits, nearest=mse), scale
 
 
@@ -109,34 +109,34 @@ def _flush(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values.abs() < TINY, 0, values)
 
 
-def _search(values: torch.Tensor, amax: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor:
+def _search(values: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor:
     """The scale rule * AMX_FACTORS[i] with the least squared error: in large strides until it grows, then in small ones."""
     factors = torch.tensor(AMX_FACTORS)
     best = torch.full((len(values),), AMX_START)
-    least = _error(values, amax, rule, bits)
+    least = _error(values, rule, factors[best], bits)
     walking = torch.ones(len(values), dtype=torch.bool)
     for place in range(AMX_START + AMX_STRIDES[0], len(factors), AMX_STRIDES[0]):
-        error = _error(values, amax, rule * factors[place], bits)
+        error = _error(values, rule, factors[place], bits)
         walking &= error < least
         best, least = torch.where(walking, place, best), torch.where(walking, error, least)
     for stride in AMX_STRIDES[1:]:
         for places in (best - stride, best + stride):
-            error = _error(values, amax, rule * factors[places], bits)
+            error = _error(values, rule, factors[places], bits)
             best, least = torch.where(error < least, places, best), torch.minimum(error, least)
     return rule * factors[best]
 
 
-def _error(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """f32 [n]: squared error of the rows in units of the power of two in amax; infinite where the scale would be flushed.
+def _error(values: torch.Tensor, rule: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:
+    """f32 [n]: squared error of the rows under the scale rule * factor, in units of the rule's code; infinite where that
+    scale would be flushed.
 
     Summed in f32 in a fixed order: columns equal modulo LANES one after the other, then halves onto halves.
     """
-    step = (scale * (16 if bits == 4 else 1)).unsqueeze(-1)
+    scale = rule * factor
+    inverse = (1 / (scale * (16 if bits == 4 else 1))).unsqueeze(-1)
     highest = 7 if bits == 4 else 127
-    codes = torch.round((values * (1 / step)).clamp(-highest, highest))
-    _, exponent = torch.frexp(amax)
-    unit = torch.pow(2.0, 1.0 - exponent.double()).float().unsqueeze(-1)
-    error = (values - codes * step) * unit
+    exact = values * inverse
+    error = exact - torch.round(exact.clamp(-highest, highest))
     squares = (error * error).view(len(values), -1, LANES)
     sums = torch.zeros(len(values), LANES)
     for chunk in squares.unbind(1):
@@ -144,4 +144,4 @@ def _error(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor, bits: 
     while sums.shape[1] > 1:
         low, high = sums.chunk(2, 1)
         sums = low + high
-    return torch.where(_flush(scale) == 0, torch.inf, sums[:, 0])
+    return torch.where(_flush(scale) == 0, torch.inf, sums[:, 0] * (factor * factor))
