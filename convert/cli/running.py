@@ -60,11 +60,10 @@ def carry_out(
         inexact = kconvert.convert(
             plan, destination, threads=threads, memory=memory, advance=advance, command=command, **terms
         )
-    outcome = Outcome.now(plan, delivery, time.monotonic() - started, inexact, launch)
-    if as_json:
-        click.echo(json.dumps(outcome.as_dict(), indent=2))
-    elif not quiet:
-        click.echo(outcome.as_text())
+    seconds = time.monotonic() - started
+    if as_json or not quiet:
+        outcome = Outcome.now(plan, delivery, seconds, inexact, launch)
+        click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else outcome.as_text())
 
 
 @contextmanager
