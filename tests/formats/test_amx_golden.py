@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
+import amx_oracle
+import make_amx_golden
 import numpy as np
 import pytest
 import torch
@@ -14,11 +14,6 @@ from safetensors import safe_open
 from kconvert.amx import METHODS, PROJECTIONS
 from kconvert.formats.amx import Amx
 from kconvert.formats.reference import amx as reference
-
-sys.path.append(str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-import amx_oracle
-import make_amx_golden
 
 with safe_open(make_amx_golden.GOLDEN, "np") as golden:
     RECORDS = {record["name"]: record["packed"] for record in json.loads(golden.metadata()["cases"])}

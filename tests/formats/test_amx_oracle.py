@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import amx_oracle
+import make_amx_golden
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
-
-sys.path.append(str(Path(__file__).parents[1]))
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-import amx_oracle
-import make_amx_golden
 
 EXPERTS, HIDDEN, INTERMEDIATE = 4, 256, 512
 

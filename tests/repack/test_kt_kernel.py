@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import amx_oracle
 import numpy as np
 import pytest
 import torch
@@ -15,9 +15,6 @@ from kconvert import convert
 from kconvert.amx import open_amx
 from kconvert.parity.oracle import independent_values
 from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
-
-sys.path.append(str(Path(__file__).parent))
-import amx_oracle
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYER = 256, 512, 3, 1
 
