@@ -60,9 +60,11 @@ class Delivery:
         check_target(self.push, ours if begun else (), overwrite)
 
     def open(self) -> Upload | None:
+        if self.push is None:
+            return None
         from kconvert.checkpoint.hub.upload import Upload
 
-        return Upload(self.push) if self.push is not None else None
+        return Upload(self.push)
 
     def publish(self, plan: Plan, journal: Journal, upload: Upload, command: str) -> None:
         """Commit what the directory holds and what was sent."""
