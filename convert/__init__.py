@@ -117,6 +117,8 @@ def convert(
 
     needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
     delivery = needs.delivery
+    if plan.source is not None:
+        plan.source.check_index()
     with ThreadPoolExecutor(1) as background:
         if len(needs.finished) < len(plan.shards):
             background.submit(warm_up, plan)
