@@ -55,7 +55,11 @@ def test_what_the_cache_has_is_not_fetched_and_not_deleted(hub, remote, command,
 
 
 def usage(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "journal.jsonl")
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it has just been renamed or deleted
+            found += path.stat().st_size if path.is_file() and path.name != "journal.jsonl" else 0
+    return found
 
 
 @pytest.mark.parametrize("push", [None, "me/out"])
@@ -128,7 +132,7 @@ def wait_for(condition, process):
 
 @pytest.mark.parametrize("options", [(), GENEROUS], ids=["cached", "within a budget"])
 def test_a_killed_run_goes_on_inside_a_half_fetched_file(hub, remote, command, whole, tree, tmp_path, weights, options):
-    hub.speed = 500_000
+    hub.speed = 2_000_000
     arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, *options)
     sizes = {content.size for content in hub.repos[remote].head().values()}
 
