@@ -40,6 +40,14 @@ def test_a_conversion_survives_faults_in_every_file(hub, remote, command, whole,
     assert tree(tmp_path / "dst") == whole
 
 
+def test_the_clients_own_errors_are_known_whichever_http_library_it_has():
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from kconvert.checkpoint.hub import client
+
+    assert issubclass(HfHubHTTPError, client.httpx.HTTPError)
+
+
 def test_an_answer_that_does_not_come_is_asked_for_again(hub, remote, command, monkeypatch):
     from huggingface_hub import constants
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,15 +26,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status, logging
 
-try:
-    import httpx2 as httpx
-except ImportError:  # huggingface_hub 1.x
-    import httpx  # type: ignore[no-redef]
-
 import kconvert
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.errors import KconvertError
 
+# httpx2, with huggingface_hub 1.x httpx; both may be installed.
+httpx: Any = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 T = TypeVar("T")
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt

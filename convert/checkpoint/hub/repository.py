@@ -116,7 +116,7 @@ def list_files(place: HubId) -> dict[str, FileStat]:
     def look() -> list[RepoFile | RepoFolder]:
         return list(api().list_repo_tree(place.repo, recursive=True, revision=place.revision))
 
-    tree = patiently(place, "list the files", look, attempts=2)
+    tree = patiently(place, "list the files", look)
     found: dict[str, FileStat] = {}
     for entry in tree:
         if isinstance(entry, RepoFile):
