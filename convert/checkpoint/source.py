@@ -233,7 +233,7 @@ def assemble(
         _add_tensors(root, file, entries, tensors)
     if weight_map is not None:
         compare_index(root, tensors, weight_map)
-    known = {*shards, INDEX_NAME, CONFIG_NAME}
+    known = {*shards, INDEX_NAME, CONFIG_NAME, STATE_DIR}
     others = {file: stat for file, stat in inventory.items() if file not in known}
     return Checkpoint(
         root=root,

@@ -1,14 +1,15 @@
 """An output that goes to the Hub: what is there, when, and who sees it."""
 
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
 import kconvert
 
-from .conftest import SHARDS
-from .server import Content, cut, reset, status
+from .conftest import SHARDS, wait_for
+from .server import Content, cut, hang, reset, status
 
 OUT = "me/Tiny-K2-BF16"
 CARD = """---
@@ -174,6 +175,22 @@ def test_a_push_that_fails_goes_on_where_it_was(hub, command, arguments, whole, 
     command.ok(*arguments, *options)
     assert without_card(published(hub)) == without_card(whole)
     assert not [request for request in hub.requests if request.method == "PUT" and Path(request.path).name in sent]
+
+
+def test_a_run_that_is_killed_while_it_sends_goes_on_where_it_was(hub, remote, command, whole):
+    arguments = ("int4-to-bf16", remote, f"hf://{OUT}", *SHARDS)
+    hub.fail("/lfs/", lambda handler: False, times=3, method="PUT")
+    hub.fail("/lfs/", hang(10), times=1000, method="PUT")
+    with command.start(*arguments) as process:
+        wait_for(lambda: hub.faults[1].times < 1000, process)
+        process.send_signal(signal.SIGKILL)
+    hub.faults.clear()
+    hub.requests.clear()
+    sent = set(hub.uploads)
+    command.ok(*arguments)
+    assert without_card(published(hub)) == without_card(whole)
+    assert not [request for request in hub.requests if request.method == "PUT" and Path(request.path).name in sent]
+    assert len(hub.repos[OUT].messages) == 1
 
 
 def test_a_commit_that_fails_needs_no_shard_again(hub, command, arguments, whole, tmp_path):
