@@ -122,6 +122,7 @@ def convert(
     delivery = needs.delivery
     if needs.is_done:
         delivery.clear()
+        advance(plan.output_bytes)
         return {}
     if plan.source is not None:
         plan.source.check_index()

@@ -44,12 +44,15 @@ class StagedReader(Reader):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.places: dict[str, Path] = {}
+        self.fresh: set[str] = set()
 
     def path(self, file: str) -> Path:
         return self.places.get(file) or super().path(file)
 
     def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
-        """By way of the page cache, where most of a file still is that has just arrived."""
+        """By way of the page cache where the file has just arrived, most of which is still there."""
+        if file not in self.fresh:
+            return super().fetch(file, start, nbytes, room)
         view = room[start % PAGE :][:nbytes]
         self._fill(file, self._cached, start, view, nbytes)
         return view
@@ -183,6 +186,7 @@ class Staging:
         place, target = hub_source(self._plan).place, self._needs.places[file]
         if not target.exists():
             fetch(place, self._needs.fetches[file], target, self._stopped)
+            self._reader.fresh.add(file)
         if target.is_relative_to(self._needs.staged) or cached(place, file):
             return target
         return into_cache(place, file)  # which finds the content there, and links it

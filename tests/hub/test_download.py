@@ -9,7 +9,8 @@ import pytest
 import kconvert
 
 from .conftest import SHARDS, wait_for
-from .server import Content, cut, status
+from .faults import cut, status
+from .server import Content
 
 GENEROUS = ("--disk-budget", "20MB")
 SOURCES = r"resolve/.*\.safetensors$"

@@ -8,7 +8,7 @@ from email.utils import formatdate
 import pytest
 
 from .conftest import SHARDS
-from .server import corrupt, cut, hang, reset, status
+from .faults import corrupt, cut, hang, reset, status
 
 SHARD = r"resolve/.*\.safetensors$"
 PASSING = {

@@ -9,7 +9,8 @@ import pytest
 import kconvert
 
 from .conftest import SHARDS, wait_for
-from .server import Content, cut, hang, reset, status
+from .faults import cut, hang, reset, status
+from .server import Content
 
 OUT = "me/Tiny-K2-BF16"
 CARD = """---
