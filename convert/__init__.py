@@ -12,6 +12,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import open_checkpoint
@@ -76,6 +77,8 @@ def check(
     from kconvert.transfer.disk import survey
 
     delivery = Delivery.to(destination, push)
+    if not overwrite and (published := delivery.published(plan)):
+        return replace(survey(plan, delivery, published, disk_budget), is_done=True)
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
     finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
@@ -117,6 +120,12 @@ def convert(
 
     needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
     delivery = needs.delivery
+    if needs.is_done:
+        delivery.clear()
+        advance(plan.output_bytes)
+        return {}
+    if plan.source is not None:
+        plan.source.check_index()
     with ThreadPoolExecutor(1) as background:
         if len(needs.finished) < len(plan.shards):
             background.submit(warm_up, plan)

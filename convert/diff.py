@@ -61,6 +61,8 @@ def diff(
     found = {change.name for change in changes}
     alike = [name for name in two.tensors if name not in found]
     if values:
+        one.check_index()
+        two.check_index()
         changes += _value_changes(alike, one, two, advance or (lambda nbytes: None))
     changes.sort(key=lambda change: natural_key(change.name))
     keys = {key for key in one.config.keys() | two.config.keys() if one.config.get(key) != two.config.get(key)}

@@ -69,7 +69,7 @@ class Journal:
 
     def partial(self, name: str) -> Path:
         """Where the file called `name` lies until it is complete."""
-        return self._state / (name.replace("/", "__") + ".part")
+        return self._state / (name.replace("/", "__")[-200:] + ".part")  # a name has 255 bytes at most
 
     @property
     def staged(self) -> Path:

@@ -95,6 +95,7 @@ def verify(
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
+    original.checkpoint.check_index()
     expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
     pairs, faults = _relate(expected, converted)
     faults += _config_faults(converted)
@@ -163,7 +164,9 @@ def _open_output(
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
-        return original, understand(open_checkpoint(output), partial), ()
+        converted = understand(open_checkpoint(output), partial)
+        converted.checkpoint.check_index()
+        return original, converted, ()
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 

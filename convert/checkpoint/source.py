@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 STATE_DIR = ".kconvert"
 KEPT_OPEN = 256  # descriptors; a process may have 1024
+NUMBERED = re.compile(r"(.*?)([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
 # Weights in other containers: not tensors of this checkpoint, and stale beside a converted one.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -92,6 +94,9 @@ class Checkpoint:
     def side_file(self, name: str) -> Path:
         """Where the side file `name` can be read."""
         return self.root / name
+
+    def check_index(self) -> None:
+        """KconvertError when the index disagrees with the headers; whoever opened a directory has looked already."""
 
 
 class Reader:
@@ -210,25 +215,31 @@ def assemble(
     inventory: Mapping[str, FileStat],
     load: Callable[[str], bytes],
     headers: Callable[[list[str]], Iterable[list[Entry]]],
+    spare_index: bool = False,
 ) -> Checkpoint:
-    """A checkpoint from the list of its files; `load` reads a small one whole, `headers` those of safetensors files."""
-    weight_map = _weight_map(root, inventory, load)
-    names = sorted(set(weight_map.values())) if weight_map is not None else _lone_shards(root, inventory)
+    """A checkpoint from the list of its files; `load` reads a small one whole, `headers` those of safetensors files.
+
+    With `spare_index` the index is not read where the files' names leave no doubt which of them make up the checkpoint.
+    """
+    shards = sorted(file for file in inventory if file.endswith(".safetensors"))
+    weight_map = None
+    if INDEX_NAME not in inventory:
+        _check_lone(root, shards)
+    elif not (spare_index and _is_one_set(shards)):
+        weight_map = read_weight_map(root, inventory, load)
+        shards = sorted(set(weight_map.values()))
     tensors: dict[str, Tensor] = {}
-    for file, entries in zip(names, headers(names), strict=True):
-        _add_tensors(root, file, entries, weight_map, tensors)
-    if weight_map is not None and len(weight_map) != len(tensors):
-        missing = next(name for name in weight_map if name not in tensors)
-        raise KconvertError(
-            f"{root / weight_map[missing]}: tensor {missing!r} is in {INDEX_NAME} but not in the file; fetch both again"
-        )
-    known = {*names, INDEX_NAME, CONFIG_NAME}
+    for file, entries in zip(shards, headers(shards), strict=True):
+        _add_tensors(root, file, entries, tensors)
+    if weight_map is not None:
+        compare_index(root, tensors, weight_map)
+    known = {*shards, INDEX_NAME, CONFIG_NAME, STATE_DIR}
     others = {file: stat for file, stat in inventory.items() if file not in known}
     return Checkpoint(
         root=root,
         config=_parse_json(root / CONFIG_NAME, load(CONFIG_NAME)) if CONFIG_NAME in inventory else {},
         tensors=tensors,
-        files={file: inventory[file] for file in names},
+        files={file: inventory[file] for file in shards},
         side_files={file: stat.nbytes for file, stat in others.items() if not file.endswith(OTHER_WEIGHTS)},
         left_out=tuple(file for file in others if file.endswith(OTHER_WEIGHTS)),
     )
@@ -280,9 +291,8 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
     return table
 
 
-def _weight_map(root: Path, inventory: Mapping[str, FileStat], load: Callable[[str], bytes]) -> dict[str, str] | None:
-    if INDEX_NAME not in inventory:
-        return None
+def read_weight_map(root: Path, inventory: Mapping[str, FileStat], load: Callable[[str], bytes]) -> dict[str, str]:
+    """Which tensor is in which file, as the index says; every such file is in the inventory."""
     path = root / INDEX_NAME
     weight_map = _parse_json(path, load(INDEX_NAME)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -301,25 +311,39 @@ def _weight_map(root: Path, inventory: Mapping[str, FileStat], load: Callable[[s
     return weight_map
 
 
-def _lone_shards(root: Path, inventory: Mapping[str, FileStat]) -> list[str]:
-    shards = [file for file in inventory if file.endswith(".safetensors")]
+def compare_index(root: Path, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> None:
+    """KconvertError unless the index places every tensor where it is."""
+    for tensor in tensors.values():
+        said = weight_map.get(tensor.name)
+        if said != tensor.file:
+            fault = f"{INDEX_NAME} places it in {said}" if said else f"{INDEX_NAME} does not name it"
+            raise KconvertError(f"{root / tensor.file}: tensor {tensor.name!r} is here but {fault}; mend the index")
+    if len(weight_map) != len(tensors):
+        missing = next(name for name in weight_map if name not in tensors)
+        raise KconvertError(
+            f"{root / weight_map[missing]}: tensor {missing!r} is in {INDEX_NAME} but not in the file; fetch both again"
+        )
+
+
+def _check_lone(root: Path, shards: list[str]) -> None:
+    """Without an index there must be one file."""
     if not shards:
         raise KconvertError(f"{root} holds no safetensors files; give the directory of a safetensors checkpoint")
     if len(shards) > 1:
         raise KconvertError(f"{root} holds {len(shards)} safetensors files but no {INDEX_NAME}; fetch it")
-    return shards
 
 
-def _add_tensors(
-    root: Path,
-    file: str,
-    entries: Iterable[Entry],
-    weight_map: Mapping[str, str] | None,
-    tensors: dict[str, Tensor],
-) -> None:
+def _is_one_set(shards: list[str]) -> bool:
+    """Whether these are model-1-of-N to model-N-of-N, all of them and nothing else; what is in which is not in a name."""
+    names = [match for match in map(NUMBERED.fullmatch, shards) if match is not None]
+    numbers = sorted(int(name[2]) for name in names)
+    kinds = {(name[1], int(name[3])) for name in names}
+    return len(kinds) == 1 and kinds.pop()[1] == len(shards) and numbers == list(range(1, len(shards) + 1))
+
+
+def _add_tensors(root: Path, file: str, entries: Iterable[Entry], tensors: dict[str, Tensor]) -> None:
     for entry in entries:
-        if weight_map is not None and weight_map.get(entry.name) != file:
-            said = weight_map.get(entry.name)
-            fault = f"{INDEX_NAME} places it in {said}" if said else f"{INDEX_NAME} does not name it"
-            raise KconvertError(f"{root / file}: tensor {entry.name!r} is here but {fault}; mend the index")
+        if entry.name in tensors:
+            other = tensors[entry.name].file
+            raise KconvertError(f"{root / file}: tensor {entry.name!r} is here and in {other}; fetch both again")
         tensors[entry.name] = Tensor(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)

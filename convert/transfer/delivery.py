@@ -48,6 +48,15 @@ class Delivery:
     def __str__(self) -> str:
         return str(self.push if self.passing else self.directory)
 
+    def published(self, plan: Plan) -> dict[str, Record]:
+        """Records of all shards when the repository that DST is has the output of `plan` already; else none."""
+        if self.push is None or not self.passing:
+            return {}
+        from kconvert.checkpoint.hub.card import published
+
+        found = published(self.push, plan)
+        return {name: {"upload": {"repo": self.push.repo, "sha256": digest}} for name, digest in found.items()}
+
     def check(self, plan: Plan, finished: Mapping[str, Record], overwrite: bool) -> None:
         """KconvertError when the repository has something else in it; it need not exist yet."""
         if self.push is None:
@@ -66,16 +75,21 @@ class Delivery:
 
         return Upload(self.push)
 
-    def publish(self, plan: Plan, journal: Journal, upload: Upload, command: str) -> None:
+    def publish(self, plan: Plan, journal: Journal, outbox: Upload, command: str) -> None:
         """Commit what the directory holds and what was sent."""
         from kconvert.checkpoint.hub.card import model_card
 
         assert self.push is not None
         records = {shard.name: journal.finished[shard.name] for shard in plan.shards}
         parity = sum((Parity(**record.get("parity", {})) for record in records.values()), Parity())
-        card = model_card(self.push.repo.partition("/")[2], plan, command, parity)
-        files = {name: self.directory / name for name in (*plan.side_files, *plan.texts)}
         uploads = {name: record["upload"] for name, record in records.items()}
-        upload.commit(uploads, files, card, f"Add the output of {command.partition(' -')[0]}")
+        digests = {name: upload["sha256"] for name, upload in uploads.items()}
+        card = model_card(self.push.repo.partition("/")[2], plan, command, parity, digests)
+        files = {name: self.directory / name for name in (*plan.side_files, *plan.texts)}
+        outbox.commit(uploads, files, card, f"Add the output of {command.partition(' -')[0]}")
+        self.clear()
+
+    def clear(self) -> None:
+        """What has arrived need not be on the way any more."""
         if self.passing:
             shutil.rmtree(self.directory, ignore_errors=True)

@@ -29,6 +29,7 @@ class Needs:
 
     `places` says where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come,
     `present` which of those that pass through the output's directory an earlier run has left there, whole or in part.
+    With `is_done` the Hub has all of the output already.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Needs:
     present: Collection[str]
     schedule: Schedule
     budget: int | None
+    is_done: bool = False
 
     @property
     def download_bytes(self) -> int:

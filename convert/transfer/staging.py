@@ -9,13 +9,15 @@ import shutil
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Protocol
 
 from kconvert.checkpoint.source import Reader
+from kconvert.files import PAGE
 from kconvert.journal import Journal, Record
 from kconvert.parity.spot_check import Parity, shard_parity
 from kconvert.plan import Step
@@ -42,9 +44,18 @@ class StagedReader(Reader):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.places: dict[str, Path] = {}
+        self.fresh: set[str] = set()
 
     def path(self, file: str) -> Path:
         return self.places.get(file) or super().path(file)
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
+        """By way of the page cache where the file has just arrived, most of which is still there."""
+        if file not in self.fresh:
+            return super().fetch(file, start, nbytes, room)
+        view = room[start % PAGE :][:nbytes]
+        self._fill(file, self._cached, start, view, nbytes)
+        return view
 
 
 class Staging:
@@ -73,12 +84,15 @@ class Staging:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._finished: SimpleQueue[str | None] = SimpleQueue()
+        self._side_files: SimpleQueue[str] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Staging:
         self._needs.clear_staged()
         for shard in self._journal.finished if self._outbox is not None else ():
             self._finished.put(shard)
+        for name in self._plan.side_files:
+            self._side_files.put(name)
         self._start(self._bring_files, DOWNLOADS if self._needs.fetches else 0)
         self._start(self._send_shards, UPLOADS if self._outbox is not None else 0)
         return self
@@ -156,6 +170,15 @@ class Staging:
                 self._here.add(file)
                 self._ledger.changed.notify_all()
 
+        self._bring_side_files()
+
+    def _bring_side_files(self) -> None:
+        """While the last files are converted; the end of the run then finds them in the Hub's cache."""
+        assert self._plan.source is not None
+        with suppress(Empty):
+            while not self._stopped.is_set():
+                self._plan.source.side_file(self._side_files.get_nowait())
+
     def _bring(self, file: str) -> Path:
         from kconvert.checkpoint.hub.client import into_cache
         from kconvert.checkpoint.hub.download import cached, fetch
@@ -163,6 +186,7 @@ class Staging:
         place, target = hub_source(self._plan).place, self._needs.places[file]
         if not target.exists():
             fetch(place, self._needs.fetches[file], target, self._stopped)
+            self._reader.fresh.add(file)
         if target.is_relative_to(self._needs.staged) or cached(place, file):
             return target
         return into_cache(place, file)  # which finds the content there, and links it

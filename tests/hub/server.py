@@ -116,7 +116,8 @@ class Hub:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.token = ""
-        self.speed = 0.0  # bytes a second of each answer; 0 for no limit
+        self.speed = 0.0  # bytes a second of all answers together, as a line has; 0 for no limit
+        self._free = 0.0  # when the line has sent what it was given
         self.lock = threading.Lock()
         self._server = Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -158,6 +159,13 @@ class Hub:
     def count(self, pattern: str, method: str = "GET") -> int:
         return sum(r.method == method and bool(re.search(pattern, r.path)) for r in self.requests)
 
+    def pace(self, nbytes: int) -> None:
+        """Wait until the line has sent so many bytes more."""
+        if self.speed:
+            with self.lock:
+                self._free = max(self._free, time.monotonic()) + nbytes / self.speed
+            time.sleep(max(0.0, self._free - time.monotonic()))
+
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
@@ -165,50 +173,6 @@ class Hub:
                     fault.times -= 1
                     return fault
         return None
-
-
-def status(code: int, **headers: str) -> Callable[[Handler], bool]:
-    """The fault of an answer with this code."""
-
-    def act(handler: Handler) -> bool:
-        handler.answer(code, b"{}", {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return act
-
-
-def cut(nbytes: int) -> Callable[[Handler], bool]:
-    """The fault of a connection that ends in good order after so many bytes of the body."""
-
-    def act(handler: Handler) -> bool:
-        handler.limit = nbytes
-        return False
-
-    return act
-
-
-def reset(handler: Handler) -> bool:
-    """The fault of a connection that breaks before the answer."""
-    handler.close_connection = True
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    handler.connection.close()
-    return True
-
-
-def hang(seconds: float) -> Callable[[Handler], bool]:
-    """The fault of an answer that does not come."""
-
-    def act(handler: Handler) -> bool:
-        time.sleep(seconds)
-        return reset(handler)
-
-    return act
-
-
-def corrupt(handler: Handler) -> bool:
-    """The fault of a body with a flipped bit."""
-    handler.flip = True
-    return False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -230,6 +194,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.request_log = Request(self.command, path, self.headers.get("Range", ""), token)
+        if path == "/api/agent-harnesses":  # which the client may want to know, once a day
+            self.error(404, "")
+            return
         self.hub.requests.append(self.request_log)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.hub.fault_for(self.command, path)
@@ -333,15 +300,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         end = stop if self.limit is None else min(stop, start + self.limit)
-        began = time.monotonic()
         for position in range(start, end, CHUNK):
-            piece = content.read(position, min(position + CHUNK, end))
-            if self.flip and position == start:
-                piece = bytes([piece[0] ^ 1]) + piece[1:]
-            self.wfile.write(piece)
-            self.request_log.sent += len(piece)
-            if self.hub.speed:
-                time.sleep(max(0.0, began + (position + len(piece) - start) / self.hub.speed - time.monotonic()))
+            stop_here = min(position + CHUNK, end)
+            if isinstance(content.data, Path) and not self.flip:
+                with open(content.data, "rb") as file:
+                    self.connection.sendfile(file, position, stop_here - position)
+            else:
+                piece = content.read(position, stop_here)
+                self.wfile.write(bytes([piece[0] ^ self.flip]) + piece[1:] if position == start else piece)
+            self.request_log.sent += stop_here - position
+            self.hub.pace(stop_here - position)
         if end < stop:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -2,11 +2,13 @@
 
 import os
 import re
+import time
+from email.utils import formatdate
 
 import pytest
 
 from .conftest import SHARDS
-from .server import corrupt, cut, hang, reset, status
+from .faults import corrupt, cut, hang, reset, status
 
 SHARD = r"resolve/.*\.safetensors$"
 PASSING = {
@@ -38,6 +40,14 @@ def test_a_conversion_survives_faults_in_every_file(hub, remote, command, whole,
     hub.fail(SHARD, fault, times=5)
     command.ok("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
     assert tree(tmp_path / "dst") == whole
+
+
+def test_the_clients_own_errors_are_known_whichever_http_library_it_has():
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from kconvert.checkpoint.hub import client
+
+    assert issubclass(HfHubHTTPError, client.httpx.HTTPError)
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(hub, remote, command, monkeypatch):
@@ -91,13 +101,43 @@ def test_the_waits_grow_and_are_bounded(hub, remote, command, monkeypatch):
     assert hub.count("/api/") == 3
 
 
-def test_a_server_says_how_long_to_wait(hub, remote, command):
-    import time
-
-    hub.fail("/api/", status(429, Retry_After="1"))
+@pytest.mark.parametrize("spelled", ["seconds", "date", "rate limit"])
+def test_a_server_says_how_long_to_wait(hub, remote, command, spelled):
+    headers = {
+        "seconds": {"Retry_After": "1"},
+        "date": {"Retry_After": formatdate(time.time() + 2.5, usegmt=True)},  # cut to whole seconds
+        "rate limit": {"RateLimit": '"api";r=0;t=1'},
+    }
+    hub.fail("/api/", status(429, **headers[spelled]))
     started = time.monotonic()
     command.ok("inspect", remote)
-    assert time.monotonic() - started >= 1
+    assert 1 <= time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("value", ["soon", "-5", "\xb2", "9" * 400])
+def test_a_senseless_retry_after_ends_in_a_wait_or_in_one_sentence(hub, remote, command, value):
+    hub.fail("/api/", status(429, Retry_After=value))
+    result = command("inspect", remote)
+    assert result.exit_code == 0 or "fewer requests (429)" in result.stderr
+
+
+def test_a_password_in_the_endpoint_is_not_shown(hub, remote, command, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url.replace("//", "//me:geheim@"))
+    hub.fail("/api/", status(418), times=9)
+    message = command.refused("inspect", remote)
+    assert hub.url in message
+    assert "geheim" not in message
+
+
+def test_a_range_that_is_not_the_one_asked_for_is_asked_for_again(hub, remote, command):
+    def shift(handler):
+        handler.request_log.span = handler.request_log.span.replace("bytes=0-", "bytes=8-")
+        return False
+
+    hub.fail(SHARD, shift, times=2)
+    command.ok("inspect", remote)
 
 
 @pytest.mark.parametrize("options", [(), ("--disk-budget", "20MB")], ids=["cached", "within a budget"])

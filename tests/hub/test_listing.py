@@ -6,6 +6,7 @@ import pytest
 
 from .server import Content
 
+INDEX = "model.safetensors.index.json"
 DRY = ("int4-to-bf16", "--dry-run", "--json")
 
 
@@ -19,17 +20,30 @@ def test_inspect_says_of_a_repository_what_it_says_of_its_copy(remote, command, 
 
 
 def test_inspect_and_dry_run_fetch_headers_and_no_weights(hub, remote, command, int4, tmp_path):
-    headers = 0
-    for path in int4.glob("*.safetensors"):
-        headers += 8 + int.from_bytes(path.open("rb").read(8), "little")
-    weights = sum(path.stat().st_size for path in int4.glob("*.safetensors"))
+    shards = list(int4.glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in shards)
     for arguments in (["inspect", remote], [DRY[0], remote, tmp_path / "dst", *DRY[1:]]):
         hub.requests.clear()
         command.ok(*arguments)
-        # The first read of a header takes 64 KiB, or the file; the index comes from the cache the second time.
-        assert hub.sent(r"\.safetensors$") <= headers + len(list(int4.glob("*.safetensors"))) * (1 << 16) < weights / 2
-    assert hub.sent("index.json") == 0
+        assert hub.sent(r"\.safetensors$") <= len(shards) * (1 << 16) < weights / 2
+        assert hub.count(r"\.safetensors$") == len(shards)
+        assert hub.count("index.json") == hub.count("index.json", "HEAD") == 0
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(("share", "requests"), [(1.0, 1), (0.1, 2)], ids=["enough", "too little"])
+def test_the_size_of_the_index_tells_how_much_to_ask_for_at_first(
+    hub, remote, command, int4, monkeypatch, share, requests
+):
+    from kconvert.checkpoint.hub import repository
+
+    sizes = [8 + int.from_bytes(path.open("rb").read(8), "little") for path in int4.glob("*.safetensors")]
+    longest = max(sizes) / ((int4 / INDEX).stat().st_size / len(sizes))
+    monkeypatch.setattr(repository, "FIRST_READ", (64, 1 << 20))
+    monkeypatch.setattr(repository, "HEADER_TO_INDEX", share * longest + 0.01)
+    command.ok("inspect", remote)
+    assert hub.count(r"\.safetensors$") == requests * len(sizes)
+    assert hub.sent(r"\.safetensors$") < 1.1 * len(sizes) * max(sizes)
 
 
 def test_a_dry_run_says_what_comes_what_goes_and_the_smallest_budget(remote, command, int4, tmp_path):
@@ -81,13 +95,75 @@ def test_a_file_name_that_could_lead_elsewhere_is_refused(hub, remote, command, 
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
 
 
-def test_an_index_that_names_a_file_outside_is_refused(hub, remote, command, tmp_path):
+@pytest.fixture
+def misled(hub, remote):
+    """The repository with an index that a function has changed."""
+
+    def mislead(change):
+        files = dict(hub.repos[remote].head())
+        index = json.loads(files[INDEX].read(0, 1 << 30))
+        change(index["weight_map"])
+        hub.put(remote, files | {INDEX: Content(json.dumps(index).encode(), is_large=False)})
+        return remote
+
+    return mislead
+
+
+def move_one(weight_map):
+    name, file = next(iter(weight_map.items()))
+    weight_map[name] = next(other for other in weight_map.values() if other != file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight_map: weight_map.update(x="../../x.safetensors"), "outside the checkpoint"),
+        (lambda weight_map: weight_map.update(ghost=next(iter(weight_map.values()))), "but not in the file"),
+        (lambda weight_map: weight_map.pop(next(iter(weight_map))), "does not name it"),
+        (move_one, "places it in"),
+    ],
+    ids=["outside", "ghost", "unnamed", "moved"],
+)
+def test_an_index_that_disagrees_is_refused_before_anything_is_written(misled, command, int4, tmp_path, change, words):
+    source = misled(change)
+    assert words in command.refused("int4-to-bf16", source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    assert words in command.refused("verify", source, int4)
+    assert words in command.refused("diff", int4, source)
+    result = command("verify", int4, source)
+    assert result.exit_code == 1
+    assert words in result.stderr
+
+
+def test_the_index_decides_where_a_repository_holds_other_safetensors_files(hub, remote, command):
+    before = json.loads(command.ok("inspect", remote, "--json"))
+    hub.put(remote, hub.repos[remote].head() | {"consolidated.safetensors": Content(b"not looked at", is_large=True)})
+    hub.requests.clear()
+    found = json.loads(command.ok("inspect", remote, "--json"))
+    assert (found["parameters"], found["tensors"]) == (before["parameters"], before["tensors"])
+    assert hub.count("consolidated") == 0
+    assert hub.count(INDEX) == 1
+
+
+def test_a_shard_that_a_repository_lacks_is_named(hub, remote, command):
     files = dict(hub.repos[remote].head())
-    index = json.loads(files["model.safetensors.index.json"].read(0, 1 << 30))
-    name = next(iter(index["weight_map"]))
-    index["weight_map"][name] = "../../x.safetensors"
-    hub.put(remote, files | {"model.safetensors.index.json": Content(json.dumps(index).encode(), is_large=False)})
-    assert "outside the checkpoint" in command.refused("inspect", remote)
+    last = max(name for name in files if name.endswith(".safetensors"))
+    del files[last]
+    hub.put(remote, files)
+    assert f"{last} is missing" in command.refused("inspect", remote)
+
+
+def test_a_tensor_in_two_shards_is_refused_by_name(hub, raw, command, int4_copy):
+    checkpoint = raw.load(int4_copy)
+    name, tensor = next((name, checkpoint[name]) for name in checkpoint)
+    checkpoint.put(name, tensor, max(checkpoint.files))
+    hub.add("org/twice", checkpoint.save())
+    assert repr(name) in command.refused("inspect", "org/twice")
+
+
+def test_shards_without_an_index_are_refused(hub, remote, command):
+    hub.put(remote, {name: content for name, content in hub.repos[remote].head().items() if name != INDEX})
+    assert f"safetensors files but no {INDEX}" in command.refused("inspect", remote)
 
 
 def test_the_files_of_hidden_directories_are_no_content(hub, remote, command):

@@ -1,14 +1,16 @@
 """An output that goes to the Hub: what is there, when, and who sees it."""
 
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
 import kconvert
 
-from .conftest import SHARDS
-from .server import Content, cut, reset, status
+from .conftest import SHARDS, wait_for
+from .faults import cut, hang, reset, status
+from .server import Content
 
 OUT = "me/Tiny-K2-BF16"
 CARD = """---
@@ -176,6 +178,22 @@ def test_a_push_that_fails_goes_on_where_it_was(hub, command, arguments, whole, 
     assert not [request for request in hub.requests if request.method == "PUT" and Path(request.path).name in sent]
 
 
+def test_a_run_that_is_killed_while_it_sends_goes_on_where_it_was(hub, remote, command, whole):
+    arguments = ("int4-to-bf16", remote, f"hf://{OUT}", *SHARDS)
+    hub.fail("/lfs/", lambda handler: False, times=3, method="PUT")
+    hub.fail("/lfs/", hang(10), times=1000, method="PUT")
+    with command.start(*arguments) as process:
+        wait_for(lambda: hub.faults[1].times < 1000, process)
+        process.send_signal(signal.SIGKILL)
+    hub.faults.clear()
+    hub.requests.clear()
+    sent = set(hub.uploads)
+    command.ok(*arguments)
+    assert without_card(published(hub)) == without_card(whole)
+    assert not [request for request in hub.requests if request.method == "PUT" and Path(request.path).name in sent]
+    assert len(hub.repos[OUT].messages) == 1
+
+
 def test_a_commit_that_fails_needs_no_shard_again(hub, command, arguments, whole, tmp_path):
     hub.fail("/commit/", status(403), times=1, method="POST")
     command.refused(*arguments, "--disk-budget", "20MB")
@@ -191,6 +209,57 @@ def test_a_push_that_is_done_is_not_done_again(hub, command, arguments):
     hub.requests.clear()
     command.ok(*arguments)
     assert hub.count("", "PUT") == hub.count("/commit/", "POST") == 0
+
+
+@pytest.fixture
+def finished(hub, remote, command):
+    """A repository that is a DST, and the command that has filled it."""
+    arguments = ("int4-to-bf16", remote, f"hf://{OUT}", *SHARDS)
+    command.ok(*arguments)
+    hub.requests.clear()
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--disk-budget", "20MB"), ("--dry-run",)], ids=["plain", "within a budget", "dry run"]
+)
+def test_a_destination_on_the_hub_that_is_done_is_not_done_again(hub, finished, command, int4, options):
+    command.ok(*finished, *options)
+    assert hub.count(r"resolve/.*\.safetensors$") == len(list(int4.glob("*.safetensors")))  # the headers
+    assert {request.method for request in hub.requests} <= {"GET", "HEAD"}
+    assert len(hub.repos[OUT].messages) == 1
+
+
+def test_what_a_run_that_was_killed_after_its_commit_has_left_is_cleared_away(
+    hub, remote, command, tmp_path, monkeypatch
+):
+    from kconvert.transfer.delivery import Delivery
+
+    arguments = ("int4-to-bf16", remote, f"hf://{OUT}", *SHARDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Delivery, "clear", lambda delivery: None)
+        command.ok(*arguments)
+    assert list((tmp_path / "hf" / "kconvert").iterdir())
+    command.ok(*arguments)
+    assert not list((tmp_path / "hf" / "kconvert").iterdir())
+
+
+@pytest.mark.parametrize("change", ["settings", "shard", "missing", "card"])
+def test_a_destination_on_the_hub_that_holds_anything_else_is_refused(hub, finished, command, change):
+    files = dict(hub.repos[OUT].head())
+    first = min(name for name in files if name.endswith(".safetensors"))
+    match change:
+        case "shard":
+            files[first] = Content(files[first].read(0, files[first].size - 1) + b"!", is_large=True)
+        case "missing":
+            del files["config.json"]
+        case "card":
+            files["README.md"] = Content(b"mine", is_large=False)
+    hub.put(OUT, files)
+    arguments = (*finished, "--shard-size", "2MB") if change == "settings" else finished
+    assert f"{OUT} is not empty" in command.refused(*arguments)
+    command.ok(*arguments, "--overwrite")
+    assert without_card(published(hub)).keys() >= {"config.json"}
 
 
 def test_shards_sent_to_one_repository_are_made_again_for_another(hub, command, remote, whole, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 import kconvert
-from kconvert.checkpoint.hub.upload import CARD
+from kconvert.checkpoint.hub.repository import list_files, small_file
+from kconvert.checkpoint.hub.upload import CARD, head
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import human
@@ -21,8 +23,8 @@ from kconvert.plan import FATES, Plan
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
 
 
-def model_card(title: str, plan: Plan, command: str, parity: Parity) -> bytes:
-    """The card's text; `command` is what the user typed."""
+def model_card(title: str, plan: Plan, command: str, parity: Parity, digests: Mapping[str, str]) -> bytes:
+    """The card's text; `command` is what the user typed, `digests` are the sha256 of the shards."""
     base = parse_hub_id(plan.source.name) if plan.source is not None else None
     metadata = {key: value for key, value in _metadata(plan.source).items() if key in CARRIED and value}
     if base is not None:
@@ -30,7 +32,27 @@ def model_card(title: str, plan: Plan, command: str, parity: Parity) -> bytes:
         if "to" in plan.facts:
             metadata["base_model_relation"] = "quantized"
     head = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
-    return "\n".join(["---", head, "---", "", f"# {title}", "", *_body(plan, base, command, parity), ""]).encode()
+    return "\n".join(
+        ["---", head, "---", "", f"# {title}", "", *_body(plan, base, command, parity), "", _seal(plan, digests), ""]
+    ).encode()
+
+
+def published(target: HubId, plan: Plan) -> dict[str, str]:
+    """The digests of the shards when the repository holds all that `plan` writes, as its card was made for; else none."""
+    place = head(target)
+    files = list_files(place) if place is not None and place.revision else {}
+    shards = [shard.name for shard in plan.shards]
+    if place is None or not files.keys() >= {CARD, *shards, *plan.texts, *plan.side_files}:
+        return {}
+    digests = {name: files[name].stamp.removeprefix("sha256:") for name in shards}
+    card = small_file(place, CARD, files[CARD]).read_text("utf-8", errors="replace")
+    return digests if _seal(plan, digests) in card else {}
+
+
+def _seal(plan: Plan, digests: Mapping[str, str]) -> str:
+    """A line that no other plan, source or shards would have."""
+    text = f"{plan.hash} {plan.stamp} {sorted(digests.items())}"
+    return f"<!-- kconvert {hashlib.sha256(text.encode()).hexdigest()} -->"
 
 
 def _metadata(source: Checkpoint | None) -> Mapping[str, Any]:

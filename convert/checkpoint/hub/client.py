@@ -6,9 +6,13 @@ several lines and repeat URLs, which may be signed.
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,17 +27,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status, logging
-
-try:
-    import httpx2 as httpx
-except ImportError:  # huggingface_hub 1.x
-    import httpx  # type: ignore[no-redef]
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+    parse_ratelimit_headers,
+)
 
 import kconvert
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.errors import KconvertError
 
+# httpx2, with huggingface_hub 1.x httpx; both may be installed.
+httpx: Any = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 T = TypeVar("T")
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
@@ -114,6 +122,8 @@ def stream(place: HubId, file: str, start: int, stop: int) -> Iterator[bytes]:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
         hf_raise_for_status(response)
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise httpx.RemoteProtocolError("the answer is another range")
         # Who ignores the range sends the file from its beginning.
         skip, wanted = (0 if response.status_code == 206 else start), stop - start
         for chunk in response.iter_bytes():
@@ -144,7 +154,8 @@ def transfer(
 
 def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
     """One sentence for whatever the client raised; nothing of the error's own text, which may hold signed URLs."""
-    what = f"{place} on {constants.ENDPOINT}: cannot {doing}"
+    endpoint = re.sub("//[^/]*@", "//", constants.ENDPOINT)  # a mirror's may have a password
+    what = f"{place} on {endpoint}: cannot {doing}"
     status = _status(error)
     match error:
         case OfflineModeIsEnabled():
@@ -189,7 +200,14 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception) -> float | None:
+    """For how many seconds the server asks: in Retry-After, a number or a date, or by the limit of its rates."""
     if not isinstance(error, HfHubHTTPError) or error.response is None:
         return None
     value = error.response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        limit = parse_ratelimit_headers(error.response.headers)
+        return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None

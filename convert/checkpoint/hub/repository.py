@@ -1,6 +1,8 @@
-"""A checkpoint on the Hub, without downloading it: the list of files, the index, and the headers by HTTP ranges.
+"""A checkpoint on the Hub, without downloading it: the list of files, and the headers by HTTP ranges.
 
-The commit is pinned by the first call; all others name it, so a branch that moves meanwhile changes nothing.
+The commit is pinned by the first call; all others name it, so a branch that moves meanwhile changes nothing. The headers
+say all that the index does, and a large model's has 20 MB: it is only read where it must decide which files belong to the
+checkpoint, and before weights are.
 """
 
 from __future__ import annotations
@@ -16,11 +18,20 @@ from kconvert.checkpoint.header import Entry, read_header
 from kconvert.checkpoint.hub.client import api, into_cache, patiently, transfer
 from kconvert.checkpoint.hub.digests import matches
 from kconvert.checkpoint.hub_id import HubId
-from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, assemble
+from kconvert.checkpoint.source import (
+    INDEX_NAME,
+    Checkpoint,
+    FileStat,
+    Reader,
+    assemble,
+    compare_index,
+    read_weight_map,
+)
 from kconvert.errors import KconvertError
 
 CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
-FIRST_READ = 1 << 16  # of a header of unknown length
+FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
+HEADER_TO_INDEX = 1.4  # bytes: a header says of a tensor dtype, shape and offsets, the index its file
 SMALL_FILE_ATTEMPTS = 3
 
 
@@ -54,6 +65,11 @@ class HubCheckpoint(Checkpoint):
     def side_file(self, name: str) -> Path:
         return small_file(self.place, name, self.listed[name])
 
+    def check_index(self) -> None:
+        if INDEX_NAME in self.listed:
+            weight_map = read_weight_map(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
+            compare_index(self.root, self.tensors, weight_map)
+
 
 class RangeReader(Reader):
     """Reads of any byte range of a repository's files, each a request."""
@@ -83,13 +99,14 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
     inventory = list_files(place)
 
     def headers(files: list[str]) -> Iterable[list[Entry]]:
-        return pool.map(lambda file: _header(place, file, inventory[file].nbytes), files)
+        guess = _header_bytes(inventory, len(files))
+        return pool.map(lambda file: _header(place, file, inventory[file].nbytes, guess), files)
 
     def load(file: str) -> bytes:
         return small_file(place, file, inventory[file]).read_bytes()
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = assemble(Path(str(place)), inventory, load, headers)
+        found = assemble(Path(str(place)), inventory, load, headers, spare_index=True)
     return HubCheckpoint(**vars(found), place=place, asked=asked.revision, listed=inventory)
 
 
@@ -99,7 +116,7 @@ def list_files(place: HubId) -> dict[str, FileStat]:
     def look() -> list[RepoFile | RepoFolder]:
         return list(api().list_repo_tree(place.repo, recursive=True, revision=place.revision))
 
-    tree = patiently(place, "list the files", look, attempts=2)
+    tree = patiently(place, "list the files", look)
     found: dict[str, FileStat] = {}
     for entry in tree:
         if isinstance(entry, RepoFile):
@@ -130,13 +147,20 @@ def small_file(place: HubId, name: str, stat: FileStat) -> Path:
     )
 
 
-def _header(place: HubId, file: str, size: int) -> list[Entry]:
+def _header_bytes(inventory: Mapping[str, FileStat], shards: int) -> int:
+    """What a header should not exceed, by the size of the index; a longer one takes a second request."""
+    index = inventory[INDEX_NAME].nbytes if INDEX_NAME in inventory else 0
+    least, most = FIRST_READ
+    return min(most, max(least, int(index / shards * HEADER_TO_INDEX)))
+
+
+def _header(place: HubId, file: str, size: int, guess: int) -> list[Entry]:
     head = bytearray()
 
     def read(start: int, nbytes: int) -> bytes:
         stop = start + nbytes
         if stop > len(head):
-            transfer(place, file, len(head), min(size, max(stop, FIRST_READ)), head.extend)
+            transfer(place, file, len(head), min(size, max(stop, guess)), head.extend)
         return bytes(head[start:stop])
 
     return read_header(f"{place}/{file}", size, read)

@@ -36,7 +36,7 @@ class Upload:
     def __init__(self, target: HubId) -> None:
         self._target = target
         patiently(target, "make the repository", lambda: api().create_repo(target.repo, private=True, exist_ok=True))
-        self._before = contents(target) or {}
+        self._before = contents(target)
 
     def has(self, upload: Mapping[str, Any]) -> bool:
         """Whether a journal's record says that the content is here."""
@@ -80,29 +80,34 @@ class Upload:
 
     def _is_there(self, shards: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]) -> bool:
         """Whether an earlier attempt, whose answer never came, has done it."""
-        there = contents(self._target) or {}
+        there = contents(self._target)
         sent = all(name in there and there[name].stamp == f"sha256:{up['sha256']}" for name, up in shards.items())
         return sent and all(
             name in there and matches(path, there[name]) for name, path in files.items() if name not in OWN
         )
 
 
-def contents(target: HubId) -> dict[str, FileStat] | None:
-    """What is in the repository now; None when there is no such repository, or none that this user may see."""
+def head(target: HubId) -> HubId | None:
+    """The repository at its last commit; None when there is no such repository, or none that this user may see."""
 
-    def look() -> dict[str, FileStat] | None:
+    def look() -> HubId | None:
         try:
-            info = api().model_info(target.repo, revision=target.revision)
+            return HubId(target.repo, api().model_info(target.repo, revision=target.revision).sha)
         except RepositoryNotFoundError:
             return None
-        return list_files(HubId(target.repo, info.sha)) if info.sha else {}
 
-    return patiently(target, "list the files", look)
+    return patiently(target, "find the commit", look)
+
+
+def contents(target: HubId) -> dict[str, FileStat]:
+    """What is in the repository now."""
+    place = head(target)
+    return list_files(place) if place is not None and place.revision else {}
 
 
 def check_target(target: HubId, ours: Iterable[str], overwrite: bool) -> None:
     """KconvertError when the repository has files that a commit would replace or mix with, but for `ours`; writes nothing."""
-    there = set(contents(target) or ()) - {*OWN, *ours}
+    there = set(contents(target)) - {*OWN, *ours}
     if there and not overwrite:
         raise KconvertError(
             f"{target} is not empty ({min(there)}); choose another repository, or --overwrite to replace the checkpoint in it"
