@@ -7,7 +7,6 @@ AMX weights are compared as all others, once both sides go by the same names, se
 from __future__ import annotations
 
 import filecmp
-import functools
 import hashlib
 import heapq
 import math
@@ -24,7 +23,7 @@ from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Read
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
-from kconvert.parity.compare import Advance, Comparison, Standard, compare_plain, compare_weights
+from kconvert.parity.compare import Advance, Comparison, Desk, Standard, compare_plain, compare_weights
 from kconvert.parity.metrics import Spread
 from kconvert.parity.oracle import authority, independent_values
 from kconvert.parity.packed_amx import open_packed
@@ -84,6 +83,7 @@ def verify(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     keep_going: bool = False,
+    thorough: bool = True,
     advance: Advance | None = None,
 ) -> Report:
     """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
@@ -105,7 +105,7 @@ def verify(
     chosen = _choose(pairs, sample)
     tally = _Tally(converted.checkpoint.root, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
-        for outcome in _compare_all(chosen, ours, theirs, standard, advance or (lambda nbytes: None)):
+        for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
             tally.add(outcome)
         worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
     return Report(
@@ -255,27 +255,28 @@ def _choose(pairs: list[Pair], sample: float) -> list[Pair]:
 
 
 def _compare_all(
-    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, advance: Advance
+    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
 ) -> Iterator[Outcome]:
     """The outcome of each pair, in order."""
     import torch
 
     torch.set_num_threads(1)
-    compare = functools.partial(_compare, ours=ours, theirs=theirs, standard=standard, advance=advance)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    desk = Desk()
+
+    def compare(pair: Pair) -> Outcome:
+        match pair:
+            case Weight() as a, Weight() as b:
+                return compare_weights(a, b, ours, theirs, standard, advance, desk, thorough)
+            case Plain() as a, Plain() as b:
+                return compare_plain(a, b, ours, theirs, advance, desk)
+        raise AssertionError(pair)
+
+    # More workers than cores, so that reading overlaps computing.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
         try:
             yield from pool.map(compare, pairs)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _compare(pair: Pair, ours: Reader, theirs: Reader, standard: Standard, advance: Advance) -> Outcome:
-    match pair:
-        case Weight() as a, Weight() as b:
-            return compare_weights(a, b, ours, theirs, standard, advance)
-        case Plain() as a, Plain() as b:
-            return compare_plain(a, b, ours, theirs, advance)
-    raise AssertionError(pair)
 
 
 def _excerpts(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-TILE_ELEMENTS = 1 << 18  # at a time; two copies in f64 about fit into a cache
+TILE_ELEMENTS = 1 << 16  # at a time; two copies in f64 fit into a cache
 LOWEST_DB, HIGHEST_DB = -20, 120  # of the rows' distribution; what lies outside counts as these
 
 
