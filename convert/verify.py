@@ -25,8 +25,9 @@ from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
 from kconvert.parity.compare import Advance, Comparison, Desk, Standard, compare_plain, compare_weights
 from kconvert.parity.metrics import Spread
-from kconvert.parity.oracle import authority, independent_values
+from kconvert.parity.oracle import independent_values
 from kconvert.parity.packed_amx import open_packed
+from kconvert.parity.quick import is_quick
 
 if TYPE_CHECKING:
     from kconvert.parity.metrics import Position
@@ -53,7 +54,8 @@ class Report:
     """What was compared, and how it came out.
 
     `reference` says in words what the weights were held to; `weights` and `tensors` count those that were compared,
-    `skipped` those that were not (a sample). `faults` are sentences, none of a good output; `notes` are no faults.
+    `skipped` those that were not (a sample). `thorough`: the figures are of all values. `faults` are sentences, none of a good
+    output; `notes` are no faults.
     `comparisons` are the weights', in natural order of their names; `spreads` their distributions by role and format;
     `worst` are those with the lowest SQNR of all that differ, the worst first.
     """
@@ -65,6 +67,7 @@ class Report:
     weights: int
     tensors: int
     skipped: int
+    thorough: bool
     side_files: int
     dropped: tuple[str, ...]
     faults: tuple[str, ...]
@@ -91,6 +94,8 @@ def verify(
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report, as far as the output can be read at all.
+    Every value is compared; unless `thorough`, equal ones count in the figures of the report only from each weight's first rows
+    (the first million elements, about), which is faster.
     `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
@@ -116,6 +121,7 @@ def verify(
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
+        thorough=thorough,
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
         faults=tuple(tally.faults),
@@ -171,8 +177,12 @@ def _open_output(
 def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     """What the weights were held to, and by whose code."""
     judges = {comparison.judged_by for comparison in comparisons}
-    sources = {authority(pair[0].format) for pair in pairs if isinstance(pair[0], Weight)}
-    values = "compressed-tensors decompression" if "compressed-tensors" in sources else "the source's values"
+    weights = [pair[0] for pair in pairs if isinstance(pair[0], Weight)]
+    values = "the source's values"
+    if any(not isinstance(weight.format, Dense) for weight in weights):
+        values = "compressed-tensors decompression"
+    if any(map(is_quick, weights)):
+        values = "decompression by torch, checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     return f"the reference encoding of {values}" if "bytes" in judges else values

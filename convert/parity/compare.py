@@ -75,7 +75,8 @@ class Standard:
 class Comparison:
     """A weight of the output against the source's; `equal`: all values are the source's, bit for bit.
 
-    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None.
+    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None. `equal`,
+    `errors` and `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
     """
 
     name: str
@@ -111,7 +112,7 @@ class Rows:
     first: int
     last: int
     desk: Desk
-    quickly: bool
+    quickly: bool = True
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -126,10 +127,10 @@ class Rows:
         return self._values(self.theirs, self.output, self.desk.theirs)
 
     def _values(self, weight: Weight, state: State, buffers: Buffers) -> torch.Tensor:
-        shape = self.last - self.first, weight.cols
-        return (
-            quick.values(weight.format, state, shape, buffers) if self.quickly else decoded(weight.format, state, shape)
-        )
+        rows = self.last - self.first
+        if self.quickly:
+            return quick.values(weight, state, rows, buffers)
+        return decoded(weight.format, state, (rows, weight.cols))
 
 
 @dataclass
@@ -173,13 +174,13 @@ def compare_weights(
     judge = standard.judge(ours, theirs)
     fault = _constant_fault(theirs, output)
     figures, quickly = _Figures(), True
-    for rows in _chunks(ours, theirs, source, output, desk):
-        if rows.first == 0:
-            quickly = _agree(ours, rows.source, desk.ours) and _agree(theirs, rows.output, desk.theirs)
-        rows = replace(rows, quickly=quickly)
+    for chunk in _chunks(ours, theirs, source, output, desk):
+        if chunk.first == 0:
+            quickly = _agree(ours, chunk.source, desk.ours) and _agree(theirs, chunk.output, desk.theirs)
+        rows = replace(chunk, quickly=quickly)
         different = _fault(rows, judge)
         if different and quickly:
-            rows = replace(rows, quickly=False)
+            rows = replace(chunk, quickly=False)
             different = _fault(rows, judge)
         fault = fault or different
         if thorough or rows.first == 0 or different or judge == "limits" or not _moderate(rows.expected):
@@ -195,19 +196,17 @@ def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: 
     for first in range(0, ours.rows, count):
         last = min(first + count, ours.rows)
         states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
-        yield Rows(ours, theirs, *states, first, last, desk, quickly=True)
+        yield Rows(ours, theirs, *states, first, last, desk)
 
 
 def _agree(weight: Weight, state: State, buffers: Buffers) -> bool:
     """Whether the quick way gives what compressed-tensors does for the first rows that `state` spells."""
-    if not quick.is_quick(weight.format, weight.cols):
+    if not quick.is_quick(weight):
         return True
-    shape = min(CHECKED_ROWS, weight.rows), weight.cols
-    parts = [part for part in weight.parts if part.suffix in state]
-    few = {
-        part.suffix: state[part.suffix][: math.ceil(shape[0] / part.every) if part.every else None] for part in parts
-    }
-    return same_bits(quick.values(weight.format, few, shape, buffers), decoded(weight.format, few, shape))
+    rows = min(CHECKED_ROWS, weight.rows)
+    cuts = {part.suffix: math.ceil(rows / part.every) for part in weight.parts if part.every}
+    few = {suffix: tensor[: cuts[suffix]] if suffix in cuts else tensor for suffix, tensor in state.items()}
+    return same_bits(quick.values(weight, few, rows, buffers), decoded(weight.format, few, (rows, weight.cols)))
 
 
 def _moderate(values: torch.Tensor) -> bool:

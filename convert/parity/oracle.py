@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = "dict[str, torch.Tensor]"
+Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 
 PIECE_ELEMENTS = 1 << 17  # of the work of a reference: half a megabyte in f32
 
@@ -125,7 +126,8 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
     match format := weight.format:
         case Packed():
             size = format.group_size or values.shape[1]
-            for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
+            encoders: tuple[Encoder, ...] = (packed.encode_exact, packed.encode, packed.encode_mse)
+            for encode in encoders:
                 for rule in CONVENTIONS.values():
                     codes, scale = _in_pieces(partial(encode, group_size=size, rule=rule), values)
                     yield {"weight_packed": codes, "weight_scale": scale}
@@ -150,17 +152,21 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
 
 
 def _in_pieces(
-    encode: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+    encode: Encoder,
     values: torch.Tensor,
     block: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales that `encode` makes of whole blocks, by default rows, as many at a time as fit into a cache."""
     import torch
 
-    height, width = block or (1, values.shape[1])
+    rows, cols = values.shape
+    height, width = block or (1, cols)
     across = max(width, PIECE_ELEMENTS // height // width * width)
-    down = max(height, PIECE_ELEMENTS // min(across, values.shape[1]) // height * height)
-    bands = [[encode(piece) for piece in band.split(across, 1)] for band in values.split(down)]
+    down = max(height, PIECE_ELEMENTS // min(across, cols) // height * height)
+    bands = [
+        [encode(values[row : row + down, col : col + across]) for col in range(0, cols, across)]
+        for row in range(0, rows, down)
+    ]
     codes, scale = (torch.cat([torch.cat([piece[k] for piece in band], -1) for band in bands]) for k in (0, 1))
     return codes, scale
 

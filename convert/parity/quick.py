@@ -13,9 +13,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from kconvert.buffers import Buffers
-from kconvert.formats import Format
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
+from kconvert.model import Weight
 from kconvert.parity.oracle import State, decoded
 
 if TYPE_CHECKING:
@@ -24,28 +24,29 @@ if TYPE_CHECKING:
 PIECE_ELEMENTS = 1 << 17
 
 
-def is_quick(format: Format, cols: int) -> bool:
-    """Whether there is a way for weights in this format besides oracle.decoded."""
-    match format:
+def is_quick(weight: Weight) -> bool:
+    """Whether there is a way to its values besides oracle.decoded."""
+    match format := weight.format:
         case Packed():
             usual = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
-            return usual and cols % 8 == 0
+            return usual and weight.cols % 8 == 0
         case Fp8():
-            return cols % 2 == 0
+            return weight.cols % 2 == 0
     return False
 
 
-def values(format: Format, state: State, shape: tuple[int, int], buffers: Buffers) -> torch.Tensor:
-    """oracle.decoded, in memory of `buffers` where the format is quick, which are lost with the next call."""
-    if not is_quick(format, shape[1]):
-        return decoded(format, state, shape)
+def values(weight: Weight, state: State, rows: int, buffers: Buffers) -> torch.Tensor:
+    """oracle.decoded of some rows; of a quick weight in memory of `buffers`, lost with the next call."""
     import torch
 
+    shape = rows, weight.cols
+    if not is_quick(weight):
+        return decoded(weight.format, state, shape)
     out = _take(buffers, "values", torch.bfloat16, shape)
-    if isinstance(format, Packed):
+    if isinstance(weight.format, Fp8):
+        _decode_fp8(weight.format, state["weight"], state[weight.format.scale_name].float(), out, buffers)
+    else:
         _decode_int4(state["weight_packed"], state["weight_scale"], out, buffers)
-    elif isinstance(format, Fp8):
-        _decode_fp8(format, state["weight"], state[format.scale_name].float(), out, buffers)
     return out
 
 
