@@ -13,12 +13,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.amx import is_amx
-from kconvert.checkpoint.config import quantization_tables
+from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
@@ -64,17 +64,17 @@ class Report:
     output: Model
     standard: Standard
     reference: str
-    weights: int
-    tensors: int
-    skipped: int
-    thorough: bool
-    side_files: int
-    dropped: tuple[str, ...]
     faults: tuple[str, ...]
-    notes: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
-    spreads: Mapping[tuple[str, str], Spread]
-    worst: tuple[Excerpt, ...]
+    thorough: bool = True
+    weights: int = 0
+    tensors: int = 0
+    skipped: int = 0
+    side_files: int = 0
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    spreads: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+    worst: tuple[Excerpt, ...] = ()
 
 
 def verify(
@@ -93,14 +93,21 @@ def verify(
 
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
-    of the conversion. With `keep_going` faults are collected in the report, as far as the output can be read at all.
+    of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
     Every value is compared; unless `thorough`, equal ones count in the figures of the report only from each weight's first rows
     (the first million elements, about), which is faster.
     `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     original = understand(open_checkpoint(source)).select(include, exclude)
-    expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    try:
+        expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    except CheckFailed as unreadable:
+        if not keep_going:
+            raise
+        nothing = replace(original, checkpoint=Checkpoint(Path(output), {}, {}, {}, {}, ()), weights=(), plain=())
+        held = "nothing, as it cannot be read"
+        return Report(original, replace(nothing, quantization=QuantizationConfig()), standard, held, (str(unreadable),))
     pairs, faults = _relate(expected, converted)
     faults += _config_faults(converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
