@@ -187,9 +187,9 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     weights = [pair[0] for pair in pairs if isinstance(pair[0], Weight)]
     values = "the source's values"
     if any(not isinstance(weight.format, Dense) for weight in weights):
-        values = "compressed-tensors decompression"
+        values += ", decompressed by compressed-tensors"
     if any(map(is_quick, weights)):
-        values = "decompression by torch, checked by compressed-tensors"
+        values = "the source's values, decompressed by torch and checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     return f"the reference encoding of {values}" if "bytes" in judges else values

@@ -176,8 +176,8 @@ def _sentence(report: Report) -> str:
     if errors.sqnr is not None:
         where = "" if report.thorough else " in each weight's first rows"
         lost = f"; lost{where}: {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}"
-    equality = " bit for bit" if report.standard.exact else ""
+    equality = ", bit for bit" if report.standard.exact else ""
     return (
-        f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
+        f"verified: {report.weights:,} weights equal {report.reference}{equality}; {report.tensors:,} tensors{files} are the "
         f"source's{skipped}{lost}"
     )

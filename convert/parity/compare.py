@@ -292,7 +292,7 @@ def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int
         if not count:
             return None
         differences.append((count, fault))
-    return f"{min(differences)[1]}; of a checkpoint that kconvert did not make, see --close"
+    return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
 
 
 def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:
