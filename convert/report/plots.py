@@ -182,11 +182,9 @@ def treemap(sizes: Iterable[tuple[str, int | None, int]]) -> str:
 
 
 def _name_column(axes: Axes, middle: float, wide: float, role: str) -> None:
-    """Above the column, upright where there is no room for it, or not at all."""
-    fits = wide > 0.0135 * len(role)
-    if fits or wide > 0.02:
-        text = f"{role}\n{100 * wide:.1f}%" if fits else f"{role}  {100 * wide:.1f}%"
-        axes.text(middle, 1.02, text, ha="center", va="bottom", fontsize=8, rotation=0 if fits else 90)
+    """Upright above the column; not at all where there is no room for it."""
+    if wide > 0.02:
+        axes.text(middle, 1.02, f"{role}  {100 * wide:.1f}%", ha="center", va="bottom", fontsize=8, rotation=90)
 
 
 def _column(axes: Axes, left: float, wide: float, boxes: Sequence[tuple[int | None, int]], colour: str) -> None:
