@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.amx import is_amx
 from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
+from kconvert.checkpoint.hub_id import parse_hub_id
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
@@ -99,6 +100,7 @@ def verify(
     `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
+    thorough = thorough or not standard.exact  # limits are on figures
     original = understand(open_checkpoint(source)).select(include, exclude)
     try:
         expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
@@ -168,11 +170,13 @@ def _open_output(
 ) -> tuple[Model, Model, tuple[str, ...]]:
     """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
 
-    Whatever is unsound about it is a failed check, not bad input.
+    Whatever is unsound about it is a failed check, not bad input; but there must be something.
     """
     path = Path(output)
     if is_amx(path):
         return open_packed(original, path)
+    if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
+        open_checkpoint(output)  # says what is wrong
     if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
         raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
     try:
