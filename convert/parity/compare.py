@@ -169,8 +169,8 @@ def compare_weights(
 ) -> tuple[Comparison, Spread]:
     """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
 
-    Unless `thorough`, as it must be for limits, that is the first chunk and those that differ or may be infinite. What does not come out as expected is
-    decoded again by compressed-tensors, which has the last word.
+    Figures are of all rows if `thorough`, as it must be for limits; else of the first chunk, and of those that differ or may
+    be infinite. What does not come out as expected is decoded again by compressed-tensors, which has the last word.
     """
     judge = standard.judge(ours, theirs)
     fault = _constant_fault(theirs, output)
