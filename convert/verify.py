@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.amx import is_amx
 from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
 from kconvert.checkpoint.hub_id import parse_hub_id
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
@@ -177,8 +177,11 @@ def _open_output(
         return open_packed(original, path)
     if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
         open_checkpoint(output)  # says what is wrong
-    if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
-        raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
+    # Our conversions write config.json and the index last; others may have a single file and no index.
+    wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
+    missing = [name for name in wanted if not (path / name).exists()]
+    if path.is_dir() and missing:
+        raise CheckFailed(f"{path} is unfinished, it has no {missing[0]}; run the conversion again")
     try:
         return original, understand(open_checkpoint(output), partial), ()
     except KconvertError as error:

@@ -106,3 +106,12 @@ def test_other_shards_with_the_same_tensors_are_verified(int4: Path, bf16: Path,
     checkpoint.save(tmp_path / "out")
 
     assert verify(int4, tmp_path / "out").skipped == 0
+
+
+def test_a_single_file_without_an_index_is_verified(int4: Path, tmp_path: Path) -> None:
+    """As other tools save small models."""
+    convert(plan(int4, Recipe("bf16")), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    shutil.rmtree(tmp_path / "out" / ".kconvert")
+
+    assert verify(int4, tmp_path / "out").skipped == 0
