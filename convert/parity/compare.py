@@ -165,12 +165,12 @@ def compare_weights(
     standard: Standard,
     advance: Advance,
     desk: Desk,
-    thorough: bool = True,
+    thorough: bool,
 ) -> tuple[Comparison, Spread]:
     """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
 
-    Figures are of all rows if `thorough`, as it must be for limits; else of the first chunk, and of those that differ or may
-    be infinite. What does not come out as expected is decoded again by compressed-tensors, which has the last word.
+    Figures are of all rows if `thorough` or held to limits, else of the first chunk, and of those that differ or may be
+    infinite. What does not come out as expected is decoded again by compressed-tensors, which has the last word.
     """
     judge = standard.judge(ours, theirs)
     fault = _constant_fault(theirs, output)
@@ -184,7 +184,7 @@ def compare_weights(
             rows = replace(chunk, quickly=False)
             different = _fault(rows, judge)
         fault = fault or different
-        if thorough or rows.first == 0 or different or not _moderate(rows.expected):
+        if thorough or judge == "limits" or rows.first == 0 or different or not _moderate(rows.expected):
             figures.add(rows)
         advance(sum(tensor.nbytes for tensor in rows.output.values()))
     fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
