@@ -13,15 +13,16 @@ import pytest
 import torch
 from click.testing import Result
 
-from kconvert import verify
+from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.buffers import Buffers
 from kconvert.formats import Format
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
-from kconvert.parity import compare, quick
+from kconvert.parity import compare, oracle, quick
 from kconvert.parity.metrics import same_bits
 from kconvert.parity.oracle import State, decoded
+from kconvert.repack import AmxRecipe, plan_repack
 
 GATE = "model.layers.1.mlp.experts.2.gate_proj"  # [128, 256]
 
@@ -125,3 +126,34 @@ def test_figures_of_the_first_rows_are_told_as_such(int4: Path, fp8: Path, run_v
     ((one, two),) = [(a.errors, b.errors) for a, b in both if a.name == name]
     assert (one.elements, two.elements) == (256 * 128, 128 * 128)
     assert math.isclose(one.frobenius, two.frobenius, rel_tol=0.2)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr(oracle, "PIECE_ELEMENTS", 1000)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("target", ["bf16", "fp8", "int8", "mxfp4", "mxfp8"])
+def test_a_conversion_is_verified_in_pieces_that_are_smaller_than_its_weights(
+    int4: Path, tmp_path: Path, target: str
+) -> None:
+    convert(plan(int4, Recipe(target)), tmp_path / "out")
+    assert verify(int4, tmp_path / "out").weights > 0
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("method", ["AMXINT4", "AMXINT8"])
+def test_amx_weights_are_verified_in_pieces_that_are_smaller(
+    sample: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    source = sample(tmp_path / "source", moe_intermediate=512, experts=1, layers=2)
+    convert(plan_repack(inspect(source), AmxRecipe(method, 2)), tmp_path / "out")
+    assert verify(source, tmp_path / "out").weights == 3
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_int4_found_again_in_bf16_is_verified_in_pieces_that_are_smaller(bf16: Path, tmp_path: Path) -> None:
+    convert(plan(bf16, Recipe("int4")), tmp_path / "out")
+    assert verify(bf16, tmp_path / "out").weights > 0
