@@ -1,7 +1,7 @@
 """`kconvert verify` of INT4 weights and what was made of them against reading the same bytes with `dd`; memory, and reports.
 
-Time of the cores is also given for each element of the weights, without what Python and torch take to start (`--sample 0`):
-so many ns of one core. How close a pair comes to the disk's speed depends on the number of cores.
+Time of the cores is also given for each element of the weights, so many ns of one core, without what Python and torch take
+to start: that of verifying a tiny checkpoint. How close a pair comes to the disk's speed depends on the number of cores.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from common import (
 )
 
 TARGET_MB = 900
+TINY = ["--experts=2", "--hidden=256", "--moe-intermediate=128", "--heads=2", "--q-rank=32", "--kv-rank=32"]
 SOURCE = ["--layers=1", "--dense-layers=0", "--vocab=1024"]
 # Each is made of the INT4 source but `int4`, which is made of `bf16` and equals the source.
 COMMANDS = {
@@ -69,12 +70,13 @@ def main() -> None:
 
 
 def compare(name: str, source: Path, output: Path, report: Path, runs: int) -> None:
-    """One pair: verified, verified with a report, read, and the start alone."""
+    """One pair: verified, verified with a report, read, and a tiny checkpoint verified with itself."""
+    tiny = sample(report.parent, "verify-tiny", *SOURCE, *TINY)
     sides: dict[str, Callable[[], Child]] = {
         f"verify {name}": lambda: verify(source, output),
         f"verify {name} --report": lambda: verify(source, output, "--report", report),
         "dd of both": lambda: read(source, output),
-        "start": lambda: verify(source, output, "--sample=0", "--include=*norm*" if "amx" not in name else "--quiet"),
+        "start": lambda: verify(tiny, tiny),
     }
     results = alternate(runs, sides)
     size = nbytes(tensor_files(output)) + nbytes(tensor_files(source))
