@@ -48,19 +48,12 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", choices=COMMANDS, default=list(COMMANDS), help="only these outputs")
     options = parser.parse_args()
     source = sample(options.dir, f"verify-{options.experts}-experts", *SOURCE, f"--experts={options.experts}")
-    outputs = {name: source.with_name(f"{source.name}-{name}") for name in COMMANDS}
-    for name, (command, *terms) in COMMANDS.items():
-        run(
-            [
-                KCONVERT,
-                command,
-                outputs["bf16"] if name == "int4" else source,
-                outputs[name],
-                "-q",
-                "--overwrite",
-                *terms,
-            ]
-        )
+    wanted = {*options.pairs, *(["bf16"] if "int4" in options.pairs else [])}
+    outputs = {name: source.with_name(f"{source.name}-{name}") for name in COMMANDS if name in wanted}
+    for name, output in outputs.items():
+        command, *terms = COMMANDS[name]
+        made_of = outputs["bf16"] if name == "int4" else source
+        run([KCONVERT, command, made_of, output, "-q", "--overwrite", *terms])
     report = options.dir / "verify-report.html"
     for name in options.pairs:
         compare(name, source, outputs[name], report, options.runs)
