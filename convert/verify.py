@@ -95,9 +95,8 @@ def verify(
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
-    Every value is compared; unless `thorough`, equal ones count in the figures of the report only from each weight's first rows
-    (the first million elements, about), which is faster.
-    `advance` is called with bytes of output compared.
+    Every value is compared; unless `thorough`, which takes longer, figures are of the first million elements of a weight, about,
+    and of what differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     thorough = thorough or not standard.exact  # limits are on figures
@@ -107,9 +106,7 @@ def verify(
     except CheckFailed as unreadable:
         if not keep_going:
             raise
-        nothing = replace(original, checkpoint=Checkpoint(Path(output), {}, {}, {}, {}, ()), weights=(), plain=())
-        held = "nothing, as it cannot be read"
-        return Report(original, replace(nothing, quantization=QuantizationConfig()), standard, held, (str(unreadable),))
+        return _unreadable(original, Path(output), standard, str(unreadable))
     pairs, faults = _relate(expected, converted)
     faults += _config_faults(converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
@@ -127,18 +124,24 @@ def verify(
         output=converted,
         standard=standard,
         reference=_reference(tally.comparisons, chosen),
+        faults=tuple(tally.faults),
+        thorough=thorough,
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
-        thorough=thorough,
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
-        faults=tuple(tally.faults),
         notes=notes if standard.exact else (*notes, *differences),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
     )
+
+
+def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
+    nothing = Checkpoint(output, {}, {}, {}, {}, ())
+    found = replace(original, checkpoint=nothing, quantization=QuantizationConfig(), weights=(), plain=())
+    return Report(original, found, standard, "nothing, as it cannot be read", (fault,))
 
 
 @dataclass
