@@ -95,8 +95,8 @@ def verify(
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
-    Every value is compared; unless `thorough`, which takes longer, figures are of the first million elements of a weight, about,
-    and of what differs. `advance` is called with bytes of output compared.
+    Every value is compared; unless `thorough`, which takes longer, figures are of some first rows of each weight, and of what
+    differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     thorough = thorough or not standard.exact  # limits are on figures
@@ -108,9 +108,8 @@ def verify(
             raise
         return _unreadable(original, Path(output), standard, str(unreadable))
     pairs, faults = _relate(expected, converted)
-    faults += _config_faults(converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
-    faults += differences if standard.exact else ()
+    faults += [*_config_faults(converted), *(differences if standard.exact else ())]
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = _choose(pairs, sample)
@@ -120,12 +119,12 @@ def verify(
             tally.add(outcome)
         worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
     return Report(
-        source=original,
-        output=converted,
-        standard=standard,
-        reference=_reference(tally.comparisons, chosen),
-        faults=tuple(tally.faults),
-        thorough=thorough,
+        original,
+        converted,
+        standard,
+        _reference(tally.comparisons, chosen),
+        tuple(tally.faults),
+        thorough,
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
