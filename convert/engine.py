@@ -6,7 +6,6 @@ memory is each worker's few reused buffers. The kernels and the system calls run
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import Counter
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from kconvert.buffers import Buffers
 from kconvert.errors import KconvertError
-from kconvert.files import PAGE, allocate
+from kconvert.files import PAGE
 from kconvert.formats import Part
 from kconvert.journal import Journal
 from kconvert.plan import Copy, Plan, Step, Transcode
@@ -79,27 +79,6 @@ class Limits:
         """What a run of `plan` needs in bytes of RAM, about."""
         footprints = [_footprint(step, self.task_bytes) for step in _kinds(plan)]
         return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
-
-
-class Buffers:
-    """A worker's buffers: page-aligned, kept from task to task, grown when a task needs more."""
-
-    def __init__(self) -> None:
-        self._maps: dict[str, mmap.mmap] = {}
-
-    def take(self, use: str, nbytes: int, alignment: int = 0) -> Bytes:
-        """`nbytes` bytes for `use`, whose address is `alignment` modulo PAGE."""
-        held = self._maps.get(use)
-        if held is None or len(held) < nbytes + PAGE:
-            held = self._maps[use] = allocate(nbytes + PAGE)
-        return np.frombuffer(held, np.uint8, nbytes, alignment % PAGE)
-
-    def fetch(self, stage: Stage, use: str, file: str, start: int, nbytes: int) -> Bytes:
-        """Bytes of `file`, in the buffer for `use`."""
-        if not nbytes:
-            return np.empty(0, np.uint8)
-        room = self.take(use, nbytes + 2 * PAGE)
-        return np.frombuffer(stage.fetch(file, start, nbytes, room.data), np.uint8)
 
 
 @dataclass

@@ -7,27 +7,28 @@ AMX weights are compared as all others, once both sides go by the same names, se
 from __future__ import annotations
 
 import filecmp
-import functools
 import hashlib
 import heapq
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.amx import is_amx
-from kconvert.checkpoint.config import quantization_tables
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Reader, open_checkpoint
+from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
+from kconvert.checkpoint.hub_id import parse_hub_id
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
-from kconvert.parity.compare import Advance, Comparison, Standard, compare_plain, compare_weights
+from kconvert.parity.compare import Advance, Comparison, Desk, Standard, compare_plain, compare_weights
 from kconvert.parity.metrics import Spread
-from kconvert.parity.oracle import authority, independent_values
+from kconvert.parity.oracle import independent_values
 from kconvert.parity.packed_amx import open_packed
+from kconvert.parity.quick import is_quick
 
 if TYPE_CHECKING:
     from kconvert.parity.metrics import Position
@@ -54,7 +55,8 @@ class Report:
     """What was compared, and how it came out.
 
     `reference` says in words what the weights were held to; `weights` and `tensors` count those that were compared,
-    `skipped` those that were not (a sample). `faults` are sentences, none of a good output; `notes` are no faults.
+    `skipped` those that were not (a sample). `thorough`: the figures are of all values. `faults` are sentences, none of a good
+    output; `notes` are no faults.
     `comparisons` are the weights', in natural order of their names; `spreads` their distributions by role and format;
     `worst` are those with the lowest SQNR of all that differ, the worst first.
     """
@@ -63,16 +65,17 @@ class Report:
     output: Model
     standard: Standard
     reference: str
-    weights: int
-    tensors: int
-    skipped: int
-    side_files: int
-    dropped: tuple[str, ...]
     faults: tuple[str, ...]
-    notes: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
-    spreads: Mapping[tuple[str, str], Spread]
-    worst: tuple[Excerpt, ...]
+    thorough: bool = True
+    weights: int = 0
+    tensors: int = 0
+    skipped: int = 0
+    side_files: int = 0
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    spreads: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+    worst: tuple[Excerpt, ...] = ()
 
 
 def verify(
@@ -84,47 +87,61 @@ def verify(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     keep_going: bool = False,
+    thorough: bool = True,
     advance: Advance | None = None,
 ) -> Report:
     """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
 
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
-    of the conversion. With `keep_going` faults are collected in the report, as far as the output can be read at all.
-    `advance` is called with bytes of output compared.
+    of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
+    Every value is compared; unless `thorough`, which takes longer, figures are of some first rows of each weight, and of what
+    differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
+    thorough = thorough or not standard.exact  # limits are on figures
     original = understand(open_checkpoint(source)).select(include, exclude)
     original.checkpoint.check_index()
-    expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    try:
+        expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    except CheckFailed as unreadable:
+        if not keep_going:
+            raise
+        return _unreadable(original, Path(output), standard, str(unreadable))
     pairs, faults = _relate(expected, converted)
-    faults += _config_faults(converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
-    faults += differences if standard.exact else ()
+    faults += [*_config_faults(converted), *(differences if standard.exact else ())]
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = _choose(pairs, sample)
     tally = _Tally(converted.checkpoint.root, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
-        for outcome in _compare_all(chosen, ours, theirs, standard, advance or (lambda nbytes: None)):
+        for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
             tally.add(outcome)
         worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
     return Report(
-        source=original,
-        output=converted,
-        standard=standard,
-        reference=_reference(tally.comparisons, chosen),
+        original,
+        converted,
+        standard,
+        _reference(tally.comparisons, chosen),
+        tuple(tally.faults),
+        thorough,
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
-        faults=tuple(tally.faults),
         notes=notes if standard.exact else (*notes, *differences),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
     )
+
+
+def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
+    nothing = Checkpoint(output, {}, {}, {}, {}, ())
+    found = replace(original, checkpoint=nothing, quantization=QuantizationConfig(), weights=(), plain=())
+    return Report(original, found, standard, "nothing, as it cannot be read", (fault,))
 
 
 @dataclass
@@ -156,13 +173,18 @@ def _open_output(
 ) -> tuple[Model, Model, tuple[str, ...]]:
     """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
 
-    Whatever is unsound about it is a failed check, not bad input.
+    Whatever is unsound about it is a failed check, not bad input; but there must be something.
     """
     path = Path(output)
     if is_amx(path):
         return open_packed(original, path)
-    if path.is_dir() and not ((path / INDEX_NAME).exists() and (path / CONFIG_NAME).exists()):
-        raise CheckFailed(f"{path} is unfinished, it has no {INDEX_NAME} or {CONFIG_NAME}; run the conversion again")
+    if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
+        open_checkpoint(output)  # says what is wrong
+    # Our conversions write config.json and the index last; others may have a single file and no index.
+    wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
+    missing = [name for name in wanted if not (path / name).exists()]
+    if path.is_dir() and missing:
+        raise CheckFailed(f"{path} is unfinished, it has no {missing[0]}; run the conversion again")
     try:
         converted = understand(open_checkpoint(output), partial)
         converted.checkpoint.check_index()
@@ -174,8 +196,12 @@ def _open_output(
 def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     """What the weights were held to, and by whose code."""
     judges = {comparison.judged_by for comparison in comparisons}
-    sources = {authority(pair[0].format) for pair in pairs if isinstance(pair[0], Weight)}
-    values = "compressed-tensors decompression" if "compressed-tensors" in sources else "the source's values"
+    weights = [pair[0] for pair in pairs if isinstance(pair[0], Weight)]
+    values = "the source's values"
+    if any(not isinstance(weight.format, Dense) for weight in weights):
+        values += ", decompressed by compressed-tensors"
+    if any(map(is_quick, weights)):
+        values = "the source's values, decompressed by torch and checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     return f"the reference encoding of {values}" if "bytes" in judges else values
@@ -258,27 +284,28 @@ def _choose(pairs: list[Pair], sample: float) -> list[Pair]:
 
 
 def _compare_all(
-    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, advance: Advance
+    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
 ) -> Iterator[Outcome]:
     """The outcome of each pair, in order."""
     import torch
 
     torch.set_num_threads(1)
-    compare = functools.partial(_compare, ours=ours, theirs=theirs, standard=standard, advance=advance)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    desk = Desk()
+
+    def compare(pair: Pair) -> Outcome:
+        match pair:
+            case Weight() as a, Weight() as b:
+                return compare_weights(a, b, ours, theirs, standard, advance, desk, thorough)
+            case Plain() as a, Plain() as b:
+                return compare_plain(a, b, ours, theirs, advance, desk)
+        raise AssertionError(pair)
+
+    # More workers than cores, so that reading overlaps computing.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
         try:
             yield from pool.map(compare, pairs)
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _compare(pair: Pair, ours: Reader, theirs: Reader, standard: Standard, advance: Advance) -> Outcome:
-    match pair:
-        case Weight() as a, Weight() as b:
-            return compare_weights(a, b, ours, theirs, standard, advance)
-        case Plain() as a, Plain() as b:
-            return compare_plain(a, b, ours, theirs, advance)
-    raise AssertionError(pair)
 
 
 def _excerpts(

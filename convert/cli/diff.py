@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kconvert.diff import Change, Difference
 
 BAR = 30
+KEYS = 12  # of config.json, most that are listed
 MARKS = {"added": ("+", "green"), "removed": ("-", "red"), "dtype": ("!", "yellow"), "shape": ("!", "yellow")}
 
 
@@ -59,7 +60,8 @@ def _lines(found: Difference, limit: int) -> Iterator[str]:
     if len(listed) < len(found.changes):
         yield f" … and {len(found.changes) - len(listed):,} more"
     if found.config:
-        yield f" config.json | {', '.join(found.config)}"
+        more = f" … and {len(found.config) - KEYS:,} more" if len(found.config) > KEYS else ""
+        yield f" config.json | {', '.join(found.config[:KEYS])}{more}"
     counts = ", ".join(f"{count:,} {_counted(kind)}" for kind, count in sorted(found.counts.items()))
     listed_counts = f" ({counts})" if counts else ""
     yield f" {len(found.changes):,} changed{listed_counts}, {found.same:,} the same"

@@ -104,7 +104,8 @@ def verify(
 ) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
-    Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected.
+    Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected, and errors are
+    measured on all values; without, equality is checked on all and what was lost is told of each weight's first rows.
 
     \b
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
@@ -123,7 +124,13 @@ def verify(
     total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in Path(output).glob(glob))
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
-            source, output, sample=sample, keep_going=report is not None, advance=advance, **options
+            source,
+            output,
+            sample=sample,
+            keep_going=report is not None,
+            thorough=report is not None or as_json,
+            advance=advance,
+            **options,
         )
     wanted = logits and not found.faults
     said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
@@ -165,9 +172,12 @@ def _sentence(report: Report) -> str:
     skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
     files = f" and {report.side_files} side files" if report.standard.exact and report.side_files else ""
     errors = sum((comparison.errors for comparison in report.comparisons), Errors())
-    lost = f"; lost: {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}" if errors.sqnr else ""
-    equality = " bit for bit" if report.standard.exact else ""
+    lost = ""
+    if errors.sqnr is not None:
+        where = "" if report.thorough else " in each weight's first rows"
+        lost = f"; lost{where}: {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}"
+    equality = ", bit for bit" if report.standard.exact else ""
     return (
-        f"verified: {report.weights:,} weights equal {report.reference}{equality}, {report.tensors:,} tensors{files} are the "
+        f"verified: {report.weights:,} weights equal {report.reference}{equality}; {report.tensors:,} tensors{files} are the "
         f"source's{skipped}{lost}"
     )

@@ -6,37 +6,36 @@ Both sides are decoded by compressed-tensors, torch or a reference, see oracle, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
+from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.formats.dense import Dense
 from kconvert.model import Plain, Weight
+from kconvert.parity import quick
 from kconvert.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
 from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits
-from kconvert.parity.oracle import (
-    authority,
-    decoded,
-    expected_parts,
-    has_reference,
-    independent_values,
-    read_state,
-    row_unit,
-)
+from kconvert.parity.oracle import authority, decoded, expected_parts, has_reference, read_state, row_unit
 
 if TYPE_CHECKING:
     import torch
 
     from kconvert.parity.oracle import State
 
-CHUNK_ELEMENTS = 1 << 20  # at a time; a worker takes some 50 MB for them, and more is slower
+CHUNK_ELEMENTS = 1 << 20  # of a weight at a time, and bytes of another tensor: reads of a few megabytes
+CHUNK_BYTES = 4 << 20
+CHECKED_ROWS = 16
 Advance: TypeAlias = Callable[[int], None]
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
 # amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
 # error. AMX has one scale for a whole row: amax costs its other values more, and the best scale clips more (15.7 dB and 0.46
-# for Gaussian rows of 7168 in four bits). A format that is not here has the limits of int4.
+# for Gaussian rows of 7168 in four bits). The tests hold real slices of Kimi-K2.6 and of a Qwen model against them. A format
+# that is not here has the limits of int4.
 DEFAULT_LIMITS = {
     "bf16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
     "f16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
@@ -77,7 +76,8 @@ class Standard:
 class Comparison:
     """A weight of the output against the source's; `equal`: all values are the source's, bit for bit.
 
-    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None.
+    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None. `equal`,
+    `errors` and `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
     """
 
     name: str
@@ -95,43 +95,151 @@ class Comparison:
     fault: str | None
 
 
+class Desk(threading.local):
+    """Each thread's memory for the two sides."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = Buffers(), Buffers()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of a weight on both sides, from `first` on: the tensors that spell them, decoded when asked for."""
+
+    ours: Weight
+    theirs: Weight
+    source: State
+    output: State
+    first: int
+    last: int
+    desk: Desk
+    quickly: bool = True
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        return self._values(self.ours, self.source, self.desk.ours)
+
+    @cached_property
+    def found(self) -> torch.Tensor:
+        if self.ours.format == self.theirs.format and all(
+            same_bits(self.source[suffix], tensor) for suffix, tensor in self.output.items()
+        ):
+            return self.expected
+        return self._values(self.theirs, self.output, self.desk.theirs)
+
+    def _values(self, weight: Weight, state: State, buffers: Buffers) -> torch.Tensor:
+        rows = self.last - self.first
+        if self.quickly:
+            return quick.values(weight, state, rows, buffers)
+        return decoded(weight.format, state, (rows, weight.cols))
+
+
+@dataclass
+class _Figures:
+    """What has been measured of a weight."""
+
+    errors: Errors = field(default_factory=Errors)
+    spread: Spread = field(default_factory=Spread)
+    zero_groups: int = 0
+    equal: bool = True
+
+    def add(self, rows: Rows) -> None:
+        format, cols = rows.theirs.format, rows.theirs.cols
+        measured, by_sqnr = measure(rows.expected, rows.found, rows.first)
+        self.errors += measured
+        self.equal &= same_bits(rows.expected.to(rows.found.dtype), rows.found)
+        self.spread += spread_of(format, rows.output, (rows.last - rows.first, cols)) + Spread(rows=by_sqnr)
+        if self.spread.codes:
+            self.zero_groups += count_zero_groups(rows.found, group_columns(format, cols))
+
+    @property
+    def use(self) -> GridUse | None:
+        return grid_use(self.spread, self.zero_groups) if self.spread.codes else None
+
+
 def compare_weights(
-    ours: Weight, theirs: Weight, source: Reader, output: Reader, standard: Standard, advance: Advance
+    ours: Weight,
+    theirs: Weight,
+    source: Reader,
+    output: Reader,
+    standard: Standard,
+    advance: Advance,
+    desk: Desk,
+    thorough: bool,
 ) -> tuple[Comparison, Spread]:
-    """Every row of the two, a chunk at a time; the first fault, and what was measured all the same."""
+    """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
+
+    Figures are of all rows if `thorough` or held to limits, else of the first chunk, and of those that differ or may be
+    infinite. What does not come out as expected is decoded again by compressed-tensors, which has the last word.
+    """
     judge = standard.judge(ours, theirs)
     fault = _constant_fault(theirs, output)
-    errors, spread, zero_groups, equal = Errors(), Spread(), 0, True
+    figures, quickly = _Figures(), True
+    for chunk in _chunks(ours, theirs, source, output, desk):
+        if chunk.first == 0:
+            quickly = _agree(ours, chunk.source, desk.ours) and _agree(theirs, chunk.output, desk.theirs)
+        rows = replace(chunk, quickly=quickly)
+        different = _fault(rows, judge)
+        if different and quickly:
+            rows = replace(chunk, quickly=False)
+            different = _fault(rows, judge)
+        fault = fault or different
+        if thorough or judge == "limits" or rows.first == 0 or different or not _moderate(rows.expected):
+            figures.add(rows)
+        advance(sum(tensor.nbytes for tensor in rows.output.values()))
+    fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
+    return _comparison(ours, theirs, judge, figures, fault), figures.spread
+
+
+def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
     unit = math.lcm(row_unit(ours), row_unit(theirs))
     count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
     for first in range(0, ours.rows, count):
         last = min(first + count, ours.rows)
-        expected = independent_values(ours, source, first, last)
-        state = read_state(theirs, output, first, last)
-        found = decoded(theirs.format, state, (last - first, theirs.cols))
-        same = same_bits(expected.to(found.dtype), found)
-        if fault is None and judge == "values" and not same:
-            fault = _value_fault(theirs, authority(ours.format), expected, found, first)
-        if fault is None and judge == "bytes":
-            fault = _byte_fault(theirs, expected, state, first)
-        measured, rows = measure(expected, found, first)
-        equal, errors = equal and same, errors + measured
-        spread += spread_of(theirs.format, state, (last - first, theirs.cols)) + Spread(rows=rows)
-        if spread.codes:
-            zero_groups += count_zero_groups(found, group_columns(theirs.format, theirs.cols))
-        advance(sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
-    if fault is None and errors.nonfinite:
-        fault = f"tensor {theirs.tensors[0].name!r} has a value that is not finite"
-    missed = standard.limits_for(theirs.format.label).missed(errors) if judge == "limits" else None
-    if fault is None and missed:
-        fault = f"weight {theirs.name!r} ({theirs.format.label}): its {missed}{_at(errors.worst)}"
-    use = grid_use(spread, zero_groups) if spread.codes else None
-    return _comparison(ours, theirs, judge, equal, errors, use, fault), spread
+        states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
+        yield Rows(ours, theirs, *states, first, last, desk)
 
 
-def _comparison(
-    ours: Weight, theirs: Weight, judge: str, equal: bool, errors: Errors, use: GridUse | None, fault: str | None
-) -> Comparison:
+def _agree(weight: Weight, state: State, buffers: Buffers) -> bool:
+    """Whether the quick way gives what compressed-tensors does for the first rows that `state` spells."""
+    if not quick.is_quick(weight):
+        return True
+    rows = min(CHECKED_ROWS, weight.rows)
+    cuts = {part.suffix: math.ceil(rows / part.every) for part in weight.parts if part.every}
+    few = {suffix: tensor[: cuts[suffix]] if suffix in cuts else tensor for suffix, tensor in state.items()}
+    return same_bits(quick.values(weight, few, rows, buffers), decoded(weight.format, few, (rows, weight.cols)))
+
+
+def _moderate(values: torch.Tensor) -> bool:
+    """Whether all values are finite, and so far from the largest that no encoding of them can be infinite."""
+    import numpy as np
+    import torch
+
+    kind, unsigned = (np.int16, np.uint16) if values.element_size() == 2 else (np.int32, np.uint32)
+    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32).numpy()
+    # As integers floats have the order of their magnitudes; with the sign bit they are the largest unsigned ones.
+    ends = np.array([bits.max(), bits.view(unsigned).max()]).astype(unsigned).view(kind)
+    return bool((torch.from_numpy(ends).view(values.dtype).abs() < torch.finfo(values.dtype).max / 4).all())
+
+
+def _fault(rows: Rows, judge: str) -> str | None:
+    """The first of the rows' elements or bytes that is not the one that belongs there, where it is known which does."""
+    if judge == "values" and not same_bits(rows.expected.to(rows.found.dtype), rows.found):
+        return _value_fault(rows)
+    if judge == "bytes":
+        return _byte_fault(rows.theirs, rows.expected, rows.output, rows.first)
+    return None
+
+
+def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
+    """What is wrong with the values as a whole; they are held to the limits of `standard` if there is one."""
+    if errors.nonfinite:
+        return f"tensor {weight.tensors[0].name!r} has a value that is not finite"
+    missed = standard.limits_for(weight.format.label).missed(errors) if standard else None
+    return f"weight {weight.name!r} ({weight.format.label}): its {missed}{_at(errors.worst)}" if missed else None
+
+
+def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fault: str | None) -> Comparison:
     return Comparison(
         name=theirs.name,
         role=ours.role,
@@ -142,22 +250,23 @@ def _comparison(
         source_format=ours.format.label,
         output_format=theirs.format.label,
         judged_by=judge,
-        equal=equal,
-        errors=errors,
-        use=use,
+        equal=figures.equal,
+        errors=figures.errors,
+        use=figures.use,
         fault=fault,
     )
 
 
-def _value_fault(weight: Weight, source: str, expected: torch.Tensor, found: torch.Tensor, first: int) -> str:
-    """Names the first element whose bits are not those expected; `first` is the number of the first row."""
+def _value_fault(rows: Rows) -> str:
+    """Names the first element whose bits are not those expected."""
     import torch
 
+    found, wanted = rows.found, rows.expected.to(rows.found.dtype)
     bits = torch.int16 if found.element_size() == 2 else torch.int32
-    wanted = expected.to(found.dtype)
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
-    where = f"tensor {weight.tensors[0].name!r} differs at [{first + row}, {col}]"
-    return f"{where}: it is {float(found[row, col])!r}, {source} gives {float(wanted[row, col])!r}"
+    where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
+    has = authority(rows.ours.format)
+    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
 
 
 def _at(worst: Position | None) -> str:
@@ -184,7 +293,7 @@ def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int
         if not count:
             return None
         differences.append((count, fault))
-    return f"{min(differences)[1]}; of a checkpoint that kconvert did not make, see --close"
+    return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
 
 
 def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:
@@ -205,15 +314,18 @@ def _difference(weight: Weight, expected: State, found: State, first: int) -> tu
     return count, fault
 
 
-def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance) -> str | None:
+def compare_plain(
+    ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance, desk: Desk
+) -> str | None:
     """Where the bytes of a tensor that is no Linear differ; None when they do not."""
     a, b = ours.tensor, theirs.tensor
-    for start in range(0, a.nbytes, CHUNK_ELEMENTS):
-        size = min(CHUNK_ELEMENTS, a.nbytes - start)
-        one, two = source.read(a.file, a.start + start, size), output.read(b.file, b.start + start, size)
-        if one != two:
-            byte = start + next(i for i in range(size) if one[i] != two[i])
-            element = byte * math.prod(a.shape) // a.nbytes
+    for start in range(0, a.nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, a.nbytes - start)
+        one = desk.ours.fetch(source, "plain", a.file, a.start + start, size)
+        two = desk.theirs.fetch(output, "plain", b.file, b.start + start, size)
+        different = one != two
+        if different.any():
+            element = (start + int(different.argmax())) * math.prod(a.shape) // a.nbytes
             return f"tensor {b.name!r} differs from the source's at element {element}"
         advance(size)
     return None

@@ -6,9 +6,11 @@ AMX weights, which neither of them knows, are unpacked by the reference, whose b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
 from kconvert.formats.amx import Amx
@@ -25,8 +27,10 @@ from kconvert.model import Weight
 if TYPE_CHECKING:
     import torch
 
-    State = dict[str, torch.Tensor]
+State: TypeAlias = "dict[str, torch.Tensor]"
+Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 
+PIECE_ELEMENTS = 1 << 17  # of the work of a reference: half a megabyte in f32
 
 # How torch reads the tensors of a file: names, as torch is loaded when it is needed.
 TORCH_DTYPES = {
@@ -53,10 +57,14 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     return decoded(weight.format, state, (stop - start, weight.cols))[first - start : last - start]
 
 
-def read_state(weight: Weight, reader: Reader, first: int, last: int) -> State:
-    """The tensors that these rows of `weight` need, but for constants; `first` is a multiple of row_unit(weight)."""
+def read_state(weight: Weight, reader: Reader, first: int, last: int, buffers: Buffers | None = None) -> State:
+    """The tensors that these rows of `weight` need, but for constants; `first` is a multiple of row_unit(weight).
+
+    They lie in `buffers`, new ones by default, until something else is read into these.
+    """
+    buffers = buffers or Buffers()
     return {
-        part.suffix: _rows(weight, index, reader, first, last)
+        part.suffix: _rows(weight, index, reader, first, last, buffers)
         for index, part in enumerate(weight.parts)
         if part.constant is None
     }
@@ -118,21 +126,23 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
     match format := weight.format:
         case Packed():
             size = format.group_size or values.shape[1]
-            for encode in (packed.encode_exact, packed.encode, packed.encode_mse):
+            encoders: tuple[Encoder, ...] = (packed.encode_exact, packed.encode, packed.encode_mse)
+            for encode in encoders:
                 for rule in CONVENTIONS.values():
-                    codes, scale, *_ = encode(values, size, rule)
+                    codes, scale = _in_pieces(partial(encode, group_size=size, rule=rule), values)
                     yield {"weight_packed": codes, "weight_scale": scale}
         case Fp8():
             dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[format.scale_dtype]
+            block = format.block_shape(*values.shape)
             for mse in (False, True):
-                codes, scale = fp8.encode(values, format.block_shape(*values.shape), dtype, mse)
+                codes, scale = _in_pieces(partial(fp8.encode, block=block, scale_dtype=dtype, mse=mse), values, block)
                 yield {"weight": codes, format.scale_name: scale}
         case Int8():
-            codes, scale = int8.encode(values)
+            codes, scale = _in_pieces(int8.encode, values)
             yield {"weight": codes, "weight_scale": scale}
         case Mx():
             for mse in (False, True):
-                codes, scale = mx.encode(values, format.bits, mse)
+                codes, scale = _in_pieces(partial(mx.encode, bits=format.bits, mse=mse), values)
                 yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
         case Amx():
             for mse in (False, True) if format.mse is None else (format.mse,):
@@ -141,22 +151,45 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
             raise NotImplementedError(f"no reference encoder of {format.label}")
 
 
+def _in_pieces(
+    encode: Encoder,
+    values: torch.Tensor,
+    block: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales that `encode` makes of whole blocks, by default rows, as many at a time as fit into a cache."""
+    import torch
+
+    rows, cols = values.shape
+    height, width = block or (1, cols)
+    across = max(width, PIECE_ELEMENTS // height // width * width)
+    down = max(height, PIECE_ELEMENTS // min(across, cols) // height * height)
+    bands = [
+        [encode(values[row : row + down, col : col + across]) for col in range(0, cols, across)]
+        for row in range(0, rows, down)
+    ]
+    codes, scale = (torch.cat([torch.cat([piece[k] for piece in band], -1) for band in bands]) for k in (0, 1))
+    return codes, scale
+
+
 def row_unit(weight: Weight) -> int:
     """Ranges of rows that begin at multiples of this can be decoded and encoded by themselves."""
     return math.lcm(*(part.every for part in weight.parts if part.every))
 
 
-def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int) -> torch.Tensor:
+def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buffers: Buffers) -> torch.Tensor:
     """The rows of one part that these rows of the weight need, as torch reads them."""
     import torch
 
     part, tensor = weight.parts[index], weight.tensors[index]
     start, stop = part.span(weight.rows, first, last)
-    data = bytearray(reader.read(tensor.file, tensor.start + start, stop - start))
+    data = buffers.fetch(reader, part.suffix, tensor.file, tensor.start + start, stop - start)
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
     dtype = getattr(torch, TORCH_DTYPES[part.dtype])
     # A part that belongs to other rows gives none, which torch does not take.
-    return torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(0, dtype=dtype)
+    if not len(data):
+        return torch.empty(0, dtype=dtype)
+    aligned = (tensor.start + start) % dtype.itemsize == 0
+    return torch.from_numpy(data if aligned else data.copy()).view(dtype).view(shape)
 
 
 def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> torch.Tensor:
@@ -268,14 +301,15 @@ def _amx_parts(values: torch.Tensor, weight: Weight, first: int, format: Amx, ms
     """Codes and scales of what was quantised together, cut into the shards in which it is."""
     from kconvert.formats.reference import amx
 
+    quantise = partial(amx.codes_and_scale, bits=format.bits, mse=mse)
     if format.split == "rows":
-        codes, scale = amx.codes_and_scale(values, format.bits, mse)
+        codes, scale = _in_pieces(quantise, values)
         rows = [part.rows or (0, weight.rows) for part in weight.parts[::2]]
         ranges = [slice(max(begin - first, 0), max(end - first, 0)) for begin, end in rows]
         shards = [(codes[own], scale[own]) for own in ranges]
     else:
         together = values.chunk(format.numa // format.pieces, 1)
-        quantised = [amx.codes_and_scale(piece, format.bits, mse) for piece in together]
+        quantised = [_in_pieces(quantise, piece) for piece in together]
         shards = [(shard, scale) for codes, scale in quantised for shard in codes.chunk(format.pieces, 1)]
     state: State = {}
     for n, (codes, scale) in enumerate(shards):

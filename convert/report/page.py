@@ -69,9 +69,10 @@ def _verify_pictures(document: Mapping[str, Any]) -> dict[str, Any]:
         if row["expert"] is not None and row["layer"] is not None:
             experts[row["role"]][row["layer"], row["expert"]] = {**row, "faults": row["fault"] is not None}
     others = {(row["role"], row["layer"]): row for row in document["layers"] if row["layer"] is not None}
-    maps = [plots.heat_map(role, cells, "layer", "expert") for role, cells in experts.items()]
+    ends = plots.ends_of(cell for cells in experts.values() for cell in cells.values())
+    maps = [plots.heat_map(role, cells, "layer", "expert", ends) for role, cells in experts.items()]
     if others:
-        maps.append(plots.heat_map("All roles", others, "", "layer"))
+        maps.append(plots.heat_map("All roles", others, "", "layer", plots.ends_of(others.values())))
     rows = _merged(document["roles"], "rows_by_sqnr")
     return {
         "heat_maps": _markup(maps),
@@ -84,7 +85,7 @@ def _verify_pictures(document: Mapping[str, Any]) -> dict[str, Any]:
 def _inspect_pictures(document: Mapping[str, Any]) -> dict[str, Any]:
     sizes = [(row["role"], row["layer"], row["bytes"]) for row in document["sizes"]]
     return {
-        "map": _markup([plots.treemap("Bytes by role and layer", sizes)]),
+        "map": _markup([plots.treemap(sizes)]),
         **_grid_pictures(document["grids"]),
     }
 

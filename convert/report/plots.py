@@ -50,6 +50,7 @@ STYLE: Any = {  # matplotlib's type lists every key
     "ytick.color": INK,
     "grid.color": FAINT,
     "grid.linewidth": 0.4,
+    "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
@@ -57,10 +58,12 @@ LEAST_RANGE = 3.0  # dB from one end of a heat map's colours to the other: less 
 WIDTH = 7.2  # inches; pictures scale down with the page
 
 
-def heat_map(title: str, cells: Mapping[tuple[Any, int], Mapping[str, Any]], down: str, across: str) -> str:
+def heat_map(
+    title: str, cells: Mapping[tuple[Any, int], Mapping[str, Any]], down: str, across: str, ends: tuple[float, float]
+) -> str:
     """SQNR in dB of cells {(row, column): metrics}; those without any error have a colour of their own, faults a mark.
 
-    `down` and `across` say what rows (names or numbers) and columns (numbers) are.
+    `down` and `across` say what rows (names or numbers) and columns (numbers) are; `ends` are the darkest and the brightest.
     """
     import numpy as np
 
@@ -68,16 +71,12 @@ def heat_map(title: str, cells: Mapping[tuple[Any, int], Mapping[str, Any]], dow
     values = np.full((len(rows), len(cols)), np.nan)
     for (row, col), cell in cells.items():
         values[rows[row], cols[col]] = math.inf if cell["sqnr"] is None else cell["sqnr"]
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, min(4.5, 1.1 + 0.16 * len(rows))), layout="constrained")
         axes = figure.add_subplot()
         colours = mpl.colormaps["viridis"].with_extremes(over=GOOD, bad="none")
-        ranks = mpl.colors.Normalize(low, max(high, low + LEAST_RANGE))
-        mesh = axes.pcolormesh(
-            np.ma.masked_invalid(np.where(np.isposinf(values), 1e9, values)), cmap=colours, norm=ranks
-        )
+        shown = np.ma.masked_invalid(np.where(np.isposinf(values), 1e9, values))
+        mesh = axes.pcolormesh(shown, cmap=colours, norm=mpl.colors.Normalize(*ends))
         mesh.set_rasterized(values.size > 4000)  # a bitmap is smaller then
         axes.set(title=title, xlabel=across, ylabel=down)
         axes.set_xticks(*_ticks(cols))
@@ -86,9 +85,15 @@ def heat_map(title: str, cells: Mapping[tuple[Any, int], Mapping[str, Any]], dow
         for (row, col), cell in cells.items():
             if cell["faults"]:
                 axes.plot(cols[col] + 0.5, rows[row] + 0.5, "x", color="#ff3b30", markersize=5, markeredgewidth=1.6)
-        if finite.size:
+        if np.isfinite(values).any():
             figure.colorbar(mesh, ax=axes, label="SQNR, dB", extend="max" if np.isposinf(values).any() else "neither")
         return _svg(figure)
+
+
+def ends_of(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Lowest and highest SQNR of cells for heat_map; where all are about the same, all are bright."""
+    found = [cell["sqnr"] for cell in cells if cell["sqnr"] is not None] or [0.0]
+    return min(*found, max(found) - LEAST_RANGE), max(found)
 
 
 def _places(keys: Iterable[Any]) -> dict[Any, int]:
@@ -118,7 +123,7 @@ def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[fl
             axes.stairs(heights, edges, color=colour, label=label, linewidth=1.4)
         axes.set(title=title, xlabel=xlabel, ylabel="%")
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
         return _svg(figure)
 
 
@@ -154,7 +159,7 @@ def excerpt(worst: Mapping[str, Any]) -> str:
         return _svg(figure)
 
 
-def treemap(title: str, sizes: Iterable[tuple[str, int | None, int]]) -> str:
+def treemap(sizes: Iterable[tuple[str, int | None, int]]) -> str:
     """Areas by bytes of (role, layer, bytes): a column for each role, in it a box for each layer."""
     columns: dict[str, list[tuple[int | None, int]]] = {}
     for role, layer, nbytes in sizes:
@@ -171,18 +176,15 @@ def treemap(title: str, sizes: Iterable[tuple[str, int | None, int]]) -> str:
             _column(axes, left, wide, columns[role], colour)
             _name_column(axes, left + wide / 2, wide, role)
             left += wide
-        axes.set_title(title, pad=30)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.axis("off")
         return _svg(figure)
 
 
 def _name_column(axes: Axes, middle: float, wide: float, role: str) -> None:
-    """Above a column that has room for it, else upright in it, else not at all."""
-    if wide > 0.0135 * len(role):
-        axes.text(middle, 1.02, f"{role}\n{100 * wide:.1f}%", ha="center", va="bottom", fontsize=8)
-    elif wide > 0.02:
-        axes.text(middle, 0.98, role, ha="center", va="top", fontsize=7, rotation=90, color=PAPER)
+    """Upright above the column; not at all where there is no room for it."""
+    if wide > 0.02:
+        axes.text(middle, 1.02, f"{role}  {100 * wide:.1f}%", ha="center", va="bottom", fontsize=8, rotation=90)
 
 
 def _column(axes: Axes, left: float, wide: float, boxes: Sequence[tuple[int | None, int]], colour: str) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 from click.testing import Result
 
+import kconvert
+
+SCHEMA = Path(kconvert.__file__).parent / "report" / "verify.schema.json"
 PAGES = ("passed", "failed", "inspect")
 
 
@@ -46,14 +52,45 @@ def test_names_out_of_a_checkpoint_are_text_and_nothing_else(
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_an_older_report_does_not_outlive_a_check_that_could_not_be_made(
-    int4: Path, int4_copy: Path, tmp_path: Path, run: Callable[..., Result]
+def truncate_header(output: Path) -> str:
+    shard = sorted(output.glob("*.safetensors"))[1]
+    os.truncate(shard, 20)
+    return shard.name
+
+
+def spoil_config(output: Path) -> str:
+    (output / "config.json").write_text("{")
+    return "config.json"
+
+
+def remove_index(output: Path) -> str:
+    (output / "model.safetensors.index.json").unlink()
+    return "model.safetensors.index.json"
+
+
+def remove_config(output: Path) -> str:
+    (output / "config.json").unlink()
+    return "config.json"
+
+
+@pytest.mark.parametrize("damage", [truncate_header, spoil_config, remove_index, remove_config])
+def test_an_output_that_cannot_be_read_has_a_report_with_its_fault_and_no_older_one(
+    int4: Path, bf16_copy: Path, tmp_path: Path, run: Callable[..., Result], damage: Callable[[Path], str]
 ) -> None:
-    report = tmp_path / "report.html"
-    report.write_text("Verified")
-    (int4_copy / "config.json").unlink()
-    assert run("verify", int4, int4_copy, "--report", report).exit_code == 1
-    assert not report.exists()
+    name = damage(bf16_copy)
+    for path in (tmp_path / "report.html", tmp_path / "report.json"):
+        path.write_text("Verified")
+        result = run("verify", int4, bf16_copy, "--report", path)
+        assert result.exit_code == 1
+        assert name in result.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>Failed</h1>" in page
+    assert name in page.partition("</header>")[0]
+    report = json.loads((tmp_path / "report.json").read_text())
+    jsonschema.validate(report, json.loads(SCHEMA.read_text()))
+    assert report["verdict"] == "failed"
+    assert (report["weights"], len(report["faults"])) == (0, 1)
+    assert name in report["faults"][0]
 
 
 @pytest.mark.parametrize("name", ["report.pdf", "report", "missing/report.html"])

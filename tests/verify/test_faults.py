@@ -286,3 +286,12 @@ def test_a_fault_outside_the_sample_is_found_without_it(
     assert sampled.exit_code == 0
     assert "not looked at" in sampled.stdout
     assert run_verify(int4, bf16_copy).exit_code == 1
+
+
+def test_an_output_that_is_not_there_is_wrong_usage_and_no_failed_check(
+    int4: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    result = run_verify(int4, tmp_path / "nothing", "--report", tmp_path / "report.html")
+    assert result.exit_code == 2
+    assert "nothing is not a directory" in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file
 
 from kconvert import Recipe, convert, inspect, plan
+from kconvert.formats.conventions import CONVENTIONS
+from kconvert.formats.reference import amx, fp8, int8, mx, packed
 from kconvert.parity.compare import DEFAULT_LIMITS
+from kconvert.parity.metrics import measure
 from kconvert.recipe import TARGETS
 
 Verify = Callable[..., Result]
+DATA = Path(__file__).parents[1] / "data"
 GATE = "model.layers.1.mlp.experts.2.gate_proj"
 
 
@@ -84,6 +89,7 @@ def test_the_user_s_limits_decide(
     result = run_verify(int4, fp8, option, limit)
     assert result.exit_code == code, result.stderr
     assert code == 0 or ("limit of" in result.stderr and "furthest off at [" in result.stderr)
+    assert "first rows" not in result.stdout  # limits are on all values
 
 
 @pytest.mark.parametrize("limit", ["sqnr", "sqnr=", "sqnr=much", "colour=3", "max_abs=1"])
@@ -117,6 +123,30 @@ def test_gaussian_weights_in_int4_keep_the_usual_limits(
 
     assert run_verify(bf16_copy, tmp_path / "int4").exit_code == 0
     assert run_verify(bf16_copy, tmp_path / "int4", "--close").exit_code == 0
+
+
+def again(weight: torch.Tensor, mse: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The values of a weight in every format that the references write."""
+    yield "f16", weight.half()
+    for block in ((128, 128), (1, weight.shape[1])):
+        yield "fp8", fp8.decode(*fp8.encode(weight, block, mse=mse), block)
+    yield "int8", int8.decode(*int8.encode(weight))
+    for bits in (4, 8):
+        yield f"mxfp{bits}", mx.decode(*mx.encode(weight, bits, mse))
+        codes, scale = amx.codes_and_scale(weight, bits, mse)
+        yield f"amxint{bits}", codes * (scale * (16 if bits == 4 else 1)).unsqueeze(1)
+    for rule in CONVENTIONS.values():
+        encode = packed.encode_mse if mse else packed.encode
+        yield "int4", packed.decode(*encode(weight, 32, rule), weight.shape[1])
+
+
+@pytest.mark.parametrize("mse", [False, True], ids=["amax", "mse"])
+@pytest.mark.parametrize("name", ["kimi_k26_slice", "qwen_rtn_slice"])
+def test_real_weights_in_every_encoding_keep_the_usual_limits(name: str, mse: bool) -> None:
+    """Qwen's has dead rows of 2^-124, which the scale of a block, FP16 and AMX make zero."""
+    weight = load_file(DATA / f"{name}.safetensors")["weight"]
+    for label, values in again(weight, mse):
+        assert DEFAULT_LIMITS[label].missed(measure(weight, values)[0]) is None, label
 
 
 def test_every_encoding_has_limits_of_its_own(int4: Path, tmp_path: Path) -> None:

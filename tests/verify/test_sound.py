@@ -21,7 +21,8 @@ def test_a_good_conversion_is_verified(int4: Path, bf16: Path, run_verify: Calla
 
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("verified: ")
-    assert "weights equal compressed-tensors decompression bit for bit" in result.stdout
+    told = "the source's values, decompressed by torch and checked by compressed-tensors, bit for bit"
+    assert f"weights equal {told}" in result.stdout
     assert "not looked at" not in result.stdout
     assert result.stderr == ""
 
@@ -103,5 +104,14 @@ def test_other_shards_with_the_same_tensors_are_verified(int4: Path, bf16: Path,
     for name in list(checkpoint)[::3]:
         checkpoint.move(name, "other.safetensors")
     checkpoint.save(tmp_path / "out")
+
+    assert verify(int4, tmp_path / "out").skipped == 0
+
+
+def test_a_single_file_without_an_index_is_verified(int4: Path, tmp_path: Path) -> None:
+    """As other tools save small models."""
+    convert(plan(int4, Recipe("bf16")), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    shutil.rmtree(tmp_path / "out" / ".kconvert")
 
     assert verify(int4, tmp_path / "out").skipped == 0

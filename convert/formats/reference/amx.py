@@ -36,8 +36,8 @@ def quantise(values: torch.Tensor, scale: torch.Tensor, bits: int, nearest: bool
     """
     inverse = torch.where(scale > 0, 1 / scale, 0).unsqueeze(-1)
     if bits == 4 and nearest:
-        return torch.round(values * (inverse / 16)).clamp(-7, 7).to(torch.int8)
-    codes = torch.round(values * inverse).clamp(-127, 127).to(torch.int16)
+        return (values * (inverse / 16)).round_().clamp_(-7, 7).to(torch.int8)
+    codes = (values * inverse).round_().clamp_(-127, 127).to(torch.int16)
     if bits == 4:
         codes = codes.sign() * ((codes.abs() + 8) >> 4)
     return codes.to(torch.int8)
@@ -106,7 +106,7 @@ def _order(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _flush(values: torch.Tensor) -> torch.Tensor:
-    return torch.where(values.abs() < TINY, 0, values)
+    return torch.nn.functional.hardshrink(values, TINY - 2.0**-149)
 
 
 def _search(values: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor:
@@ -116,6 +116,8 @@ def _search(values: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor
     least = _error(values, rule, factors[best], bits)
     walking = torch.ones(len(values), dtype=torch.bool)
     for place in range(AMX_START + AMX_STRIDES[0], len(factors), AMX_STRIDES[0]):
+        if not walking.any():
+            break
         error = _error(values, rule, factors[place], bits)
         walking &= error < least
         best, least = torch.where(walking, place, best), torch.where(walking, error, least)
@@ -136,8 +138,8 @@ def _error(values: torch.Tensor, rule: torch.Tensor, factor: torch.Tensor, bits:
     inverse = (1 / (scale * (16 if bits == 4 else 1))).unsqueeze(-1)
     highest = 7 if bits == 4 else 127
     exact = values * inverse
-    error = exact - torch.round(exact.clamp(-highest, highest))
-    squares = (error * error).view(len(values), -1, LANES)
+    codes = exact.clamp(-highest, highest).round_()
+    squares = exact.sub_(codes).square_().view(len(values), -1, LANES)
     sums = torch.zeros(len(values), LANES)
     for chunk in squares.unbind(1):
         sums += chunk

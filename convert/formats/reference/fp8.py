@@ -14,7 +14,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> 
 
     bf16(f32(code) * f32(scale)): the product is rounded to f32, then to bf16.
     """
-    return (codes.float() * spread(scale.float(), block, codes.shape)).bfloat16()
+    return (codes.float() * _spread(scale.float(), block, codes.shape)).bfloat16()
 
 
 def encode(
@@ -25,18 +25,24 @@ def encode(
     scale = amax / 448 in f32, rounded to scale_dtype, 1 where that is 0; code = e4m3(f32(value) / f32(scale)) with values
     over 448 saturated, rounded half to even. `mse`: of amax over FP8_DIVISORS, the first with the least squared error.
     """
-    values = weight.float()
-    amax = blocks_of(values.abs(), block).amax((1, 3))
+    values = blocks_of(weight.float(), block)
+    amax = values.abs().amax((1, 3), keepdim=True)
     scale = _scale(amax, LARGEST, scale_dtype)
-    if not mse:
-        return _codes(values, scale, block), scale
+    if mse:
+        scale = _search(values, amax, scale)
+    codes = _codes(values, scale).flatten(2).flatten(0, 1)
+    return codes[: weight.shape[0], : weight.shape[1]], scale[:, 0, :, 0]
+
+
+def _search(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Of amax over FP8_DIVISORS, the first scale of a block with the least squared error."""
     least = torch.full(amax.shape, 2**62)
     for divisor in FP8_DIVISORS:
-        other = _scale(amax, divisor, scale_dtype)
-        served = decode(_codes(values, other, block), other, block).float()
-        error = _squared_error(values - served, amax, block)
+        other = _scale(amax, divisor, scale.dtype)
+        served = (_codes(values, other).float() * other.float()).bfloat16().float()
+        error = _squared_error(values - served, amax)
         scale, least = torch.where(error < least, other, scale), torch.minimum(error, least)
-    return _codes(values, scale, block), scale
+    return scale
 
 
 def _scale(amax: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.Tensor:
@@ -44,27 +50,27 @@ def _scale(amax: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.Tens
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _codes(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    quotients = values / spread(scale.float(), block, values.shape)
-    return quotients.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+def _codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (values / scale.float()).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
-def _squared_error(error: torch.Tensor, amax: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """f32 errors [rows, cols] -> int64 [row blocks, col blocks]; as reference.packed.squared_error, with 22 places."""
+def _squared_error(error: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """f32 errors in blocks -> int64 for each; as reference.packed.squared_error, with 22 places."""
     _, exponent = torch.frexp(amax.double())
     unit = torch.pow(2.0, 1.0 - exponent.clamp(min=-126).double()).float()
-    error = (error * spread(unit, block, error.shape)).abs().clamp(max=LARGEST_ERROR)
-    return blocks_of((error * error * 2.0**22).to(torch.int32).long(), block).sum((1, 3))
+    error = (error * unit).abs().clamp(max=LARGEST_ERROR)
+    return (error * error * 2.0**22).to(torch.int32).long().sum((1, 3), keepdim=True)
 
 
 def blocks_of(values: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """[rows, cols] -> [row blocks, block rows, col blocks, block cols], filled up with zeros."""
     rows, cols = values.shape
-    padded = torch.nn.functional.pad(values, (0, -cols % block[1], 0, -rows % block[0]))
-    return padded.view(-(-rows // block[0]), block[0], -(-cols // block[1]), block[1])
+    if rows % block[0] or cols % block[1]:
+        values = torch.nn.functional.pad(values, (0, -cols % block[1], 0, -rows % block[0]))
+    return values.view(-(-rows // block[0]), block[0], -(-cols // block[1]), block[1])
 
 
-def spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+def _spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """A scale for each block [row blocks, col blocks] -> for each element [rows, cols]."""
     rows = scale.repeat_interleave(block[0], 0)[: shape[0]]
     return rows.repeat_interleave(block[1], 1)[:, : shape[1]]
