@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from kconvert.files import PAGE, allocate
 
 if TYPE_CHECKING:
@@ -28,6 +26,8 @@ class Buffers:
 
     def take(self, use: str, nbytes: int, alignment: int = 0) -> Bytes:
         """`nbytes` bytes for `use`, whose address is `alignment` modulo PAGE."""
+        import numpy as np
+
         held = self._maps.get(use)
         if held is None or len(held) < nbytes + PAGE:
             held = self._maps[use] = allocate(nbytes + PAGE)
@@ -35,6 +35,8 @@ class Buffers:
 
     def fetch(self, source: Fetcher, use: str, file: str, start: int, nbytes: int) -> Bytes:
         """Bytes of `file`, in the buffer for `use`."""
+        import numpy as np
+
         if not nbytes:
             return np.empty(0, np.uint8)
         room = self.take(use, nbytes + 2 * PAGE)

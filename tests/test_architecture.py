@@ -180,7 +180,9 @@ def test_only_the_logits_know_transformers():
     assert not offenders(MODULES.keys() - {"kconvert.parity.logits", *QAT}, ["transformers"], typing=True)
 
 
-@pytest.mark.parametrize("module", ["kconvert", *CLI, "kconvert.formats", "kconvert.formats.packed", "kconvert.plan"])
+@pytest.mark.parametrize(
+    "module", ["kconvert", *CLI, "kconvert.formats", "kconvert.formats.packed", "kconvert.plan", "kconvert.buffers"]
+)
 def test_heavy_modules_are_imported_when_needed_and_not_before(module):
     assert not offenders([module], HEAVY - {"click"}, top_level=True)
 
