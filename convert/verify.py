@@ -300,8 +300,7 @@ def _compare_all(
                 return compare_plain(a, b, ours, theirs, advance, desk)
         raise AssertionError(pair)
 
-    # More workers than cores, so that reading overlaps computing.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # more would wait for each other in Python
         try:
             yield from pool.map(compare, pairs)
         finally:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 State: TypeAlias = "dict[str, torch.Tensor]"
 Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 
-PIECE_ELEMENTS = 1 << 17  # of the work of a reference: half a megabyte in f32
+PIECE_ELEMENTS = 1 << 19  # of the work of a reference: less, and threads wait for each other
 
 # How torch reads the tensors of a file: names, as torch is loaded when it is needed.
 TORCH_DTYPES = {

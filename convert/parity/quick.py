@@ -21,7 +21,7 @@ from kconvert.parity.oracle import State, decoded
 if TYPE_CHECKING:
     import torch
 
-PIECE_ELEMENTS = 1 << 17
+PIECE_ELEMENTS = 1 << 19
 
 
 def is_quick(weight: Weight) -> bool:
