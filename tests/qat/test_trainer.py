@@ -172,13 +172,33 @@ def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
         ({"teacher": Path("x")}, "go together"),
         ({"masters": "f16"}, "no masters in"),
         ({"text": (Path("none"),)}, "cannot be read"),
+        ({"learning_rate": -1.0}, "must be between 0 and 1"),
+        ({"config": QATConfig(group_size=48)}, "do not divide into groups of 48"),
+        ({"config": QATConfig(distillation=0.5), "teacher": Path("none")}, "is not a directory"),
+        ({"source": Path("none")}, "is not a directory"),
     ],
 )
-def test_bad_requests_are_one_sentence(request_, options, message):
+def test_bad_requests_are_one_sentence_and_leave_the_output_free(request_, options, message, tmp_path):
     from kconvert.qat.trainer import train
 
     with pytest.raises(KconvertError, match=message):
         train(request_(**options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(request_, base, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from kconvert.qat.trainer import train
+
+    shutil.copytree(base, tmp_path / "teacher")
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.resize_token_embeddings(96)
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(KconvertError, match=r"teacher has a vocabulary of 96, but .* one of 128"):
+        train(request_(config=QATConfig(distillation=0.5), teacher=tmp_path / "teacher"))
 
 
 @pytest.mark.parametrize(
