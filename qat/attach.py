@@ -60,11 +60,11 @@ class Served:
     """A prepared module as its own forward sees it: with other weights."""
 
     def __init__(self, module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        self.__dict__.update(weights)
         self._module = module
+        self._weights = weights
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return self._weights[name] if name in self._weights else getattr(self._module, name)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK = 1 << 18  # values that are work enough for a thread
-REFERENCE_CHUNK = 1 << 26  # values at a time elsewhere, where a pass needs some thirty bytes for each
+REFERENCE_CHUNK = 1 << 26  # values at a time on other devices, where a pass needs some thirty bytes for each
 
 
 def fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip: bool = False) -> torch.Tensor:
@@ -41,8 +41,12 @@ def _fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip:
     rule = CONVENTIONS[convention]
     groups = weight.detach().contiguous().view(-1, group_size)
     served = torch.empty_like(groups)
-    if weight.device.type == "cpu":
+    if weight.is_cpu:
         _by_kernel(groups, rule, served)
+    elif weight.is_cuda:
+        from kconvert.qat import cuda
+
+        cuda.fake_quantise(groups, rule, served)
     else:
         step = max(1, REFERENCE_CHUNK // group_size)
         for first in range(0, len(groups), step):

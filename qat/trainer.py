@@ -75,6 +75,8 @@ class TrainRequest:
             raise KconvertError("a teacher and a distillation weight above 0 go together; give both or neither")
         if self.masters not in MASTERS:
             raise KconvertError(f"there are no masters in {self.masters!r}; there are {', '.join(MASTERS)}")
+        if not 0 < self.learning_rate < 1:
+            raise KconvertError(f"a learning rate of {self.learning_rate} cannot train; it must be between 0 and 1")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, default=str) + "\n"
@@ -100,7 +102,7 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     origin = None if request.source is None else open_checkpoint(request.source)
     if any(quantization_tables(open_checkpoint(request.model).config)):
         raise KconvertError(f"{request.model} is quantised; convert it with `kconvert convert --to bf16` first")
-    _claim(request)
+    _check_output(request)
     transformers.set_seed(request.seed)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
     training, held_out = _blocks(request, tokenizer)
@@ -117,7 +119,9 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
         prepare(model, request.config)
     if request.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    trainer = QATTrainer(request, model, training, advance or (lambda step, logs: None))
+    teacher = _load_teacher(request, model)
+    _claim(request)
+    trainer = QATTrainer(request, model, teacher, training, advance or (lambda step, logs: None))
     trainer.train(resume_from_checkpoint=last)
     shipped = _save_masters(request, model, trainer.state.log_history, tokenizer)
     prepare(shipped, replace(request.config, start_step=0))
@@ -165,7 +169,7 @@ def silence_transformers() -> None:
 class QATTrainer(Trainer):
     """transformers' Trainer with our loss and callback, and without its own output."""
 
-    def __init__(self, request: TrainRequest, model: Any, blocks: torch.Tensor, advance: Advance) -> None:
+    def __init__(self, request: TrainRequest, model: Any, teacher: Any, blocks: torch.Tensor, advance: Advance) -> None:
         data = [{"input_ids": ids, "labels": ids} for ids in blocks]
         super().__init__(model, _arguments(request), train_dataset=data, callbacks=[QATCallback()])
         self.remove_callback(PrinterCallback)
@@ -173,9 +177,7 @@ class QATTrainer(Trainer):
         self.add_callback(Progress(advance))
         self.model_accepts_loss_kwargs = False
         self._config = request.config
-        self._teacher = None
-        if request.teacher is not None:
-            self._teacher = load_model(request.teacher, torch.bfloat16).to(model.device).eval()
+        self._teacher = None if teacher is None else teacher.to(model.device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -220,16 +222,33 @@ def _arguments(request: TrainRequest) -> TrainingArguments:
     )
 
 
-def _claim(request: TrainRequest) -> None:
-    """Take OUTPUT for this request; KconvertError when it holds anything else."""
+def _load_teacher(request: TrainRequest, model: Any) -> Any:
+    """The teacher in BF16; KconvertError when its logits are of another vocabulary."""
+    if request.teacher is None:
+        return None
+    teacher = load_model(request.teacher, torch.bfloat16).eval()
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (teacher, model)]
+    if sizes[0] != sizes[1]:
+        raise KconvertError(
+            f"{request.teacher} has a vocabulary of {sizes[0]:,}, but {request.model} one of {sizes[1]:,}"
+        )
+    return teacher
+
+
+def _check_output(request: TrainRequest) -> None:
+    """KconvertError when OUTPUT holds anything but this request, interrupted."""
     path = request.output / REQUEST_NAME
     if path.exists() and path.read_text() != request.to_json():
         raise KconvertError(f"{request.output} holds a training with other settings; choose another directory")
     if not path.exists() and request.output.exists() and any(request.output.iterdir()):
         raise KconvertError(f"{request.output} is not empty; choose another directory")
+
+
+def _claim(request: TrainRequest) -> None:
+    """Take OUTPUT for this request, which can be carried out."""
     try:
         request.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(request.to_json())
+        (request.output / REQUEST_NAME).write_text(request.to_json())
     except OSError as error:
         raise KconvertError(f"cannot write to {request.output}: {error.strerror}") from None
 

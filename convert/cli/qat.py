@@ -18,20 +18,40 @@ directory = click.Path(file_okay=False, path_type=Path)
 text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+class TextCommand(click.Command):
+    """A command whose option --text takes all files up to the next option, as a shell makes them of a glob."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spelled, taking = [], False
+        for arg in args:
+            if arg.startswith("-"):
+                taking = arg == "--text"
+            if arg != "--text":
+                spelled += ["--text", arg] if taking else [arg]
+        return super().parse_args(ctx, spelled)
+
+
 @click.group()
 def qat() -> None:
     """Train a model's experts on the exact INT4 grid that is shipped.
 
     \b
-    Example: kconvert qat train --model ./bf16 --steps 1000 --output ./trained corpus/*.txt
+    Example: kconvert qat train --model ./bf16 --text corpus/*.txt --steps 1000 --output ./trained
     """
 
 
-@qat.command()
+@qat.command(cls=TextCommand)
 @click.option("--model", required=True, type=directory, help="The checkpoint to train, in BF16, with its tokenizer.")
-@click.option("--output", required=True, type=directory, help="Where everything goes.")
+@click.option(
+    "--text",
+    required=True,
+    multiple=True,
+    type=text_file,
+    metavar="FILES...",
+    help="To train on, in UTF-8; repeatable.",
+)
 @click.option("--steps", required=True, type=click.IntRange(1), help="Optimiser steps.")
-@click.argument("text", nargs=-1, required=True, type=text_file, metavar="TEXT...")
+@click.option("--output", required=True, type=directory, help="Where everything goes.")
 @click.option("--source", type=directory, help="The INT4 checkpoint that MODEL was converted from.")
 @click.option("--teacher", type=directory, help="A checkpoint to distil from, mostly MODEL.")
 @click.option("--distillation", type=click.FloatRange(0, 1), help="Weight of the teacher [default: 0.5 with one].")
@@ -55,13 +75,13 @@ def qat() -> None:
 @json_option
 @quiet_option
 def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """Fine-tune MODEL on the files TEXT with fake-quantised experts, and write its INT4 checkpoint.
+    """Fine-tune MODEL on text with fake-quantised experts, and write its INT4 checkpoint.
 
     OUTPUT gets `int4` (what is shipped: its weights are the values that training saw, bit for bit), `masters`, `log.json`
     and `training.png`. Run the same command again to go on after an interruption.
 
     \b
-    Example: kconvert qat train --model ./bf16 --teacher ./bf16 --steps 1000 --output ./trained corpus/*.txt
+    Example: kconvert qat train --model ./bf16 --text corpus/*.txt --steps 1000 --teacher ./bf16 --output ./trained
     """
     try:
         from kconvert.qat.trainer import TrainRequest

@@ -137,12 +137,6 @@ def test_compiled_equals_eager(convention):
     assert_same(compiled(weight), fake_quantise(weight, 32, convention) + 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@both
-def test_cuda_equals_the_cpu(convention):
-    assert_same(fake_quantise(weights().cuda(), 32, convention).cpu(), fake_quantise(weights(), 32, convention))
-
-
 @both
 def test_a_group_with_a_value_that_is_not_finite_becomes_nan_alone(convention):
     weight = weights()

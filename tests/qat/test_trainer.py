@@ -48,7 +48,11 @@ def request_(base, text, tmp_path):
 
 def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_path):
     options = ["--steps", 3, "--batch-size", 2, "--block", 32, "--learning-rate", 1e-3, "--json"]
-    done = kconvert("qat", "train", "--model", base, "--output", tmp_path / "out", *options, text, timeout=200)
+    more = tmp_path / "more.txt"
+    more.write_text("def f(x):\n    return x\n" * 40)
+    done = kconvert(
+        "qat", "train", "--model", base, "--text", text, more, *options, "--output", tmp_path / "out", timeout=200
+    )
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome["loss_trained"] < outcome["loss_quantised"]
@@ -60,9 +64,43 @@ def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_
         "training.png",
     ):
         assert (tmp_path / "out" / name).stat().st_size
+    assert json.loads((tmp_path / "out" / "request.json").read_text())["text"] == [str(text), str(more)]
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log[0]["qat_sqnr"] > 15
     assert 0 < log[-2]["qat_changed"] < 1
+
+
+@pytest.mark.parametrize(
+    "spelled", ["--text a b --steps 1", "--text a --steps 1 --text b", "--text=a --text b --steps 1"]
+)
+def test_text_takes_all_files_up_to_the_next_option_and_can_be_repeated(spelled, tmp_path, monkeypatch):
+    from kconvert.cli.qat import train
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).touch()
+    context = train.make_context("train", [*spelled.split(), "--model", ".", "--output", "out"])
+    assert context.params["text"] == (Path("a"), Path("b"))
+    assert context.params["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text"], "[Mm]issing"),
+        (["a"], "unexpected extra argument"),
+        (["--text", "no"], "does not exist"),
+    ],
+)
+def test_text_that_is_missing_or_comes_without_its_option_is_refused(arguments, message, tmp_path, monkeypatch):
+    from click import UsageError
+
+    from kconvert.cli.qat import train
+
+    monkeypatch.chdir(tmp_path)
+    given = arguments if "--text" in arguments else ["--text", __file__, "--seed", "1", *arguments]
+    with pytest.raises(UsageError, match=message):
+        train.make_context("train", [*given, "--steps", "1", "--model", ".", "--output", "out"])
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(request_, tmp_path):
@@ -134,13 +172,33 @@ def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
         ({"teacher": Path("x")}, "go together"),
         ({"masters": "f16"}, "no masters in"),
         ({"text": (Path("none"),)}, "cannot be read"),
+        ({"learning_rate": -1.0}, "must be between 0 and 1"),
+        ({"config": QATConfig(group_size=48)}, "do not divide into groups of 48"),
+        ({"config": QATConfig(distillation=0.5), "teacher": Path("none")}, "is not a directory"),
+        ({"source": Path("none")}, "is not a directory"),
     ],
 )
-def test_bad_requests_are_one_sentence(request_, options, message):
+def test_bad_requests_are_one_sentence_and_leave_the_output_free(request_, options, message, tmp_path):
     from kconvert.qat.trainer import train
 
     with pytest.raises(KconvertError, match=message):
         train(request_(**options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(request_, base, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from kconvert.qat.trainer import train
+
+    shutil.copytree(base, tmp_path / "teacher")
+    other = AutoModelForCausalLM.from_pretrained(base)
+    other.resize_token_embeddings(96)
+    other.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(KconvertError, match=r"teacher has a vocabulary of 96, but .* one of 128"):
+        train(request_(config=QATConfig(distillation=0.5), teacher=tmp_path / "teacher"))
 
 
 @pytest.mark.parametrize(
