@@ -194,7 +194,7 @@ def compare_weights(
 def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
     unit = math.lcm(row_unit(ours), row_unit(theirs))
     count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
-    for first in range(0, ours.rows, count):
+    for first in range(0, ours.rows if ours.cols else 0, count):
         last = min(first + count, ours.rows)
         states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
         yield Rows(ours, theirs, *states, first, last, desk)

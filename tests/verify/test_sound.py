@@ -115,3 +115,19 @@ def test_a_single_file_without_an_index_is_verified(int4: Path, tmp_path: Path) 
     shutil.rmtree(tmp_path / "out" / ".kconvert")
 
     assert verify(int4, tmp_path / "out").skipped == 0
+
+
+def test_weights_without_elements_are_verified(
+    int4: Path, tmp_path: Path, raw: Any, run_verify: Callable[..., Result]
+) -> None:
+    """As transformers saves them for a model without shared experts."""
+    checkpoint = raw.load(int4)
+    checkpoint.config["n_shared_experts"] = 0
+    for name in (name for name in checkpoint if "shared_experts" in name):
+        tensor = checkpoint[name]
+        tensor.shape[1 if "down_proj" in name else 0], tensor.data = 0, b""
+    checkpoint.save(tmp_path / "source")
+    convert(plan(tmp_path / "source", Recipe("bf16")), tmp_path / "out")
+
+    result = run_verify(tmp_path / "source", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
