@@ -103,8 +103,8 @@ def convert(
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
 
     `destination` is a directory or a Hub id; `push` is a repository that gets the output of a directory, too, and `command`
-    what its model card says was typed. `disk_budget` bounds the bytes on the output's disk: source files from the Hub are
-    deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
+    what reports and the model card say was typed. `disk_budget` bounds the bytes on the output's disk: source files from the
+    Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
     `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
     checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
     Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
@@ -131,7 +131,7 @@ def convert(
             background.submit(warm_up, plan)
         if not needs.fetches:
             check_values(plan, needs.finished)
-        with Journal(delivery.directory, plan, overwrite, delivery.push) as journal:
+        with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
             advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
             upload = delivery.open()
             with Staging(needs, journal, upload) as staging:

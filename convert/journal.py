@@ -32,9 +32,14 @@ Record: TypeAlias = dict[str, Any]
 
 
 class Journal:
-    """Exclusive hold of a DST for one plan; a context manager. `finished` has the records of shards that need no more work."""
+    """Exclusive hold of a DST for one plan; a context manager. `finished` has the records of shards that need no more work.
 
-    def __init__(self, destination: Path, plan: Plan, overwrite: bool, push: HubId | None = None) -> None:
+    `command` is what the user typed, to be told later.
+    """
+
+    def __init__(
+        self, destination: Path, plan: Plan, overwrite: bool, push: HubId | None = None, command: str = ""
+    ) -> None:
         self.destination = destination
         self._state = destination / STATE_DIR
         self._lock = threading.Lock()
@@ -43,14 +48,14 @@ class Journal:
             self._held = self._take_lock()
             try:
                 self.finished = finished_shards(destination, plan, overwrite, push)
-                self._begin(plan, overwrite)
+                self._begin(plan, overwrite, command)
             except BaseException:
                 os.close(self._held)
                 raise
         except OSError as error:
             raise explain_os_error(error, f"cannot write to {destination}") from None
 
-    def _begin(self, plan: Plan, overwrite: bool) -> None:
+    def _begin(self, plan: Plan, overwrite: bool, command: str) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
         before = _read_lines(self._state / JOURNAL)
         goes_on = _belongs(before, plan)
@@ -62,7 +67,7 @@ class Journal:
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
         # Who goes on names the commit that he found here; what was asked for at first must stay.
-        head = before[0] if goes_on else _head(plan)
+        head = before[0] if goes_on else {**_head(plan), "command": command}
         lines = [head, *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
@@ -179,16 +184,18 @@ def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -
 
 
 def provenance(root: Path) -> dict[str, str]:
-    """`version`, `recipe` and `from` of the run that wrote the checkpoint in `root`; empty without a journal that says so.
+    """`version`, `recipe`, `from` and `command` of the run that wrote the checkpoint in `root`; none without a journal.
 
-    `from` is the source's name, empty of a synthetic sample.
+    `from` is the source's name, empty of a synthetic sample, and `command` what was typed, empty if nothing was.
     """
     try:
         lines = _read_lines(root / STATE_DIR / JOURNAL)
     except OSError:
         return {}
     head = lines[0] if lines else {}
-    return {key: str(head.get(key, "")) for key in ("version", "recipe", "from")} if "version" in head else {}
+    return (
+        {key: str(head.get(key, "")) for key in ("version", "recipe", "from", "command")} if "version" in head else {}
+    )
 
 
 def _head(plan: Plan) -> Record:

@@ -121,6 +121,7 @@ def test_a_report_says_where_everything_comes_from(load: Load, int4: Path, fp8: 
     written = report["output"]["written_by"]
     assert (written["version"], written["from"]) == (kconvert.__version__, int4.name)
     assert "to='fp8'" in written["recipe"]
+    assert written["command"] == "kconvert.convert"
     assert load("failed")["output"]["written_by"] is None
 
 
