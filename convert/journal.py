@@ -25,6 +25,7 @@ from kconvert.files import write_file
 from kconvert.plan import Plan
 
 JOURNAL = "journal.jsonl"
+PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
 STAGED = "source"  # source files on their way through the disk
 SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
 
@@ -67,7 +68,7 @@ class Journal:
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
         # Who goes on names the commit that he found here; what was asked for at first must stay.
-        head = before[0] if goes_on else {**_head(plan), "command": command}
+        head = before[0] if goes_on else _head(plan, command)
         lines = [head, *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
@@ -193,16 +194,14 @@ def provenance(root: Path) -> dict[str, str]:
     except OSError:
         return {}
     head = lines[0] if lines else {}
-    return (
-        {key: str(head.get(key, "")) for key in ("version", "recipe", "from", "command")} if "version" in head else {}
-    )
+    return {key: str(head.get(key, "")) for key in PROVENANCE} if "version" in head else {}
 
 
-def _head(plan: Plan) -> Record:
+def _head(plan: Plan, command: str) -> Record:
     """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
     said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
     origin = {} if plan.source is None else plan.source.origin
-    return {"plan": plan.hash, "source": plan.stamp, **said, **origin}
+    return {"plan": plan.hash, "source": plan.stamp, **said, "command": command, **origin}
 
 
 def _belongs(lines: list[Record], plan: Plan) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
-from kconvert.files import PAGE, allocate
 from kconvert.formats import Part
 from kconvert.plan import Place, Plan, Transcode
 
@@ -75,16 +75,15 @@ def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
                     yield Doubt(step, part, place)
 
 
-def check_doubts(root: Path, reader: Reader, doubts: Sequence[Doubt]) -> None:
+def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
-    largest = max((part.nbytes for _, part, _ in doubts), default=0)
-    room = memoryview(allocate(largest + 2 * PAGE))
+    buffers = Buffers()
     for step, part, place in doubts:
         where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
         if part.nbytes < LARGE:
             data = memoryview(reader.read(place.file, place.start, part.nbytes))
         else:
-            data = reader.fetch(place.file, place.start, part.nbytes, room)
+            data = buffers.fetch(reader, "doubt", place.file, place.start, part.nbytes).data
         if part.constant is not None and data != part.constant:
             code = {"I32": "i", "I64": "q"}[part.dtype]
             values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from kconvert.parity.oracle import State
 
-CHUNK_ELEMENTS = 1 << 20  # of a weight at a time, and bytes of another tensor: reads of a few megabytes
-CHUNK_BYTES = 4 << 20
-CHECKED_ROWS = 16
+CHUNK_ELEMENTS = 1 << 20  # of a weight at a time
+CHUNK_BYTES = 4 << 20  # of another tensor at a time
+CHECKED_ROWS = 16  # of each weight, by compressed-tensors as well
 Advance: TypeAlias = Callable[[int], None]
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by

@@ -16,12 +16,10 @@ from kconvert.buffers import Buffers
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
-from kconvert.parity.oracle import State, decoded
+from kconvert.parity.oracle import PIECE_ELEMENTS, State, decoded
 
 if TYPE_CHECKING:
     import torch
-
-PIECE_ELEMENTS = 1 << 19
 
 
 def is_quick(weight: Weight) -> bool:
