@@ -11,8 +11,7 @@ import hashlib
 import heapq
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -20,20 +19,24 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.amx import is_amx
 from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
 from kconvert.checkpoint.hub_id import parse_hub_id
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, open_checkpoint
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor, open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, Plain, Weight, understand
-from kconvert.parity.compare import Advance, Comparison, Desk, Standard, compare_plain, compare_weights
+from kconvert.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.parity.metrics import Spread
 from kconvert.parity.oracle import independent_values
 from kconvert.parity.packed_amx import open_packed
+from kconvert.parity.processes import in_processes
 from kconvert.parity.quick import is_quick
+from kconvert.parity.rows import Desk
 
 if TYPE_CHECKING:
     from kconvert.parity.metrics import Position
 
 Pair: TypeAlias = tuple[Weight, Weight] | tuple[Plain, Plain]  # of the source and of the output
+Advance: TypeAlias = Callable[[int], None]
 Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
 WORST = 10
 EXCERPT = 48  # columns around the worst element
@@ -290,21 +293,28 @@ def _compare_all(
     import torch
 
     torch.set_num_threads(1)
+    weights = [item for pair in pairs for item in pair if isinstance(item, Weight)]
+    if any(not isinstance(weight.format, Dense | Amx) for weight in weights):
+        import compressed_tensors  # noqa: F401  takes seconds, which every process would need by itself
     desk = Desk()
+    sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]
 
-    def compare(pair: Pair) -> Outcome:
-        match pair:
+    def compare(number: int) -> Outcome:
+        match pairs[number]:
             case Weight() as a, Weight() as b:
-                return compare_weights(a, b, ours, theirs, standard, advance, desk, thorough)
+                return compare_weights(a, b, ours, theirs, standard, desk, thorough)
             case Plain() as a, Plain() as b:
-                return compare_plain(a, b, ours, theirs, advance, desk)
-        raise AssertionError(pair)
+                return compare_plain(a, b, ours, theirs, desk)
+        raise AssertionError(pairs[number])
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # more would wait for each other in Python
-        try:
-            yield from pool.map(compare, pairs)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    outcomes = in_processes(compare, len(pairs), sum(map(sum, sizes)))
+    for (_, size), outcome in zip(sizes, outcomes, strict=True):
+        advance(size)
+        yield outcome
+
+
+def _tensors(item: Weight | Plain) -> tuple[Tensor, ...]:
+    return item.tensors if isinstance(item, Weight) else (item.tensor,)
 
 
 def _excerpts(

@@ -6,30 +6,20 @@ Both sides are decoded by compressed-tensors, torch or a reference, see oracle, 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, TypeAlias
 
-from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.formats.dense import Dense
 from kconvert.model import Plain, Weight
-from kconvert.parity import quick
 from kconvert.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
-from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits
-from kconvert.parity.oracle import authority, decoded, expected_parts, has_reference, read_state, row_unit
+from kconvert.parity.faults import fault_of
+from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
+from kconvert.parity.oracle import has_reference, read_state, row_unit
+from kconvert.parity.rows import Desk, Rows
 
-if TYPE_CHECKING:
-    import torch
-
-    from kconvert.parity.oracle import State
-
-CHUNK_ELEMENTS = 1 << 20  # of a weight at a time
+CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time
-CHECKED_ROWS = 16  # of each weight, by compressed-tensors as well
-Advance: TypeAlias = Callable[[int], None]
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
 # amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
@@ -95,45 +85,6 @@ class Comparison:
     fault: str | None
 
 
-class Desk(threading.local):
-    """Each thread's memory for the two sides."""
-
-    def __init__(self) -> None:
-        self.ours, self.theirs = Buffers(), Buffers()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The same rows of a weight on both sides, from `first` on: the tensors that spell them, decoded when asked for."""
-
-    ours: Weight
-    theirs: Weight
-    source: State
-    output: State
-    first: int
-    last: int
-    desk: Desk
-    quickly: bool = True
-
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        return self._values(self.ours, self.source, self.desk.ours)
-
-    @cached_property
-    def found(self) -> torch.Tensor:
-        if self.ours.format == self.theirs.format and all(
-            same_bits(self.source[suffix], tensor) for suffix, tensor in self.output.items()
-        ):
-            return self.expected
-        return self._values(self.theirs, self.output, self.desk.theirs)
-
-    def _values(self, weight: Weight, state: State, buffers: Buffers) -> torch.Tensor:
-        rows = self.last - self.first
-        if self.quickly:
-            return quick.values(weight, state, rows, buffers)
-        return decoded(weight.format, state, (rows, weight.cols))
-
-
 @dataclass
 class _Figures:
     """What has been measured of a weight."""
@@ -163,30 +114,31 @@ def compare_weights(
     source: Reader,
     output: Reader,
     standard: Standard,
-    advance: Advance,
     desk: Desk,
     thorough: bool,
 ) -> tuple[Comparison, Spread]:
     """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
 
-    Figures are of all rows if `thorough` or held to limits, else of the first chunk, and of those that differ or may be
-    infinite. What does not come out as expected is decoded again by compressed-tensors, which has the last word.
+    Figures are of all rows if `thorough` or held to limits, else of the first few, and of those that differ or may be infinite.
+    What does not come out as expected is decoded again by the oracle, which has the last word.
     """
     judge = standard.judge(ours, theirs)
+    thorough |= judge == "limits"
     fault = _constant_fault(theirs, output)
     figures, quickly = _Figures(), True
     for chunk in _chunks(ours, theirs, source, output, desk):
-        if chunk.first == 0:
-            quickly = _agree(ours, chunk.source, desk.ours) and _agree(theirs, chunk.output, desk.theirs)
+        head = chunk.head() if chunk.first == 0 else None
+        quickly = head.approved() if head else quickly
         rows = replace(chunk, quickly=quickly)
-        different = _fault(rows, judge)
+        different = fault_of(rows, judge)
         if different and quickly:
             rows = replace(chunk, quickly=False)
-            different = _fault(rows, judge)
+            different = fault_of(rows, judge)
         fault = fault or different
-        if thorough or judge == "limits" or rows.first == 0 or different or not _moderate(rows.expected):
+        if thorough or different or not rows.moderate():
             figures.add(rows)
-        advance(sum(tensor.nbytes for tensor in rows.output.values()))
+        elif head:
+            figures.add(head)
     fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
     return _comparison(ours, theirs, judge, figures, fault), figures.spread
 
@@ -198,37 +150,6 @@ def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: 
         last = min(first + count, ours.rows)
         states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
         yield Rows(ours, theirs, *states, first, last, desk)
-
-
-def _agree(weight: Weight, state: State, buffers: Buffers) -> bool:
-    """Whether the quick way gives what compressed-tensors does for the first rows that `state` spells."""
-    if not quick.is_quick(weight):
-        return True
-    rows = min(CHECKED_ROWS, weight.rows)
-    cuts = {part.suffix: math.ceil(rows / part.every) for part in weight.parts if part.every}
-    few = {suffix: tensor[: cuts[suffix]] if suffix in cuts else tensor for suffix, tensor in state.items()}
-    return same_bits(quick.values(weight, few, rows, buffers), decoded(weight.format, few, (rows, weight.cols)))
-
-
-def _moderate(values: torch.Tensor) -> bool:
-    """Whether all values are finite, and so far from the largest that no encoding of them can be infinite."""
-    import numpy as np
-    import torch
-
-    kind, unsigned = (np.int16, np.uint16) if values.element_size() == 2 else (np.int32, np.uint32)
-    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32).numpy()
-    # As integers floats have the order of their magnitudes; with the sign bit they are the largest unsigned ones.
-    ends = np.array([bits.max(), bits.view(unsigned).max()]).astype(unsigned).view(kind)
-    return bool((torch.from_numpy(ends).view(values.dtype).abs() < torch.finfo(values.dtype).max / 4).all())
-
-
-def _fault(rows: Rows, judge: str) -> str | None:
-    """The first of the rows' elements or bytes that is not the one that belongs there, where it is known which does."""
-    if judge == "values" and not same_bits(rows.expected.to(rows.found.dtype), rows.found):
-        return _value_fault(rows)
-    if judge == "bytes":
-        return _byte_fault(rows.theirs, rows.expected, rows.output, rows.first)
-    return None
 
 
 def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
@@ -257,18 +178,6 @@ def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fau
     )
 
 
-def _value_fault(rows: Rows) -> str:
-    """Names the first element whose bits are not those expected."""
-    import torch
-
-    found, wanted = rows.found, rows.expected.to(rows.found.dtype)
-    bits = torch.int16 if found.element_size() == 2 else torch.int32
-    row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
-    where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
-    has = authority(rows.ours.format)
-    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
-
-
 def _at(worst: Position | None) -> str:
     if worst is None:
         return ""
@@ -282,50 +191,14 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
     return None
 
 
-def _byte_fault(weight: Weight, expected: torch.Tensor, state: State, first: int) -> str | None:
-    """Where the tensors found for the rows from `first` on are none of those that kconvert may make of the values.
-
-    Of several that it may make, the nearest was meant.
-    """
-    differences = []
-    for candidate in expected_parts(expected, weight, first):
-        count, fault = _difference(weight, candidate, state, first)
-        if not count:
-            return None
-        differences.append((count, fault))
-    return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
-
-
-def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:
-    """How many bytes differ, and where the first does."""
-    import torch
-
-    count, fault = 0, ""
-    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
-        if part.constant is not None or same_bits(expected[part.suffix], found[part.suffix]):
-            continue
-        wanted, have = (side[part.suffix].contiguous().view(torch.uint8).flatten() for side in (expected, found))
-        different = (wanted != have).nonzero()
-        if len(different) and not fault:
-            start, _ = part.span(weight.rows, first, first)
-            element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
-            fault = f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
-        count += len(different)
-    return count, fault
-
-
-def compare_plain(
-    ours: Plain, theirs: Plain, source: Reader, output: Reader, advance: Advance, desk: Desk
-) -> str | None:
+def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, desk: Desk) -> str | None:
     """Where the bytes of a tensor that is no Linear differ; None when they do not."""
     a, b = ours.tensor, theirs.tensor
     for start in range(0, a.nbytes, CHUNK_BYTES):
         size = min(CHUNK_BYTES, a.nbytes - start)
         one = desk.ours.fetch(source, "plain", a.file, a.start + start, size)
         two = desk.theirs.fetch(output, "plain", b.file, b.start + start, size)
-        different = one != two
-        if different.any():
-            element = (start + int(different.argmax())) * math.prod(a.shape) // a.nbytes
+        if not same_bytes(one.ctypes.data, two.ctypes.data, size):
+            element = (start + int((one != two).argmax())) * math.prod(a.shape) // a.nbytes
             return f"tensor {b.name!r} differs from the source's at element {element}"
-        advance(size)
     return None

@@ -8,6 +8,7 @@ largest |a + e| where the row should be zero; over NEGLIGIBLE where these are le
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ TILE_ELEMENTS = 1 << 16  # at a time; two copies in f64 fit into a cache
 # Rows with no more than this are dead: real models have some just above the subnormals, which a scale that they share with
 # other rows, FP16 and AMX make zero.
 NEGLIGIBLE = 2.0**-100
+_LIBC = ctypes.CDLL(None)
 LOWEST_DB, HIGHEST_DB = -20, 120  # of the rows' distribution; what lies outside counts as these
 
 
@@ -178,14 +180,31 @@ def _errors(
 
 
 def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same dtype and the same bytes; much faster than torch.equal."""
+    """Whether two tensors of one shape have the same dtype and the same bytes."""
+    if expected.dtype != found.dtype:
+        return False
+    one, two = expected.contiguous(), found.contiguous()
+    return same_bytes(one.data_ptr(), two.data_ptr(), one.nbytes)
+
+
+def same_bytes(one: int, two: int, nbytes: int) -> bool:
+    """Whether the bytes at two addresses are the same. torch and numpy take memory to say where they differ."""
+    return not _LIBC.memcmp(ctypes.c_void_p(one), ctypes.c_void_p(two), ctypes.c_size_t(nbytes))
+
+
+def below(values: torch.Tensor, share: float) -> bool:
+    """Whether all of bf16, f16 or f32 `values` are finite and their magnitudes below this share of the dtype's largest."""
     import numpy as np
     import torch
 
-    if expected.dtype != found.dtype:
-        return False
-    one, two = (side.contiguous().view(-1).view(torch.uint8).numpy() for side in (expected, found))
-    return np.array_equal(one, two)
+    if not values.numel():
+        return True
+    kind, unsigned = (torch.int16, np.uint16) if values.element_size() == 2 else (torch.int32, np.uint32)
+    bits = values.view(kind).numpy()
+    # As integers floats have the order of their magnitudes; with the sign bit they are the largest unsigned ones.
+    limit = int(torch.tensor(torch.finfo(values.dtype).max * share, dtype=values.dtype).view(kind))
+    sign = 1 << (8 * values.element_size() - 1)
+    return int(bits.max()) < limit and int(bits.view(unsigned).max()) % sign < limit
 
 
 # What a limit may be put on: a floor, or a ceiling.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kconvert.buffers import Buffers
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 State: TypeAlias = "dict[str, torch.Tensor]"
 Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 
-PIECE_ELEMENTS = 1 << 19  # of the work of a reference: less, and threads wait for each other
+PIECE_ELEMENTS = 1 << 17  # of the work of a reference
 
 # How torch reads the tensors of a file: names, as torch is loaded when it is needed.
 TORCH_DTYPES = {
@@ -121,7 +121,7 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
     """
     import torch
 
-    from kconvert.formats.reference import fp8, int8, mx, packed
+    from kconvert.formats.reference import amx, fp8, int8, mx, packed
 
     match format := weight.format:
         case Packed():
@@ -146,7 +146,8 @@ def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator
                 yield {"weight_packed" if format.bits == 4 else "weight": codes, "weight_scale": scale}
         case Amx():
             for mse in (False, True) if format.mse is None else (format.mse,):
-                yield _amx_parts(values, weight, first, format, mse)
+                encode = partial(amx.codes_and_scale, bits=format.bits, mse=mse)
+                yield amx_parts(values, weight, first, format, partial(_in_pieces, encode))
         case _:
             raise NotImplementedError(f"no reference encoder of {format.label}")
 
@@ -196,13 +197,7 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     import torch
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    strategy = "group" if format.group_size else "channel"
-    args = QuantizationArgs(
-        num_bits=format.bits, symmetric=format.symmetric, strategy=strategy, group_size=format.group_size
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
     state = {**state, "weight_shape": torch.tensor(shape)}
     if format.zero_dtype == "I8":
         state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
@@ -211,7 +206,7 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
         state["weight_zero_point"] = state["weight_zero_point"].repeat(2, 1)
     if format.ordered:
         return _unordered(format, state, shape)
-    values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    values: torch.Tensor = PackedQuantizationCompressor.decompress(state, _scheme(format))["weight"]
     return values
 
 
@@ -235,52 +230,58 @@ def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
     """
     import torch
     from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    args = QuantizationArgs(
-        num_bits=8,
-        type="float",
-        symmetric=True,
-        strategy=format.strategy,
-        block_structure=list(format.block) if format.strategy == "block" else None,
-    )
     scale = state[format.scale_name].float()
     # It refuses no channel scale [out], but would broadcast it along the rows.
     scale = scale.view(-1, 1) if format.strategy == "channel" else scale
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
     values: torch.Tensor = FloatQuantizationCompressor.decompress(
-        {"weight": state["weight"], "weight_scale": scale}, scheme
+        {"weight": state["weight"], "weight_scale": scale}, _scheme(format)
     )["weight"]
     return values.to(torch.bfloat16)
 
 
 def _int_quantized(format: Int8, state: State) -> torch.Tensor:
     from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    args = QuantizationArgs(
-        num_bits=8, symmetric=format.symmetric, strategy=format.strategy, group_size=format.group_size
-    )
-    scheme = QuantizationScheme(targets=["Linear"], weights=args)
     if format.strategy == "channel":
         names = ("weight_scale", "weight_zero_point")
         state = {**state, **{name: state[name].view(-1, 1) for name in names if name in state}}
-    values: torch.Tensor = IntQuantizationCompressor.decompress(state, scheme)["weight"]
+    values: torch.Tensor = IntQuantizationCompressor.decompress(state, _scheme(format))["weight"]
     return values
 
 
 def _microscaled(format: Mx | Nvfp4, state: State) -> torch.Tensor:
     from compressed_tensors.compressors import mxfp4, mxfp8, nvfp4
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     if isinstance(format, Nvfp4):
-        args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
         compressor: Any = nvfp4.NVFP4PackedCompressor
     else:
-        args = QuantizationArgs(num_bits=format.bits, type="float", strategy="group", group_size=format.group_size)
         compressor = mxfp4.MXFP4PackedCompressor if format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
-    values: torch.Tensor = compressor.decompress(state, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
+    values: torch.Tensor = compressor.decompress(state, _scheme(format))["weight"]
     return values
+
+
+@cache
+def _scheme(format: Packed | Fp8 | Int8 | Mx | Nvfp4) -> Any:
+    """What compressed-tensors calls the format; it takes a while to check its own words."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    match format:
+        case Packed():
+            strategy = "group" if format.group_size else "channel"
+            args = {"num_bits": format.bits, "symmetric": format.symmetric, "strategy": strategy}
+            args["group_size"] = format.group_size
+        case Fp8():
+            args = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": format.strategy}
+            args["block_structure"] = list(format.block) if format.strategy == "block" else None
+        case Int8():
+            args = {"num_bits": 8, "symmetric": format.symmetric, "strategy": format.strategy}
+            args["group_size"] = format.group_size
+        case Mx():
+            args = {"num_bits": format.bits, "type": "float", "strategy": "group", "group_size": format.group_size}
+        case Nvfp4():
+            args = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
 
 
 def _amx(format: Amx, state: State, cols: int) -> torch.Tensor:
@@ -297,21 +298,24 @@ def _amx(format: Amx, state: State, cols: int) -> torch.Tensor:
     return torch.cat(shards, 0 if by_rows else 1)
 
 
-def _amx_parts(values: torch.Tensor, weight: Weight, first: int, format: Amx, mse: bool) -> State:
-    """Codes and scales of what was quantised together, cut into the shards in which it is."""
+def amx_parts(values: torch.Tensor, weight: Weight, first: int, format: Amx, quantise: Encoder) -> State:
+    """Codes and scales that `quantise` makes of what was quantised together, cut into the shards in which it is."""
     from kconvert.formats.reference import amx
 
-    quantise = partial(amx.codes_and_scale, bits=format.bits, mse=mse)
-    if format.split == "rows":
-        codes, scale = _in_pieces(quantise, values)
-        rows = [part.rows or (0, weight.rows) for part in weight.parts[::2]]
-        ranges = [slice(max(begin - first, 0), max(end - first, 0)) for begin, end in rows]
-        shards = [(codes[own], scale[own]) for own in ranges]
-    else:
-        together = values.chunk(format.numa // format.pieces, 1)
-        quantised = [_in_pieces(quantise, piece) for piece in together]
-        shards = [(shard, scale) for codes, scale in quantised for shard in codes.chunk(format.pieces, 1)]
     state: State = {}
-    for n, (codes, scale) in enumerate(shards):
-        state |= {f"numa.{n}.weight": amx.pack(codes, format.bits), f"numa.{n}.scale": scale}
+
+    def add(n: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = amx.pack(codes, format.bits), scale
+
+    if format.split == "rows":
+        codes, scale = quantise(values)
+        for n, part in enumerate(weight.parts[::2]):
+            begin, end = part.rows or (0, weight.rows)
+            own = slice(max(begin - first, 0), max(end - first, 0))
+            add(n, codes[own], scale[own])
+    else:
+        for n, together in enumerate(values.chunk(format.numa // format.pieces, 1)):
+            codes, scale = quantise(together)
+            for k, shard in enumerate(codes.chunk(format.pieces, 1)):
+                add(n * format.pieces + k, shard, scale)
     return state

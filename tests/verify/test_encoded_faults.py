@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from click.testing import Result
 
+from kconvert import Recipe, convert, plan
+
 Verify = Callable[..., Result]
 Damage = Callable[[Any], None]
 
@@ -223,3 +225,23 @@ def test_a_difference_in_a_weight_that_was_never_quantised_is_the_source_s_word_
 
     assert "lm_head.weight' differs at [0, 0]" in result.stderr
     assert "the source gives" in result.stderr
+
+
+def test_int4_that_gives_back_every_value_may_spell_it_in_another_way(
+    bf16_copy: Path, tmp_path: Path, raw: Any, run_verify: Verify
+) -> None:
+    """A group of 0.5 and -0.5 is 4 and -4 times 1/8 as well as 1 and -1 times 1/2."""
+    source = raw.load(bf16_copy)
+    tensor = source[f"{GATE}.weight"]
+    tensor.data = struct.pack("<32H", *[0x3F00, 0xBF00] * 16) + tensor.data[64:]
+    source.save()
+    convert(plan(bf16_copy, Recipe("int4")), tmp_path / "int4")
+    output = raw.load(tmp_path / "int4")
+    for code, scale in ((4, 0.125), (1, 0.5)):
+        packed(output).data = bytes([(8 - code) << 4 | (8 + code)]) * 16 + packed(output).data[16:]
+        scales(output).data = struct.pack("<f", scale)[2:] + scales(output).data[2:]
+        output.save()
+        assert run_verify(bf16_copy, tmp_path / "int4").exit_code == 0
+    scales(output).data = struct.pack("<f", 1.0)[2:] + scales(output).data[2:]
+    output.save()
+    assert "differs from the reference encoding" in run_verify(bf16_copy, tmp_path / "int4").stderr

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -21,11 +22,15 @@ def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Te
 def codes_and_scale(weight: torch.Tensor, bits: int, mse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The same before packing: (int8 codes [n, k], f32 scale [n])."""
     values = _flush(weight.bfloat16().float())
-    amax = values.abs().amax(-1)
-    scale = _flush(amax / 112 if bits == 4 else amax * torch.tensor(1 / 127))
+    scale = rule_scale(values.abs().amax(-1), bits)
     if mse:
-        scale = _search(values, scale, bits)
+        scale = search(scale, partial(_error, values, scale, bits))
     return quantise(values, scale, bits, nearest=mse), scale
+
+
+def rule_scale(amax: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale by amax, f32 [n] each."""
+    return _flush(amax / 112 if bits == 4 else amax * torch.tensor(1 / 127))
 
 
 def quantise(values: torch.Tensor, scale: torch.Tensor, bits: int, nearest: bool) -> torch.Tensor:
@@ -52,13 +57,8 @@ def decode(packed: torch.Tensor, scale: torch.Tensor, cols: int, bits: int) -> t
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 codes [n, k] -> I8 [n * k * bits / 8]."""
     n, k = codes.shape
-    packed = torch.empty(n * k * bits // 8, dtype=torch.int8, device=codes.device)
-    position = 0
-    for rows, cols in _blocks(n, k, bits):
-        block = _order(_combine(codes[rows, cols], bits)).flatten()
-        packed[position : position + len(block)] = block
-        position += len(block)
-    return packed
+    blocks = [_order(_combine(codes[rows, cols], bits)) for rows, cols in _blocks(n, k, bits)]
+    return torch.cat(blocks) if blocks else codes.flatten()
 
 
 def unpack(packed: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
@@ -67,12 +67,9 @@ def unpack(packed: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
     position = 0
     for rows, cols in _blocks(n, k, bits):
         target = codes[rows, cols]
-        places = torch.arange(target.numel() * bits // 8, device=packed.device)
-        order = _order(places.view(len(target), -1)).flatten()
-        block = torch.empty(len(order), dtype=torch.int8, device=packed.device)
-        block[order] = packed[position : position + len(order)]
-        target[:] = _separate(block.view(len(target), -1), bits)
-        position += len(order)
+        size = target.numel() * bits // 8
+        target[:] = _separate(_rows(packed[position : position + size], len(target)), bits)
+        position += size
     return codes
 
 
@@ -101,34 +98,43 @@ def _separate(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _order(rows: torch.Tensor) -> torch.Tensor:
-    """Bytes [rows, width] of a block: for 32 rows and 64 bytes of each, twice 16 x 16 words of four bytes, transposed."""
-    return rows.reshape(len(rows) // 32, 2, 16, -1, 16, 4).permute(0, 3, 1, 4, 2, 5)
+    """int8 [rows, width] of a block -> [rows * width]: for 32 rows and 64 bytes of each, twice 16 x 16 words of four bytes,
+    transposed."""
+    words = rows.contiguous().view(torch.int32).view(len(rows) // 32, 2, 16, -1, 16)
+    return words.permute(0, 3, 1, 4, 2).flatten().view(torch.int8)
+
+
+def _rows(block: torch.Tensor, rows: int) -> torch.Tensor:
+    """The inverse of _order."""
+    words = block.view(torch.int32).view(rows // 32, -1, 2, 16, 16)
+    return words.permute(0, 2, 4, 1, 3).reshape(rows, -1).view(torch.int8)
 
 
 def _flush(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.hardshrink(values, TINY - 2.0**-149)
 
 
-def _search(values: torch.Tensor, rule: torch.Tensor, bits: int) -> torch.Tensor:
-    """The scale rule * AMX_FACTORS[i] with the least squared error: in large strides until it grows, then in small ones."""
+def search(rule: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The scale rule * AMX_FACTORS[i] with the least squared error, f32 [n]: in large strides until it grows, then in small
+    ones. `error` gives the squared errors for a factor."""
     factors = torch.tensor(AMX_FACTORS)
-    best = torch.full((len(values),), AMX_START)
-    least = _error(values, rule, factors[best], bits)
-    walking = torch.ones(len(values), dtype=torch.bool)
+    best = torch.full((len(rule),), AMX_START)
+    least = error(factors[best])
+    walking = torch.ones(len(rule), dtype=torch.bool)
     for place in range(AMX_START + AMX_STRIDES[0], len(factors), AMX_STRIDES[0]):
         if not walking.any():
             break
-        error = _error(values, rule, factors[place], bits)
-        walking &= error < least
-        best, least = torch.where(walking, place, best), torch.where(walking, error, least)
+        found = error(factors[place])
+        walking &= found < least
+        best, least = torch.where(walking, place, best), torch.where(walking, found, least)
     for stride in AMX_STRIDES[1:]:
         for places in (best - stride, best + stride):
-            error = _error(values, rule, factors[places], bits)
-            best, least = torch.where(error < least, places, best), torch.minimum(error, least)
+            found = error(factors[places])
+            best, least = torch.where(found < least, places, best), torch.minimum(found, least)
     return rule * factors[best]
 
 
-def _error(values: torch.Tensor, rule: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:
+def _error(values: torch.Tensor, rule: torch.Tensor, bits: int, factor: torch.Tensor) -> torch.Tensor:
     """f32 [n]: squared error of the rows under the scale rule * factor, in units of the rule's code; infinite where that
     scale would be flushed.
 
@@ -143,7 +149,12 @@ def _error(values: torch.Tensor, rule: torch.Tensor, factor: torch.Tensor, bits:
     sums = torch.zeros(len(values), LANES)
     for chunk in squares.unbind(1):
         sums += chunk
-    while sums.shape[1] > 1:
-        low, high = sums.chunk(2, 1)
-        sums = low + high
-    return torch.where(_flush(scale) == 0, torch.inf, sums[:, 0] * (factor * factor))
+    return total_error(sums, scale, factor)
+
+
+def total_error(sums: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """f32 [n] from the sums of each lane, [n, LANES]."""
+    lanes = sums.numpy()
+    while (half := lanes.shape[1] // 2) > 0:
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return torch.where(_flush(scale) == 0, torch.inf, torch.from_numpy(lanes[:, 0]) * (factor * factor))

@@ -1,0 +1,53 @@
+"""Work for several processes: threads that call torch for a few hundred microseconds at a time mostly wait for each other."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from kconvert.errors import KconvertError
+
+T = TypeVar("T")
+SHARE = 256 << 20  # bytes to read that are worth a process
+WAITING = 2  # processes beyond the number of cores, as some wait for the disk
+BATCH = 4  # numbers that a process takes at a time
+PR_SET_PDEATHSIG = 1
+
+
+def in_processes(work: Callable[[int], T], count: int, nbytes: int) -> Iterator[T]:
+    """work(0) to work(count - 1), in this order, of which all together read `nbytes`: here if that is little, else in forks of
+    this process. What `work` raises is raised here, and ends the others."""
+    processes = min(len(os.sched_getaffinity(0)) + WAITING, nbytes // SHARE)
+    if processes < 2:
+        yield from map(work, range(count))
+        return
+    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work,)) as pool:
+        try:
+            yield from pool.map(_call, range(count), chunksize=BATCH)
+        except BrokenProcessPool:
+            raise KconvertError(
+                "a process of the comparison was killed, probably for want of memory; free some and run the command again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[int], Any]  # in a fork, what it is there for
+
+
+def _begin(work: Callable[[int], Any]) -> None:
+    """A fork leaves it to its parent to be interrupted, and ends with it."""
+    global _work  # noqa: PLW0603
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _call(number: int) -> Any:
+    return _work(number)

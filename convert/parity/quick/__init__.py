@@ -1,0 +1,64 @@
+"""The independent way in less time: what `oracle` says, by torch in kept memory, in pieces that fit into a cache.
+
+Whoever uses it asks the oracle as well: of the values for the first rows of each weight, of the bytes for the first rows of
+each kind of weight, and of both wherever something seems to be wrong.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kconvert.buffers import Buffers
+from kconvert.formats.amx import Amx
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.packed import Packed
+from kconvert.model import Weight
+from kconvert.parity.oracle import State, amx_parts, decoded
+from kconvert.parity.quick import amx, fp8, int4
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_quick(weight: Weight) -> bool:
+    """Whether there is a way to its values besides oracle.decoded."""
+    match format := weight.format:
+        case Packed():
+            usual = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+            return usual and weight.cols % 8 == 0
+        case Fp8():
+            return weight.cols % 2 == 0
+    return False
+
+
+def values(weight: Weight, state: State, rows: int, buffers: Buffers) -> torch.Tensor:
+    """oracle.decoded of some rows; of a quick weight in memory of `buffers`, lost with the next call."""
+    if is_quick(weight):
+        match format := weight.format:
+            case Packed():
+                return int4.decode(state["weight_packed"], state["weight_scale"], weight.cols, buffers)
+            case Fp8():
+                block = format.block if format.strategy == "block" else None
+                return fp8.decode(state["weight"], state[format.scale_name], block, buffers)
+    return decoded(weight.format, state, (rows, weight.cols))
+
+
+def parts(values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
+    """What the format of `weight` makes of bf16 [rows, cols] as its rows from `first` on, in memory of `buffers`: FP8 by its
+    usual rule, AMX by what is known of its scales. None where there is no quick way to that."""
+    import torch
+
+    if values.dtype != torch.bfloat16 or not values.is_contiguous():
+        return None
+    match format := weight.format:
+        case Fp8(strategy="block" | "channel", scale_dtype="F32" | "BF16"):
+            block = format.block if format.strategy == "block" else None
+            if block is None or not (values.shape[0] % block[0] or values.shape[1] % block[1]):
+                dtype = torch.bfloat16 if format.scale_dtype == "BF16" else torch.float32
+                codes, scale = fp8.encode(values, block, dtype, buffers)
+                return {"weight": codes, format.scale_name: scale}
+        case Amx(mse=bool(mse)):
+            quantise = partial(amx.codes_and_scale, bits=format.bits, mse=mse, buffers=buffers)
+            return amx_parts(values, weight, first, format, quantise)
+    return None
