@@ -15,7 +15,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -58,6 +59,36 @@ def run(command: Sequence[str | Path], allowed: Sequence[int] = (0,)) -> Child:
     if child.returncode not in allowed:
         sys.exit(f"{' '.join(map(str, command))}\nended with {child.returncode}:\n{stderr[-2000:]}")
     return Child(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout, stderr)
+
+
+def peak_together(command: Sequence[str | Path]) -> int:
+    """Bytes that `command` and all processes that it starts have at most at once, each page counted once, looked at ten times
+    a second."""
+    child = subprocess.Popen([*map(str, command)])
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, sum(map(_proportional, _descendants(child.pid))))
+        time.sleep(0.1)
+    if child.returncode:
+        sys.exit(f"{' '.join(map(str, command))} ended with {child.returncode}")
+    return peak
+
+
+def _descendants(process: int) -> Iterator[int]:
+    yield process
+    for thread in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in thread.read_text().split():
+                yield from _descendants(int(child))
+
+
+def _proportional(process: int) -> int:
+    """Bytes of a process; of pages that n processes share, an n-th."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def sample(folder: Path, name: str, *options: str) -> Path:

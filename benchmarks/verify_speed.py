@@ -1,7 +1,8 @@
-"""`kconvert verify` of INT4 weights and what was made of them against reading the same bytes with `dd`; memory, and reports.
+"""`kconvert verify` of checkpoints and what was made of them against reading the same bytes with `dd`; memory, and reports.
 
-Time of the cores is also given for each element of the weights, so many ns of one core, without what Python and torch take
-to start: that of verifying a tiny checkpoint. How close a pair comes to the disk's speed depends on the number of cores.
+What Python, torch and compressed-tensors take to start, which is the time of verifying a tiny checkpoint, counts neither in the
+comparison with `dd` nor in the time of the cores, which is given for each element of the weights, in ns of one core. Memory
+is that of all processes together (PSS), of a run of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from common import (
     machine,
     make_cold,
     nbytes,
+    peak_together,
     remove,
     run,
     sample,
@@ -32,34 +34,39 @@ from common import (
 TARGET_MB = 900
 TINY = ["--experts=2", "--hidden=256", "--moe-intermediate=128", "--heads=2", "--q-rank=32", "--kv-rank=32"]
 SOURCE = ["--layers=1", "--dense-layers=0", "--vocab=1024"]
-# Each is made of the INT4 source but `int4`, which is made of `bf16` and equals the source.
-COMMANDS = {
-    "bf16": ["int4-to-bf16"],
-    "fp8": ["int4-to-fp8"],
-    "int4": ["bf16-to-int4"],
-    "amxint4": ["repack-amx", "--method=AMXINT4", "--numa=2"],
-    "amxint8": ["repack-amx", "--method=AMXINT8", "--numa=2"],
+# What is made of which, and how; `int4` in the table is the sample.
+PAIRS = {
+    "bf16": ("sample", ["int4-to-bf16"]),
+    "fp8": ("sample", ["int4-to-fp8"]),
+    "amxint8": ("sample", ["repack-amx", "--method=AMXINT8", "--numa=2"]),
+    "amxint4": ("sample", ["repack-amx", "--method=AMXINT4", "--numa=2"]),
+    "int4": ("bf16", ["bf16-to-int4"]),
+    "bf16-again": ("fp8", ["fp8-to-bf16"]),
 }
 
 
 def main() -> None:
     parser = arguments(__doc__, runs=3)
     parser.add_argument("--experts", type=int, default=16, help="of the layer that is compared [16]")
-    parser.add_argument("--pairs", nargs="*", choices=COMMANDS, default=list(COMMANDS), help="only these outputs")
+    parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="only these outputs")
     options = parser.parse_args()
-    source = sample(options.dir, f"verify-{options.experts}-experts", *SOURCE, f"--experts={options.experts}")
-    wanted = {*options.pairs, *(["bf16"] if "int4" in options.pairs else [])}
-    outputs = {name: source.with_name(f"{source.name}-{name}") for name in COMMANDS if name in wanted}
-    for name, output in outputs.items():
-        command, *terms = COMMANDS[name]
-        made_of = outputs["bf16"] if name == "int4" else source
-        run([KCONVERT, command, made_of, output, "-q", "--overwrite", *terms])
+    made = {"sample": sample(options.dir, f"verify-{options.experts}-experts", *SOURCE, f"--experts={options.experts}")}
     report = options.dir / "verify-report.html"
     for name in options.pairs:
-        compare(name, source, outputs[name], report, options.runs)
+        compare(name, make(PAIRS[name][0], made), make(name, made), report, options.runs)
     machine(options.dir)
-    for path in (*outputs.values(), report):
+    for path in (*list(made.values())[1:], report):
         remove(path)
+
+
+def make(name: str, made: dict[str, Path]) -> Path:
+    """The checkpoint of this name, among those that are `made` or from now on."""
+    if name not in made:
+        source_name, (command, *terms) = PAIRS[name]
+        source, output = make(source_name, made), made["sample"].with_name(f"{made['sample'].name}-{name}")
+        run([KCONVERT, command, source, output, "-q", "--overwrite", *terms])
+        made[name] = output
+    return made[name]
 
 
 def compare(name: str, source: Path, output: Path, report: Path, runs: int) -> None:
@@ -74,23 +81,28 @@ def compare(name: str, source: Path, output: Path, report: Path, runs: int) -> N
     results = alternate(runs, sides)
     size = nbytes(tensor_files(output)) + nbytes(tensor_files(source))
     elements = json.loads(verify(source, output, "--json").stdout)["totals"]["elements"]
-    start = median(child.cpu for child in results["start"])
+    begun = results.pop("start")
+    start, start_cpu = median(child.seconds for child in begun), median(child.cpu for child in begun)
     rows = []
     for side, children in results.items():
         verifies = side.startswith("verify")
+        seconds = [child.seconds - start * verifies for child in children]
+        ratios = [mine / theirs.seconds for mine, theirs in zip(seconds, results["dd of both"], strict=True)]
         rows.append(
             [
                 side,
-                f"{size / GB:.1f} GB" if side != "start" else "",
+                f"{size / GB:.1f} GB",
                 spread([child.seconds for child in children], 1, "s"),
-                spread([size / child.seconds / GB for child in children], 2, "GB/s") if side != "start" else "",
-                spread([(child.cpu - start) / elements * 1e9 for child in children], 1, "ns") if verifies else "",
-                spread([child.peak / 1e6 for child in children], 0, "MB"),
+                spread([size / value / GB for value in seconds], 2, "GB/s"),
+                spread(ratios) if verifies else "",
+                spread([(child.cpu - start_cpu) / elements * 1e9 for child in children], 1, "ns") if verifies else "",
             ]
         )
-    table(["what", "read", "wall time", "speed", "CPU an element", "peak RSS"], rows)
-    peak = max(median(child.peak / 1e6 for child in children) for children in results.values())
-    print(f"peak RSS {peak:.0f} MB  {verdict(peak, TARGET_MB, 'MB')}")
+    table(["what", "read", "wall time", "speed after starting", "of dd's time", "CPU an element"], rows)
+    for terms in ([], ["--report", report]):
+        peak = peak_together([KCONVERT, "verify", source, output, "-q", *terms]) / 1e6
+        print(f"all processes{' --report' * bool(terms)}: {peak:.0f} MB  {verdict(peak, TARGET_MB, 'MB')}")
+    print(f"starting: {start:.1f} s")
 
 
 def verify(source: Path, output: Path, *options: str | Path) -> Child:

@@ -19,7 +19,7 @@ from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
-from kconvert.parity.metrics import Spread
+from kconvert.parity.metrics import TILE_ELEMENTS, Spread
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 OUTLIER_OCTAVES = 3  # a scale 8 times the weight's median, or more
 QUARTERS = 4  # bins to an octave
+MAGNITUDES = {2: 0x7FFFFFFF7FFFFFFF, 4: 0x7FFF7FFF7FFF7FFF}  # all bits but the signs of so many floats
 LOWEST_BIN = -150 * QUARTERS  # below the smallest f32
 
 
@@ -188,15 +189,21 @@ def count_zero_groups(values: torch.Tensor, size: int) -> int:
     """Groups of `size` columns of a row [rows, cols] without a value other than zero; the last may be shorter."""
     import torch
 
+    count = max(1, TILE_ELEMENTS // max(values.shape[1], 1))
+    return sum(_zero_groups(tile, size) for tile in torch.split(values, count))
+
+
+def _zero_groups(values: torch.Tensor, size: int) -> int:
+    import torch
+
     rows, cols = values.shape
-    # Floats of 16 bits compare slowly; without their sign zeros are the integer 0.
-    used = (values.view(torch.int16) << 1 if values.element_size() == 2 else values) != 0
-    if cols % size:
-        used = torch.nn.functional.pad(used, (0, -cols % size))
-    if size % 8 == 0:
-        used = used.view(torch.int64)  # eight at a time
-    groups = used.view(rows, -(-cols // size), -1)
-    return int((~groups.any(-1)).sum())
+    at_once = 8 // values.element_size()
+    if size % (8 * at_once) == 0 and cols % size == 0:
+        used = values.view(torch.int64).bitwise_and(MAGNITUDES[at_once]) != 0
+        used = used.view(torch.int64)  # eight of these at a time
+    else:
+        used = torch.nn.functional.pad(values != 0, (0, -cols % size))
+    return int((~used.view(rows, -(-cols // size), -1).any(-1)).sum())
 
 
 @dataclass(frozen=True, slots=True)

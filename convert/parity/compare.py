@@ -138,7 +138,7 @@ def compare_weights(
         if thorough or different or not rows.moderate():
             figures.add(rows)
         elif head:
-            figures.add(head)
+            figures.add(replace(head, quickly=quickly))
     fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
     return _comparison(ours, theirs, judge, figures, fault), figures.spread
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ SHARE = 256 << 20  # bytes to read that are worth a process
 WAITING = 2  # processes beyond the number of cores, as some wait for the disk
 BATCH = 4  # numbers that a process takes at a time
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def in_processes(work: Callable[[int], T], count: int, nbytes: int) -> Iterator[T]:
@@ -45,8 +47,13 @@ def _begin(work: Callable[[int], Any]) -> None:
     """A fork leaves it to its parent to be interrupted, and ends with it."""
     global _work  # noqa: PLW0603
     _work = work
+    gc.freeze()  # a collection would write to, and so copy, every object that the parent has
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Memory given back to the kernel would come back as new pages, which cost more than the arithmetic on them.
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _call(number: int) -> Any:

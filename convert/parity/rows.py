@@ -27,10 +27,12 @@ Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
 
 
 class Desk:
-    """A process's memory for the two sides, and the kinds of weights whose bytes the quick way has been seen to know."""
+    """A process's memory for the two sides, and the kinds of weights of which the quick way has been seen to decode the output,
+    and to know the bytes."""
 
     def __init__(self) -> None:
         self.ours, self.theirs = Buffers(), Buffers()
+        self.decoded: set[Kind] = set()
         self.known: set[Kind] = set()
 
 
@@ -64,16 +66,20 @@ class Rows:
         return replace(self, source=source, output=output, last=last, quickly=False)
 
     def approved(self) -> bool:
-        """Whether the quick way has the oracle's values, whose rows these are."""
-        count = self.last - self.first
-        return all(
-            same_bits(quick_values(weight, state, count, buffers), values)
-            for weight, state, buffers, values in (
-                (self.ours, self.source, self.desk.ours, self.expected),
-                (self.theirs, self.output, self.desk.theirs, self.found),
-            )
+        """Whether the quick way has the oracle's values, whose rows these are: of every source, and of the first output of a
+        kind."""
+        sides = [(self.ours, self.source, self.desk.ours, self.expected)]
+        if self.kind not in self.desk.decoded:
+            sides.append((self.theirs, self.output, self.desk.theirs, self.found))
+        rows = self.last - self.first
+        if not all(
+            same_bits(quick_values(weight, state, rows, buffers), values)
+            for weight, state, buffers, values in sides
             if is_quick(weight)
-        )
+        ):
+            return False
+        self.desk.decoded.add(self.kind)
+        return True
 
     @cached_property
     def same(self) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST = 448.0
+TINY = 2.0**-100  # of scales: these are rounded finely
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None, buffers: Buffers) -> torch.Tensor:
@@ -41,11 +42,14 @@ def encode(
     count = piece_rows(cols, block[0] if block else 0)
     scale = (largest(values, *(block or (1, cols))).float() / LARGEST).to(scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    # Quotients are over 448 by the rounding of a scale at most, and up to 464 become 448 all the same.
+    clamps = bool((scale < TINY).any())
     codes = take(buffers, "codes", torch.float8_e4m3fn, (rows, cols))
     floats = take(buffers, "floats", torch.float32, (count, cols))
     steps = _steps(scale.float(), values.shape, block, count)
     for piece, step, target in zip(torch.split(values, count), steps, torch.split(codes, count), strict=True):
-        target.copy_(floats[: len(piece)].copy_(piece).div_(step).clamp_(-LARGEST, LARGEST))
+        quotients = floats[: len(piece)].copy_(piece).div_(step)
+        target.copy_(quotients.clamp_(-LARGEST, LARGEST) if clamps else quotients)
     return codes, scale
 
 
