@@ -29,7 +29,7 @@ from kconvert.parity.metrics import Spread
 from kconvert.parity.oracle import independent_values
 from kconvert.parity.packed_amx import open_packed
 from kconvert.parity.processes import in_processes
-from kconvert.parity.quick import is_quick
+from kconvert.parity.quick import encodes, is_quick
 from kconvert.parity.rows import Desk
 
 if TYPE_CHECKING:
@@ -199,15 +199,18 @@ def _open_output(
 def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     """What the weights were held to, and by whose code."""
     judges = {comparison.judged_by for comparison in comparisons}
-    weights = [pair[0] for pair in pairs if isinstance(pair[0], Weight)]
+    weights = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
     values = "the source's values"
-    if any(not isinstance(weight.format, Dense) for weight in weights):
+    if any(not isinstance(ours.format, Dense) for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
-    if any(map(is_quick, weights)):
+    if any(is_quick(ours) for ours, _ in weights):
         values = "the source's values, decompressed by torch and checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
-    return f"the reference encoding of {values}" if "bytes" in judges else values
+    if "bytes" not in judges:
+        return values
+    by_torch = any(encodes(theirs.format) for _, theirs in weights)
+    return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
 
 
 def _relate(original: Model, converted: Model) -> tuple[list[Pair], list[str]]:

@@ -55,14 +55,10 @@ class Rows:
 
     def head(self) -> Rows:
         """The first HEAD rows, or as many more as cannot be decoded without each other; decoded by the oracle."""
-        unit = math.lcm(
-            *(1 if isinstance(weight.format, Fp8) else row_unit(weight) for weight in (self.ours, self.theirs))
-        )
-        last = min(self.first + -(-HEAD // unit) * unit, self.last)
-        source, output = (
-            _cut(self.ours, self.source, self.first, last),
-            _cut(self.theirs, self.output, self.first, last),
-        )
+        sides = (self.ours, self.source), (self.theirs, self.output)
+        unit = math.lcm(*(1 if isinstance(weight.format, Fp8) else row_unit(weight) for weight, _ in sides))
+        last = min(self.first + math.ceil(HEAD / unit) * unit, self.last)
+        source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
         return replace(self, source=source, output=output, last=last, quickly=False)
 
     def approved(self) -> bool:

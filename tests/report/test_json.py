@@ -116,8 +116,8 @@ def test_a_report_says_where_everything_comes_from(load: Load, int4: Path, fp8: 
     report = load("passed")
     assert report["kconvert"] == kconvert.__version__
     assert report["source"]["name"] == int4.name
-    told = "the reference encoding of the source's values, decompressed by torch and checked by compressed-tensors"
-    assert report["reference"] == told
+    values = "the source's values, decompressed by torch and checked by compressed-tensors"
+    assert report["reference"] == f"the reference encoding (by torch, checked by the reference) of {values}"
     written = report["output"]["written_by"]
     assert (written["version"], written["from"]) == (kconvert.__version__, int4.name)
     assert "to='fp8'" in written["recipe"]

@@ -20,9 +20,10 @@ from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
-from kconvert.parity import compare, oracle, quick
+from kconvert.parity import compare, faults, oracle, quick
 from kconvert.parity.metrics import same_bits
 from kconvert.parity.oracle import State, decoded
+from kconvert.parity.quick import fp8 as quick_fp8
 from kconvert.parity.quick import int4 as quick_int4
 from kconvert.parity.quick import memory
 from kconvert.parity.rows import HEAD
@@ -101,7 +102,8 @@ def test_bytes_are_those_of_the_reference(format: Format, small: bool, monkeypat
 def test_what_the_quick_way_does_not_know_is_left_to_the_reference() -> None:
     values = awkward(256, 600)
     assert encoded(Fp8(), values)[0] is None  # short blocks
-    assert encoded(Packed(32), awkward(256, 640))[0] is None
+    assert not quick.encodes(Packed(32))
+    assert not quick.encodes(Amx(4, mse=None))
 
 
 @pytest.mark.parametrize("wrong", ["everywhere", "after the first rows"])
@@ -126,6 +128,27 @@ def test_compressed_tensors_decides_where_the_quick_way_is_wrong(
     checkpoint.save()
     (fault,) = verify(int4, bf16_copy, keep_going=True).faults
     assert f"'{GATE}.weight' differs at [127, 255]" in fault
+
+
+def test_the_reference_decides_where_the_quick_bytes_are_wrong(
+    int4: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quick_fp8, "LARGEST", 400.0)
+    assert verify(int4, fp8).weights > 0
+
+
+def test_the_quick_bytes_are_not_believed_before_the_reference_has_said_the_same(
+    int4: Path, fp8_copy: Path, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gates are damaged, and the quick way finds nothing wrong with anything."""
+    checkpoint = raw.load(fp8_copy)
+    for name in checkpoint:
+        if name.endswith("gate_proj.weight") and ".experts." in name:
+            checkpoint[name].data = bytes([checkpoint[name].data[0] ^ 1]) + checkpoint[name].data[1:]
+    checkpoint.save()
+    monkeypatch.setattr(faults, "_quickly_right", lambda rows: True)
+    (first, *_) = verify(int4, fp8_copy, keep_going=True).faults
+    assert ".gate_proj.weight' differs from the reference encoding at element 0" in first
 
 
 @pytest.fixture

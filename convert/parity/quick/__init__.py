@@ -10,11 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kconvert.buffers import Buffers
+from kconvert.formats import Format
 from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
-from kconvert.parity.oracle import State, amx_parts, decoded
+from kconvert.parity.oracle import State, amx_parts, decoded, has_reference
 from kconvert.parity.quick import amx, fp8, int4
 
 if TYPE_CHECKING:
@@ -44,21 +45,31 @@ def values(weight: Weight, state: State, rows: int, buffers: Buffers) -> torch.T
     return decoded(weight.format, state, (rows, weight.cols))
 
 
+def encodes(format: Format) -> bool:
+    """Whether there is a way to its bytes besides oracle.expected_parts."""
+    match format:
+        case Fp8():
+            return has_reference(format)
+        case Amx():
+            return format.mse is not None
+    return False
+
+
 def parts(values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
-    """What the format of `weight` makes of bf16 [rows, cols] as its rows from `first` on, in memory of `buffers`: FP8 by its
-    usual rule, AMX by what is known of its scales. None where there is no quick way to that."""
+    """What the format of `weight`, one that this module encodes, makes of [rows, cols] as its rows from `first` on: FP8 by
+    its usual rule, AMX by what is known of its scales; in memory of `buffers`. None where only the reference knows."""
     import torch
 
     if values.dtype != torch.bfloat16 or not values.is_contiguous():
         return None
     match format := weight.format:
-        case Fp8(strategy="block" | "channel", scale_dtype="F32" | "BF16"):
+        case Fp8():
             block = format.block if format.strategy == "block" else None
             if block is None or not (values.shape[0] % block[0] or values.shape[1] % block[1]):
                 dtype = torch.bfloat16 if format.scale_dtype == "BF16" else torch.float32
                 codes, scale = fp8.encode(values, block, dtype, buffers)
                 return {"weight": codes, format.scale_name: scale}
-        case Amx(mse=bool(mse)):
-            quantise = partial(amx.codes_and_scale, bits=format.bits, mse=mse, buffers=buffers)
+        case Amx():
+            quantise = partial(amx.codes_and_scale, bits=format.bits, mse=bool(format.mse), buffers=buffers)
             return amx_parts(values, weight, first, format, quantise)
     return None
