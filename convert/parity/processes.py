@@ -6,8 +6,9 @@ import ctypes
 import gc
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from kconvert.errors import KconvertError
 T = TypeVar("T")
 SHARE = 256 << 20  # bytes to read that are worth a process
 WAITING = 2  # processes beyond the number of cores, as some wait for the disk
-BATCH = 4  # numbers that a process takes at a time
+AHEAD = 1000  # numbers that wait or are done while an earlier one is still at work
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -31,7 +32,13 @@ def in_processes(work: Callable[[int], T], count: int, nbytes: int) -> Iterator[
         return
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work,)) as pool:
         try:
-            yield from pool.map(_call, range(count), chunksize=BATCH)
+            pending: deque[Future[T]] = deque()
+            for number in range(count):
+                pending.append(pool.submit(_call, number))
+                if len(pending) > AHEAD:
+                    yield pending.popleft().result()
+            for future in pending:
+                yield future.result()
         except BrokenProcessPool:
             raise KconvertError(
                 "a process of the comparison was killed, probably for want of memory; free some and run the command again"

