@@ -23,6 +23,7 @@ from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Check
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, understand
 from kconvert.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.parity.metrics import Spread
@@ -209,6 +210,8 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     if "bytes" not in judges:
         return values
+    if any(isinstance(theirs.format, Packed) for _, theirs in weights):
+        return f"{values}, or the reference encoding of them"
     by_torch = any(encodes(theirs.format) for _, theirs in weights)
     return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
 
