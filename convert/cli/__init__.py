@@ -26,7 +26,7 @@ class Group(click.Group):
         except KconvertError as error:
             _fail("error", str(error), 2)
         except KeyboardInterrupt:
-            _fail("interrupted", "run the same command again to go on from here", 130)
+            _fail("interrupted", "run the same command again; a conversion goes on from here", 130)
         except BrokenPipeError:
             sys.exit(0)
 

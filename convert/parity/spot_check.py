@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import Reader, Tensor
 from kconvert.formats import Format, Part
 from kconvert.model import Weight
-from kconvert.parity.metrics import sqnr
+from kconvert.parity.metrics import measure, sqnr
 from kconvert.plan import Place, Step, Transcode
-
-if TYPE_CHECKING:
-    import torch
 
 ROWS = 64
 
@@ -73,20 +69,9 @@ def _compare(step: Transcode, source: Reader, output: Reader) -> Parity:
         found = independent_values(_weight(step, step.target, step.target_parts, step.writes), output, 0, rows)
     except NotImplementedError:  # nobody else reads this format
         return Parity()
-    return _figures(expected, found)
-
-
-def _figures(expected: torch.Tensor, found: torch.Tensor) -> Parity:
-    a, b = expected.double(), found.double()
-    error = a - b
-    return Parity(
-        weights=1,
-        values=a.numel(),
-        equal=int((a == b).sum()),
-        signal=float(a.square().sum()),
-        noise=float(error.square().sum()),
-        largest=float(error.abs().max()),
-    )
+    errors, _ = measure(expected, found)
+    same = errors.elements - errors.different
+    return Parity(1, errors.elements, same, errors.signal, errors.noise, errors.max_abs)
 
 
 def _weight(step: Transcode, format: Format, parts: tuple[Part, ...], places: tuple[Place, ...]) -> Weight:

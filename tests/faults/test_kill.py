@@ -100,7 +100,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_rerun_goes_on(job: Job) -> None:
         _, said = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert said == "interrupted: run the same command again to go on from here\n"
+    assert said == "interrupted: run the same command again; a conversion goes on from here\n"
     job.check_no_half_files()
     assert "config.json" not in job.files
     assert job.state == {"journal.jsonl", "lock"}, "unfinished files keep the space they took"
