@@ -8,6 +8,8 @@ import torch
 
 from kconvert.formats.conventions import DIVISORS, LARGEST_ERROR, Convention
 
+HEAD = 8  # values of a group that a scale is tried on first
+
 
 def unpack(packed: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
     """I32 [rows, ceil(cols * bits / 32)] -> int16 codes [rows, cols] in [-2^(bits-1), 2^(bits-1)); low bits are first."""
@@ -120,9 +122,9 @@ def quantise_exact(groups: torch.Tensor, rule: Convention) -> tuple[torch.Tensor
     next to it. The first that fits is taken: m = 8 first (only where the largest value is negative), the nearest first.
     """
     scale = rule_scale(groups, rule)
-    codes = quantise(groups, scale, rule)
+    codes, fits = _try(groups, scale, rule)
     amax = groups.abs().amax(-1)
-    zero = (amax == 0) & _reproduces(codes, scale, groups)
+    zero = (amax == 0) & fits
     # Where the codes are 1 to 8 no value but zero is below an eighth of another; others are spared, most that were never INT4.
     smallest = torch.where(groups == 0, torch.inf, groups.abs()).amin(-1)
     open_ = (~zero & (amax <= 8 * smallest)).nonzero().squeeze(1)
@@ -130,17 +132,28 @@ def quantise_exact(groups: torch.Tensor, rule: Convention) -> tuple[torch.Tensor
     by_quotient = Convention(rule.name, rule.divisor, rule.lowest)
     for m in range(-rule.lowest, 0, -1):
         for offset in (0, -1, 1):
-            values = groups[open_]
             bits = (amax[open_] / m).bfloat16().view(torch.int16) + offset
             candidate = bits.view(torch.bfloat16)
-            found = quantise(values, candidate, by_quotient)
-            fits = (bits > 0) & _reproduces(found, candidate, values)
+            # Most scales that do not fit already fail with the first values, which is found out sooner.
+            _, fits = _try(groups[open_, :HEAD], candidate, by_quotient)
+            likely = (fits & (bits > 0)).nonzero().squeeze(1)
+            if not len(likely):
+                continue
+            places, candidate = open_[likely], candidate[likely]
+            found, fits = _try(groups[places], candidate, by_quotient)
             if m > rule.highest:
-                fits &= values.amax(-1) < amax[open_]
-            scale[open_[fits]] = candidate[fits]
-            codes[open_[fits]] = found[fits]
-            open_ = open_[~fits]
+                fits &= groups[places].amax(-1) < amax[places]
+            scale[places[fits]], codes[places[fits]] = candidate[fits], found[fits]
+            left = torch.ones_like(bits, dtype=torch.bool)
+            left[likely[fits]] = False
+            open_ = open_[left]
     return codes, scale, lost + len(open_)
+
+
+def _try(groups: torch.Tensor, scale: torch.Tensor, rule: Convention) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of groups under a scale each, and whether they reproduce them."""
+    codes = quantise(groups, scale, rule)
+    return codes, _reproduces(codes, scale, groups)
 
 
 def fake_quantise(weight: torch.Tensor, group_size: int, rule: Convention) -> torch.Tensor:
