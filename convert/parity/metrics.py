@@ -8,11 +8,11 @@ largest |a + e| where the row should be zero; over NEGLIGIBLE where these are le
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ TILE_ELEMENTS = 1 << 16  # at a time; two copies in f64 fit into a cache
 # Rows with no more than this are dead: real models have some just above the subnormals, which a scale that they share with
 # other rows, FP16 and AMX make zero.
 NEGLIGIBLE = 2.0**-100
-_LIBC = ctypes.CDLL(None)
 LOWEST_DB, HIGHEST_DB = -20, 120  # of the rows' distribution; what lies outside counts as these
 
 
@@ -198,7 +197,16 @@ def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:
 
 def same_bytes(one: int, two: int, nbytes: int) -> bool:
     """Whether the bytes at two addresses are the same. torch and numpy take memory to say where they differ."""
-    return not _LIBC.memcmp(ctypes.c_void_p(one), ctypes.c_void_p(two), ctypes.c_size_t(nbytes))
+    return not _memcmp()(one, two, nbytes)
+
+
+@cache
+def _memcmp() -> Callable[[int, int, int], int]:
+    import ctypes
+
+    memcmp = ctypes.CDLL(None).memcmp
+    memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+    return memcmp
 
 
 def below(values: torch.Tensor, share: float) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kconvert.errors import KconvertError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 SHARE = 256 << 20  # bytes to read that are worth a process
@@ -30,6 +29,10 @@ def in_processes(work: Callable[[int], T], count: int, nbytes: int) -> Iterator[
     if processes < 2:
         yield from map(work, range(count))
         return
+    # Here, as every command imports this module.
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+    from multiprocessing import get_context
+
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work,)) as pool:
         try:
             pending: deque[Future[T]] = deque()
@@ -52,6 +55,8 @@ _work: Callable[[int], Any]  # in a fork, what it is there for
 
 def _begin(work: Callable[[int], Any]) -> None:
     """A fork leaves it to its parent to be interrupted, and ends with it."""
+    import ctypes
+
     global _work  # noqa: PLW0603
     _work = work
     gc.freeze()  # a collection would write to, and so copy, every object that the parent has

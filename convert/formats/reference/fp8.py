@@ -27,7 +27,7 @@ def encode(
     """
     values = blocks_of(weight.float(), block)
     amax = values.abs().amax((1, 3), keepdim=True)
-    scale = _scale(amax, LARGEST, scale_dtype)
+    scale = rule_scale(amax, LARGEST, scale_dtype)
     if mse:
         scale = _search(values, amax, scale)
     codes = _codes(values, scale).flatten(2).flatten(0, 1)
@@ -38,14 +38,15 @@ def _search(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> to
     """Of amax over FP8_DIVISORS, the first scale of a block with the least squared error."""
     least = torch.full(amax.shape, 2**62)
     for divisor in FP8_DIVISORS:
-        other = _scale(amax, divisor, scale.dtype)
+        other = rule_scale(amax, divisor, scale.dtype)
         served = (_codes(values, other).float() * other.float()).bfloat16().float()
         error = _squared_error(values - served, amax)
         scale, least = torch.where(error < least, other, scale), torch.minimum(error, least)
     return scale
 
 
-def _scale(amax: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.Tensor:
+def rule_scale(amax: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.Tensor:
+    """f32 amax -> scales of the same shape in `dtype`."""
     scale = (amax / divisor).to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 

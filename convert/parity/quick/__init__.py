@@ -1,7 +1,7 @@
 """The independent way in less time: what `oracle` says, by torch in kept memory, in pieces that fit into a cache.
 
-Whoever uses it asks the oracle as well: of the values for the first rows of each weight, of the bytes for the first rows of
-each kind of weight, and of both wherever something seems to be wrong.
+Whoever uses it asks the oracle as well: for the values of the first rows of each source weight and of the first output of a
+kind, for the bytes of the first chunk of a kind, and for both wherever something seems to be wrong.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def is_quick(weight: Weight) -> bool:
     """Whether there is a way to its values besides oracle.decoded."""
     match format := weight.format:
         case Packed():
-            usual = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
-            return usual and weight.cols % 8 == 0
+            return has_reference(format) and weight.cols % 8 == 0
         case Fp8():
             return weight.cols % 2 == 0
     return False

@@ -15,7 +15,6 @@ from kconvert.parity.quick.memory import largest, look_up, piece_rows, take
 if TYPE_CHECKING:
     import torch
 
-LARGEST = 448.0
 TINY = 2.0**-100  # of scales: these are rounded finely
 
 
@@ -38,10 +37,11 @@ def encode(
     """bf16 [rows, cols] of whole blocks, else with a scale for each row -> codes, in memory of `buffers`, and scales."""
     import torch
 
+    from kconvert.formats.reference.fp8 import LARGEST, rule_scale
+
     rows, cols = values.shape
     count = piece_rows(cols, block[0] if block else 0)
-    scale = (largest(values, *(block or (1, cols))).float() / LARGEST).to(scale_dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = rule_scale(largest(values, *(block or (1, cols))).float(), LARGEST, scale_dtype)
     # Quotients are over 448 by the rounding of a scale at most, and up to 464 become 448 all the same.
     clamps = bool((scale < TINY).any())
     codes = take(buffers, "codes", torch.float8_e4m3fn, (rows, cols))
