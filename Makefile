@@ -21,10 +21,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not follow the directory -> import map of an editable install, so it gets the packages under their import names.
 types: .venv/installed
-	@rm -rf build/types && mkdir -p build/types && cp -r convert build/types/kconvert && cp -r manifests qat build/types/kconvert/
-	MYPYPATH=build/types $(BIN)/mypy -p kconvert
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from common import machine, spread, table, verdict
 
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat.grid import fake_quantise
 
 GROUP = 32
 TOKENS = 512

@@ -44,9 +44,9 @@ from transformers import (
     set_seed,
 )
 
-from kconvert.qat import QATConfig, export, prepare
-from kconvert.qat.distill import distillation_loss, kl_divergence
-from kconvert.qat.parity import compare
+from kconvert_qat import QATConfig, export, prepare
+from kconvert_qat.distill import distillation_loss, kl_divergence
+from kconvert_qat.parity import compare
 
 VOCABULARY = 512
 BLOCK = 128

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kconvert.errors import KconvertError
-from kconvert.qat import QATConfig, at_step, coverage, detach, prepare
-from kconvert.qat.experts import find_experts
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat import QATConfig, at_step, coverage, detach, prepare
+from kconvert_qat.experts import find_experts
+from kconvert_qat.grid import fake_quantise
 
 
 def quantised(model, group=32, convention="kimi"):

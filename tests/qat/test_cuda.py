@@ -7,8 +7,8 @@ import torch
 
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
-from kconvert.qat import prepare
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat import prepare
+from kconvert_qat.grid import fake_quantise
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

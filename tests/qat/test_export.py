@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 import kconvert
 from kconvert.errors import KconvertError
 from kconvert.formats.reference import packed as reference
-from kconvert.qat import QATConfig, coverage, export, prepare
-from kconvert.qat.attach import attached_to
-from kconvert.qat.names import check_grid
+from kconvert_qat import QATConfig, coverage, export, prepare
+from kconvert_qat.attach import attached_to
+from kconvert_qat.names import check_grid
 
 
 def load(folder, dtype=torch.bfloat16, **options):

@@ -39,7 +39,7 @@ def compare(order, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from kconvert.qat import export, prepare
+    from kconvert_qat import export, prepare
 
     ids = torch.arange(32).view(2, 16)
     single, model = make(), make()
@@ -63,7 +63,7 @@ def compare(order, folder):
 
 
 def test_two_ranks_train_and_export_as_one_does_in_either_order_of_sharding_and_preparing(tmp_path, monkeypatch):
-    from kconvert.qat import export, prepare
+    from kconvert_qat import export, prepare
 
     # The ranks import this module by its name, from wherever pytest was started.
     monkeypatch.syspath_prepend(Path(__file__).parents[2])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import packed as reference
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat.grid import fake_quantise
 
 DATA = Path(__file__).parents[1] / "data"
 both = pytest.mark.parametrize("convention", list(CONVENTIONS))

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kconvert.errors import KconvertError
-from kconvert.qat import QATConfig, coverage, export, prepare
-from kconvert.qat.experts import find_experts
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat import QATConfig, coverage, export, prepare
+from kconvert_qat.experts import find_experts
+from kconvert_qat.grid import fake_quantise
 
 peft = pytest.importorskip("peft")
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from kconvert.qat import prepare
-from kconvert.qat.parity import changed_share, compare, sampled_codes, weight_sqnr
+from kconvert_qat import prepare
+from kconvert_qat.parity import changed_share, compare, sampled_codes, weight_sqnr
 
 
 def test_a_model_agrees_with_itself(tiny, ids):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kconvert.errors import KconvertError
-from kconvert.qat import QATConfig, prepare
+from kconvert_qat import QATConfig, prepare
 
 pytest.importorskip("accelerate")
 
@@ -37,7 +37,7 @@ def base(tiny, tmp_path_factory):
 
 @pytest.fixture
 def request_(base, text, tmp_path):
-    from kconvert.qat.trainer import TrainRequest
+    from kconvert_qat.trainer import TrainRequest
 
     def make(**options):
         sizes = {"steps": 4, "batch_size": 2, "block": 32, "save_every": 2, "learning_rate": 1e-3}
@@ -104,7 +104,7 @@ def test_text_that_is_missing_or_comes_without_its_option_is_refused(arguments, 
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(request_, tmp_path):
-    from kconvert.qat.trainer import train
+    from kconvert_qat.trainer import train
 
     whole = train(request_(output=tmp_path / "whole"))
 
@@ -121,7 +121,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(request_, tmp_path):
 
 
 def test_another_request_does_not_go_on_in_the_same_place(request_):
-    from kconvert.qat.trainer import train
+    from kconvert_qat.trainer import train
 
     request = request_(steps=1)
     train(request)
@@ -132,7 +132,7 @@ def test_another_request_does_not_go_on_in_the_same_place(request_):
 def test_a_resume_that_leaves_the_experts_behind_is_an_error(tiny, tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    from kconvert.qat.callback import QATCallback
+    from kconvert_qat.callback import QATCallback
 
     data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
 
@@ -148,7 +148,7 @@ def test_a_resume_that_leaves_the_experts_behind_is_an_error(tiny, tmp_path):
 
 
 def test_distillation_pulls_towards_the_teacher(request_, base):
-    from kconvert.qat.trainer import train
+    from kconvert_qat.trainer import train
 
     config = QATConfig(distillation=1.0, temperature=2.0)
     outcome = train(request_(config=config, teacher=base, steps=2))
@@ -156,8 +156,8 @@ def test_distillation_pulls_towards_the_teacher(request_, base):
 
 
 def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
-    from kconvert.qat import export
-    from kconvert.qat.trainer import train
+    from kconvert_qat import export
+    from kconvert_qat.trainer import train
 
     model = tiny()
     prepare(model)
@@ -179,7 +179,7 @@ def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
     ],
 )
 def test_bad_requests_are_one_sentence_and_leave_the_output_free(request_, options, message, tmp_path):
-    from kconvert.qat.trainer import train
+    from kconvert_qat.trainer import train
 
     with pytest.raises(KconvertError, match=message):
         train(request_(**options))
@@ -191,7 +191,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(request_, base, tmp_path):
 
     from transformers import AutoModelForCausalLM
 
-    from kconvert.qat.trainer import train
+    from kconvert_qat.trainer import train
 
     shutil.copytree(base, tmp_path / "teacher")
     other = AutoModelForCausalLM.from_pretrained(base)

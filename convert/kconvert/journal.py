@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-import kconvert
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import write_file
 from kconvert.plan import Plan
+from kconvert.version import __version__
 
 JOURNAL = "journal.jsonl"
 PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
@@ -199,7 +199,7 @@ def provenance(root: Path) -> dict[str, str]:
 
 def _head(plan: Plan, command: str) -> Record:
     """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
-    said = {"version": kconvert.__version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
+    said = {"version": __version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
     origin = {} if plan.source is None else plan.source.origin
     return {"plan": plan.hash, "source": plan.stamp, **said, "command": command, **origin}
 

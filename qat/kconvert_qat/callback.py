@@ -11,9 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kconvert.errors import KconvertError
-from kconvert.qat.attach import Coverage, at_step, coverage
-from kconvert.qat.config import CONFIG_NAME
-from kconvert.qat.parity import changed_share, sampled_codes, sampled_groups, weight_sqnr
+from kconvert_qat.attach import Coverage, at_step, coverage
+from kconvert_qat.config import CONFIG_NAME
+from kconvert_qat.parity import changed_share, sampled_codes, sampled_groups, weight_sqnr
 
 FINGERPRINT_NAME = "qat_fingerprint.json"
 

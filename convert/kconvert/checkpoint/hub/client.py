@@ -36,9 +36,9 @@ from huggingface_hub.utils import (
     parse_ratelimit_headers,
 )
 
-import kconvert
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.errors import KconvertError
+from kconvert.version import __version__
 
 # httpx2, with huggingface_hub 1.x httpx; both may be installed.
 httpx: Any = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
@@ -53,7 +53,7 @@ logging.set_verbosity(50)  # above what it calls an error
 
 
 def api() -> HfApi:
-    return HfApi(library_name="kconvert", library_version=kconvert.__version__)
+    return HfApi(library_name="kconvert", library_version=__version__)
 
 
 class Patience:
@@ -117,7 +117,7 @@ def into_cache(place: HubId, file: str, force: bool = False) -> Path:
 def stream(place: HubId, file: str, start: int, stop: int) -> Iterator[bytes]:
     """One attempt at bytes `start` to `stop` (exclusive) of a file; may end early, or raise what the client raises."""
     url = huggingface_hub.hf_hub_url(place.repo, file, revision=place.revision, endpoint=constants.ENDPOINT)
-    headers = build_hf_headers(library_name="kconvert", library_version=kconvert.__version__)
+    headers = build_hf_headers(library_name="kconvert", library_version=__version__)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from kconvert.qat.config import QATConfig
+from kconvert_qat.config import QATConfig
 
 IGNORED = -100  # a label that counts for nothing, as in transformers
 

@@ -30,13 +30,13 @@ from transformers import (
 from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import open_checkpoint
 from kconvert.errors import KconvertError
-from kconvert.qat.attach import at_step, prepare
-from kconvert.qat.callback import QATCallback
-from kconvert.qat.config import QATConfig
-from kconvert.qat.distill import distillation_loss
-from kconvert.qat.export import export
-from kconvert.qat.names import check_grid
-from kconvert.qat.plots import plot_training
+from kconvert_qat.attach import at_step, prepare
+from kconvert_qat.callback import QATCallback
+from kconvert_qat.config import QATConfig
+from kconvert_qat.distill import distillation_loss
+from kconvert_qat.export import export
+from kconvert_qat.names import check_grid
+from kconvert_qat.plots import plot_training
 
 MASTERS = {"f32": torch.float32, "bf16": torch.bfloat16}
 HELD_OUT = 20  # of so many blocks one is held out, up to MOST_HELD_OUT

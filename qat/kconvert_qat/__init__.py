@@ -1,7 +1,7 @@
 """Quantisation-aware training of MoE experts on the exact INT4 grid that is shipped, and its export bit for bit."""
 
-from kconvert.qat.attach import Coverage, at_step, coverage, detach, prepare
-from kconvert.qat.config import QATConfig
-from kconvert.qat.export import export
+from kconvert_qat.attach import Coverage, at_step, coverage, detach, prepare
+from kconvert_qat.config import QATConfig
+from kconvert_qat.export import export
 
 __all__ = ["Coverage", "QATConfig", "at_step", "coverage", "detach", "export", "prepare"]

@@ -35,11 +35,11 @@ from kconvert.formats.packed import Packed
 from kconvert.journal import Journal
 from kconvert.model import natural_key
 from kconvert.plan import Copy, Plan, Step, Transcode, final_texts, place
-from kconvert.qat.attach import Coverage, adapters_of, coverage
-from kconvert.qat.config import CONFIG_NAME as QAT_CONFIG_NAME
-from kconvert.qat.names import Matrix, base_model, config_of, plain_tensors
 from kconvert.recipe import DEFAULT_SHARD_SIZE, is_linear_role
 from kconvert.writer import ShardWriter
+from kconvert_qat.attach import Coverage, adapters_of, coverage
+from kconvert_qat.config import CONFIG_NAME as QAT_CONFIG_NAME
+from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes

@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-import kconvert
 from kconvert.checkpoint.hub.repository import list_files, small_file
 from kconvert.checkpoint.hub.upload import CARD, head
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
@@ -18,6 +17,7 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import human
 from kconvert.parity.spot_check import Parity
 from kconvert.plan import FATES, Plan
+from kconvert.version import __version__
 
 # Fields that are as true of the converted model.
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "library_name")
@@ -66,7 +66,7 @@ def _metadata(source: Checkpoint | None) -> Mapping[str, Any]:
 
 
 def _body(plan: Plan, base: HubId | None, command: str, parity: Parity) -> Iterator[str]:
-    tool = f"kconvert {kconvert.__version__}"
+    tool = f"kconvert {__version__}"
     if base is not None:
         link = f"[{base.repo}](https://huggingface.co/{base.repo}/tree/{base.revision})"
         yield f"Made from {link} at commit `{base.revision}` by {tool}:"

@@ -44,7 +44,7 @@ def _fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip:
     if weight.is_cpu:
         _by_kernel(groups, rule, served)
     elif weight.is_cuda:
-        from kconvert.qat import cuda
+        from kconvert_qat import cuda
 
         cuda.fake_quantise(groups, rule, served)
     else:

@@ -14,9 +14,9 @@ from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
 from kconvert.parity.logits import Agreement, Routing, agreement, expert_modules, overlap
 from kconvert.parity.metrics import sqnr
-from kconvert.qat.attach import Coverage
-from kconvert.qat.experts import ExpertWeight
-from kconvert.qat.grid import fake_quantise
+from kconvert_qat.attach import Coverage
+from kconvert_qat.experts import ExpertWeight
+from kconvert_qat.grid import fake_quantise
 
 SAMPLED_GROUPS = 4096  # of each weight
 

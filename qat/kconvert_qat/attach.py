@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from kconvert.errors import KconvertError
-from kconvert.qat.config import QATConfig
-from kconvert.qat.experts import ExpertWeight, find_experts
-from kconvert.qat.grid import DTYPES, fake_quantise
-from kconvert.qat.names import Matrix, matrices_of, select
+from kconvert_qat.config import QATConfig
+from kconvert_qat.experts import ExpertWeight, find_experts
+from kconvert_qat.grid import DTYPES, fake_quantise
+from kconvert_qat.names import Matrix, matrices_of, select
 
 STATE = "_kconvert_qat"
 ORIGINAL = "_kconvert_original"

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from kconvert import __version__
 from kconvert.cli import conversions, diff, inspect, qat, repack, sample, verify
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.version import __version__
 
 
 class Group(click.Group):

@@ -26,7 +26,7 @@ MERGED_LISTS = ("weights", "tensors")
 @cache
 def load_manifests() -> Mapping[str, Manifest]:
     """All manifests of the package, by name; one that others are based on comes before them."""
-    files = [file for file in resources.files("kconvert.manifests").iterdir() if file.name.endswith(".toml")]
+    files = [file for file in (resources.files("kconvert") / "manifests").iterdir() if file.name.endswith(".toml")]
     tables = {table["name"]: table for table in (tomllib.loads(file.read_text("utf-8")) for file in files)}
     whole: dict[str, dict[str, Any]] = {}
     for name in sorted(tables):

@@ -6,8 +6,6 @@ message. They are defined here, after the modules of the same names are loaded, 
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -21,11 +19,24 @@ from kconvert.model import Model, understand
 from kconvert.plan import Plan, make_plan
 from kconvert.recipe import Recipe
 from kconvert.verify import Report, verify
+from kconvert.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kconvert.transfer.disk import Needs
 
-__all__ = ["CheckFailed", "KconvertError", "Model", "Plan", "Recipe", "Report", "convert", "inspect", "plan", "verify"]
+__all__ = [
+    "CheckFailed",
+    "KconvertError",
+    "Model",
+    "Plan",
+    "Recipe",
+    "Report",
+    "__version__",
+    "convert",
+    "inspect",
+    "plan",
+    "verify",
+]
 
 StrPath = str | os.PathLike[str]
 

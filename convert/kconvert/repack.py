@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import kconvert
 from kconvert.amx import METHODS, PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
 from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
@@ -29,6 +28,7 @@ from kconvert.plan import (
     place_apart,
 )
 from kconvert.recipe import DEFAULT_SHARD_SIZE, SCALES
+from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")
 MAX_NUMA = 64
@@ -279,7 +279,7 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:
     """What the loader cannot find out: goes into kconvert.json and into the header of every file."""
     name, _, revision = source.partition("@") if "/" in source else (source, "", "")  # org/name@revision
     return {
-        "kconvert": kconvert.__version__,
+        "kconvert": __version__,
         "method": recipe.method,
         "numa": recipe.numa,
         "scales": recipe.scales,

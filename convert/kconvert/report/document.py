@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-import kconvert
 from kconvert.inventory import Inventory
 from kconvert.journal import provenance
 from kconvert.model import Model, format_counts
@@ -20,6 +19,7 @@ from kconvert.parity.logits import LogitsReport
 from kconvert.parity.metrics import Errors, Spread
 from kconvert.summary import summarise
 from kconvert.verify import Excerpt, Report
+from kconvert.version import __version__
 
 
 def verify_document(
@@ -32,7 +32,7 @@ def verify_document(
     formats = {c.output_format: c for c in comparisons if c.judged_by == "limits"}
     return {
         "schema": "kconvert-verify-1",
-        "kconvert": kconvert.__version__,
+        "kconvert": __version__,
         "command": command,
         "verdict": "failed" if report.faults else "passed",
         "reference": report.reference,
@@ -76,7 +76,7 @@ def inspect_document(model: Model, inventory: Inventory, command: str) -> dict[s
         sizes[plain.role, plain.layer, plain.tensor.dtype.lower()] += plain.tensor.nbytes
     return {
         "schema": "kconvert-inspect-1",
-        "kconvert": kconvert.__version__,
+        "kconvert": __version__,
         "command": command,
         "source": _side(model),
         "summary": summarise(model).as_dict(),

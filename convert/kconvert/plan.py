@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import kconvert
 from kconvert.checkpoint.header import layout, tensor_bytes
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
@@ -24,6 +23,7 @@ from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
 from kconvert.recipe import Recipe
+from kconvert.version import __version__
 
 SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 METADATA = {"format": "pt"}
@@ -139,7 +139,7 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """Stable over runs and machines: equal plans write equal bytes from equal sources."""
-        digest = hashlib.sha256(f"{kconvert.__version__} {self.recipe}".encode())
+        digest = hashlib.sha256(f"{__version__} {self.recipe}".encode())
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
         # By identity: formats that are equal may still make codes by different rules, which belong to the plan.

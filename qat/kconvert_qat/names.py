@@ -20,8 +20,8 @@ from kconvert.checkpoint.config import KEYS, quantization_tables, read_quantizat
 from kconvert.errors import KconvertError
 from kconvert.formats import from_scheme
 from kconvert.formats.packed import Packed
-from kconvert.qat.config import QATConfig
-from kconvert.qat.experts import ExpertWeight, plain_name
+from kconvert_qat.config import QATConfig
+from kconvert_qat.experts import ExpertWeight, plain_name
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,12 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
     Example: kconvert qat train --model ./bf16 --text corpus/*.txt --steps 1000 --teacher ./bf16 --output ./trained
     """
     try:
-        from kconvert.qat.trainer import TrainRequest
-        from kconvert.qat.trainer import train as run
+        from kconvert_qat.trainer import TrainRequest
+        from kconvert_qat.trainer import train as run
     except ImportError as error:
         raise KconvertError(f"{error.name} is missing; install it with `pip install kconvert-toolkit[qat]`") from None
 
-    from kconvert.qat import QATConfig
+    from kconvert_qat import QATConfig
 
     if options["distillation"] is None:
         options["distillation"] = 0.5 if options["teacher"] else 0.0
@@ -110,7 +110,7 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
 def _run(train: Any, request: Any, quiet: bool) -> Any:
     from tqdm import tqdm
 
-    from kconvert.qat.trainer import silence_transformers
+    from kconvert_qat.trainer import silence_transformers
 
     silence_transformers()
     with tqdm(total=request.steps, unit="step", disable=quiet or not sys.stderr.isatty()) as bar:
