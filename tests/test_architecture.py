@@ -11,7 +11,7 @@ import kconvert_qat
 ROOTS = [Path(package.__file__).parent for package in (kconvert, kconvert_qat)]
 FILES = [(root, path) for root in ROOTS for path in sorted(root.rglob("*.py"))]
 # Own packages that each room may name, besides itself; what is missing here may name any but cli.
-FORMATS_MAY = {"kconvert.formats", "kconvert.checkpoint.header", "kconvert.checkpoint.config"}
+FORMATS_MAY = {"kconvert.formats", "kconvert.checkpoint.config"}
 OS_FREE = {"os", "io", "pathlib", "shutil", "tempfile", "mmap", "fcntl", "glob", "safetensors"}
 HEAVY = {
     "numpy",

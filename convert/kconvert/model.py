@@ -18,7 +18,7 @@ from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import QuantizationConfig, Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
-from kconvert.formats import Format, Part
+from kconvert.formats import Format, Part, parts_of
 from kconvert.manifest import Manifest, Names
 
 # Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
@@ -84,12 +84,6 @@ class Model:
         if not weights and not plain:
             raise KconvertError("--include and --exclude leave no tensor; `kconvert inspect` lists the names' patterns")
         return Model(self.checkpoint, self.manifest, self.quantization, weights, plain, self.dropped)
-
-
-@lru_cache(maxsize=4096)
-def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
-    """`format.parts(rows, cols)`, shared: a model has 70,000 weights in a handful of shapes."""
-    return format.parts(rows, cols)
 
 
 @lru_cache(maxsize=4096)

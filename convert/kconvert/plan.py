@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from kconvert.checkpoint.header import layout, tensor_bytes
+from kconvert.checkpoint.header import layout
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
-from kconvert.formats import Format, Part
+from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.amx import AmxCodes, AmxScales
 from kconvert.formats.dense import Dense
+from kconvert.formats.dtypes import tensor_bytes
 from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
-from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
+from kconvert.model import Model, Plain, Weight, format_counts, natural_key
 from kconvert.recipe import Recipe
 from kconvert.version import __version__
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
-from kconvert.formats import Format
+from kconvert.formats import Format, parts_of
 from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
-from kconvert.model import parts_of
 from kconvert.parity.metrics import sqnr
 from kconvert.plan import Plan, Transcode
 

@@ -12,12 +12,12 @@ from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
-from kconvert.formats import Format
+from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.stacks import MxStack
 from kconvert.formats.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.manifest import Manifest, Match, lookup
-from kconvert.model import natural_key, parts_of, understand
+from kconvert.model import natural_key, understand
 from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
 from kconvert.recipe import DEFAULT_SHARD_SIZE
 

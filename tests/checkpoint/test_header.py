@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kconvert.checkpoint import header
-from kconvert.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, layout, read_header, tensor_bytes
+from kconvert.checkpoint.header import MAX_HEADER_BYTES, layout, read_header
 from kconvert.errors import KconvertError
+from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
 
 FILE = "some/model.safetensors"
 GOOD = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}

@@ -13,9 +13,9 @@ from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import without_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
+from kconvert.formats import parts_of
 from kconvert.formats.dense import Dense
 from kconvert.manifest import Manifest
-from kconvert.model import parts_of
 from kconvert.sample import SampleRecipe, plan_synthetic
 
 SIZES = {

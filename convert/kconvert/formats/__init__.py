@@ -6,12 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
-from kconvert.formats.base import Family, Format, Part, tensor_name
+from kconvert.formats.base import Family, Format, Part, parts_of, tensor_name
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
 
-__all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise", "spellings", "tensor_name"]
+__all__ = [
+    "FAMILIES",
+    "QUANTISED_SUFFIXES",
+    "Format",
+    "Part",
+    "from_scheme",
+    "parts_of",
+    "recognise",
+    "spellings",
+    "tensor_name",
+]
 
 FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
 SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from kconvert.checkpoint.header import tensor_bytes
+from kconvert.formats.dtypes import tensor_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,6 +86,12 @@ class Format(Protocol):
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
         ...
+
+
+@lru_cache(maxsize=4096)
+def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
+    """`format.parts(rows, cols)`, shared: a model has 70,000 weights in a handful of shapes."""
+    return format.parts(rows, cols)
 
 
 class Family(Protocol):

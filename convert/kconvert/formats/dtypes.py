@@ -1,0 +1,36 @@
+"""The dtypes that tensors have, as the safetensors format spells them, and their sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS) and shape."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
