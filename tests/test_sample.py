@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
+from kconvert.address import open_checkpoint
 from kconvert.catalogue import load_manifest
-from kconvert.checkpoint.source import open_checkpoint
 from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic
 
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kconvert.checkpoint.source import open_checkpoint
+from kconvert.address import open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.model import Model, understand
 from kconvert.plan import Plan, make_plan

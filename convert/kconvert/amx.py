@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kconvert.checkpoint.header import read_header, read_metadata
-from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_checkpoint
+from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_directory
 from kconvert.errors import KconvertError
 from kconvert.formats.amx import Amx, Split
 from kconvert.model import Weight, natural_key
@@ -96,7 +96,7 @@ def open_amx(root: Path) -> AmxModel:
     if not is_amx(root):
         raise KconvertError(f"{root} holds no AMX weights; give a directory that repack-amx or kt-kernel has written")
     # Where there are both, KTransformers takes the safetensors files.
-    checkpoint = open_checkpoint(root) if any(root.glob("*.safetensors")) else _kt_checkpoint(root)
+    checkpoint = open_directory(root) if any(root.glob("*.safetensors")) else _kt_checkpoint(root)
     experts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = []
     for name, tensor in checkpoint.tensors.items():

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kconvert.checkpoint.source import Checkpoint, Reader, Tensor, open_checkpoint
+from kconvert.address import open_checkpoint
+from kconvert.checkpoint.source import Checkpoint, Reader, Tensor
 from kconvert.model import natural_key
 
 CHUNK = 4 << 20  # bytes at a time

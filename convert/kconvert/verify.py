@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from kconvert.address import open_checkpoint
 from kconvert.amx import is_amx
 from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
 from kconvert.checkpoint.hub_id import parse_hub_id
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor, open_checkpoint
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 import kconvert
+from kconvert.address import open_checkpoint
 from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import packed_table, with_quantization
-from kconvert.checkpoint.source import Checkpoint, open_checkpoint
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.finalize import finalize

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kconvert import KconvertError
-from kconvert.checkpoint.source import open_checkpoint
+from kconvert.address import open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert.checkpoint.source import open_checkpoint
+from kconvert.address import open_checkpoint
 from kconvert.sample import SampleRecipe, plan_cut
 
 EXPERTS = "model.layers.1.mlp.experts"

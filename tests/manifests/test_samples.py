@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
+from kconvert.address import open_checkpoint
 from kconvert.catalogue import load_manifest, load_manifests
-from kconvert.checkpoint.source import open_checkpoint
 from kconvert.formats.dense import Dense
 from kconvert.manifest import lookup
 from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from kconvert.checkpoint.header import Entry, read_header
-from kconvert.checkpoint.hub_id import parse_hub_id
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.files import PAGE, open_direct, read_at
 
@@ -178,24 +177,16 @@ class Reader:
         self.close()
 
 
-def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_directory(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Read configuration, index and headers of the checkpoint in directory `path`.
 
-    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main. So
-    will a Hub id (`org/name`, `hf://org/name@revision`) where no such directory is: its headers come by HTTP.
+    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main.
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
     that leads outside the directory.
     """
     root = Path(os.path.abspath(path))
     if not root.is_dir():
-        place = parse_hub_id(os.fspath(path))
-        if place is None or root.exists():
-            raise KconvertError(
-                f"{path} is not a directory; give the directory that holds the checkpoint's config.json"
-            )
-        from kconvert.checkpoint.hub import open_repository
-
-        return open_repository(place, revision)
+        raise KconvertError(f"{path} is not a directory; give the directory that holds the checkpoint's config.json")
     try:
         root = _snapshot(root, revision)
         inventory = _inventory(root)

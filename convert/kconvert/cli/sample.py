@@ -47,7 +47,7 @@ def sample(
     \b
     Example: kconvert sample ./tiny --layers 3 --experts 8 --hidden 512 --vocab 1024
     """
-    from kconvert.checkpoint.source import open_checkpoint
+    from kconvert.address import open_checkpoint
     from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic
 
     given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}

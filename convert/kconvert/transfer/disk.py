@@ -124,9 +124,14 @@ def _places(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: boo
     return found
 
 
+def unfinished(path: Path) -> Path:
+    """What a file is called while it is being fetched."""
+    return path.with_name(path.name + PARTIAL)
+
+
 def _there(path: Path) -> int:
     """Bytes of a file, or of its unfinished form."""
-    return max(disk_bytes(path), disk_bytes(path.with_name(path.name + PARTIAL)))
+    return max(disk_bytes(path), disk_bytes(unfinished(path)))
 
 
 def _check_free(wanted: Mapping[Path, int]) -> None:

@@ -24,7 +24,7 @@ from kconvert.plan import Step
 from kconvert.preflight import Doubt, check_doubts, doubtful_values
 from kconvert.transfer.arrivals import hub_source
 from kconvert.transfer.budget import Ledger
-from kconvert.transfer.disk import Needs
+from kconvert.transfer.disk import Needs, unfinished
 
 DOWNLOADS = 4  # connections at a time; one seldom fills a fast line
 UPLOADS = 2
@@ -185,7 +185,7 @@ class Staging:
 
         place, target = hub_source(self._plan).place, self._needs.places[file]
         if not target.exists():
-            fetch(place, self._needs.fetches[file], target, self._stopped)
+            fetch(place, self._needs.fetches[file], target, unfinished(target), self._stopped)
             self._reader.fresh.add(file)
         if target.is_relative_to(self._needs.staged) or cached(place, file):
             return target

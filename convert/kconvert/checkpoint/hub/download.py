@@ -22,7 +22,6 @@ from kconvert.checkpoint.hub.digests import feed, new_digest, says
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.checkpoint.source import FileStat
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.transfer.disk import PARTIAL
 
 ATTEMPTS = 3  # at a file whose digest is wrong
 
@@ -59,13 +58,17 @@ def cache_blob(place: HubId, stat: FileStat) -> Path:
 
 
 def fetch(
-    place: HubId, wanted: Fetch, target: Path, stopped: threading.Event, advance: Callable[[int], None] | None = None
+    place: HubId,
+    wanted: Fetch,
+    target: Path,
+    partial: Path,
+    stopped: threading.Event,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Bring what is wanted to `target`, which appears complete and durable, or not at all.
+    """Bring what is wanted to `target`, which appears complete and durable, or not at all; until then it is `partial`.
 
     `advance` is called with bytes that have arrived. KconvertError when `stopped` is set meanwhile.
     """
-    partial = target.with_name(target.name + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:

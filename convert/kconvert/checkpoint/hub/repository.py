@@ -90,7 +90,7 @@ class RangeReader(Reader):
 
 
 def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
-    """The checkpoint in a repository; `revision` goes before the one of the id. Raises KconvertError, see open_checkpoint."""
+    """The checkpoint in a repository; `revision` goes before the one of the id. Raises KconvertError, see kconvert.address."""
     asked = HubId(asked.repo, revision or asked.revision)
     info = patiently(asked, "find the commit", lambda: api().model_info(asked.repo, revision=asked.revision))
     if not info.sha:

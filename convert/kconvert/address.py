@@ -1,0 +1,23 @@
+"""A checkpoint by its address: a directory of the disk, or a repository of the Hub."""
+
+from __future__ import annotations
+
+import os
+
+from kconvert.checkpoint.hub_id import parse_hub_id
+from kconvert.checkpoint.source import Checkpoint, open_directory
+
+
+def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Read configuration, index and headers of the checkpoint in directory `path`, see open_directory.
+
+    A Hub id (`org/name`, `hf://org/name@revision`) will do where no such directory is: its headers come by HTTP.
+    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
+    that leads outside the directory.
+    """
+    place = None if os.path.exists(path) else parse_hub_id(os.fspath(path))
+    if place is None:
+        return open_directory(path, revision)
+    from kconvert.checkpoint.hub import open_repository
+
+    return open_repository(place, revision)
