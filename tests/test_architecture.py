@@ -113,6 +113,9 @@ def test_formats_open_nothing():
 
 PLANNING = [
     "kconvert.plan",
+    "kconvert.steps",
+    "kconvert.containers",
+    "kconvert.hf",
     "kconvert.manifest",
     "kconvert.model",
     "kconvert.recipe",

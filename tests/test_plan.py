@@ -9,7 +9,7 @@ import pytest
 from kconvert import KconvertError, Recipe, inspect, plan
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.header import layout, read_header
-from kconvert.plan import Copy, Transcode
+from kconvert.steps import Copy, Transcode
 
 INDEX = "model.safetensors.index.json"
 

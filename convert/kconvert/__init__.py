@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from kconvert.address import open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.hf import make_plan
 from kconvert.model import Model, understand
-from kconvert.plan import Plan, make_plan
+from kconvert.plan import Plan
 from kconvert.recipe import Recipe
 from kconvert.verify import Report, verify
 from kconvert.version import __version__ as __version__

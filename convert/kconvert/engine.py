@@ -23,7 +23,8 @@ from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.formats import Part
 from kconvert.journal import Journal
-from kconvert.plan import Copy, Plan, Step, Transcode
+from kconvert.plan import Plan
+from kconvert.steps import Copy, Step, Transcode
 from kconvert.writer import ShardWriter
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
-from kconvert.plan import Place, Plan, Transcode
+from kconvert.plan import Plan
+from kconvert.steps import Place, Transcode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

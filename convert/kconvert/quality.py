@@ -14,7 +14,8 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.parity.metrics import sqnr
-from kconvert.plan import Plan, Transcode
+from kconvert.plan import Plan
+from kconvert.steps import Transcode
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile

@@ -24,7 +24,6 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
-from kconvert.formats.stacks import MxStack
 from kconvert.model import Model, Weight, format_counts
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -58,7 +57,7 @@ class Target:
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:
-            return not isinstance(weight.format, Dense)
+            return weight.format.quantised
         return weight.role.partition(".")[0] in self.roles and weight.role not in self.keeps
 
 
@@ -144,14 +143,14 @@ class Recipe:
     def _check_scales(self) -> None:
         if self.scales not in SCALES:
             raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join(SCALES)}")
-        if self.scales == "mse" and not isinstance(TARGETS[self.to][self.layout].format, Packed | Mx | Fp8):
+        if self.scales == "mse" and not TARGETS[self.to][self.layout].format.has_choice_of_scales:
             raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
 
     def check_source(self, model: Model) -> None:
         """KconvertError when the checkpoint is not what the command's name says."""
-        quantised = [weight for weight in model.weights if not isinstance(weight.format, Dense)]
+        quantised = [weight for weight in model.weights if weight.format.quantised]
         if not quantised and (self.source not in (None, "bf16") or self._target.roles is None):
             raise KconvertError(f"{model.checkpoint.root} holds no quantised weights; there is nothing to convert")
         for weight in quantised:
@@ -180,38 +179,14 @@ class Recipe:
         """What spells this weight in the output."""
         if self._target.takes(weight):
             return self._fit(self._target.format, weight)
-        return weight.format if isinstance(weight.format, Dense) else self._fit(Dense("BF16"), weight)
+        return self._fit(Dense("BF16"), weight) if weight.format.quantised else weight.format
 
     def _fit(self, format: Format, weight: Weight) -> Format:
-        """The format for this weight. INT4 codes are looked for where there may be any: not in values that were FP8."""
-        if isinstance(format, Packed | Mx) and weight.cols % (format.group_size or 1):
-            raise KconvertError(
-                f"weight {weight.name!r} has {weight.cols} columns, which do not divide into groups of {format.group_size}"
-            )
-        if isinstance(weight.format, MxStack) or (isinstance(weight.format, Dense) and weight.format.transposed):
-            return self._fit_stacked(format, weight)
-        stack = weight.format.stack if isinstance(weight.format, Packed | Dense) else None
-        if stack is not None:
-            if not isinstance(format, Packed | Dense):
-                raise KconvertError(
-                    f"weight {weight.name!r} is a stack of {stack} matrices; stacks go to bf16 or int4 only"
-                )
-            format = replace(format, stack=stack)
-        mse = self.scales == "mse"
-        if isinstance(format, Packed):
-            may_be_exact = self.require_exact or isinstance(weight.format, Dense | Packed)
-            return replace(format, exact=may_be_exact and not mse, mse=mse)
-        return replace(format, mse=mse) if isinstance(format, Mx | Fp8) else format
-
-    def _fit_stacked(self, format: Format, weight: Weight) -> Format:
-        """gpt-oss's experts are matrices [in, out] where they are no MXFP4; engines read them in no other way."""
-        if format != Dense("BF16"):
-            raise KconvertError(
-                f"weight {weight.name!r} is a stack of experts in gpt-oss's form, which goes to bf16 only"
-            )
-        if isinstance(weight.format, MxStack):
-            return replace(format, transposed=weight.rows // weight.format.stack)
-        return weight.format
+        """The format for this weight."""
+        try:
+            return format.fit(weight.format, weight.rows, weight.cols, mse=self.scales == "mse")
+        except ValueError as error:
+            raise KconvertError(f"weight {weight.name!r} {error}") from None
 
     def target(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""
@@ -223,8 +198,8 @@ class Recipe:
         config = model.checkpoint.config
         if self._target.table is None:
             return without_quantization(config)
-        quantised = [weight.name for weight in model.weights if not isinstance(self.encoding(weight), Dense)]
-        unquantised = [weight.name for weight in model.weights if isinstance(self.encoding(weight), Dense)]
+        quantised = [weight.name for weight in model.weights if self.encoding(weight).quantised]
+        unquantised = [weight.name for weight in model.weights if not self.encoding(weight).quantised]
         return with_quantization(config, self._target.table(quantised, [*unquantised, *_plain_linears(model)]))
 
 

@@ -7,27 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kconvert.amx import METHODS, PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.source import Checkpoint
+from kconvert.containers import METADATA, Apart, Container, Safetensors, json_bytes
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
 from kconvert.manifest import lookup
 from kconvert.model import Model, Plain, Weight, format_counts, natural_key
-from kconvert.plan import (
-    METADATA,
-    Copy,
-    Place,
-    Plan,
-    Step,
-    Transcode,
-    count_steps,
-    final_texts,
-    json_bytes,
-    place,
-    place_apart,
-)
+from kconvert.plan import Output, Plan
 from kconvert.recipe import DEFAULT_SHARD_SIZE, SCALES
+from kconvert.steps import Step, Transcode, copy_of, count_steps, place_of
 from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")
@@ -88,7 +78,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts: list[Step] = [_repacked(weight, recipe) for weight in experts.weights]
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
-        drafts += [_copy(item.tensor) for item in rest_of(model)]
+        drafts += [copy_of(item.tensor) for item in rest_of(model)]
     record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
     facts = {
@@ -120,7 +110,7 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
             f"original checkpoint for {numa}"
         )
     drafts: list[Step] = [step for weight in model.weights for step in _resplit(weight, numa)]
-    drafts += [_copy(tensor) for tensor in model.rest if with_rest]
+    drafts += [copy_of(tensor) for tensor in model.rest if with_rest]
     experts = Experts(model.weights, model.hidden, model.intermediate, model.layers)
     record = {
         **_record(recipe, experts, model.checkpoint.name),
@@ -153,24 +143,26 @@ def _plan(
         # What KTransformers' `kt` command shows of a model.
         "amx_quantization": {"converted": True, "method": f"int{recipe.bits}", "numa_count": recipe.numa},
     }
-    texts = {RECORD: json_bytes(record)}
-    if recipe.form == "kt":
-        steps, shards = place_apart(drafts, lambda name, nbytes: kt_path(name, recipe.bits, nbytes))
-        texts[CONFIG_NAME] = json_bytes(config)
-    else:
-        metadata = {**METADATA, **{key: str(value) for key, value in record.items()}}
-        steps, shards = place(drafts, recipe.shard_size, metadata=metadata)
-        texts |= final_texts(config, shards, parameters)
     facts = {
         **facts,
         "to": recipe.method,
         "numa": recipe.numa,
         "scales": record["scales"],
         "parameters": parameters,
-        **count_steps(steps),
+        **count_steps(drafts),
         "left_out": list(checkpoint.left_out),
     }
-    return Plan(repr(recipe), checkpoint, steps, shards, texts, facts)
+    container = _container(recipe, record)
+    texts = {RECORD: json_bytes(record)}
+    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, facts, texts).plan()
+
+
+def _container(recipe: AmxRecipe, record: Mapping[str, Any]) -> Container:
+    """The files of the recipe's form; `record` goes into every header, where there are any."""
+    if recipe.form == "kt":
+        return Apart(lambda name, nbytes: kt_path(name, recipe.bits, nbytes))
+    metadata = {**METADATA, **{key: str(value) for key, value in record.items()}}
+    return Safetensors(recipe.shard_size, metadata=metadata)
 
 
 def routed_experts(model: Model) -> Experts:
@@ -238,7 +230,7 @@ def _repacked(weight: Weight, recipe: AmxRecipe) -> Transcode:
     projection = weight.role.partition(".")[2]
     assert weight.layer is not None
     assert weight.expert is not None
-    reads = tuple(Place(tensor.file, tensor.start) for tensor in weight.tensors)
+    reads = tuple(map(place_of, weight.tensors))
     target = Amx(recipe.bits, recipe.numa, PROJECTIONS[projection], mse=recipe.scales == "mse")
     output = weight_name(weight.layer, projection, weight.expert)
     return Transcode(weight.name, weight.rows, weight.cols, weight.format, reads, target, output=output)
@@ -249,7 +241,7 @@ def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
     ours = weight.format
     assert isinstance(ours, Amx)
     theirs = replace(ours, numa=numa)
-    reads = [Place(tensor.file, tensor.start) for tensor in weight.tensors]
+    reads = [place_of(tensor) for tensor in weight.tensors]
     codes = AmxCodes(ours), tuple(reads[::2]), AmxCodes(theirs)
     scales = AmxScales(ours, weight.cols), tuple(reads[1::2]), AmxScales(theirs, weight.cols)
     yield Transcode(weight.name, weight.rows, weight.cols, *codes)
@@ -269,10 +261,6 @@ def rest_name(name: str) -> str:
     """What kt-kernel's converter calls a tensor that is no routed expert's."""
     name = name.replace("language_model.", "")
     return name.replace("model.layers.", "blk.").replace("model.", "") if name.startswith("model.") else name
-
-
-def _copy(tensor: Tensor) -> Copy:
-    return Copy(tensor.name, tensor.dtype, tensor.shape, (Place(tensor.file, tensor.start),))
 
 
 def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from kconvert import formats
 from kconvert.catalogue import load_manifest
 from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.containers import Safetensors
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
@@ -18,8 +19,9 @@ from kconvert.formats.stacks import MxStack
 from kconvert.formats.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.manifest import Manifest, Match, lookup
 from kconvert.model import natural_key, understand
-from kconvert.plan import Copy, Place, Plan, Step, Transcode, final_texts, place
+from kconvert.plan import Output, Plan
 from kconvert.recipe import DEFAULT_SHARD_SIZE
+from kconvert.steps import Copy, Step, Transcode, copy_of
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,11 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
             drafts.append(_invent_weight(name, match, _spelling(manifest, config, match, scheme), recipe.seed))
         else:
             drafts.append(_invent_tensor(name, match, match.rule.dtype, recipe.seed))
-    steps, shards = place(drafts, recipe.shard_size, manifest.shard_name, recipe.scatter)
+    container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
     side_files = {name: text.encode() for name, text in manifest.side_files.items()}
     parameters = sum(math.prod(match.shape) for _, match in names)
-    texts = {**side_files, **final_texts(config, shards, parameters)}
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
-    return Plan(repr(recipe), None, steps, shards, texts, facts)
+    return Output(repr(recipe), None, drafts, container, config, parameters, facts, side_files).plan()
 
 
 def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: Scheme | None) -> Format:
@@ -106,12 +107,12 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
         raise KconvertError(f"{checkpoint.root} has no tensor of {missing[0]!r}; fetch the rest of the checkpoint")
     kept = [(name, match) for name, match in names.expected() if name in found]
     drafts = [_cut(tensor, match) for name, match in kept for tensor in found[name]]
-    drafts += [_copy(tensor, tensor.shape) for tensor in _free_tensors(manifest, checkpoint)]
+    drafts += [copy_of(tensor) for tensor in _free_tensors(manifest, checkpoint)]
     drafts.sort(key=lambda draft: natural_key(draft.name))
-    steps, shards = place(drafts, recipe.shard_size, scatter=recipe.scatter)
+    container = Safetensors(recipe.shard_size, scatter=recipe.scatter)
     parameters = sum(math.prod(match.shape) for _, match in kept)
     facts = {"from": checkpoint.name, "sizes": dict(recipe.sizes)}
-    return Plan(repr(recipe), checkpoint, steps, shards, final_texts(config, shards, parameters), facts)
+    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, facts).plan()
 
 
 def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
@@ -152,11 +153,7 @@ def _cut(tensor: Tensor, match: Match) -> Copy:
     router: those of the experts that stay)."""
     if match.rule.dtype is None:
         stack = () if match.stack is None else (match.stack,)
-        return _copy(tensor, (*stack, *tensor.shape[len(stack) :]))
+        return copy_of(tensor, (*stack, *tensor.shape[len(stack) :]))
     if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
         raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
-    return _copy(tensor, match.shape)
-
-
-def _copy(tensor: Tensor, shape: tuple[int, ...]) -> Copy:
-    return Copy(tensor.name, tensor.dtype, shape, (Place(tensor.file, tensor.start),))
+    return copy_of(tensor, match.shape)

@@ -27,6 +27,7 @@ from kconvert.address import open_checkpoint
 from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import packed_table, with_quantization
 from kconvert.checkpoint.source import Checkpoint
+from kconvert.containers import Safetensors
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.finalize import finalize
@@ -35,8 +36,9 @@ from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
 from kconvert.journal import Journal
 from kconvert.model import natural_key
-from kconvert.plan import Copy, Plan, Step, Transcode, final_texts, place
+from kconvert.plan import Plan
 from kconvert.recipe import DEFAULT_SHARD_SIZE, is_linear_role
+from kconvert.steps import Copy, Step, Transcode
 from kconvert.writer import ShardWriter
 from kconvert_qat.attach import Coverage, adapters_of, coverage
 from kconvert_qat.config import CONFIG_NAME as QAT_CONFIG_NAME
@@ -111,14 +113,15 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
     ]
     drafts += [Copy(name, DTYPES[tensor.dtype], tuple(tensor.shape), ()) for name, tensor in rest.items()]
     drafts.sort(key=lambda draft: natural_key(draft.name))
-    steps, shards = place(drafts, shard_size)
+    container = Safetensors(shard_size)
+    steps, shards = container.place(drafts)
     parameters = covered.parameters + sum(tensor.numel() for tensor in rest.values())
     table = packed_table(config.group_size, matrices, list(_plain_linears(model, rest)))
     own = config_of(model) if source is None else source.config
     texts = {
         QAT_CONFIG_NAME: config.to_json().encode(),
         **({} if source else _side_texts(model, tokenizer)),
-        **final_texts(with_quantization(own, table), shards, parameters),
+        **container.texts(with_quantization(own, table), shards, parameters),
     }
     if source is not None:
         kept = {name: size for name, size in source.side_files.items() if name not in texts}

@@ -5,7 +5,9 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.plan import Copy, Place, Plan, Shard
+from kconvert.containers import Shard
+from kconvert.plan import Plan
+from kconvert.steps import Copy, Place
 from kconvert.transfer.budget import Ledger, make_schedule
 
 SIZES = st.integers(1, 50)

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Fate, Format, Part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ Split = Literal["rows", "cols"]
 
 
 @dataclass(frozen=True, slots=True)
-class Amx:
+class Amx(Format):
     """`bits` are 4 or 8. A weight is cut into `numa` shards of as many rows or columns, as `split` says.
 
     How the scales were made is no part of the encoding, the loader takes any. `mse`: by least squared error, None: that is not
@@ -58,6 +58,10 @@ class Amx:
     @property
     def label(self) -> str:
         return f"amxint{self.bits}"
+
+    @property
+    def has_choice_of_scales(self) -> bool:
+        return True
 
     @property
     def block(self) -> int:
@@ -107,7 +111,7 @@ class Amx:
 
 
 @dataclass(frozen=True, slots=True)
-class AmxCodes:
+class AmxCodes(Format):
     """The weights of Amx without the scales; the tile's values are the codes. For other shards of the same codes."""
 
     amx: Amx
@@ -115,6 +119,9 @@ class AmxCodes:
     @property
     def label(self) -> str:
         return f"{self.amx.label} numa {self.amx.numa}"
+
+    def fate(self, source: Format) -> Fate:
+        return "lossless"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         return self.amx.parts(rows, cols)[::2]
@@ -134,7 +141,7 @@ class AmxCodes:
 
 
 @dataclass(frozen=True, slots=True)
-class AmxScales:
+class AmxScales(Format):
     """The scales of Amx alone, of a weight [rows, cols]: the tile is [rows, 1] for shards of rows; for shards of columns it
     has a column for each shard of the finer side, and a shard that is cut keeps its scale in all pieces."""
 
@@ -144,6 +151,9 @@ class AmxScales:
     @property
     def label(self) -> str:
         return f"scales numa {self.amx.numa}"
+
+    def fate(self, source: Format) -> Fate:
+        return "lossless"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         return self.amx.parts(rows, self.cols)[1::2]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from kconvert.formats.dtypes import tensor_bytes
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]
+
+
+# Values are kept; kept where codes and a scale reproduce a group of them, and the run counts the others; rounded.
+Fate: TypeAlias = Literal["lossless", "recovered", "lossy"]
+FATES: tuple[Fate, ...] = ("lossless", "recovered", "lossy")
 
 
 def tensor_name(weight: str, suffix: str) -> str:
@@ -64,7 +69,7 @@ class Part:
         return first // self.every * stride, math.ceil(last / self.every) * stride
 
 
-class Format(Protocol):
+class Format:
     """An encoding with all its parameters. Instances are frozen dataclasses; they know no files.
 
     A tile is a C-contiguous f32 array [rows, cols] whose values are exactly representable in the weight's own dtype.
@@ -72,20 +77,78 @@ class Format(Protocol):
     part's `every`. Both directions work on the caller's buffers and allocate nothing that grows with the tile.
     """
 
+    __slots__ = ()
+
     @property
     def label(self) -> str:
         """What people call it: `bf16`, `int4 group 32`."""
-        ...
+        raise NotImplementedError
 
-    def __hash__(self) -> int: ...
+    @property
+    def quantised(self) -> bool:
+        """Whether it has codes and scales, or is one plain tensor."""
+        return True
 
-    def parts(self, rows: int, cols: int) -> tuple[Part, ...]: ...
+    @property
+    def value_dtype(self) -> str:
+        """The dtype that holds every value exactly; those of most encodings are bf16."""
+        return "BF16"
 
-    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None: ...
+    @property
+    def recoverable(self) -> bool:
+        """Whether there may be INT4 codes and scales to be found again in its values: not in those that were FP8."""
+        return False
+
+    @property
+    def has_choice_of_scales(self) -> bool:
+        """Whether scales by least squared error can be asked for; `mse` of such a format says whether they are."""
+        return False
+
+    @property
+    def matrices(self) -> int | None:
+        """How many matrices [out, in] it stacks; None: it is one."""
+        return None
+
+    def height(self, rows: int) -> int | None:
+        """The rows of each matrix of a weight of `rows` rows in gpt-oss's form of a stack; None in any other form."""
+        return None
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        raise NotImplementedError
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        raise NotImplementedError
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
-        ...
+        raise NotImplementedError
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        """This format for a weight [rows, cols] that is spelt as `source` now, with scales by `mse` where there is a choice.
+
+        Raises ValueError, saying what the weight has or is, where it cannot become this.
+        """
+        check_form(source, rows)
+        if source.matrices is not None:
+            raise ValueError(f"is a stack of {source.matrices} matrices; stacks go to bf16 or int4 only")
+        return self
+
+    def fate(self, source: Format) -> Fate:
+        """What becomes of the values of a weight that is spelt as `source` now; see Fate."""
+        return "lossy"
+
+
+def check_form(source: Format, rows: int) -> None:
+    """ValueError for gpt-oss's stacks of experts: matrices [in, out] where they are no MXFP4, which engines read in no other
+    way."""
+    if source.height(rows) is not None:
+        raise ValueError("is a stack of experts in gpt-oss's form, which goes to bf16 only")
+
+
+def check_groups(cols: int, size: int | None) -> None:
+    """ValueError when `size` columns to a scale leave some over; None: all columns of a row share one."""
+    if cols % (size or 1):
+        raise ValueError(f"has {cols} columns, which do not divide into groups of {size}")
 
 
 @lru_cache(maxsize=4096)

@@ -6,10 +6,10 @@ The transposed stacks of formats.stacks have the weight's own name and the matri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Fate, Format, Part, check_form
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
@@ -20,7 +20,7 @@ DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Format):
     """`dtype` is one of DTYPES; `stack`: the number of matrices if it is a stack of them, [stack, out, in].
 
     `transposed`: the rows of each matrix if it is a stack of transposed ones, [stack, in, out].
@@ -33,6 +33,36 @@ class Dense:
     @property
     def label(self) -> str:
         return self.dtype.lower()
+
+    @property
+    def quantised(self) -> bool:
+        return False
+
+    @property
+    def value_dtype(self) -> str:
+        return self.dtype
+
+    @property
+    def recoverable(self) -> bool:
+        return True
+
+    @property
+    def matrices(self) -> int | None:
+        return self.stack
+
+    def height(self, rows: int) -> int | None:
+        return self.transposed
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        if (height := source.height(rows)) is None:
+            return replace(self, stack=source.matrices) if source.matrices is not None else self
+        if self != Dense("BF16"):
+            check_form(source, rows)
+        return replace(self, transposed=height) if source.quantised else source
+
+    def fate(self, source: Format) -> Fate:
+        """F32 holds the values of any encoding."""
+        return "lossless" if self.dtype in ("F32", source.value_dtype) else "lossy"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if self.transposed is not None:

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
@@ -40,7 +40,7 @@ SCHEME_FORMATS = ("fp8", "float-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8:
+class Fp8(Format):
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
     `flat`: a channel scale is [out] and a tensor scale []. `input_scale`: dtype and shape of that tensor where there is one.
@@ -59,6 +59,13 @@ class Fp8:
     @property
     def label(self) -> str:
         return "fp8 block {}x{}".format(*self.block) if self.strategy == "block" else f"fp8 {self.strategy}"
+
+    @property
+    def has_choice_of_scales(self) -> bool:
+        return True
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        return Format.fit(replace(self, mse=mse), source, rows, cols, mse)
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         shape, every = self._scale(rows, cols)

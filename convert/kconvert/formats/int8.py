@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part
 from kconvert.formats.conventions import Convention
 from kconvert.formats.packed import SCALE_CODES
 
@@ -34,7 +34,7 @@ CHANNEL_RULE = Convention("compressed-tensors", 127.5, -128, 127, rounds=True, z
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
+class Int8(Format):
     """`strategy` is one of STRATEGIES. `flat`: a channel scale is [out] and a tensor scale [].
 
     `activations` are (suffix, dtype, shape) of tensors beside it that describe activations.
@@ -51,6 +51,11 @@ class Int8:
     def label(self) -> str:
         size = f" {self.group_size}" if self.group_size else ""
         return f"int8 {self.strategy}{size}" + ("" if self.symmetric else " asymmetric")
+
+    @property
+    def value_dtype(self) -> str:
+        """Integers are multiplied in their scale's dtype."""
+        return self.scale_dtype
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if self.group_size and cols % self.group_size:

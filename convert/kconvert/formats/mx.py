@@ -18,10 +18,10 @@ https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compre
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part, check_groups
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
@@ -34,7 +34,7 @@ FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
 
 
 @dataclass(frozen=True, slots=True)
-class Mx:
+class Mx(Format):
     """`bits` is 4 or 8. `activations` are (suffix, dtype, shape) of tensors beside it that describe activations.
 
     `mse`: of the scale by the rule, half of it and twice, the one with the least squared error; no part of the encoding.
@@ -52,6 +52,14 @@ class Mx:
     @property
     def group_size(self) -> int:
         return GROUP
+
+    @property
+    def has_choice_of_scales(self) -> bool:
+        return True
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        check_groups(cols, GROUP)
+        return Format.fit(replace(self, mse=mse), source, rows, cols, mse)
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.config import Scheme
@@ -29,7 +29,7 @@ SUFFIXES = frozenset({"weight_packed", "weight_scale", *OTHERS})
 
 
 @dataclass(frozen=True, slots=True)
-class Nvfp4:
+class Nvfp4(Format):
     """`others` are (suffix, dtype, shape) of the global scale and of what describes activations."""
 
     others: tuple[tuple[str, str, tuple[int, ...]], ...] = (("weight_global_scale", "F32", (1,)),)

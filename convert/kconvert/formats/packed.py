@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Fate, Format, Part, check_form, check_groups
 from kconvert.formats.conventions import KIMI, Convention
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ ZERO_CODES = {"I32": "u4", "I8": "i1"}
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(Format):
     """`group_size` columns share a scale, None: the whole row. `shape_dtype` None: there is no weight_shape tensor.
     `stack`: the number of matrices if it is a stack of them.
 
@@ -71,6 +71,32 @@ class Packed:
         group = f"group {self.group_size}" if self.group_size else "channel"
         packed = "" if self.bits == 4 else " packed"
         return f"int{self.bits}{packed} {group}" + ("" if self.symmetric else " asymmetric") + " ordered" * self.ordered
+
+    @property
+    def value_dtype(self) -> str:
+        """Integers are multiplied in their scale's dtype."""
+        return self.scale_dtype
+
+    @property
+    def recoverable(self) -> bool:
+        return True
+
+    @property
+    def has_choice_of_scales(self) -> bool:
+        return True
+
+    @property
+    def matrices(self) -> int | None:
+        return self.stack
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        check_groups(cols, self.group_size)
+        check_form(source, rows)
+        exact = (self.strict or source.recoverable) and not mse
+        return replace(self, stack=source.matrices, exact=exact, mse=mse)
+
+    def fate(self, source: Format) -> Fate:
+        return "recovered" if self.exact else "lossy"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if self.group_size and cols % self.group_size:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part
 from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.mx import GROUP, Mx
 
@@ -28,7 +28,7 @@ SUFFIXES = frozenset({"", "_blocks", "_scales"})
 
 
 @dataclass(frozen=True, slots=True)
-class MxStack:
+class MxStack(Format):
     """`stack` is the number of matrices; the rows of a weight are those of the first matrix, then of the next."""
 
     stack: int
@@ -36,6 +36,9 @@ class MxStack:
     @property
     def label(self) -> str:
         return "mxfp4 stack"
+
+    def height(self, rows: int) -> int | None:
+        return rows // self.stack
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from kconvert.formats.base import Part
+from kconvert.formats.base import Format, Part
 from kconvert.formats.conventions import Convention
 from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
@@ -20,14 +20,14 @@ from kconvert.formats.packed import Packed
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kconvert.formats.base import Bytes, Format, Tile
+    from kconvert.formats.base import Bytes, Tile
 
 POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
 ZERO_EVERY = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Synthetic:
+class Synthetic(Format):
     """The weight called `name`: `center` + `gain` * heavy-tailed values. A gain of 1 keeps them exact in bf16."""
 
     name: str
@@ -55,7 +55,7 @@ class Synthetic:
 
 
 @dataclass(frozen=True, slots=True)
-class Unquantised:
+class Unquantised(Format):
     """A tensor that is no Linear, of any rank, as the target of synthetic values."""
 
     suffix: str
@@ -77,7 +77,7 @@ class Unquantised:
 
 
 @dataclass(frozen=True, slots=True)
-class Picks:
+class Picks(Format):
     """The groups of the Synthetic weight `name` by their numbers in the pool, for Dealt."""
 
     name: str
@@ -100,7 +100,7 @@ class Picks:
 
 
 @dataclass(frozen=True, slots=True)
-class Dealt:
+class Dealt(Format):
     """Packed INT4 in groups of 32, dealt from a pool that was encoded once.
 
     Groups are encoded each by itself, so these are the bytes that encoding Synthetic values gives, at memory's speed.

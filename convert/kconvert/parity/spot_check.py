@@ -13,7 +13,7 @@ from kconvert.checkpoint.source import Reader, Tensor
 from kconvert.formats import Format, Part
 from kconvert.model import Weight
 from kconvert.parity.metrics import measure, sqnr
-from kconvert.plan import Place, Step, Transcode
+from kconvert.steps import Place, Step, Transcode
 
 ROWS = 64
 

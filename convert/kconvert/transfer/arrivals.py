@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from kconvert.plan import Plan, Step, Transcode
+from kconvert.plan import Plan
+from kconvert.steps import Step, Transcode
 
 if TYPE_CHECKING:
     from kconvert.checkpoint.hub import HubCheckpoint

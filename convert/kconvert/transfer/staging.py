@@ -20,8 +20,8 @@ from kconvert.checkpoint.source import Reader
 from kconvert.files import PAGE
 from kconvert.journal import Journal, Record
 from kconvert.parity.spot_check import Parity, shard_parity
-from kconvert.plan import Step
 from kconvert.preflight import Doubt, check_doubts, doubtful_values
+from kconvert.steps import Step
 from kconvert.transfer.arrivals import hub_source
 from kconvert.transfer.budget import Ledger
 from kconvert.transfer.disk import Needs, unfinished

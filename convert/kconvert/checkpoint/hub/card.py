@@ -15,8 +15,9 @@ from kconvert.checkpoint.hub.upload import CARD, head
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import human
+from kconvert.formats.base import FATES
 from kconvert.parity.spot_check import Parity
-from kconvert.plan import FATES, Plan
+from kconvert.plan import Plan
 from kconvert.version import __version__
 
 # Fields that are as true of the converted model.

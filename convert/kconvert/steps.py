@@ -1,0 +1,104 @@
+"""What a plan is made of: a weight goes from one format to another, or a tensor keeps its bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kconvert.checkpoint.source import Tensor
+from kconvert.formats import Format, Part, parts_of
+from kconvert.formats.base import FATES
+from kconvert.formats.dtypes import tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's bytes begin: `start` counts from the beginning of `file`."""
+
+    file: str
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transcode:
+    """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
+
+    `output` is its name there where that is another one than in the source.
+    """
+
+    name: str
+    rows: int
+    cols: int
+    source: Format
+    reads: tuple[Place, ...]
+    target: Format
+    writes: tuple[Place, ...] = ()
+    output: str = ""
+
+    @property
+    def source_parts(self) -> tuple[Part, ...]:
+        return parts_of(self.source, self.rows, self.cols)
+
+    @property
+    def target_parts(self) -> tuple[Part, ...]:
+        return parts_of(self.target, self.rows, self.cols)
+
+    @property
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of what it writes."""
+        name = self.output or self.name
+        return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
+
+    def placed(self, writes: tuple[Place, ...]) -> Transcode:
+        return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor keeps its name, dtype, shape and bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    reads: tuple[Place, ...]
+    writes: tuple[Place, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        return [(self.name, self.dtype, self.shape)]
+
+    def placed(self, writes: tuple[Place, ...]) -> Copy:
+        return Copy(self.name, self.dtype, self.shape, self.reads, writes)
+
+
+Step: TypeAlias = Transcode | Copy
+
+
+def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Copy:
+    """The tensor as it is, or what of its beginning has this shape; without a place in the output."""
+    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (place_of(tensor),))
+
+
+def place_of(tensor: Tensor) -> Place:
+    return Place(tensor.file, tensor.start)
+
+
+def count_steps(steps: Sequence[Step]) -> dict[str, Any]:
+    """How many steps of each kind there are, and which conversions lose something."""
+    transcoded = [step for step in steps if isinstance(step, Transcode)]
+    return {
+        "transcoded": len(transcoded),
+        "copied": len(steps) - len(transcoded),
+        **{fate: _pairs(step for step in transcoded if step.target.fate(step.source) == fate) for fate in FATES},
+    }
+
+
+def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:
+    """How many weights go from which format to which."""
+    return dict(Counter(f"{step.source.label} -> {step.target.label}" for step in steps))
