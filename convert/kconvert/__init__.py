@@ -127,7 +127,9 @@ def convert(
     from kconvert.engine import Limits, Run, warm_up
     from kconvert.finalize import finalize
     from kconvert.journal import Journal
+    from kconvert.parity.spot_check import SpotCheck
     from kconvert.preflight import check_values
+    from kconvert.report.card import model_card
     from kconvert.transfer.staging import Staging
 
     needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
@@ -146,11 +148,13 @@ def convert(
         with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
             advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
             upload = delivery.open()
-            with Staging(needs, journal, upload) as staging:
+            with Staging(needs, journal, upload, SpotCheck(plan)) as staging:
                 run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)
                 run.execute()
                 staging.drain()
             finalize(plan, journal)
-            if upload is not None:
-                delivery.publish(plan, journal, upload, command)
+            if upload is not None and delivery.push is not None:
+                title = delivery.push.repo.partition("/")[2]
+                card = model_card(title, plan, command, [journal.finished[shard.name] for shard in plan.shards])
+                delivery.publish(plan, journal, upload, command, card)
     return dict(run.inexact)

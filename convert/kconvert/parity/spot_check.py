@@ -6,16 +6,21 @@ but it can be done while source and output are both on the disk, which within a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 from kconvert.checkpoint.source import Reader, Tensor
 from kconvert.formats import Format, Part
 from kconvert.model import Weight
 from kconvert.parity.metrics import measure, sqnr
+from kconvert.plan import Plan
 from kconvert.steps import Place, Step, Transcode
 
 ROWS = 64
+PARITY = "parity"  # what the journal calls it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,31 @@ class Parity:
             yield f"- SQNR {ratio:.2f} dB, largest error {self.largest:.3g} (the same values)"
 
 
-def shard_parity(steps: Iterable[Step], source: Reader, output: Reader) -> Parity:
+class SpotCheck:
+    """Looks at each shard of a plan once it is finished, see transfer.staging.Witness."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __call__(self, shard: str, source: Reader, output: Reader) -> Mapping[str, Any]:
+        return {PARITY: asdict(_shard_parity(self._steps.get(shard, ()), source, output))}
+
+    @cached_property
+    def _steps(self) -> Mapping[str, Sequence[Step]]:
+        """The steps that write no other shard than this one."""
+        steps: dict[str, list[Step]] = defaultdict(list)
+        for step in self._plan.steps:
+            if len(shards := {place.file for place in step.writes}) == 1:
+                steps[shards.pop()].append(step)
+        return steps
+
+
+def parity_of(records: Iterable[Mapping[str, Any]]) -> Parity:
+    """What was found of all shards, from what the journal has of each."""
+    return sum((Parity(**record.get(PARITY, {})) for record in records), Parity())
+
+
+def _shard_parity(steps: Iterable[Step], source: Reader, output: Reader) -> Parity:
     """Of the first weight of each pair of formats among `steps`, which are those that wrote one shard."""
     chosen: dict[tuple[str, str], Transcode] = {}
     for step in steps:

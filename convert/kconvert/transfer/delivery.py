@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 from kconvert.checkpoint.hub_id import HubId, parse_destination, parse_hub_id
 from kconvert.errors import KconvertError
 from kconvert.journal import Journal, Record
-from kconvert.parity.spot_check import Parity
 from kconvert.plan import Plan
 
 if TYPE_CHECKING:
@@ -52,10 +52,20 @@ class Delivery:
         """Records of all shards when the repository that DST is has the output of `plan` already; else none."""
         if self.push is None or not self.passing:
             return {}
-        from kconvert.checkpoint.hub.card import published
+        from kconvert.checkpoint.hub.front_matter import CARD
+        from kconvert.checkpoint.hub.repository import list_files, small_file
+        from kconvert.checkpoint.hub.upload import head
 
-        found = published(self.push, plan)
-        return {name: {"upload": {"repo": self.push.repo, "sha256": digest}} for name, digest in found.items()}
+        place = head(self.push)
+        files = list_files(place) if place is not None and place.revision else {}
+        shards = [shard.name for shard in plan.shards]
+        if place is None or not files.keys() >= {CARD, *shards, *plan.texts, *plan.side_files}:
+            return {}
+        digests = {name: files[name].stamp.removeprefix("sha256:") for name in shards}
+        card = small_file(place, CARD, files[CARD]).read_text("utf-8", errors="replace")
+        if _seal(plan, digests) not in card:
+            return {}
+        return {name: {"upload": {"repo": self.push.repo, "sha256": digest}} for name, digest in digests.items()}
 
     def check(self, plan: Plan, finished: Mapping[str, Record], overwrite: bool) -> None:
         """KconvertError when the repository has something else in it; it need not exist yet."""
@@ -75,21 +85,22 @@ class Delivery:
 
         return Upload(self.push)
 
-    def publish(self, plan: Plan, journal: Journal, outbox: Upload, command: str) -> None:
-        """Commit what the directory holds and what was sent."""
-        from kconvert.checkpoint.hub.card import model_card
-
-        assert self.push is not None
-        records = {shard.name: journal.finished[shard.name] for shard in plan.shards}
-        parity = sum((Parity(**record.get("parity", {})) for record in records.values()), Parity())
-        uploads = {name: record["upload"] for name, record in records.items()}
+    def publish(self, plan: Plan, journal: Journal, outbox: Upload, command: str, card: str) -> None:
+        """Commit what the directory holds and what was sent, with `card` as the repository's README.md."""
+        uploads = {shard.name: journal.finished[shard.name]["upload"] for shard in plan.shards}
         digests = {name: upload["sha256"] for name, upload in uploads.items()}
-        card = model_card(self.push.repo.partition("/")[2], plan, command, parity, digests)
+        sealed = f"{card}\n{_seal(plan, digests)}\n".encode()
         files = {name: self.directory / name for name in (*plan.side_files, *plan.texts)}
-        outbox.commit(uploads, files, card, f"Add the output of {command.partition(' -')[0]}")
+        outbox.commit(uploads, files, sealed, f"Add the output of {command.partition(' -')[0]}")
         self.clear()
 
     def clear(self) -> None:
         """What has arrived need not be on the way any more."""
         if self.passing:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _seal(plan: Plan, digests: Mapping[str, str]) -> str:
+    """A line that no other plan, source or shards would have: by it a later run knows that the output is there already."""
+    text = f"{plan.hash} {plan.stamp} {sorted(digests.items())}"
+    return f"<!-- kconvert {hashlib.sha256(text.encode()).hexdigest()} -->"

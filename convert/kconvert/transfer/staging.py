@@ -8,20 +8,17 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from kconvert.checkpoint.source import Reader
 from kconvert.files import PAGE
 from kconvert.journal import Journal, Record
-from kconvert.parity.spot_check import Parity, shard_parity
 from kconvert.preflight import Doubt, check_doubts, doubtful_values
-from kconvert.steps import Step
 from kconvert.transfer.arrivals import hub_source
 from kconvert.transfer.budget import Ledger
 from kconvert.transfer.disk import Needs, unfinished
@@ -36,6 +33,12 @@ class Outbox(Protocol):
     def has(self, upload: Record) -> bool: ...
 
     def send(self, name: str, path: Path) -> Record: ...
+
+
+class Witness(Protocol):
+    """What is to be remembered of a shard, told while all that it was made of is still here; see parity.spot_check."""
+
+    def __call__(self, shard: str, source: Reader, output: Reader) -> Mapping[str, Any]: ...
 
 
 class StagedReader(Reader):
@@ -64,9 +67,10 @@ class Staging:
     Within a budget, source files are here only as long as they are needed, and shards leave the disk once they are sent.
     """
 
-    def __init__(self, needs: Needs, journal: Journal, outbox: Outbox | None) -> None:
+    def __init__(self, needs: Needs, journal: Journal, outbox: Outbox | None, witness: Witness) -> None:
         plan = needs.plan
-        self._needs, self._plan, self._journal, self._outbox = needs, plan, journal, outbox
+        self._needs, self._plan, self._journal = needs, plan, journal
+        self._outbox, self._witness = outbox, witness
         self._ledger = Ledger(needs.schedule, needs.room)
         self._reader = StagedReader(plan.source.root if plan.source else Path())
         self._here: set[str] = set()
@@ -77,10 +81,6 @@ class Staging:
         self._doubts: dict[str, list[Doubt]] = defaultdict(list)
         for doubt in doubtful_values(plan, journal.finished) if needs.fetches else ():
             self._doubts[doubt.place.file].append(doubt)
-        self._steps: dict[str, list[Step]] = defaultdict(list)
-        for step in plan.steps if outbox is not None else ():
-            if len(shards := {place.file for place in step.writes}) == 1:
-                self._steps[shards.pop()].append(step)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._finished: SimpleQueue[str | None] = SimpleQueue()
@@ -123,7 +123,8 @@ class Staging:
     def finish(self, shard: str) -> None:
         """What only this shard needed goes, and the shard is on its way."""
         if self._outbox is not None:
-            self._journal.note(shard, parity=asdict(self._parity(shard)))
+            with Reader(self._journal.destination) as output:
+                self._journal.note(shard, **self._witness(shard, self._reader, output))
         with self._lock:
             for file in self._needs.schedule.sources[shard] & self._needs.fetches.keys():
                 self._needed_by[file].discard(shard)
@@ -131,10 +132,6 @@ class Staging:
                     self._drop(file)
         if self._outbox is not None:
             self._finished.put(shard)
-
-    def _parity(self, shard: str) -> Parity:
-        with Reader(self._journal.destination) as output:
-            return shard_parity(self._steps[shard], self._reader, output)
 
     def stop(self, failure: BaseException) -> None:
         self._stopped.set()

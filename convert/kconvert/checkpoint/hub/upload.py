@@ -16,12 +16,12 @@ from huggingface_hub.lfs import UploadInfo
 
 from kconvert.checkpoint.hub.client import Patience, api, patiently
 from kconvert.checkpoint.hub.digests import matches
+from kconvert.checkpoint.hub.front_matter import CARD
 from kconvert.checkpoint.hub.repository import list_files
 from kconvert.checkpoint.hub_id import HubId
 from kconvert.checkpoint.source import OTHER_WEIGHTS, FileStat
 from kconvert.errors import KconvertError
 
-CARD = "README.md"
 OWN = (CARD, ".gitattributes")  # what a repository may have before it has a checkpoint
 
 
