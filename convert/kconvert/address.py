@@ -18,6 +18,6 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     place = None if os.path.exists(path) else parse_hub_id(os.fspath(path))
     if place is None:
         return open_directory(path, revision)
-    from kconvert.checkpoint.hub import open_repository
+    from kconvert.checkpoint.hub.repository import open_repository
 
     return open_repository(place, revision)

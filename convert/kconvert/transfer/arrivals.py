@@ -10,15 +10,15 @@ from kconvert.plan import Plan
 from kconvert.steps import Step, Transcode
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.hub import HubCheckpoint
     from kconvert.checkpoint.hub.download import Fetch
+    from kconvert.checkpoint.hub.repository import HubCheckpoint
 
 GAP = 1 << 20  # bytes that are quicker fetched than left out
 WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
 
 
 def hub_source(plan: Plan) -> HubCheckpoint:
-    from kconvert.checkpoint.hub import HubCheckpoint
+    from kconvert.checkpoint.hub.repository import HubCheckpoint
 
     assert isinstance(plan.source, HubCheckpoint)
     return plan.source
