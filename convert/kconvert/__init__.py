@@ -138,13 +138,13 @@ def convert(
         delivery.clear()
         advance(plan.output_bytes)
         return {}
-    if plan.source is not None:
-        plan.source.check_index()
     with ThreadPoolExecutor(1) as background:
         if len(needs.finished) < len(plan.shards):
             background.submit(warm_up, plan)
         if not needs.fetches:
             check_values(plan, needs.finished)
+        if plan.source is not None:
+            plan.source.check_index()
         with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
             advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
             upload = delivery.open()

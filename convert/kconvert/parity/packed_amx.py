@@ -9,9 +9,9 @@ from pathlib import Path
 from kconvert.amx import AmxModel, open_amx, weight_name
 from kconvert.checkpoint.config import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError
+from kconvert.experts import rest_of, routed_experts
 from kconvert.formats.amx import Amx
 from kconvert.model import Model, Plain, Weight, natural_key
-from kconvert.repack import rest_of, routed_experts
 
 
 def open_packed(original: Model, output: Path) -> tuple[Model, Model, tuple[str, ...]]:

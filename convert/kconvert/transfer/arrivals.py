@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kconvert.plan import Plan
@@ -36,6 +37,20 @@ def plan_fetches(plan: Plan) -> dict[str, Fetch]:
         share = sum(stop - start for start, stop in wanted) / max(stat.nbytes, 1)
         fetches[file] = Fetch(file, stat, ((0, stat.nbytes),) if share > WHOLE else wanted)
     return fetches
+
+
+def places_of(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: bool) -> dict[str, Path]:
+    """Where the Hub's cache has a file or will keep it, else below `staged`."""
+    if not fetches:
+        return {}
+    from kconvert.checkpoint.hub.download import cache_blob, cached
+
+    place = hub_source(plan).place
+    found = {}
+    for file, wanted in fetches.items():
+        kept = not passing and wanted.is_whole
+        found[file] = cached(place, file) or (cache_blob(place, wanted.stat) if kept else staged / file)
+    return found
 
 
 def _extents(steps: Iterable[Step]) -> dict[str, tuple[tuple[int, int], ...]]:

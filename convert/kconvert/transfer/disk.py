@@ -13,7 +13,7 @@ from kconvert.checkpoint.source import STATE_DIR
 from kconvert.errors import KconvertError, human
 from kconvert.journal import STAGED, Record, stale_files
 from kconvert.plan import Plan
-from kconvert.transfer.arrivals import hub_source, plan_fetches
+from kconvert.transfer.arrivals import places_of, plan_fetches
 from kconvert.transfer.budget import Schedule, make_schedule
 from kconvert.transfer.delivery import Delivery
 
@@ -96,7 +96,7 @@ def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budge
         budget = free_bytes(delivery.directory)
     staged = delivery.directory / STATE_DIR / STAGED
     fetches = plan_fetches(plan)
-    places = _places(plan, fetches, staged, passing=budget is not None)
+    places = places_of(plan, fetches, staged, passing=budget is not None)
     arriving = {file: fetches[file].nbytes if path.is_relative_to(staged) else 0 for file, path in places.items()}
     leaving = delivery.push is not None and budget is not None
     gone = {name for name in finished if not (delivery.directory / name).exists()} if leaving else None
@@ -108,20 +108,6 @@ def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budge
     needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
     missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
     return Needs(plan, delivery, finished, fetches, places, missing, present & needed, schedule, budget)
-
-
-def _places(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: bool) -> dict[str, Path]:
-    """Where the Hub's cache has a file or will keep it, else below `staged`."""
-    if not fetches:
-        return {}
-    from kconvert.checkpoint.hub.download import cache_blob, cached
-
-    place = hub_source(plan).place
-    found = {}
-    for file, wanted in fetches.items():
-        kept = not passing and wanted.is_whole
-        found[file] = cached(place, file) or (cache_blob(place, wanted.stat) if kept else staged / file)
-    return found
 
 
 def unfinished(path: Path) -> Path:
