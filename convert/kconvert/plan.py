@@ -21,8 +21,9 @@ from kconvert.formats.amx import AmxCodes, AmxScales
 from kconvert.formats.dense import Dense
 from kconvert.formats.int8 import Int8
 from kconvert.formats.packed import Packed
-from kconvert.model import Model, Plain, Weight, format_counts, natural_key, parts_of
+from kconvert.model import Model, Weight, format_counts, natural_key, parts_of, refuse_undecoded
 from kconvert.recipe import Recipe
+from kconvert.sorting import Plain
 from kconvert.version import __version__
 
 SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
@@ -172,6 +173,7 @@ class Plan:
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    refuse_undecoded(model.select(recipe.include, recipe.exclude))
     recipe.check_source(model)
     model = model.select(recipe.include, recipe.exclude)
     steps, shards = place(list(_drafts(model, recipe)), recipe.shard_size)

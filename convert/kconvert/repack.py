@@ -13,7 +13,7 @@ from kconvert.formats import Format
 from kconvert.formats.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
 from kconvert.manifest import lookup
-from kconvert.model import Model, Plain, Weight, format_counts, natural_key
+from kconvert.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.plan import (
     METADATA,
     Copy,
@@ -28,6 +28,7 @@ from kconvert.plan import (
     place_apart,
 )
 from kconvert.recipe import DEFAULT_SHARD_SIZE, SCALES
+from kconvert.sorting import Plain
 from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")
@@ -88,6 +89,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts: list[Step] = [_repacked(weight, recipe) for weight in experts.weights]
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
+        refuse_undecoded(model)
         drafts += [_copy(item.tensor) for item in rest_of(model)]
     record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
@@ -182,7 +184,7 @@ def routed_experts(model: Model) -> Experts:
     weights = tuple(w for w in model.weights if w.role.partition(".")[0] == "expert" and (w.layer or 0) < last)
     unknown = [w for w in weights if w.role.partition(".")[2] not in PROJECTIONS or w.expert is None or w.layer is None]
     if not weights or unknown:
-        what = f"those of {model.manifest.name} are not supported" if unknown else "its manifest names none"
+        what = f"those of {model.manifest.name} are not supported" if unknown else "the names of its weights show none"
         raise KconvertError(
             f"{root}: repack-amx needs routed experts with a gate, an up and a down matrix each, but {what}"
         )
@@ -204,9 +206,9 @@ def routed_experts(model: Model) -> Experts:
 
 
 def _layers(model: Model) -> float:
-    """The number of layers without MTP; unbounded where the manifest does not know it."""
-    key = model.manifest.dims.get("layers")
-    count = lookup(model.manifest.section(model.checkpoint.config), key) if key else None
+    """The number of layers without MTP; unbounded where config.json does not say it."""
+    key = model.manifest.dims.get("layers", "num_hidden_layers")
+    count = lookup(model.manifest.section(model.checkpoint.config), key)
     return count if isinstance(count, int) else float("inf")
 
 

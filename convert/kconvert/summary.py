@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.copies import undecoded
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
@@ -86,6 +87,8 @@ def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
     findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
     findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
+    findings += model.findings
+    findings += [f"{tensor.name} {reason}, which no rule decodes" for tensor, reason in undecoded(model.plain)]
     names = model.manifest.bind(model.checkpoint.config)
     for plain in model.plain:
         match = names.match(plain.tensor.name)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats.dense import Dense
-from kconvert.model import Plain, Weight
+from kconvert.model import Weight
 from kconvert.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
 from kconvert.parity.faults import fault_of
 from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.parity.oracle import has_reference, read_state, row_unit
 from kconvert.parity.rows import Desk, Rows
+from kconvert.sorting import Plain
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time

@@ -10,8 +10,9 @@ from kconvert.amx import AmxModel, open_amx, weight_name
 from kconvert.checkpoint.config import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
-from kconvert.model import Model, Plain, Weight, natural_key
+from kconvert.model import Model, Weight, natural_key
 from kconvert.repack import rest_of, routed_experts
+from kconvert.sorting import Plain
 
 
 def open_packed(original: Model, output: Path) -> tuple[Model, Model, tuple[str, ...]]:
