@@ -161,11 +161,22 @@ class Recipe:
                     f"{weight.tensors[0]} is {weight.format.label}, not {self.source} (the checkpoint holds {have}); "
                     f"use `kconvert convert --to {self.to}`"
                 )
-        if all(self.target(weight) is None for weight in model.weights):
+        self._check_effect(model, bool(quantised))
+
+    def _check_effect(self, model: Model, has_quantised: bool) -> None:
+        """KconvertError when the output would be the source again."""
+        root, target = model.checkpoint.root, self._target
+        what = f"{self.to} {self.layout}".strip()
+        if target.roles is not None and target.roles != EXPERTS and model.manifest.accepts_any and not has_quantised:
             raise KconvertError(
-                f"{model.checkpoint.root} has every weight as {self.to} {self.layout} would write it; there is nothing to "
-                "convert"
+                f"{root} is a {model.checkpoint.config.get('model_type') or 'model'} without a manifest, so which of its "
+                f"matrices are Linears is not known; --to {self.to} --layout experts takes those that are experts by name"
             )
+        if any(self.target(weight) is not None for weight in model.weights):
+            return
+        if any(target.takes(weight) for weight in model.weights):
+            raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
+        raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is a routed expert's)")
 
     @property
     def _target(self) -> Target:
