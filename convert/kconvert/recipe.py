@@ -109,8 +109,11 @@ class Recipe:
     """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
-    `convention`, `group_size` and `require_exact` are for the target `int4`, `scales`, one of SCALES, also for `fp8`, `mxfp4`
-    and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
+    `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
+    of names of weights and tensors.
+    `convention`, `group_size` (columns to a scale, a multiple of 8) and `require_exact` are for the target `int4`, `scales`,
+    one of SCALES, also for `fp8`, `mxfp4` and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
+    KconvertError for a value that is not possible.
     """
 
     to: str

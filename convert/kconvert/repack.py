@@ -33,7 +33,7 @@ from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")
 MAX_NUMA = 64
-# Measured, see the README: for four bits the best scale has half the error of amax's, for eight bits the same.
+# Measured, see docs/BENCHMARKS.md: for four bits the best scale has half the error of amax's, for eight bits the same.
 DEFAULT_SCALES = {4: "mse", 8: "amax"}
 
 

@@ -98,6 +98,8 @@ def verify(
 ) -> Report:
     """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
 
+    Errors are taken in f64, SQNR is in dB, see parity.metrics. KconvertError when `source` is not sound or `output` is not
+    there; an output that is not sound is a failed check.
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
