@@ -15,8 +15,8 @@ from functools import lru_cache
 
 from kconvert import formats
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import QuantizationConfig, Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.dialects import QuantizationConfig, Scheme
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
 from kconvert.manifest import Manifest, Names
@@ -170,7 +170,7 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     shape = None if match is None else match.matrix
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
-    scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
+    scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
     try:
         facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
         format, rows, cols, parts = _recognise(scheme, facts, shape)
