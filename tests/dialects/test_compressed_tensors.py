@@ -158,6 +158,14 @@ def test_marlins_order_is_said_to_be_what_it_is() -> None:
         read({**TABLE, "config_groups": groups})
 
 
+def test_a_config_inside_the_config_is_read() -> None:
+    for table in ({"quantization_config": TABLE}, {"quantization_config": TABLE, "sparsity_config": DENSE}):
+        assert read_quantization({"compression_config": table}) == read(TABLE)
+    sparse = {"quantization_config": TABLE, "sparsity_config": {**DENSE, "format": "sparse-bitmask"}}
+    with pytest.raises(KconvertError, match="sparsity_config has format 'sparse-bitmask'"):
+        read_quantization({"compression_config": sparse})
+
+
 def transform(location: str) -> dict[str, Any]:
     return {"config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": location}]}}}
 

@@ -9,6 +9,7 @@ import pytest
 
 from kconvert import KconvertError
 from kconvert.dialects import declared_beside, read_quantization
+from kconvert.dialects.beside import FILES
 
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -125,8 +126,14 @@ def test_without_such_a_file_nothing_is_said() -> None:
     assert declared_beside(["tokenizer.json", "sub/quantize_config.json"], lambda name: b"{}") is None
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[1]", b'{"quantization": 3}', b"{}"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_file_beside_config_json_is_to_be_fetched_again(content: bytes) -> None:
-    sentence = declared_beside(["hf_quant_config.json"], lambda name: content)
-    assert sentence is not None
-    assert sentence.endswith("; fetch it again")
+    assert declared_beside(FILES, lambda name: content) == f"{FILES[0]} is no JSON; fetch it again"
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{}", b"null"])
+def test_a_file_that_declares_nothing_is_read_past(content: bytes) -> None:
+    contents = dict.fromkeys(FILES, content)
+    assert declared_beside(FILES, contents.__getitem__) is None
+    contents[FILES[-1]] = b'{"quant_method": "hqq"}'
+    assert "HQQ" in str(declared_beside(FILES, contents.__getitem__))

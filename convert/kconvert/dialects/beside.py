@@ -7,43 +7,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from typing import Any
 
 from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.registry import dialect_of
 from kconvert.dialects.unread import unread
 from kconvert.errors import KconvertError
 
-# File -> the key in it where the quantisation is; "": it is all there is.
-FILES = {
-    "hf_quant_config.json": "quantization",
-    "quantize_config.json": "",
-    "quant_config.json": "",
-    "quantization_config.json": "",
-}
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+KEY = "quantization"  # where ModelOpt has it, beside the name of the producer
 
 
 def declared_beside(names: Collection[str], read: Callable[[str], bytes]) -> str | None:
-    """What the first of the side files `names` that declares a quantisation declares, as a sentence; None: there is none.
+    """What one of the side files `names` declares, as a sentence that begins with its name; None: none declares anything.
 
-    It is for a checkpoint whose tensors are quantised and whose config.json declares nothing. `read` gives a file's content.
+    It is for a checkpoint whose tensors are quantised as config.json does not say. `read` gives a file's content.
     """
-    found = next((name for name in FILES if name in names), None)
-    if found is None:
-        return None
-    values = _parse(read(found))
-    if FILES[found] and isinstance(values, dict):
-        values = values.get(FILES[found])
-    if not isinstance(values, dict):
-        return f"{found} should declare a quantisation, and is {brief(values)}; fetch it again"
-    return f"{found} declares a quantisation that config.json does not: {_describe(Table('', values))}"
-
-
-def _parse(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return "no JSON"
+    for name in FILES:
+        if name not in names:
+            continue
+        try:
+            values = json.loads(read(name))
+        except (ValueError, RecursionError):
+            return f"{name} is no JSON; fetch it again"
+        if isinstance(values, dict) and values:
+            inner = values.get(KEY)
+            table = Table("", inner if isinstance(inner, dict) else values)
+            return f"{name} declares a quantisation that config.json does not: {_describe(table)}"
+    return None
 
 
 def _describe(table: Table) -> str:

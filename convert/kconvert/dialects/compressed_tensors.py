@@ -17,7 +17,8 @@ from kconvert.errors import KconvertError
 
 NAME = "compressed-tensors"
 METHODS: tuple[str, ...] = (NAME,)
-SIGNS = frozenset({"config_groups", "sparsity_config"})
+INNER = "quantization_config"
+SIGNS = frozenset({"config_groups", "sparsity_config", INNER})
 # Formats that leave it to the group, or to what the group says, how its weights are stored.
 NO_FORMATS = frozenset({"", "mixed-precision"})
 UNREAD_FORMATS = {
@@ -29,6 +30,9 @@ UNREAD_FORMATS = {
 
 def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
+    if INNER in table:  # as transformers kept it once
+        inner = table.table(INNER)
+        table = Table(inner.path, {"sparsity_config": table.values.get("sparsity_config"), **inner.values})
     _check_storage(table)
     if "sparsity_config" in table:
         _check_storage(table.table("sparsity_config"))
@@ -75,14 +79,12 @@ def _check_transforms(transforms: Table) -> None:
 
 def _group(groups: Table, name: str) -> Table:
     """A config group; a list of targets stands for the preset that is called like the group."""
-    targets = groups.values[name]
-    if not isinstance(targets, list | str):
+    if not isinstance(groups.values[name], list | str):
         return groups.table(name)
     preset = PRESETS.get(name.upper())
     if preset is None:
         raise groups.fault(name, "a table (a list of targets only if the group is called like a preset, as W4A16)")
-    groups.names(name)
-    return Table(groups.path, {**preset, "targets": targets})
+    return Table(groups.path, {**preset, "targets": list(groups.names(name))})
 
 
 def _scheme(group: Table, default_format: str, targets: tuple[str, ...]) -> Scheme:

@@ -34,7 +34,7 @@ class Unread:
 
 
 UNREAD = (
-    Unread("GPTQ", ("gptq", "gptq_marlin", "marlin"), ("desc_act", "g_idx"), (*BITS, "desc_act")),
+    Unread("GPTQ", ("gptq", "gptq_marlin", "marlin"), ("desc_act",), (*BITS, "desc_act")),
     Unread("AWQ", ("awq", "awq_marlin"), ("zero_point", "q_group_size", "w_bit"), (*BITS, "w_bit", "q_group_size")),
     Unread(
         "auto-round's", ("auto-round", "auto_round", "intel/auto-round", "inc"), ("autoround_version", "packing_format")
@@ -72,6 +72,7 @@ UNREAD = (
     Unread("VPTQ", ("vptq",), ("config_for_layers",), ()),
     Unread("BitNet's", ("bitnet",), ("linear_class",), ("quantization_mode",)),
     Unread("FP-Quant's", ("fp_quant",), ("forward_dtype",), ("forward_dtype",)),
+    Unread("ExLlama's", ("exl2", "exl3"), ("head_bits",), ("bits", "head_bits")),
     Unread("GGUF", ("gguf",), (), ()),
     # The last, as others have its keys too.
     Unread(
