@@ -125,3 +125,16 @@ def test_verify_sees_undeclared_codes_even_where_the_conversion_did_not(
         convert(plan(source, Recipe("bf16")), tmp_path / "dst")
     with pytest.raises(CheckFailed, match="but"):
         verify(source, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json"])
+@pytest.mark.parametrize("model_type", ["kimi_k2", "unheard_of"])
+def test_a_quantisation_that_only_a_file_beside_config_json_declares_is_named(raw, int4_copy, file, model_type):
+    checkpoint = raw.load(int4_copy)
+    del checkpoint.config["quantization_config"]
+    checkpoint.config["model_type"] = model_type
+    source = checkpoint.save()
+    said = '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}'
+    (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "gptq", "bits": 4}')
+    with pytest.raises(KconvertError, match=f"{file} declares a quantisation that config.json does not"):
+        plan(source, Recipe("bf16"))

@@ -16,9 +16,9 @@ from typing import NoReturn
 
 from kconvert import formats
 from kconvert.catalogue import GENERIC, load_manifest, manifest_for
-from kconvert.checkpoint.config import QuantizationConfig, Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.copies import undecoded
+from kconvert.dialects import QuantizationConfig, Scheme, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
 from kconvert.manifest import Manifest, Names
@@ -139,10 +139,14 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
     found = sort_out(checkpoint, names)
     quantization = names.manifest.quantization(checkpoint.config)
     guesses = not names.manifest.accepts_any or shows_experts(found.modules)
-    weights = [
-        _weight(name, found.modules[name], names, quantization, guesses)
-        for name in sorted(found.modules, key=natural_key)
-    ]
+    try:
+        weights = [
+            _weight(name, found.modules[name], names, quantization, guesses)
+            for name in sorted(found.modules, key=natural_key)
+        ]
+    except KconvertError:
+        _refuse_declared_beside(checkpoint, quantization)
+        raise
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
     model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped))
     known = {tensor.name: tensor for tensor in found.unlisted}
@@ -169,9 +173,19 @@ def _refuse_incomplete(model: Model, missing: list[str]) -> NoReturn:
     )
 
 
+def _refuse_declared_beside(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
+    """KconvertError when not config.json but another file declares how the checkpoint is quantised."""
+    if quantization.schemes:
+        return
+    files = {*checkpoint.side_files, *checkpoint.left_out}
+    if sentence := declared_beside(files, lambda name: checkpoint.side_file(name).read_bytes()):
+        raise KconvertError(f"{checkpoint.root}/{sentence}")
+
+
 def refuse_undecoded(model: Model) -> None:
     """KconvertError when a tensor that would be copied may be codes that nothing in the copy declares."""
     for tensor, reason in undecoded(model.plain):
+        _refuse_declared_beside(model.checkpoint, model.quantization)
         raise KconvertError(
             f"{tensor} {reason}, which no rule decodes; copied as it is, it would be read as values, so this checkpoint cannot "
             "be converted"
@@ -185,7 +199,7 @@ def _weight(
     shape = None if match is None else match.matrix
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
-    scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
+    scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
     try:
         facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
         format, rows, cols, parts = _recognise(scheme, facts, shape)

@@ -7,15 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kconvert.checkpoint.config import (
-    compressed_fp8_table,
-    fp8_table,
-    int8_table,
-    mx_table,
-    packed_table,
-    with_quantization,
-    without_quantization,
-)
+from kconvert.dialects import with_quantization, without_quantization
+from kconvert.dialects.compressed_tensors import compressed_fp8_table, int8_table, mx_table, packed_table
+from kconvert.dialects.fp8 import fp8_table
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.conventions import CONVENTIONS, KIMI

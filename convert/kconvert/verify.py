@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.amx import is_amx
-from kconvert.checkpoint.config import QuantizationConfig, quantization_tables
 from kconvert.checkpoint.hub_id import parse_hub_id
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor, open_checkpoint
+from kconvert.dialects import QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense

@@ -24,8 +24,9 @@ from torch import nn
 
 import kconvert
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import packed_table, with_quantization
 from kconvert.checkpoint.source import Checkpoint, open_checkpoint
+from kconvert.dialects import with_quantization
+from kconvert.dialects.compressed_tensors import packed_table
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.finalize import finalize

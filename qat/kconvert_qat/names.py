@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import KEYS, quantization_tables, read_quantization
+from kconvert.dialects import KEYS, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import from_scheme
 from kconvert.formats.packed import Packed

@@ -27,8 +27,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from kconvert.checkpoint.config import quantization_tables
 from kconvert.checkpoint.source import open_checkpoint
+from kconvert.dialects import quantization_tables
 from kconvert.errors import KconvertError
 from kconvert_qat.attach import at_step, prepare
 from kconvert_qat.callback import QATCallback

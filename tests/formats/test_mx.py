@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from kconvert.checkpoint.config import Scheme
+from kconvert.dialects import Scheme
 from kconvert.formats import recognise
 from kconvert.formats.kernels import mx as kernels
 from kconvert.formats.mx import Mx

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from kconvert.catalogue import load_manifest, load_manifests
-from kconvert.checkpoint.config import without_quantization
 from kconvert.checkpoint.header import tensor_bytes
 from kconvert.checkpoint.source import Tensor
+from kconvert.dialects import without_quantization
 
 PARAMETERS = {
     "deepseek-v3": 684_489_845_504,  # "685B" on the Hub: with the MTP layer

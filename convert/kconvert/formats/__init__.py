@@ -9,7 +9,7 @@ from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
 from kconvert.formats.base import Family, Format, Part, tensor_name
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
 
 __all__ = ["FAMILIES", "QUANTISED_SUFFIXES", "Format", "Part", "from_scheme", "recognise", "spellings", "tensor_name"]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
 
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]

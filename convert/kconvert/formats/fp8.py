@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from kconvert.formats.base import Part
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
     from kconvert.formats.base import Bytes, Tile
 
 SCALES = ("weight_scale_inv", "weight_scale")

@@ -24,7 +24,7 @@ from kconvert.formats.conventions import Convention
 from kconvert.formats.packed import SCALE_CODES
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
     from kconvert.formats.base import Bytes, Tile
 
 ACTIVATIONS = frozenset({"input_scale", "input_zero_point", "output_scale", "output_zero_point"})

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
     from kconvert.formats.base import Bytes, Tile
 
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape"})

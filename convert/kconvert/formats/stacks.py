@@ -21,7 +21,7 @@ from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.mx import GROUP, Mx
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
     from kconvert.formats.base import Bytes, Tile
 
 SUFFIXES = frozenset({"", "_blocks", "_scales"})

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kconvert.amx import AmxModel, open_amx, weight_name
-from kconvert.checkpoint.config import QuantizationConfig
+from kconvert.dialects import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
 from kconvert.model import Model, Weight, natural_key
