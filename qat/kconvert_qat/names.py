@@ -1,13 +1,14 @@
 """What the experts' matrices are called in a checkpoint, and which of them a configuration means.
 
 transformers fuses the experts of a checkpoint when it loads one and takes them apart when it saves; where each matrix goes
-is asked of its own conversion, with a probe of numbered values. A model that has a manifest must have all its experts.
+is asked of its own conversion, with a probe of numbered values. Of several names for a weight those of the checkpoint that
+training began with are kept. A model that has a manifest must have all its experts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 
 from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.config import KEYS, quantization_tables, read_quantization
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
-from kconvert.formats import from_scheme
+from kconvert.formats import QUANTISED_SUFFIXES, from_scheme
 from kconvert.formats.packed import Packed
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
@@ -113,6 +115,39 @@ def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, to
 
     saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
     return saved
+
+
+def published_spelling(model: nn.Module, source: Checkpoint | None) -> Callable[[str], str]:
+    """Turns the name under which transformers would save a weight into its name in `source`, else in the model's manifest.
+
+    transformers takes several names for one weight, and the one that it saves need not be the published one: it calls
+    the dense layer of Kimi-Linear `block_sparse_moe`, as if it had experts.
+    """
+    base = base_model(model)
+    if not hasattr(base, "save_pretrained"):
+        return lambda name: name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(base) if isinstance(change, WeightRenaming)]
+
+    def read_as(name: str) -> str:
+        renamed: str = rename_source_key(name, renamings, [])[0]
+        return renamed
+
+    known = {read_as(name): name for name in _published(config_of(model), source)}
+    return lambda name: known.get(read_as(name), name)
+
+
+def _published(config: dict[str, Any], source: Checkpoint | None) -> Iterator[str]:
+    """Names of weights, with `.weight` where they are Linears, whatever encoding spells them."""
+    if source is None:
+        for name, match in manifest_for(config).bind(config).expected():
+            yield name if match.rule.dtype else f"{name}.weight"
+        return
+    for name in source.tensors:
+        module, _, suffix = name.rpartition(".")
+        yield f"{module}.weight" if suffix in QUANTISED_SUFFIXES else name
 
 
 def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
