@@ -46,7 +46,9 @@ class Matrix:
 
 def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matrix]:
     """Every matrix in `weights`; KconvertError when the model's manifest knows of experts that are not among them."""
-    matrices = [matrix for weight in weights for matrix in _named(model, weight)]
+    weights = list(weights)
+    spelled = _ask_transformers(model, [weight for weight in weights if weight.stacked])
+    matrices = [matrix for weight in weights for matrix in _named(weight, spelled)]
     config = config_of(model)
     if config.get("model_type") is not None:
         names = manifest_for(config).bind(config)
@@ -84,26 +86,32 @@ def plain_class(model: nn.Module) -> type:
     return next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
 
 
-def _named(model: nn.Module, weight: ExpertWeight) -> list[Matrix]:
+def _named(weight: ExpertWeight, spelled: Mapping[tuple[str, int, str], str]) -> Iterator[Matrix]:
     if not weight.stacked:
-        return [Matrix(weight.path, weight, 0, weight.pieces[0])]
-    names = _ask_transformers(model, weight)
-    return [
-        Matrix(names.get((expert, k)) or f"{weight.path}.{expert}.{piece}_proj", weight, expert, piece)
-        for expert in range(weight.tensor.shape[0])
-        for k, piece in enumerate(weight.pieces)
-    ]
+        yield Matrix(weight.path, weight, 0, weight.pieces[0])
+        return
+    for expert in range(weight.tensor.shape[0]):
+        for piece in weight.pieces:
+            name = spelled.get((weight.key, expert, piece)) or f"{weight.path}.{expert}.{piece}_proj"
+            yield Matrix(name, weight, expert, piece)
 
 
-def _ask_transformers(model: nn.Module, weight: ExpertWeight) -> dict[tuple[int, int], str]:
-    """(expert, piece) -> name; empty when transformers keeps the experts of this model fused in its checkpoints."""
-    experts, count = weight.tensor.shape[0], len(weight.pieces)
-    probe = torch.arange(experts * count, dtype=torch.float32).view(experts, count, 1)
-    spelled = as_saved(model, {weight.key: probe.mT if weight.transposed else probe})
-    if any(value.numel() != 1 for value in spelled.values()):
-        return {}
-    places = {name: divmod(int(value.item()), count) for name, value in spelled.items()}
-    return {(expert, k): name.removesuffix(".weight") for name, (expert, k) in places.items()}
+def _ask_transformers(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[tuple[str, int, str], str]:
+    """(weight, expert, piece) -> name, but for weights that transformers keeps fused in the checkpoints of this model.
+
+    All are asked for at once, because it saves some together (Ernie 4.5 VL: experts for text and for images in one list).
+    """
+    places: list[tuple[str, int, str]] = []
+    probes = {}
+    for weight in weights:
+        experts, count, first = weight.tensor.shape[0], len(weight.pieces), len(places)
+        places += [(weight.key, expert, piece) for expert in range(experts) for piece in weight.pieces]
+        probe = torch.arange(first, len(places)).view(experts, count, 1)
+        probes[weight.key] = probe.mT if weight.transposed else probe
+    spelled = as_saved(model, probes)
+    return {
+        places[int(value.item())]: name.removesuffix(".weight") for name, value in spelled.items() if value.numel() == 1
+    }
 
 
 def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -113,7 +121,12 @@ def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, to
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    try:
+        saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    except ValueError:
+        raise KconvertError(
+            f"transformers saves the experts of {plain_class(base).__name__} together; let the targets mean all of them"
+        ) from None
     return saved
 
 

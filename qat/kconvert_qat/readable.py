@@ -82,8 +82,8 @@ def _check_transformers(model: nn.Module, plan: Plan) -> None:
         raise KconvertError(f"transformers would not read {unread[0]!r} into a {name}; {ADVICE}")
     if quantised is None:
         logging.getLogger(__name__).warning(
-            "transformers %s fails to load the INT4 checkpoint of this %s, because weights that it fuses are not quantised; "
-            "`kconvert int4-to-bf16` makes one of it that it loads",
+            "transformers %s fails to load the INT4 checkpoint of this %s, with an error; `kconvert int4-to-bf16` makes one of "
+            "it that it loads",
             version("transformers"),
             name,
         )

@@ -7,8 +7,9 @@ import torch
 
 import kconvert
 from kconvert.errors import KconvertError
-from kconvert_qat import export, prepare
+from kconvert_qat import QATConfig, export, prepare
 from kconvert_qat.attach import attached_to
+from kconvert_qat.export import plan_export
 
 SIZES = {
     "vocab_size": 128,
@@ -74,6 +75,7 @@ LOADED = {
     "flex_olmo": SIZES,
     "glm4_moe": SIZES,
     "glm4_moe_lite": LATENT,
+    "glm4v_moe": vision(**SIZES),
     "glm_moe_dsa": SPARSE,
     "hunyuan_v1_moe": SIZES,
     "hy_v3": SIZES,
@@ -85,6 +87,7 @@ LOADED = {
     "mimo_v2_flash": SIZES,
     "minimax": NARROW,
     "minimax_m2": NARROW,
+    "mistral_large4": vision(**LATENT),
     "mixtral": NARROW,
     "nemotron_h": SIZES,
     "olmoe": {**SIZES, "head_dim": 16, "num_key_value_heads": 4},
@@ -97,6 +100,8 @@ LOADED = {
     "solar_open": SIZES,
 }
 DECODED = {
+    "bailing_hybrid": LATENT,
+    "ernie4_5_vl_moe": vision(**{**SIZES, "moe_intermediate_size": [32, 32], "head_dim": 128}),
     "kimi_linear": {**LATENT, "q_lora_rank": None, "linear_attn_config": KIMI},
     "minimax_m3_vl": vision(**SIZES),
 }
@@ -111,10 +116,13 @@ REFUSED = {
     "granitemoehybrid": {**NARROW, "layer_types": ["attention"] * 2, "shared_intermediate_size": 32},
     "granitemoeshared": {**NARROW, "shared_intermediate_size": 32},
     "hy_v4": SIZES,
+    "inkling2_text": SIZES,
     "minimax_m3_vl_text": SIZES,
+    "mistral4": LATENT,
     "qwen3_vl_moe": vision(**SIZES),
+    "zaya": {**SIZES, "num_experts_per_tok": 1},
 }
-UNPREPARED = {"inkling_text": SIZES, "jetmoe": SIZES, "llama4_text": SIZES}
+UNPREPARED = {"inkling_text": SIZES, "jetmoe": SIZES, "llama4_text": SIZES, "longcat_flash": LATENT}
 COMMON = {"deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_moe", "kimi_linear", "gemma4_text", "gpt_oss", "granitemoe"}
 COMMON |= {"llama4_text"}
 
@@ -133,18 +141,20 @@ def families(group):
 
 
 def make(name):
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {name}")
     config = CONFIG_MAPPING[name](**{**LOADED, **DECODED, **REFUSED, **UNPREPARED}[name])
+    text_only = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.sub_configs
     torch.manual_seed(0)
-    return auto_class(transformers, config).from_config(config, dtype=torch.bfloat16).eval()
-
-
-def auto_class(transformers, config):
-    return transformers.AutoModelForImageTextToText if config.sub_configs else transformers.AutoModelForCausalLM
+    return (
+        (AutoModelForCausalLM if text_only else AutoModelForImageTextToText)
+        .from_config(config, dtype=torch.bfloat16)
+        .eval()
+    )
 
 
 def load(folder, like, **options):
@@ -207,6 +217,13 @@ def test_a_family_whose_experts_transformers_keeps_fused_is_refused_before_anyth
 def test_a_family_whose_experts_do_not_say_how_they_lie_is_not_prepared(name):
     with pytest.raises(KconvertError, match="does not say how they lie in it"):
         prepare(make(name))
+
+
+def test_experts_that_transformers_saves_together_are_quantised_together():
+    model = make("ernie4_5_vl_moe")
+    prepare(model, QATConfig(targets=("*.experts.[0-3].*",)))
+    with pytest.raises(KconvertError, match="let the targets mean all of them"):
+        plan_export(model)
 
 
 def test_an_export_that_transformers_would_load_with_random_experts_is_written_for_other_engines(tmp_path):
