@@ -71,6 +71,9 @@ def qat() -> None:
 )
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Keep the quantised experts of one layer at a time.")
+@click.option(
+    "--for-transformers/--not-for-transformers", default=True, show_default=True, help="INT4 only if that loads it."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 @quiet_option
