@@ -18,7 +18,7 @@ from torch import nn
 
 from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.dialects import KEYS, quantization_tables, read_quantization
+from kconvert.dialects import KEYS, Scheme, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import QUANTISED_SUFFIXES, from_scheme
 from kconvert.formats.packed import Packed
@@ -207,6 +207,13 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
     return chosen
 
 
+def _is_grid(scheme: Scheme, config: QATConfig) -> bool:
+    try:
+        return from_scheme(scheme) == Packed(config.group_size)
+    except ValueError:  # an encoding that nobody knows
+        return False
+
+
 def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iterable[Matrix]) -> None:
     """KconvertError when a quantised checkpoint's config.json has another grid for one of the matrices than `config`."""
     if not any(True for _ in quantization_tables(config_json)):
@@ -214,9 +221,8 @@ def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iter
     quantization = read_quantization(config_json)
     for matrix in matrices:
         scheme = quantization.scheme_for(matrix.name)
-        format = from_scheme(scheme) if scheme else None
-        if format != Packed(config.group_size):
-            have = format.label if format else "not quantised"
+        if scheme is None or not _is_grid(scheme, config):
+            have = scheme or "not quantised"
             raise KconvertError(
                 f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is int4 group {config.group_size}"
             )
