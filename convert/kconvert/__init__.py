@@ -1,7 +1,8 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
 The public API is four functions; each takes a checkpoint's directory or Hub id and raises `KconvertError` with a one-sentence
-message. They are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
+message. Within `links_allowed()` they follow links that lead out of a checkpoint. The functions are defined here, after the
+modules of the same names are loaded, so that `kconvert.plan` is the function.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.source import open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.model import Model, understand
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "links_allowed",
     "plan",
     "verify",
 ]
@@ -83,7 +86,7 @@ def check(
 ) -> Needs:
     """KconvertError when `plan` cannot be carried out into `destination`; what a run needs, and finds finished already."""
     from kconvert.journal import finished_shards
-    from kconvert.preflight import check_paths
+    from kconvert.preflight import check_paths, check_side_files
     from kconvert.transfer.delivery import Delivery
     from kconvert.transfer.disk import survey
 
@@ -92,6 +95,7 @@ def check(
         return replace(survey(plan, delivery, published, disk_budget), is_done=True)
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
+        check_side_files(plan)
     finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
     needs = survey(plan, delivery, finished, disk_budget)
     needs.check(overwrite)
