@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,10 @@ def test_folders_a_thousand_deep_are_no_matter(checkpoint):
         os.close(here)
         here = deeper
     os.close(here)
-    assert open_checkpoint(checkpoint).tensors.keys() == {"x"}
+    try:
+        assert open_checkpoint(checkpoint).tensors.keys() == {"x"}
+    finally:
+        subprocess.run(["rm", "-r", checkpoint], check=True)  # shutil's way of it recurses
 
 
 @pytest.mark.parametrize("commit", [b"../../..", b"\xff\xfe", b"", b"/etc", b"a\0b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import struct
@@ -18,19 +19,7 @@ import kconvert
 from kconvert import KconvertError, Recipe
 from kconvert.cli import main
 
-FOLDERS = [
-    "",
-    "",
-    "",
-    "",
-    "original/",
-    "docs/",
-    "checkpoint-10/",
-    "a/b/",
-    ".cache/",
-    "model.safetensors/",
-    "config.json/",
-]
+FOLDERS = [*[""] * 12, "original/", "docs/", "checkpoint-10/", "a/b/", ".cache/", "model.safetensors/", "config.json/"]
 WEIGHTS = [
     "model.safetensors",
     "model-00001-of-00002.safetensors",
@@ -77,23 +66,24 @@ TENSORS = [
 ITEM_BYTES = {"U8": 1, "BF16": 2, "F32": 4, "I32": 4, "F8_E4M3": 1}
 
 
-@st.composite
-def safetensors(draw: st.DrawFn) -> bytes:
-    """A sound file of some small tensors, some of them without elements, or one whose end or header is damaged."""
+def file_of(tensors: dict[str, tuple[str, list[int]]]) -> bytes:
+    """A sound safetensors file of zeros."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name in draw(st.lists(st.sampled_from(TENSORS), max_size=4, unique=True)):
-        dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
-        shape = draw(st.lists(st.sampled_from([0, 1, 2, 32]), max_size=3))
-        nbytes = ITEM_BYTES[dtype]
-        for size in shape:
-            nbytes *= size
+    for name, (dtype, shape) in tensors.items():
+        nbytes = ITEM_BYTES[dtype] * math.prod(shape)
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + nbytes]}
         position += nbytes
     header = json.dumps(table).encode()
-    content = struct.pack("<Q", len(header)) + header + bytes(position)
-    cut = draw(st.sampled_from([None, None, None, None, 0, 4, 20, -1]))
-    return content[:cut]
+    return struct.pack("<Q", len(header)) + header + bytes(position)
+
+
+@st.composite
+def safetensors(draw: st.DrawFn) -> bytes:
+    """A file of some small tensors, some of them without elements; now and then its end or its header is damaged."""
+    shapes = st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.sampled_from([0, 1, 2, 32]), max_size=3))
+    content = file_of(draw(st.dictionaries(st.sampled_from(TENSORS), shapes, max_size=4)))
+    return content[: draw(st.sampled_from([None, None, None, None, 0, 4, 20, -1]))]
 
 
 def broken_json(table: st.SearchStrategy[object]) -> st.SearchStrategy[bytes]:
@@ -117,6 +107,7 @@ INDEX = broken_json(
     )
 )
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+TABLE = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}}, "format": "pack-quantized"}
 CONFIG = broken_json(
     st.fixed_dictionaries(
         {},
@@ -125,11 +116,7 @@ CONFIG = broken_json(
             "quantization_config": st.sampled_from(
                 [
                     {"quant_method": "fp8", "weight_block_size": [128, 128]},
-                    {
-                        "quant_method": "compressed-tensors",
-                        "format": "pack-quantized",
-                        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4}},
-                    },
+                    {"quant_method": "compressed-tensors", **TABLE},
                     None,
                 ]
             ),
@@ -137,14 +124,29 @@ CONFIG = broken_json(
         },
     )
 )
+PACKED = {f"{TENSORS[1]}_packed": ("I32", [32, 4]), f"{TENSORS[1]}_scale": ("BF16", [32, 1])}
+PLAIN = {"a": ("BF16", [0, 8]), "b": ("F32", [])}
+BASES: list[dict[str, object]] = [
+    {},
+    {"model.safetensors": file_of(PLAIN), "config.json": b"{}"},
+    {
+        "model.safetensors": file_of(PLAIN | PACKED),
+        "config.json": json.dumps({"quantization_config": {"quant_method": "compressed-tensors", **TABLE}}).encode(),
+    },
+    {
+        "model-00001-of-00002.safetensors": file_of(PACKED),
+        "model-00002-of-00002.safetensors": file_of(PLAIN),
+        "config.json": json.dumps({"quantization_config": {"quant_method": "compressed-tensors", **TABLE}}).encode(),
+    },
+]
 LINKS = st.sampled_from(["..", ".", "gone", "/etc/hostname", "/dev/null", "model.safetensors", "docs", "x" * 300])
 
 
 @st.composite
 def entries(draw: st.DrawFn) -> dict[str, object]:
     """Path -> its content, None of a folder, or the target of a link in a tuple."""
-    found: dict[str, object] = {}
-    for _ in range(draw(st.integers(0, 6))):
+    found = dict(draw(st.sampled_from(BASES)))
+    for _ in range(draw(st.integers(0, 5))):
         kinds = {
             "weights": WEIGHTS,
             "index": INDEXES,

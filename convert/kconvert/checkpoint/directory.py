@@ -73,6 +73,8 @@ def _look(root: Path, entry: os.DirEntry[str]) -> os.stat_result:
     try:
         look = entry.stat()
     except FileNotFoundError:
+        if not entry.is_symlink():
+            raise
         raise KconvertError(
             f"{entry.path} is missing: it is a symbolic link to {os.path.realpath(entry.path)}, where nothing is; fetch or "
             "copy the file itself to this place (cp -rL follows links)"
