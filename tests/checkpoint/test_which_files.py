@@ -52,25 +52,26 @@ def refusal(root):
 )
 @pytest.mark.parametrize("model", [["model.safetensors"], ["model-1-of-2.safetensors", "model-2-of-2.safetensors"]])
 def test_the_model_is_read_whatever_other_weights_lie_beside_it(directory, model, other):
-    found = open_checkpoint(directory({name: [name] for name in model} | {other: ["stranger"]}))
+    index = {INDEX: {"weight_map": {name: name for name in model}}} if len(model) > 1 else {}
+    found = open_checkpoint(directory({name: [name] for name in model} | index | {other: ["stranger"]}))
     assert list(found.files) == model
     assert list(found.tensors) == model
     assert found.left_out == (other,)
 
 
-def test_a_whole_numbered_set_of_any_name_needs_no_index(directory):
-    found = open_checkpoint(directory({"weights-1-of-2.safetensors": ["x"], "weights-2-of-2.safetensors": ["y"]}))
-    assert list(found.tensors) == ["x", "y"]
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_whole_numbered_set_needs_its_index_which_is_written_last(directory, first):
+    root = directory({f"model-0000{first + k}-of-00002.safetensors": [str(k)] for k in (0, 1)})
+    assert f"holds 2 safetensors files but no {INDEX}" in refusal(root)
+
+
+def test_a_numbered_file_that_is_all_there_is_needs_no_index(directory):
+    assert list(open_checkpoint(directory({"model-00001-of-00001.safetensors": ["x"]})).tensors) == ["x"]
 
 
 def test_a_numbered_set_without_an_index_that_lacks_a_file_says_which(directory):
     root = directory({f"model-0000{k}-of-00003.safetensors": [str(k)] for k in (1, 3)})
     assert f"lacks model-00002-of-00003.safetensors and {INDEX}" in refusal(root)
-
-
-def test_a_numbered_set_that_does_not_begin_at_1_lacks_its_index(directory):
-    root = directory({f"model-0000{k}-of-00002.safetensors": [str(k)] for k in (0, 1)})
-    assert "not numbered 1 to 2" in refusal(root)
 
 
 def test_two_models_in_one_directory_are_told_apart_by_nobody(directory):

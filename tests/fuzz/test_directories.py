@@ -136,6 +136,9 @@ BASES: list[dict[str, object]] = [
     {
         "model-00001-of-00002.safetensors": file_of(PACKED),
         "model-00002-of-00002.safetensors": file_of(PLAIN),
+        INDEXES[0]: json.dumps(
+            {"weight_map": dict.fromkeys(PACKED, WEIGHTS[1]) | dict.fromkeys(PLAIN, WEIGHTS[2])}
+        ).encode(),
         "config.json": json.dumps({"quantization_config": {"quant_method": "compressed-tensors", **TABLE}}).encode(),
     },
 ]

@@ -1,7 +1,7 @@
 """Which safetensors files are the model, and what its index says of them.
 
-What transformers and vLLM look for, in this order: what the index names, the file model.safetensors, the numbered set
-model-I-of-N.safetensors; without these one set, or one file, of any other name. All others are left out, and said to be.
+What the index names; without one the file model.safetensors, or else one file of any other name. Several files need their
+index, which is written last: without it nothing says that they are complete. All others are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ def choose_files(listing: Listing) -> list[str]:
             "directory"
         )
     ((_, total), files) = chosen.popitem()
-    if total is not None and not is_one_set(files):
-        lacks = f"lacks {_missing(files)}" if len(files) < total else f"has files that are not numbered 1 to {total}"
-        raise KconvertError(f"{listing.root} {lacks} and {INDEX_NAME}, which says what belongs together; fetch them")
+    if total is not None and len(files) < total:
+        raise KconvertError(f"{listing.root} lacks {_missing(files)} and {INDEX_NAME}; fetch them")
+    if len(files) > 1:
+        raise KconvertError(
+            f"{listing.root} holds {len(files)} safetensors files but no {INDEX_NAME}, which says what is in which; fetch it, "
+            "or have it written by whatever saves or converts them"
+        )
     return files
 
 
