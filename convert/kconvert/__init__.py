@@ -9,6 +9,7 @@ The public API is four functions, `inspect`, `plan`, `convert` and `verify`, and
 A source is a directory, a snapshot or repository in the Hub's cache, or a Hub id (`ORG/NAME`, `hf://ORG/NAME@REVISION`; a
 directory of that name goes first). Sizes are in bytes. A weight is a matrix [out, in], whatever tensors spell it. Wrong usage
 and bad input raise `KconvertError` with a message of one sentence, a check that failed its subclass `CheckFailed`.
+Within `links_allowed()` the functions follow links that lead out of a checkpoint.
 
 The functions are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
 """
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.source import open_checkpoint
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.model import Model, understand
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "links_allowed",
     "plan",
     "verify",
 ]
@@ -112,7 +115,7 @@ def check(
     checkpoint or another plan's unfinished output in `destination`. Writes nothing.
     """
     from kconvert.journal import finished_shards
-    from kconvert.preflight import check_paths
+    from kconvert.preflight import check_paths, check_side_files
     from kconvert.transfer.delivery import Delivery
     from kconvert.transfer.disk import survey
 
@@ -121,6 +124,7 @@ def check(
         return replace(survey(plan, delivery, published, disk_budget), is_done=True)
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
+        check_side_files(plan)
     finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
     needs = survey(plan, delivery, finished, disk_budget)
     needs.check(overwrite)

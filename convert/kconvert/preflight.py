@@ -45,13 +45,22 @@ class Doubt(NamedTuple):
 
 def check_paths(source: Path, destination: Path) -> None:
     """KconvertError when writing `destination` could touch `source`."""
-    source, destination = source.resolve(), destination.resolve()
+    source, destination = (Path(os.path.realpath(path)) for path in (source, destination))
     if source == destination:
         raise KconvertError(f"SRC and DST are both {source}; choose another directory for the output")
     if destination.is_relative_to(source):
         raise KconvertError(f"{destination} lies inside SRC; choose a directory outside {source}")
     if source.is_relative_to(destination):
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
+
+
+def check_side_files(plan: Plan) -> None:
+    """KconvertError for the first side file that one may not read: they are copied last, and that is hours away."""
+    assert plan.source is not None
+    for name in plan.side_files:
+        path = plan.source.side_file(name)
+        if not os.access(path, os.R_OK):
+            raise KconvertError(f"cannot read {path}, which goes along into the output; check the permissions")
 
 
 def check_values(plan: Plan, finished: Collection[str]) -> None:

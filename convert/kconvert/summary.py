@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.side_files import why_left_out
 from kconvert.copies import undecoded
 from kconvert.errors import human
 from kconvert.model import Model, natural_key
@@ -85,7 +86,7 @@ def summarise(model: Model) -> Summary:
 
 def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
-    findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
+    findings = [f"{file} {why_left_out(file)} and will not be copied" for file in model.checkpoint.left_out]
     findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
     findings += model.findings
     findings += [f"{tensor.name} {reason}, which no rule decodes" for tensor, reason in undecoded(model.plain)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import json_option, quiet_option
+from kconvert.cli.options import json_option, links_option, quiet_option
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS
 
@@ -75,6 +75,7 @@ def qat() -> None:
     "--for-transformers/--not-for-transformers", default=True, show_default=True, help="INT4 only if that loads it."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@links_option
 @json_option
 @quiet_option
 def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:

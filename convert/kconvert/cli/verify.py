@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
+from kconvert.cli.options import (
+    Command,
+    apply,
+    json_option,
+    links_option,
+    location,
+    quiet_option,
+    report_option,
+    selection_options,
+)
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed
 from kconvert.parity.metrics import CEILINGS, FLOORS, Errors, spelled
@@ -87,6 +96,7 @@ def logits_options(function: Command) -> Command:
 @standard_options
 @logits_options
 @selection_options
+@links_option
 @report_option
 @json_option
 @quiet_option
