@@ -189,7 +189,7 @@ def check_options(words: list[str], command: click.Command) -> None:
     for at, word in enumerate(words):
         if not word.startswith("-") or word.startswith("--kt-"):
             continue
-        meant = [option for option in known if word in option.opts]
+        meant = [option for option in known if word in (*option.opts, *option.secondary_opts)]
         assert meant, f"there is no option {word}"
         choices = [option.type.choices for option in meant if isinstance(option.type, click.Choice)]
         value = words[at + 1] if at + 1 < len(words) else None
