@@ -27,7 +27,10 @@ CACHE_SUFFIXES = frozenset({"k_scale", "v_scale", "q_scale"})
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`."""
+    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
+
+    `companions` lie beside it and do not enter its values; see formats.companions.
+    """
 
     name: str
     role: str
@@ -37,6 +40,7 @@ class Weight:
     tensors: tuple[Tensor, ...]
     layer: int | None = None
     expert: int | None = None
+    companions: tuple[Tensor, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -171,25 +175,27 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name) or quantization.scheme_for(name.removeprefix(names.manifest.prefix))
+    if scheme is None and "weight" in found:
+        scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
     try:
         facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
         format, rows, cols, parts = _recognise(scheme, facts, shape)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
-    tensors = []
-    for part in parts:
-        tensor = found[part.suffix]
-        if (tensor.dtype, tensor.shape) != (part.dtype, part.shape):
+    tensors = tuple(found[part.suffix] for part in parts)
+    for part, tensor in zip(parts, tensors, strict=True):
+        if not part.fits(tensor.dtype, tensor.shape):
             raise KconvertError(
-                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
-                f"{part.dtype} {list(part.shape)} there; fetch the file again"
+                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but by config.json the weight is [{rows}, {cols}] in "
+                f"{format.label} and has {part.dtype} {list(part.shape)} there; one of the two is not this model's"
             )
-        if match is not None and match.stack not in (None, tensor.shape[0]):
-            raise KconvertError(f"{tensor} stacks {tensor.shape[0]} matrices, but the model has {match.stack} experts")
-        tensors.append(tensor)
-    if match is None:
-        return Weight(name, "other", rows, cols, format, tuple(tensors))
-    return Weight(name, match.rule.role, rows, cols, format, tuple(tensors), match.layer, match.expert)
+    if match is not None and match.stack not in (None, tensors[0].shape[0]):
+        raise KconvertError(
+            f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {match.stack} experts"
+        )
+    companions = tuple(tensor for tensor in found.values() if tensor not in tensors) if len(found) > len(parts) else ()
+    role, layer, expert = ("other", None, None) if match is None else (match.rule.role, match.layer, match.expert)
+    return Weight(name, role, rows, cols, format, tensors, layer, expert, companions)
 
 
 def _check_complete(checkpoint: Checkpoint, names: Names, modules: Mapping[str, object], plain: set[str]) -> None:

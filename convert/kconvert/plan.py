@@ -240,7 +240,9 @@ def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
             continue
         target = recipe.target(item)
         if target is None:
-            yield from map(_copy, item.tensors)
+            # Of a weight that is plain, what lies beside it says how it was to be quantised.
+            beside = () if isinstance(item.format, Dense) else item.companions
+            yield from map(_copy, (*item.tensors, *beside))
         else:
             reads = tuple(Place(tensor.file, tensor.start) for tensor in item.tensors)
             yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)

@@ -124,7 +124,7 @@ def compare_weights(
     """
     judge = standard.judge(ours, theirs)
     thorough |= judge == "limits"
-    fault = _constant_fault(theirs, output)
+    fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
     figures, quickly = _Figures(), True
     for chunk in _chunks(ours, theirs, source, output, desk):
         head = chunk.head() if chunk.first == 0 else None
@@ -188,6 +188,20 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
     for part, tensor in zip(weight.parts, weight.tensors, strict=True):
         if part.constant is not None and reader.read(tensor.file, tensor.start, tensor.nbytes) != part.constant:
             return f"tensor {tensor.name!r} does not say [{weight.rows}, {weight.cols}]"
+    return None
+
+
+def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
+    """A weight that was copied, codes and all, has what lies beside it, too."""
+    if ours.format != theirs.format or isinstance(theirs.format, Dense):
+        return None
+    copies = {tensor.name: tensor for tensor in theirs.companions}
+    for tensor in ours.companions:
+        copy = copies.get(tensor.name)
+        if copy is None or (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
+            return f"tensor {tensor.name!r} is missing or not as in the source"
+        if output.read(copy.file, copy.start, copy.nbytes) != source.read(tensor.file, tensor.start, tensor.nbytes):
+            return f"tensor {tensor.name!r} differs from the source's"
     return None
 
 

@@ -56,8 +56,12 @@ def round_e4m3(value: Any) -> Any:
 
 
 @kernel
-def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> None:
-    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale)."""
+def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> Any:
+    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale).
+
+    Returns whether a scale is zero over codes that are not (NaN is not).
+    """
+    senseless = False
     for row in range(tile.shape[0]):
         for block in range(scale.shape[1]):
             step = scale[row // block_rows, block]
@@ -65,6 +69,10 @@ def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: A
             target = tile[row, block * block_cols : (block + 1) * block_cols]
             for i in range(target.shape[0]):
                 target[i] = round_bf16(widen_e4m3(source[i]) * step)
+            if step == np.float32(0):
+                for i in range(source.shape[0]):
+                    senseless |= (source[i] & np.uint8(0x7F)) != 0
+    return senseless
 
 
 @kernel
