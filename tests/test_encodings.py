@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.inventory import take_inventory
+from kconvert.repack import AmxRecipe, plan_repack
 
 NAMES = {
     torch.bfloat16: "BF16",
@@ -390,3 +392,24 @@ def test_a_scheme_that_is_not_read_is_told_what_is_of_its_own_kind(
     source = write(tensors, declared(format, num_bits=bits, type=kind, strategy="channel"))
     with pytest.raises(KconvertError, match=f"is not supported; supported: {told}$"):
         inspect(source)
+
+
+def test_a_model_whose_experts_have_no_values_is_converted_and_is_nothing_to_repack(
+    int4_copy: Path, raw: Any, tmp_path: Path
+) -> None:
+    checkpoint = raw.load(int4_copy)
+    for name in [name for name in checkpoint if ".experts." in name]:
+        down = "down_proj" in name
+        shape = {"weight_packed": [256, 0] if down else [0, 32], "weight_scale": [256, 0] if down else [0, 8]}
+        tensor = checkpoint[name]
+        tensor.shape = shape.get(name.rpartition(".")[2], [2])
+        tensor.data = struct.pack("<2i", *((256, 0) if down else (0, 256))) if tensor.shape == [2] else b""
+    checkpoint.config["moe_intermediate_size"] = 0
+    for name in [name for name in checkpoint if "shared_experts" in name]:
+        checkpoint[name].shape, checkpoint[name].data = [256, 0] if "down_proj" in name else [0, 256], b""
+    source = checkpoint.save()
+    for to in ("bf16", "fp8", "int8"):
+        convert(plan(source, Recipe(to)), tmp_path / to)
+        verify(source, tmp_path / to)
+    with pytest.raises(KconvertError, match="intermediate size"):
+        plan_repack(inspect(source), AmxRecipe("AMXINT4", 1))

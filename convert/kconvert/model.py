@@ -19,6 +19,7 @@ from kconvert.checkpoint.config import QuantizationConfig, Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
+from kconvert.formats.dense import Dense
 from kconvert.manifest import Manifest, Names
 
 # Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
@@ -45,6 +46,11 @@ class Weight:
     @property
     def parts(self) -> tuple[Part, ...]:
         return parts_of(self.format, self.rows, self.cols)
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]:
+        """What a copy of the weight as it is consists of: beside values that are plain, scales of activations mean nothing."""
+        return self.tensors if isinstance(self.format, Dense) else (*self.tensors, *self.companions)
 
 
 @dataclass(frozen=True, slots=True)

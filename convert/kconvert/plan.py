@@ -240,9 +240,7 @@ def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
             continue
         target = recipe.target(item)
         if target is None:
-            # Of a weight that is plain, what lies beside it says how it was to be quantised.
-            beside = () if isinstance(item.format, Dense) else item.companions
-            yield from map(_copy, (*item.tensors, *beside))
+            yield from map(_copy, item.copied)
         else:
             reads = tuple(Place(tensor.file, tensor.start) for tensor in item.tensors)
             yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)
