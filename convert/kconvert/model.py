@@ -192,8 +192,8 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     for part, tensor in zip(parts, tensors, strict=True):
         if not part.fits(tensor.dtype, tensor.shape):
             raise KconvertError(
-                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but by config.json the weight is [{rows}, {cols}] in "
-                f"{format.label} and has {part.dtype} {list(part.shape)} there; one of the two is not this model's"
+                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
+                f"{part.dtype} {list(part.shape)} there; the file and config.json do not belong together, or one is damaged"
             )
     if match is not None and match.stack not in (None, tensors[0].shape[0]):
         raise KconvertError(

@@ -192,16 +192,22 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
 
 
 def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
-    """A weight that was copied, codes and all, has what lies beside it, too."""
-    if ours.format != theirs.format or isinstance(theirs.format, Dense):
+    """A weight that was copied, codes and all, has what lies beside it, too; plain values have nothing beside them."""
+    if isinstance(theirs.format, Dense) and theirs.companions:
+        return f"tensor {theirs.companions[0].name!r} would scale values that are plain"
+    if isinstance(theirs.format, Dense) or ours.format != theirs.format:
         return None
-    copies = {tensor.name: tensor for tensor in theirs.companions}
-    for tensor in ours.companions:
-        copy = copies.get(tensor.name)
-        if copy is None or (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
-            return f"tensor {tensor.name!r} is missing or not as in the source"
+    wanted, found = ({tensor.name: tensor for tensor in weight.companions} for weight in (ours, theirs))
+    for name in sorted(wanted.keys() ^ found.keys()):
+        return f"tensor {name!r} is " + ("missing" if name in wanted else "not in the source")
+    for name, tensor in wanted.items():
+        copy = found[name]
+        if (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
+            return (
+                f"tensor {name!r} is {copy.dtype} {list(copy.shape)}, in the source {tensor.dtype} {list(tensor.shape)}"
+            )
         if output.read(copy.file, copy.start, copy.nbytes) != source.read(tensor.file, tensor.start, tensor.nbytes):
-            return f"tensor {tensor.name!r} differs from the source's"
+            return f"tensor {name!r} differs from the source's"
     return None
 
 
