@@ -105,11 +105,13 @@ def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
 @lru_cache(maxsize=4096)
 def _recognise(
     scheme: Scheme | None, facts: tuple[tuple[str, str, tuple[int, ...]], ...], shape: tuple[int, int] | None
-) -> tuple[Format, int, int, tuple[Part, ...]]:
-    """`formats.recognise` and the parts, of (suffix, dtype, shape) triples; shared for the same reason."""
+) -> tuple[Format, int, int, tuple[Part, ...], Part | None]:
+    """`formats.recognise`, the parts and the first that is not as it must be, of (suffix, dtype, shape) triples; shared for
+    the same reason."""
     found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
     format, (rows, cols) = formats.recognise(scheme, found, shape)
-    return format, rows, cols, parts_of(format, rows, cols)
+    parts = parts_of(format, rows, cols)
+    return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
 
 
 DIGITS = re.compile(r"(\d+)")
@@ -184,17 +186,17 @@ def _weight(name: str, found: Mapping[str, Tensor], names: Names, quantization: 
     if scheme is None and "weight" in found:
         scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
     try:
-        facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
-        format, rows, cols, parts = _recognise(scheme, facts, shape)
+        facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
+        format, rows, cols, parts, misfit = _recognise(scheme, facts, shape)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
-    tensors = tuple(found[part.suffix] for part in parts)
-    for part, tensor in zip(parts, tensors, strict=True):
-        if not part.fits(tensor.dtype, tensor.shape):
-            raise KconvertError(
-                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
-                f"{part.dtype} {list(part.shape)} there; the file and config.json do not belong together, or one is damaged"
-            )
+    tensors = tuple([found[part.suffix] for part in parts])
+    if misfit is not None:
+        tensor = found[misfit.suffix]
+        raise KconvertError(
+            f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
+            f"{misfit.dtype} {list(misfit.shape)} there; the file and config.json do not belong together, or one is damaged"
+        )
     if match is not None and match.stack not in (None, tensors[0].shape[0]):
         raise KconvertError(
             f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {match.stack} experts"
