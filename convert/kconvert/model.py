@@ -21,14 +21,18 @@ from kconvert.copies import undecoded
 from kconvert.dialects import QuantizationConfig, Scheme, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part
-from kconvert.manifest import Manifest, Names
+from kconvert.formats.dense import Dense
+from kconvert.manifest import Manifest, Match, Names
 from kconvert.roles import Role, guess
 from kconvert.sorting import Plain, shows_experts, sort_out
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`."""
+    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
+
+    `companions` lie beside it and do not enter its values; see formats.companions.
+    """
 
     name: str
     role: str
@@ -38,10 +42,16 @@ class Weight:
     tensors: tuple[Tensor, ...]
     layer: int | None = None
     expert: int | None = None
+    companions: tuple[Tensor, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return parts_of(self.format, self.rows, self.cols)
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]:
+        """What a copy of the weight as it is consists of: beside values that are plain, scales of activations mean nothing."""
+        return self.tensors if isinstance(self.format, Dense) else (*self.tensors, *self.companions)
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,13 @@ def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
 @lru_cache(maxsize=4096)
 def _recognise(
     scheme: Scheme | None, facts: tuple[tuple[str, str, tuple[int, ...]], ...], shape: tuple[int, int] | None
-) -> tuple[Format, int, int, tuple[Part, ...]]:
-    """`formats.recognise` and the parts, of (suffix, dtype, shape) triples; shared for the same reason."""
+) -> tuple[Format, int, int, tuple[Part, ...], Part | None]:
+    """`formats.recognise`, the parts and the first that is not as it must be, of (suffix, dtype, shape) triples; shared for
+    the same reason."""
     found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
     format, (rows, cols) = formats.recognise(scheme, found, shape)
-    return format, rows, cols, parts_of(format, rows, cols)
+    parts = parts_of(format, rows, cols)
+    return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
 
 
 DIGITS = re.compile(r"(\d+)")
@@ -200,26 +212,33 @@ def _weight(
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    if scheme is None and "weight" in found:
+        scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
     try:
-        facts = tuple((suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items())
-        format, rows, cols, parts = _recognise(scheme, facts, shape)
+        facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
+        format, rows, cols, parts, misfit = _recognise(scheme, facts, shape)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
-    tensors = []
-    for part in parts:
-        tensor = found[part.suffix]
-        if (tensor.dtype, tensor.shape) != (part.dtype, part.shape):
-            raise KconvertError(
-                f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
-                f"{part.dtype} {list(part.shape)} there; fetch the file again"
-            )
-        if match is not None and match.stack not in (None, tensor.shape[0]):
-            raise KconvertError(f"{tensor} stacks {tensor.shape[0]} matrices, but the model has {match.stack} experts")
-        tensors.append(tensor)
-    if match is None:
-        role = guess(name) if guesses else Role("other")
-        return Weight(name, role.name, rows, cols, format, tuple(tensors), role.layer, role.expert)
-    return Weight(name, match.rule.role, rows, cols, format, tuple(tensors), match.layer, match.expert)
+    tensors = tuple([found[part.suffix] for part in parts])
+    if misfit is not None:
+        tensor = found[misfit.suffix]
+        raise KconvertError(
+            f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
+            f"{misfit.dtype} {list(misfit.shape)} there; the file and config.json do not belong together, or one is damaged"
+        )
+    if match is not None and match.stack not in (None, tensors[0].shape[0]):
+        raise KconvertError(
+            f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {match.stack} experts"
+        )
+    companions = tuple(tensor for tensor in found.values() if tensor not in tensors) if len(found) > len(parts) else ()
+    role = _role(name, match, guesses)
+    return Weight(name, role.name, rows, cols, format, tensors, role.layer, role.expert, companions)
+
+
+def _role(name: str, match: Match | None, guesses: bool) -> Role:
+    if match is not None:
+        return Role(match.rule.role, match.layer, match.expert)
+    return guess(name) if guesses else Role("other")
 
 
 def format_counts(weights: Iterable[Weight]) -> Counter[str]:

@@ -242,7 +242,7 @@ def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
             continue
         target = recipe.target(item)
         if target is None:
-            yield from map(_copy, item.tensors)
+            yield from map(_copy, item.copied)
         else:
             reads = tuple(Place(tensor.file, tensor.start) for tensor in item.tensors)
             yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)

@@ -213,9 +213,10 @@ def _layers(model: Model) -> float:
 
 
 def possible_numa(bits: int, hidden: int, intermediate: int) -> list[int]:
-    """The numbers of NUMA nodes that the experts can be split for."""
+    """The numbers of NUMA nodes that the experts can be split for; none where they have no values."""
     block = Amx(bits).block
-    return [n for n in range(1, MAX_NUMA + 1) if not (hidden % block or intermediate % (block * n))]
+    fitting = [n for n in range(1, MAX_NUMA + 1) if not (hidden % block or intermediate % (block * n))]
+    return fitting if hidden and intermediate else []
 
 
 def check_numa(bits: int, numa: int, hidden: int, intermediate: int) -> None:
@@ -263,7 +264,7 @@ def rest_of(model: Model) -> Iterator[Plain]:
     items: Iterable[Weight | Plain] = (*model.weights, *model.plain)
     for item in items:
         if item.role.partition(".")[0] != "expert":
-            for tensor in item.tensors if isinstance(item, Weight) else (item.tensor,):
+            for tensor in item.copied if isinstance(item, Weight) else (item.tensor,):
                 yield Plain(replace(tensor, name=rest_name(tensor.name)), item.role, item.layer)
 
 

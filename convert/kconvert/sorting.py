@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -9,12 +10,11 @@ from dataclasses import dataclass, field
 from kconvert import formats
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
+from kconvert.formats.companions import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
 from kconvert.manifest import Names
 from kconvert.roles import guess
 
-# Scales of the key/value cache describe activations, not weights; they lose their meaning with the quantisation.
-CACHE = re.compile(r"(^|\.)([qkv]|kv|prob)_(scale|zero_point|global_scale)$")
 # What engines compute by themselves and old checkpoints carry.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)$")
 # What training code wraps modules in, as it appears in the names of their tensors.
@@ -65,11 +65,12 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
             if tensor.shape != match.shape:
                 raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
             sorted_.plain[name] = Plain(tensor, match.rule.role, match.layer, listed=True)
+        elif name.rpartition(".")[2] in CACHE:
+            # They describe activations, not weights, and lose their meaning with the quantisation.
+            sorted_.dropped.append(tensor)
         elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
             weight, suffix = spelling
             sorted_.modules.setdefault(weight, {})[suffix] = tensor
-        elif CACHE.search(name):
-            sorted_.dropped.append(tensor)
         elif BUFFERS.search(name):
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
@@ -108,6 +109,8 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
         is_part = suffix in formats.SUFFIXES and (module in encoded or module in sorted_.modules)
         if is_part or _is_experts_matrix(tensor, module, suffix):
             sorted_.modules.setdefault(module, {})[suffix] = tensor
+        elif suffix in COMPANIONS and _is_number(tensor):
+            sorted_.dropped.append(tensor)
         else:
             role = names.manifest.plain_role(tensor.name) or "other"
             sorted_.plain[tensor.name] = Plain(tensor, role)
@@ -115,6 +118,10 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
         # What a manifest takes for plain may be quantised all the same: an embedding, a router.
         if (whole := sorted_.plain.pop(f"{module}.weight", None)) is not None:
             sorted_.modules[module]["weight"] = whole.tensor
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return math.prod(tensor.shape) == 1
 
 
 def _is_experts_matrix(tensor: Tensor, module: str, suffix: str) -> bool:
