@@ -107,6 +107,7 @@ def convert(
     memory: int | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
+    found: Callable[[int], None] | None = None,
     push: str | None = None,
     disk_budget: int | None = None,
     command: str = "kconvert.convert",
@@ -117,10 +118,11 @@ def convert(
     what reports and the model card say was typed. `disk_budget` bounds the bytes on the output's disk: source files from the
     Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
     `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
-    checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
+    checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too),
+    `found` once, at the beginning, with the bytes that an earlier run has finished.
     Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
     """
-    advance = advance or (lambda nbytes: None)
+    advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     from concurrent.futures import ThreadPoolExecutor
 
     from kconvert.engine import Limits, Run, warm_up
@@ -133,6 +135,7 @@ def convert(
     delivery = needs.delivery
     if needs.is_done:
         delivery.clear()
+        found(plan.output_bytes)
         advance(plan.output_bytes)
         return {}
     if plan.source is not None:
@@ -143,7 +146,9 @@ def convert(
         if not needs.fetches:
             check_values(plan, needs.finished)
         with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
-            advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
+            earlier = sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished)
+            found(earlier)
+            advance(earlier)
             upload = delivery.open()
             with Staging(needs, journal, upload) as staging:
                 run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)
