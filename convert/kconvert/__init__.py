@@ -140,6 +140,7 @@ def convert(
     memory: int | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
+    found: Callable[[int], None] | None = None,
     push: str | None = None,
     disk_budget: int | None = None,
     command: str = "kconvert.convert",
@@ -151,14 +152,15 @@ def convert(
     Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
     `threads` are worker threads (by default the cores and six), `memory` bounds the buffers of all together in bytes (by
     default 256 MiB); neither changes a byte of the output. `overwrite` replaces the checkpoint in `destination`. `advance`
-    is called from worker threads with the number of bytes written (of finished shards too).
+    is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
+    with the bytes that an earlier run has finished.
 
     Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
     KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
     not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
     finished then stays, and the same call goes on from there.
     """
-    advance = advance or (lambda nbytes: None)
+    advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     from concurrent.futures import ThreadPoolExecutor
 
     from kconvert.engine import Limits, Run, warm_up
@@ -171,6 +173,7 @@ def convert(
     delivery = needs.delivery
     if needs.is_done:
         delivery.clear()
+        found(plan.output_bytes)
         advance(plan.output_bytes)
         return {}
     if plan.source is not None:
@@ -181,7 +184,9 @@ def convert(
         if not needs.fetches:
             check_values(plan, needs.finished)
         with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
-            advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
+            earlier = sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished)
+            found(earlier)
+            advance(earlier)
             upload = delivery.open()
             with Staging(needs, journal, upload) as staging:
                 run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)

@@ -31,6 +31,11 @@ def explain_os_error(error: OSError, doing: str) -> KconvertError:
     return KconvertError(f"{doing}{where}: {error.strerror or error}{advice}")
 
 
+def counted(number: int, noun: str) -> str:
+    """3_000, "shard" -> '3,000 shards'; 1, "shard" -> '1 shard'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def human(nbytes: float) -> str:
     """3_456_000_000 -> '3.46 GB'."""
     for unit in ("B", "kB", "MB", "GB"):

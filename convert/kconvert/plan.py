@@ -189,10 +189,18 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
         + sum(plain.tensor.nbytes for plain in model.plain),
         **count_steps(steps),
-        "dropped": [tensor.name for tensor in model.dropped],
+        "dropped": [tensor.name for tensor in _left_behind(model, recipe)],
         "left_out": list(model.checkpoint.left_out),
     }
     return Plan(repr(recipe), model.checkpoint, steps, shards, texts, facts)
+
+
+def _left_behind(model: Model, recipe: Recipe) -> Iterator[Tensor]:
+    """What describes activations: it goes along only where a weight's codes are copied as they are."""
+    yield from model.dropped
+    for weight in model.weights:
+        if weight.companions and (isinstance(weight.format, Dense) or recipe.target(weight) is not None):
+            yield from weight.companions
 
 
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 from kconvert.model import Model, Weight, format_counts
 
+HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
@@ -228,12 +229,24 @@ class Recipe:
 
     def config(self, model: Model) -> dict[str, Any]:
         """config.json of the output."""
-        config = model.checkpoint.config
+        config = self._declare_dtype(model)
         if self._target.table is None:
-            return without_quantization(config)
+            return config
         quantised = [weight.name for weight in model.weights if not isinstance(self.encoding(weight), Dense)]
         unquantised = [weight.name for weight in model.weights if isinstance(self.encoding(weight), Dense)]
         return with_quantization(config, self._target.table(quantised, [*unquantised, *_plain_linears(model)]))
+
+    def _declare_dtype(self, model: Model) -> dict[str, Any]:
+        """config.json without quantisation and, where weights become BF16 or F16, with that dtype: engines cast to it."""
+        config = without_quantization(model.checkpoint.config)
+        written = self._target.format.dtype if isinstance(self._target.format, Dense) else "BF16"
+        others = [dtype for half, dtype in HALVES.items() if half != written]
+        tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+        places = [(table, key) for table in tables for key in ("torch_dtype", "dtype") if table.get(key) in others]
+        if places and any(isinstance(self.target(weight), Dense) for weight in model.weights):
+            for table, key in places:
+                table[key] = HALVES[written]
+        return config
 
 
 def _plain_linears(model: Model) -> Iterable[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -234,21 +233,14 @@ def test_a_weight_named_as_a_tensor_is_no_tensor(small_config: Config, tensors_o
     assert "lm_head" in {plain.tensor.name for plain in model.plain}
 
 
-def test_the_names_of_the_largest_model_are_known_in_a_second() -> None:
+def test_the_names_of_the_largest_model_are_known() -> None:
     manifest = load_manifest("kimi-k2-thinking")
-    started = time.process_time()
-    names = manifest.bind(manifest.config)
-    assert sum(1 for _ in names.expected()) == 69_975
-    assert time.process_time() - started < 1
+    assert sum(1 for _ in manifest.bind(manifest.config).expected()) == 69_975
 
 
-def test_the_largest_checkpoint_is_understood_in_seconds(
-    full_tensors: Callable[[str], dict[str, Tensor]], read: Any
-) -> None:
+def test_the_largest_checkpoint_is_understood(full_tensors: Callable[[str], dict[str, Tensor]], read: Any) -> None:
     manifest, tensors = load_manifest("kimi-k2-thinking"), full_tensors("kimi-k2-thinking")
-    started = time.process_time()
     assert read(manifest.config, tensors).parameters == 1_026_408_232_448
-    assert time.process_time() - started < 8
 
 
 def test_a_config_saved_by_transformers_5_names_the_experts_otherwise(small_config: Config) -> None:
