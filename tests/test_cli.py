@@ -193,7 +193,70 @@ def test_the_main_job_ends_with_a_summary_and_no_progress_bar_without_a_terminal
     result = kconvert("int4-to-bf16", small, tmp_path / "dst")
     assert (result.returncode, result.stderr) == (0, "")
     (line,) = result.stdout.splitlines()
-    assert re.match(r"wrote .* in 1 shards to \S+ in \S+ s \(.* GB/s\), peak memory ", line)
+    assert re.match(r"wrote .* in 1 shard to \S+ in \S+ s \(.* GB/s\), peak memory ", line)
+
+
+def test_a_rerun_of_a_finished_job_says_that_it_was_finished(run, small, tmp_path):
+    command = ["int4-to-bf16", small, tmp_path / "dst"]
+    first = json.loads(run(*command, "--json").stdout)
+    assert first["written_bytes"] == first["bytes"]
+    (line,) = run(*command).stdout.splitlines()
+    assert re.fullmatch(r"\S+ was finished already, \S+ kB in 1 shard; no shard was written again", line)
+    again = json.loads(run(*command, "--json").stdout)
+    assert (again["bytes"], again["written_bytes"], again["bytes_per_second"]) == (first["bytes"], 0, 0)
+
+
+def test_a_run_that_goes_on_says_how_much_was_missing(run, small, tmp_path):
+    command = ["int4-to-bf16", small, tmp_path / "dst", "--shard-size", "50kB"]
+    run(*command, "-q")
+    lost = min((tmp_path / "dst").glob("model-*.safetensors"))
+    size = lost.stat().st_size
+    lost.unlink()
+    assert re.match(r"wrote the \S+ kB that were missing of \S+ kB in \d+ shards to ", run(*command).stdout)
+    lost.unlink()
+    outcome = json.loads(run(*command, "--json").stdout)
+    assert size <= outcome["written_bytes"] < outcome["bytes"]
+
+
+def test_a_rerun_does_not_say_again_that_every_value_was_reproduced(run, small, tmp_path):
+    run("int4-to-bf16", small, tmp_path / "bf16", "-q")
+    command = ["bf16-to-int4", tmp_path / "bf16", tmp_path / "int4"]
+    assert "every value was reproduced exactly" in run(*command).stdout
+    assert "every value" not in run(*command).stdout
+
+
+def test_what_a_conversion_loses_is_in_its_closing_summary(run, small, tmp_path):
+    lines = run("int4-to-fp8", small, tmp_path / "fp8").stdout.splitlines()
+    assert lines[1] == "lossy: int4 group 32 -> fp8 block 128x128, 6 weights"
+
+
+def test_cache_scales_that_are_left_behind_are_counted(run, small, tmp_path, raw):
+    checkpoint = raw.load(small)
+    for layer, kind in ((0, "k"), (0, "v"), (1, "k"), (1, "v")):
+        checkpoint.put(f"model.layers.{layer}.self_attn.{kind}_scale", raw.Tensor("F32", [1], bytes(4)))
+    source, told = checkpoint.save(tmp_path / "src"), "4 tensors (2 k_scale, 2 v_scale)"
+    assert (
+        f"finding: {told} say nothing of a weight and are left behind by a conversion\n"
+        in run("inspect", source).stdout
+    )
+    assert f"\ndropped: {told}\n" in run("int4-to-bf16", source, tmp_path / "dst", "--dry-run").stdout
+    assert f"\ndropped: {told}\n" in run("int4-to-bf16", source, tmp_path / "dst").stdout
+    assert len(json.loads(run("int4-to-bf16", source, tmp_path / "dst", "--json").stdout)["dropped"]) == 4
+
+
+def test_what_is_within_limits_only_is_not_called_equal(run, small, tmp_path):
+    run("int4-to-bf16", small, tmp_path / "bf16", "-q")
+    exact = run("verify", small, tmp_path / "bf16").stdout
+    close = run("verify", small, tmp_path / "bf16", "--close").stdout
+    assert re.match(r"verified: \d+ weights equal .*, bit for bit; ", exact)
+    assert re.match(r"verified: \d+ weights are near .*, within limits; ", close)
+
+
+def test_one_of_a_thing_is_spoken_of_in_the_singular(run, small, tmp_path):
+    name = "model.layers.1.mlp.experts.0.down_proj"
+    selection = ["--include", name]
+    run("int4-to-bf16", small, tmp_path / "one", *selection, "-q")
+    assert "verified: 1 weight equals " in run("verify", small, tmp_path / "one", *selection).stdout
 
 
 def test_quiet_is_silent(run, small, tmp_path):
@@ -233,7 +296,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, small, tmp_path, comm
     options = SMALL if command == "sample" else []
     result = run(command, *source, tmp_path / "dst", "--dry-run", *options)
     assert result.returncode == 0
-    assert re.search(r"^output: .* in 1 shards", result.stdout, re.M)
+    assert re.search(r"^output: .* in 1 shard and \d+ side files$", result.stdout, re.M)
     assert re.search(r"^memory: about ", result.stdout, re.M)
     assert re.search(r"^disk: .* free", result.stdout, re.M)
     assert list(tmp_path.iterdir()) == []

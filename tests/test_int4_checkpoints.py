@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert.checkpoint.config import packed_table
+from kconvert.dialects.compressed_tensors import packed_table
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
 

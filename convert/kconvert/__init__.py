@@ -1,7 +1,17 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
-The public API is four functions; each takes a checkpoint's directory or Hub id and raises `KconvertError` with a one-sentence
-message. They are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
+The public API is four functions, `inspect`, `plan`, `convert` and `verify`, and what they take and return:
+
+    plan = kconvert.plan("Kimi-K2-Thinking", kconvert.Recipe("bf16"))
+    kconvert.convert(plan, "Kimi-K2-Thinking-BF16")
+    kconvert.verify("Kimi-K2-Thinking", "Kimi-K2-Thinking-BF16")
+
+A source is a directory, a snapshot or repository in the Hub's cache, or a Hub id (`ORG/NAME`, `hf://ORG/NAME@REVISION`; a
+directory of that name goes first). Sizes are in bytes. A weight is a matrix [out, in], whatever tensors spell it. Wrong usage
+and bad input raise `KconvertError` with a message of one sentence, a check that failed its subclass `CheckFailed`.
+Within `links_allowed()` the functions follow links that lead out of a checkpoint.
+
+The functions are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
 """
 
 from __future__ import annotations
@@ -14,6 +24,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kconvert.address import open_checkpoint
+from kconvert.checkpoint.directory import links_allowed
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.hf import make_plan
 from kconvert.model import Model, understand
@@ -35,6 +46,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "links_allowed",
     "plan",
     "verify",
 ]
@@ -43,13 +55,29 @@ StrPath = str | os.PathLike[str]
 
 
 def inspect(source: StrPath, revision: str | None = None) -> Model:
-    """What the checkpoint in directory `source` is: weights with role, shape and format, and the rest."""
+    """What the checkpoint `source` is; reads config.json and the headers of its files, no tensor data.
+
+    `Model.weights` are the matrices that an encoding may spell, each with name, role (`expert.gate`, `attention.o`, …), shape
+    [rows, cols] = [out, in], format, tensors, and the numbers of its layer and expert where it has them; `Model.plain` are the
+    tensors that are copied as they are, `Model.dropped` those that a conversion leaves behind. `revision` is a branch, tag
+    or commit of the Hub.
+
+    KconvertError when it is no checkpoint, when a header is not sound, and for the first tensor that belongs to no weight, is
+    missing, or has another dtype or shape than its manifest and its encoding demand.
+    """
     with _collector_paused():
         return understand(open_checkpoint(source, revision))
 
 
 def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
-    """What a conversion will write, byte for byte; reads headers only."""
+    """What a conversion of `source` by `recipe` will write, byte for byte; reads what `inspect` reads.
+
+    Every shard's name, header and size in bytes are in it, and for every output tensor the weight and the bytes that it is
+    made of. It depends on headers and recipe alone: the same of both give the same plan, on any machine.
+
+    KconvertError as `inspect`, and when the recipe does not fit: the source holds another encoding than `recipe.source`,
+    nothing is left to convert, or a weight's columns do not divide into groups.
+    """
     with _collector_paused():
         return make_plan(understand(open_checkpoint(source, revision)), recipe)
 
@@ -82,9 +110,13 @@ def check(
     push: str | None = None,
     disk_budget: int | None = None,
 ) -> Needs:
-    """KconvertError when `plan` cannot be carried out into `destination`; what a run needs, and finds finished already."""
+    """What a run of `plan` into `destination` needs, in bytes, and finds finished already; arguments as for `convert`.
+
+    KconvertError when it cannot be carried out: paths that overlap, a full disk, a budget that is too small, another
+    checkpoint or another plan's unfinished output in `destination`. Writes nothing.
+    """
     from kconvert.journal import finished_shards
-    from kconvert.preflight import check_paths
+    from kconvert.preflight import check_paths, check_side_files
     from kconvert.transfer.delivery import Delivery
     from kconvert.transfer.disk import survey
 
@@ -93,6 +125,7 @@ def check(
         return replace(survey(plan, delivery, published, disk_budget), is_done=True)
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
+        check_side_files(plan)
     finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
     needs = survey(plan, delivery, finished, disk_budget)
     needs.check(overwrite)
@@ -108,6 +141,7 @@ def convert(
     memory: int | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
+    found: Callable[[int], None] | None = None,
     push: str | None = None,
     disk_budget: int | None = None,
     command: str = "kconvert.convert",
@@ -117,11 +151,17 @@ def convert(
     `destination` is a directory or a Hub id; `push` is a repository that gets the output of a directory, too, and `command`
     what reports and the model card say was typed. `disk_budget` bounds the bytes on the output's disk: source files from the
     Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
-    `memory` bounds the buffers in bytes; neither it nor `threads` changes a byte of the output. `overwrite` replaces the
-    checkpoint in `destination`. `advance` is called from worker threads with the bytes written (of finished shards too).
-    Returns how many groups of which weights lost something where nothing was to be lost (exact INT4), in this run.
+    `threads` are worker threads (by default the cores and six), `memory` bounds the buffers of all together in bytes (by
+    default 256 MiB); neither changes a byte of the output. `overwrite` replaces the checkpoint in `destination`. `advance`
+    is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
+    with the bytes that an earlier run has finished.
+
+    Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
+    KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
+    not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
+    finished then stays, and the same call goes on from there.
     """
-    advance = advance or (lambda nbytes: None)
+    advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     from concurrent.futures import ThreadPoolExecutor
 
     from kconvert.engine import Limits, Run, warm_up
@@ -136,6 +176,7 @@ def convert(
     delivery = needs.delivery
     if needs.is_done:
         delivery.clear()
+        found(plan.output_bytes)
         advance(plan.output_bytes)
         return {}
     with ThreadPoolExecutor(1) as background:
@@ -146,7 +187,9 @@ def convert(
         if plan.source is not None:
             plan.source.check_index()
         with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
-            advance(sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished))
+            earlier = sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished)
+            found(earlier)
+            advance(earlier)
             upload = delivery.open()
             with Staging(needs, journal, upload, SpotCheck(plan)) as staging:
                 run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)

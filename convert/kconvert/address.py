@@ -12,11 +12,11 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     """Read configuration, index and headers of the checkpoint in directory `path`, see open_directory.
 
     A Hub id (`org/name`, `hf://org/name@revision`) will do where no such directory is: its headers come by HTTP.
-    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
+    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a link
     that leads outside the directory.
     """
-    place = None if os.path.exists(path) else parse_hub_id(os.fspath(path))
-    if place is None:
+    place = parse_hub_id(os.fspath(path))
+    if place is None or os.path.lexists(path):
         return open_directory(path, revision)
     from kconvert.checkpoint.hub.repository import open_repository
 

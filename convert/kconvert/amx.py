@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.header import read_header, read_metadata
 from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_directory
 from kconvert.errors import KconvertError
+from kconvert.files import is_directory
 from kconvert.formats.amx import Amx, Split
 from kconvert.model import Weight, natural_key
 
@@ -78,7 +80,7 @@ def kt_path(tensor: str, bits: int, nbytes: int) -> str:
 
 def is_amx(root: Path) -> bool:
     """Whether the directory holds AMX weights, by the names in its first file; a damaged one says nothing."""
-    first = min(root.glob("*.safetensors"), default=None)
+    first = min(root.glob("*.safetensors"), default=None) if is_directory(root) else None
     if first is None:
         return any(root.glob(KT_GLOB))
     try:
@@ -129,8 +131,10 @@ def _kt_checkpoint(root: Path) -> Checkpoint:
     for path in sorted(root.glob(KT_GLOB)):
         file, stat = str(path.relative_to(root)), path.stat()
         match = KT_FILE.fullmatch(file)
-        if match is None or path.is_symlink():
-            raise KconvertError(f"{path} is no file of AMX weights; remove it")
+        if match is None:
+            raise KconvertError(f"{path} has another name than kt-kernel gives its files; pack the weights anew")
+        if path.is_symlink():
+            check_link(root, path)
         layer, numa, bits, projection, expert, stated, kind = match.groups()
         if stat.st_size != int(stated):
             raise KconvertError(f"{path} has {stat.st_size} bytes, its name says {stated}; pack it anew")

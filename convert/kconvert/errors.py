@@ -25,8 +25,15 @@ def explain_os_error(error: OSError, doing: str) -> KconvertError:
         errno.EACCES: "; check the permissions",
         errno.EPERM: "; check the permissions",
         errno.EROFS: "; the file system is mounted read-only",
+        errno.ELOOP: "; mend the links, which lead in a circle",
+        errno.ENAMETOOLONG: "; choose a shorter name",
     }.get(error.errno or 0, "")
     return KconvertError(f"{doing}{where}: {error.strerror or error}{advice}")
+
+
+def counted(number: int, noun: str) -> str:
+    """3_000, "shard" -> '3,000 shards'; 1, "shard" -> '1 shard'."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def human(nbytes: float) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from kconvert.amx import PROJECTIONS
 from kconvert.errors import KconvertError
 from kconvert.manifest import lookup
-from kconvert.model import Model, Plain, Weight
+from kconvert.model import Model, Weight
+from kconvert.sorting import Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ def routed_experts(model: Model) -> Experts:
     weights = tuple(w for w in model.weights if w.role.partition(".")[0] == "expert" and (w.layer or 0) < last)
     unknown = [w for w in weights if w.role.partition(".")[2] not in PROJECTIONS or w.expert is None or w.layer is None]
     if not weights or unknown:
-        what = f"those of {model.manifest.name} are not supported" if unknown else "its manifest names none"
+        what = f"those of {model.manifest.name} are not supported" if unknown else "the names of its weights show none"
         raise KconvertError(
             f"{root}: repack-amx needs routed experts with a gate, an up and a down matrix each, but {what}"
         )
@@ -52,9 +53,9 @@ def routed_experts(model: Model) -> Experts:
 
 
 def _layers(model: Model) -> float:
-    """The number of layers without MTP; unbounded where the manifest does not know it."""
-    key = model.manifest.dims.get("layers")
-    count = lookup(model.manifest.section(model.checkpoint.config), key) if key else None
+    """The number of layers without MTP; unbounded where config.json does not say it."""
+    key = model.manifest.dims.get("layers", "num_hidden_layers")
+    count = lookup(model.manifest.section(model.checkpoint.config), key)
     return count if isinstance(count, int) else float("inf")
 
 
@@ -63,7 +64,7 @@ def rest_of(model: Model) -> Iterator[Plain]:
     items: Iterable[Weight | Plain] = (*model.weights, *model.plain)
     for item in items:
         if item.role.partition(".")[0] != "expert":
-            for tensor in item.tensors if isinstance(item, Weight) else (item.tensor,):
+            for tensor in item.copied if isinstance(item, Weight) else (item.tensor,):
                 yield Plain(replace(tensor, name=rest_name(tensor.name)), item.role, item.layer)
 
 

@@ -10,13 +10,44 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
-from kconvert.errors import explain_os_error
+from kconvert.errors import KconvertError, explain_os_error
 
 PAGE = 4096
 O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def is_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether a directory is at a path that a user gave; see `exists`."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether anything is at a path that a user gave.
+
+    KconvertError where the system will not say (no permission, a name too long, links in a circle), and for a link that leads
+    nowhere, in whose place nothing can be made either.
+    """
+    return _mode(path) is not None
+
+
+def _mode(path: str | os.PathLike[str]) -> int | None:
+    if "\0" in os.fspath(path):
+        raise KconvertError(f"{os.fspath(path)!r} is no path, it has a NUL in it")
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise KconvertError(
+                f"{path} is a symbolic link to {os.path.realpath(path)}, where nothing is; mend the link"
+            ) from None
+        return None
+    except OSError as error:
+        raise explain_os_error(error, f"cannot look at {path}") from None
 
 
 def allocate(nbytes: int) -> mmap.mmap:

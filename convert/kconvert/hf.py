@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kconvert.checkpoint.source import Tensor
 from kconvert.containers import Safetensors
-from kconvert.model import Model, Plain, Weight, format_counts, natural_key
+from kconvert.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.plan import Output, Plan
 from kconvert.recipe import Recipe
+from kconvert.sorting import Plain
 from kconvert.steps import Step, Transcode, copy_of, count_steps, place_of
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    refuse_undecoded(model.select(recipe.include, recipe.exclude))
     recipe.check_source(model)
     model = model.select(recipe.include, recipe.exclude)
     drafts = tuple(_drafts(model, recipe))
@@ -27,12 +30,20 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
         + sum(plain.tensor.nbytes for plain in model.plain),
         **count_steps(drafts),
-        "dropped": [tensor.name for tensor in model.dropped],
+        "dropped": [tensor.name for tensor in _left_behind(model, recipe)],
         "left_out": list(model.checkpoint.left_out),
     }
     container = Safetensors(recipe.shard_size)
     config = recipe.config(model)
     return Output(repr(recipe), model.checkpoint, drafts, container, config, model.parameters, facts).plan()
+
+
+def _left_behind(model: Model, recipe: Recipe) -> Iterator[Tensor]:
+    """What describes activations: it goes along only where a weight's codes are copied as they are."""
+    yield from model.dropped
+    for weight in model.weights:
+        if weight.companions and (not weight.format.quantised or recipe.target(weight) is not None):
+            yield from weight.companions
 
 
 def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
@@ -45,7 +56,7 @@ def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
             continue
         target = recipe.target(item)
         if target is None:
-            yield from map(copy_of, item.tensors)
+            yield from map(copy_of, item.copied)
         else:
             reads = tuple(map(place_of, item.tensors))
             yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)

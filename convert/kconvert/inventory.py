@@ -41,7 +41,7 @@ def take_inventory(model: Model) -> Inventory:
     """Look into the quantised weights; KconvertError when a file cannot be read."""
     kinds: dict[tuple[str, str], list[Weight]] = defaultdict(list)
     for weight in model.weights:
-        if grid(weight.format) is not None:
+        if grid(weight.format) is not None and weight.rows and weight.cols:
             kinds[weight.role, weight.format.label].append(weight)
     found: Inventory = {}
     with model.checkpoint.reader() as reader:

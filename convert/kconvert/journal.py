@@ -18,9 +18,10 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.hub_id import HubId, parse_hub_id
+from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.files import write_file
+from kconvert.files import exists, is_directory, write_file
 from kconvert.plan import Plan
 from kconvert.version import __version__
 
@@ -75,7 +76,8 @@ class Journal:
 
     def partial(self, name: str) -> Path:
         """Where the file called `name` lies until it is complete."""
-        return self._state / (name.replace("/", "__")[-200:] + ".part")  # a name has 255 bytes at most
+        short = os.fsencode(name.replace("/", "__"))[-200:]  # a name has 255 bytes at most
+        return self._state / (short.decode("utf-8", "ignore") + ".part")
 
     @property
     def staged(self) -> Path:
@@ -130,7 +132,7 @@ def finished_shards(destination: Path, plan: Plan, overwrite: bool, push: HubId 
     Those that it sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
     holds anything else, unless the user said to `overwrite` it.
     """
-    if not destination.exists():
+    if not exists(destination):
         return {}
     advice = "choose another directory, or --overwrite to replace the checkpoint in it"
     try:
@@ -164,7 +166,7 @@ def _is_done(path: Path, record: Record, push: HubId | None) -> bool:
 def pinned_commit(destination: Path, source: str, revision: str | None) -> str | None:
     """The commit of the repository `source` from which a run into `destination` was begun that asked for the same revision."""
     place = parse_hub_id(source)
-    if place is None or Path(source).is_dir():
+    if place is None or is_directory(source):
         return None
     try:
         lines = _read_lines(destination / STATE_DIR / JOURNAL)
@@ -176,11 +178,13 @@ def pinned_commit(destination: Path, source: str, revision: str | None) -> str |
 
 
 def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -> list[Path]:
-    """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST; nothing else."""
+    """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST and what declares their
+    quantisation; nothing else."""
     stale = list((destination / STATE_DIR).glob("*.part"))
     if overwrite:
         shards = (path for pattern in SHARDS for path in destination.glob(pattern))
         stale += [path for path in shards if str(path.relative_to(destination)) not in finished]
+        stale += [path for path in destination.glob("*") if why_left_out(path.name) == DECLARATION and path.is_file()]
     return stale
 
 

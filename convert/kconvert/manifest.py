@@ -19,7 +19,7 @@ from functools import cached_property
 from string import Formatter
 from typing import Any
 
-from kconvert.checkpoint.config import QuantizationConfig, quantization_tables, read_quantization
+from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import spellings
 

@@ -6,6 +6,7 @@ a minute and not after hours. The files of a checkpoint on the Hub are looked at
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator
@@ -17,6 +18,7 @@ from kconvert.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
+from kconvert.formats.base import ZERO_DTYPES
 from kconvert.plan import Plan
 from kconvert.steps import Place, Transcode
 
@@ -46,13 +48,22 @@ class Doubt(NamedTuple):
 
 def check_paths(source: Path, destination: Path) -> None:
     """KconvertError when writing `destination` could touch `source`."""
-    source, destination = source.resolve(), destination.resolve()
+    source, destination = (Path(os.path.realpath(path)) for path in (source, destination))
     if source == destination:
         raise KconvertError(f"SRC and DST are both {source}; choose another directory for the output")
     if destination.is_relative_to(source):
         raise KconvertError(f"{destination} lies inside SRC; choose a directory outside {source}")
     if source.is_relative_to(destination):
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
+
+
+def check_side_files(plan: Plan) -> None:
+    """KconvertError for the first side file that one may not read: they are copied last, and that is hours away."""
+    assert plan.source is not None
+    for name in plan.side_files:
+        path = plan.source.side_file(name)
+        if not os.access(path, os.R_OK):
+            raise KconvertError(f"cannot read {path}, which goes along into the output; check the permissions")
 
 
 def check_values(plan: Plan, finished: Collection[str]) -> None:
@@ -72,7 +83,8 @@ def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
     for step in plan.steps:
         if isinstance(step, Transcode) and any(place.file not in finished for place in step.writes):
             for part, place in zip(step.source_parts, step.reads, strict=True):
-                if part.values != "any" or part.constant is not None or part.below is not None:
+                checks = (part.constant, part.below, part.unused)
+                if part.values != "any" or any(check is not None for check in checks):
                     yield Doubt(step, part, place)
 
 
@@ -89,12 +101,18 @@ def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
             code = {"I32": "i", "I64": "q"}[part.dtype]
             values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
             raise KconvertError(
-                f"{where} says {values}, but the weight is [{step.rows}, {step.cols}]; fetch the file again"
+                f"{where} says {values}, but the weight beside it is [{step.rows}, {step.cols}]; the file is damaged, or was "
+                "written wrongly"
             )
         if part.values != "any":
             _check_scale(where, part, data)
         if part.below is not None:
             _check_index(where, part.below, data)
+        if part.unused is not None and not _are_zero(part, part.unused, step.rows, data):
+            raise KconvertError(
+                f"{where} has zero points other than zero, but config.json says that the codes beside it are symmetric; one "
+                "of the two is wrong"
+            )
 
 
 def _check_scale(where: str, part: Part, data: memoryview) -> None:
@@ -102,9 +120,11 @@ def _check_scale(where: str, part: Part, data: memoryview) -> None:
 
     code, sign, special = SCALE_BITS[part.dtype]
     bits = np.frombuffer(data, code)
-    if _is_plainly_sound(bits.view(code.replace("u", "i") if sign else code), part.values, special):
+    if _is_plainly_sound(bits, code, part.values, sign, special):
         return
-    faults = {"is not finite": (bits & special) == special, "is negative": (bits & sign != 0) & (bits != sign)}
+    faults = {"is not finite": (bits & special) == special}
+    if part.values != "finite":
+        faults["is negative"] = (bits & sign != 0) & (bits != sign)
     if part.values == "positive" and sign:
         faults["is zero"] = bits & ~np.array(sign, code) == 0
     for fault, bad in faults.items():
@@ -113,10 +133,34 @@ def _check_scale(where: str, part: Part, data: memoryview) -> None:
             raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")
 
 
-def _is_plainly_sound(bits: NDArray[Any], values: str, special: int) -> bool:
-    """Two quick looks: as signed integers, bits are in the order of the positive numbers, and negative ones below zero."""
-    lowest = 1 if values == "positive" and bits.dtype.kind == "i" else 0
-    return not bits.size or (bits.min() >= lowest and bits.max() < special)
+def _is_plainly_sound(bits: NDArray[Any], code: str, values: str, sign: int, special: int) -> bool:
+    """Two quick looks: as signed integers, bits are in the order of the positive numbers, and negative ones below zero, of
+    which the largest unsigned integer has the largest magnitude."""
+    if not bits.size:
+        return True
+    signed = bits.view(code.replace("u", "i")) if sign else bits
+    if signed.max() >= special:
+        return False
+    if values == "finite":
+        return int(bits.max()) % (sign or special) < special
+    return bool(signed.min() >= (1 if values == "positive" and sign else 0))
+
+
+def _are_zero(part: Part, bits: int, rows: int, data: memoryview) -> bool:
+    """Whether the zero points that lie beside symmetric codes mean nothing; see Part.unused."""
+    import numpy as np
+
+    if not bits:
+        minus_zero = ZERO_DTYPES[part.dtype]
+        size = part.nbytes // max(math.prod(part.shape), 1) or 1
+        numbers = np.frombuffer(data, f"u{size}")
+        return not (numbers & ~np.array(minus_zero, numbers.dtype)).any()
+    words = np.frombuffer(data, "u4").reshape(part.shape)
+    for place in range(min(32 // bits, rows)):
+        down = words[: (rows - place - 1) // (32 // bits) + 1]  # the last word may be filled up with anything
+        if ((down >> (place * bits) & ((1 << bits) - 1)) != 1 << (bits - 1)).any():
+            return False
+    return True
 
 
 def _check_index(where: str, below: int, data: memoryview) -> None:
@@ -127,5 +171,6 @@ def _check_index(where: str, below: int, data: memoryview) -> None:
     if bad.any():
         at = int(bad.argmax())
         raise KconvertError(
-            f"{where} is {index[at]} at [{at}], but there are groups 0 to {below - 1}; fetch the file again"
+            f"{where} is {index[at]} at [{at}], but there are groups 0 to {below - 1}; the file is damaged, or was written "
+            "wrongly"
         )

@@ -7,15 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from kconvert.checkpoint.config import (
-    compressed_fp8_table,
-    fp8_table,
-    int8_table,
-    mx_table,
-    packed_table,
-    with_quantization,
-    without_quantization,
-)
+from kconvert.dialects import with_quantization, without_quantization
+from kconvert.dialects.compressed_tensors import compressed_fp8_table, int8_table, mx_table, packed_table
+from kconvert.dialects.fp8 import fp8_table
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.conventions import CONVENTIONS, KIMI
@@ -26,6 +20,7 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.model import Model, Weight, format_counts
 
+HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
@@ -108,8 +103,11 @@ class Recipe:
     """`to` is one of TARGETS and `layout` one of its layouts, "" for the first.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
-    `convention`, `group_size` and `require_exact` are for the target `int4`, `scales`, one of SCALES, also for `fp8`, `mxfp4`
-    and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
+    `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
+    of names of weights and tensors.
+    `convention`, `group_size` (columns to a scale, a multiple of 8) and `require_exact` are for the target `int4`, `scales`,
+    one of SCALES, also for `fp8`, `mxfp4` and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
+    KconvertError for a value that is not possible.
     """
 
     to: str
@@ -160,11 +158,22 @@ class Recipe:
                     f"{weight.tensors[0]} is {weight.format.label}, not {self.source} (the checkpoint holds {have}); "
                     f"use `kconvert convert --to {self.to}`"
                 )
-        if all(self.target(weight) is None for weight in model.weights):
+        self._check_effect(model, bool(quantised))
+
+    def _check_effect(self, model: Model, has_quantised: bool) -> None:
+        """KconvertError when the output would be the source again."""
+        root, target = model.checkpoint.root, self._target
+        what = f"{self.to} {self.layout}".strip()
+        if target.roles is not None and target.roles != EXPERTS and model.manifest.accepts_any and not has_quantised:
             raise KconvertError(
-                f"{model.checkpoint.root} has every weight as {self.to} {self.layout} would write it; there is nothing to "
-                "convert"
+                f"{root} is a {model.checkpoint.config.get('model_type') or 'model'} without a manifest, so which of its "
+                f"matrices are Linears is not known; --to {self.to} --layout experts takes those that are experts by name"
             )
+        if any(self.target(weight) is not None for weight in model.weights):
+            return
+        if any(target.takes(weight) for weight in model.weights):
+            raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
+        raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is a routed expert's)")
 
     @property
     def _target(self) -> Target:
@@ -195,12 +204,24 @@ class Recipe:
 
     def config(self, model: Model) -> dict[str, Any]:
         """config.json of the output."""
-        config = model.checkpoint.config
+        config = self._declare_dtype(model)
         if self._target.table is None:
-            return without_quantization(config)
+            return config
         quantised = [weight.name for weight in model.weights if self.encoding(weight).quantised]
         unquantised = [weight.name for weight in model.weights if not self.encoding(weight).quantised]
         return with_quantization(config, self._target.table(quantised, [*unquantised, *_plain_linears(model)]))
+
+    def _declare_dtype(self, model: Model) -> dict[str, Any]:
+        """config.json without quantisation and, where weights become BF16 or F16, with that dtype: engines cast to it."""
+        config = without_quantization(model.checkpoint.config)
+        written = self._target.format.dtype if isinstance(self._target.format, Dense) else "BF16"
+        others = [dtype for half, dtype in HALVES.items() if half != written]
+        tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+        places = [(table, key) for table in tables for key in ("torch_dtype", "dtype") if table.get(key) in others]
+        if places and any(isinstance(self.target(weight), Dense) for weight in model.weights):
+            for table, key in places:
+                table[key] = HALVES[written]
+        return config
 
 
 def _plain_linears(model: Model) -> Iterable[str]:

@@ -14,7 +14,7 @@ from kconvert.experts import Experts, rest_of, routed_experts
 from kconvert.formats import Format
 from kconvert.formats.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
-from kconvert.model import Model, Weight, format_counts, natural_key
+from kconvert.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.plan import Output, Plan
 from kconvert.recipe import DEFAULT_SHARD_SIZE, SCALES
 from kconvert.steps import Step, Transcode, copy_of, count_steps, place_of
@@ -22,7 +22,7 @@ from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")
 MAX_NUMA = 64
-# Measured, see the README: for four bits the best scale has half the error of amax's, for eight bits the same.
+# Measured, see docs/BENCHMARKS.md: for four bits the best scale has half the error of amax's, for eight bits the same.
 DEFAULT_SCALES = {4: "mse", 8: "amax"}
 
 
@@ -68,6 +68,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts: list[Step] = [_repacked(weight, recipe) for weight in experts.weights]
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
+        refuse_undecoded(model)
         drafts += [copy_of(item.tensor) for item in rest_of(model)]
     record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
@@ -156,9 +157,10 @@ def _container(recipe: AmxRecipe, record: Mapping[str, Any]) -> Container:
 
 
 def possible_numa(bits: int, hidden: int, intermediate: int) -> list[int]:
-    """The numbers of NUMA nodes that the experts can be split for."""
+    """The numbers of NUMA nodes that the experts can be split for; none where they have no values."""
     block = Amx(bits).block
-    return [n for n in range(1, MAX_NUMA + 1) if not (hidden % block or intermediate % (block * n))]
+    fitting = [n for n in range(1, MAX_NUMA + 1) if not (hidden % block or intermediate % (block * n))]
+    return fitting if hidden and intermediate else []
 
 
 def check_numa(bits: int, numa: int, hidden: int, intermediate: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from kconvert import formats
 from kconvert.catalogue import load_manifest
-from kconvert.checkpoint.config import Scheme
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.containers import Safetensors
+from kconvert.dialects import Scheme
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
@@ -67,7 +67,10 @@ def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: 
     """The format that this config.json says a weight is in."""
     if match.stack is not None:
         return MxStack(match.stack) if manifest.has_encoded_stacks(config) else Dense("BF16", None, match.shape[1])
-    return formats.from_scheme(scheme) if scheme else Dense("BF16")
+    # No engine takes lm_head for a Linear in DeepSeek's dialect, which therefore does not list it.
+    if scheme is None or (scheme.format == "fp8" and match.rule.role == "lm_head"):
+        return Dense("BF16")
+    return formats.from_scheme(scheme)
 
 
 def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transcode:

@@ -6,12 +6,15 @@ import math
 import resource
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kconvert.errors import human
+from kconvert.checkpoint.side_files import why_left_out
+from kconvert.copies import undecoded
+from kconvert.errors import counted, human
+from kconvert.formats.base import FATES
 from kconvert.model import Model, natural_key
 from kconvert.plan import Plan
 from kconvert.transfer.delivery import Delivery
@@ -70,7 +73,7 @@ def summarise(model: Model) -> Summary:
     }
     lines = [
         f"{checkpoint.name}: {model.manifest.name}, {model.parameters:,} parameters, {human(checkpoint.nbytes)} in "
-        f"{len(checkpoint.files)} shards, {len(checkpoint.tensors):,} tensors",
+        f"{counted(len(checkpoint.files), 'shard')}, {counted(len(checkpoint.tensors), 'tensor')}",
         *(f"quantisation: {scheme}" for scheme in model.quantization.schemes),
         f"{'role':<20}{'format':<18}{'weights':>10}{'parameters':>20}{'size':>10}",
         *(
@@ -84,14 +87,26 @@ def summarise(model: Model) -> Summary:
 
 def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
-    findings = [f"{file} is not part of the checkpoint and will not be copied" for file in model.checkpoint.left_out]
-    findings += [f"{tensor.name} describes activations and will be dropped" for tensor in model.dropped]
+    findings = [f"{file} {why_left_out(file)} and will not be copied" for file in model.checkpoint.left_out]
+    left = [*model.dropped, *(tensor for weight in model.weights for tensor in weight.companions)]
+    if left:
+        findings.append(
+            f"{dropped(tensor.name for tensor in left)} say nothing of a weight and are left behind by a conversion"
+        )
+    findings += model.findings
+    findings += [f"{tensor.name} {reason}, which no rule decodes" for tensor, reason in undecoded(model.plain)]
     names = model.manifest.bind(model.checkpoint.config)
     for plain in model.plain:
         match = names.match(plain.tensor.name)
         if match is not None and match.rule.dtype != plain.tensor.dtype:
             findings.append(f"{plain.tensor.name} is {plain.tensor.dtype}, the published model's is {match.rule.dtype}")
     return findings
+
+
+def dropped(names: Iterable[str]) -> str:
+    """How many tensors of which kind: '4 tensors (2 k_scale, 2 v_scale)'."""
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return f"{counted(kinds.total(), 'tensor')} ({', '.join(f'{count:,} {kind}' for kind, count in sorted(kinds.items()))})"
 
 
 def describe_plan(
@@ -115,19 +130,18 @@ def describe_plan(
     }
     found = _sampled_gains(plan)
     facts |= _error_facts(found)
-    notes = [
-        f"{fate}: {pair}, {count:,} weights"
-        for fate in ("lossless", "recovered", "lossy")
-        for pair, count in plan.facts.get(fate, {}).items()
-    ]
+    notes = [note for fate in FATES for note in _fates(plan, fate)]
     notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
     notes += plan.facts.get("notes", ())
-    notes += [f"dropped: {name}" for name in plan.facts.get("dropped", ())]
+    notes += _dropped(plan)
     notes += [f"not copied: {name}" for name in plan.facts.get("left_out", ())]
     lines = (
-        *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, (str, int))),
-        f"output: {human(plan.output_bytes)} in {len(plan.shards)} shards and {len(plan.side_files)} side files",
-        f"memory: about {human(limits.peak(plan))} with {limits.threads} threads",
+        *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, str)),
+        *(f"{key}: {value:,}" for key, value in plan.facts.items() if isinstance(value, int) and key != "read_bytes"),
+        *(f"input: {human(plan.facts[key])}" for key in ("read_bytes",) if key in plan.facts),
+        f"output: {human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')} and "
+        f"{counted(len(plan.side_files), 'side file')}",
+        f"memory: about {human(limits.peak(plan))} with {counted(limits.threads, 'thread')}",
         f"disk: {human(free)} free at {existing(delivery.directory)}",
         *traffic.lines,
         *notes,
@@ -145,7 +159,7 @@ def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None) -
     if needs.fetches:
         download, hours = needs.download_bytes, needs.download_bytes / LINE_SPEED / 3600
         facts.update(download_bytes=download, download_seconds_at_1_gbit=round(download / LINE_SPEED))
-        lines.append(f"download: {human(download)}, {hours:.1f} h at 1 Gbit/s ({len(needs.fetches)} files)")
+        lines.append(f"download: {human(download)}, {hours:.1f} h at 1 Gbit/s ({counted(len(needs.fetches), 'file')})")
     if delivery.push is not None:
         facts.update(push=str(delivery.push))
         lines.append(f"upload: {human(plan.output_bytes)} to {delivery.push}, private if it is new")
@@ -166,30 +180,61 @@ class Outcome(Summary):
 
     @classmethod
     def now(
-        cls, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], launch: str = ""
+        cls,
+        plan: Plan,
+        delivery: Delivery,
+        seconds: float,
+        inexact: Mapping[str, int],
+        launch: str = "",
+        earlier: int = 0,
     ) -> Outcome:
+        """Of a run that began when `earlier` bytes of shards were finished already."""
         found = _sampled_gains(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        written = 0 if earlier >= _shard_bytes(plan) else plan.output_bytes - earlier
         facts = {
             "output": str(delivery),
             **({"push": str(delivery.push)} if delivery.push else {}),
             "bytes": plan.output_bytes,
+            "written_bytes": written,
             "shards": len(plan.shards),
             "seconds": round(seconds, 3),
-            "bytes_per_second": round(plan.output_bytes / seconds),
+            "bytes_per_second": round(written / seconds),
             "peak_memory_bytes": peak,
             "inexact_groups": dict(inexact),
+            "dropped": list(plan.facts.get("dropped", ())),
         }
         facts |= _error_facts(found)
         facts |= {"launch": launch} if launch else {}
-        compared = (f"{label}: {gain} (a sample of the weights)" for label, gain in found.items())
-        where = str(delivery) if delivery.push is None or delivery.passing else f"{delivery} and {delivery.push}"
-        line = (
-            f"wrote {human(plan.output_bytes)} in {len(plan.shards)} shards to {where} in {seconds:.1f} s "
-            f"({plan.output_bytes / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
-        )
-        notes = (*plan.facts.get("notes", ()), *([f"launch: {launch}"] if launch else ()))
-        return cls(facts, (line, *_exactness(plan, inexact), *compared, *notes))
+        kept = delivery.push is not None and not delivery.passing  # in the directory, and on the Hub too
+        where = f"{delivery} and {delivery.push}" if kept else str(delivery)
+        output = f"{human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')}"
+        speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
+        if not written:
+            sent = f"; {delivery.push} has it, too" if kept else ""
+            line = f"{delivery} was finished already, {output}; no shard was written again{sent}"
+        elif earlier:
+            line = f"wrote the {human(written)} that were missing of {output} to {where} {speed}"
+        else:
+            line = f"wrote {output} to {where} {speed}"
+        notes = [line, *_fates(plan, "lossy"), *_exactness(plan, inexact, earlier), *_dropped(plan)]
+        notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
+        notes += [*plan.facts.get("notes", ()), *([f"launch: {launch}"] if launch else ())]
+        return cls(facts, tuple(notes))
+
+
+def _shard_bytes(plan: Plan) -> int:
+    return sum(shard.nbytes for shard in plan.shards)
+
+
+def _fates(plan: Plan, fate: str) -> Iterator[str]:
+    for pair, count in plan.facts.get(fate, {}).items():
+        yield f"{fate}: {pair}, {counted(count, 'weight')}"
+
+
+def _dropped(plan: Plan) -> Iterator[str]:
+    if names := plan.facts.get("dropped"):
+        yield f"dropped: {dropped(names)}"
 
 
 def _sampled_gains(plan: Plan) -> dict[str, Gain]:
@@ -249,22 +294,24 @@ def summarise_amx(model: AmxModel) -> Summary:
     }
     scales = f", scales by {record['scales']}" if "scales" in record else ""
     lines = [
-        f"{checkpoint.name}: {model.method} for {model.numa} NUMA nodes{scales}, {human(nbytes)} in "
-        f"{len(checkpoint.files):,} files",
+        f"{checkpoint.name}: {model.method} for {counted(model.numa, 'NUMA node')}{scales}, {human(nbytes)} in "
+        f"{counted(len(checkpoint.files), 'file')}",
         f"experts: {experts:,} in layers {min(model.layers)} to {max(model.layers)}, gate and up "
         f"[{model.intermediate}, {model.hidden}], down [{model.hidden}, {model.intermediate}]",
         f"source: {origin or 'not recorded'}",
-        *([f"besides the experts: {len(model.rest):,} tensors"] if model.rest else []),
+        *([f"besides the experts: {counted(len(model.rest), 'tensor')}"] if model.rest else []),
         f"launch: {launch}",
     ]
     return Summary(facts, tuple(lines))
 
 
-def _exactness(plan: Plan, inexact: Mapping[str, int]) -> Iterator[str]:
+def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:
+    """What a run knows of the shards that it wrote itself; those of an earlier one were counted then."""
     if inexact:
+        groups, weights = counted(sum(inexact.values()), "group"), counted(len(inexact), "weight")
         yield (
-            f"{sum(inexact.values()):,} groups in {len(inexact):,} weights have values that no codes and scale reproduce; they "
-            f"were quantised by the convention's rule, first in {min(inexact, key=natural_key)!r}"
+            f"no codes and scale reproduce the values of {groups} in {weights}, which the convention's rule quantised; first "
+            f"in {min(inexact, key=natural_key)!r}"
         )
-    elif plan.facts.get("recovered"):
-        yield "every value was reproduced exactly"
+    elif plan.facts.get("recovered") and earlier < _shard_bytes(plan):
+        yield f"every value{' of the shards written now' * bool(earlier)} was reproduced exactly"

@@ -25,9 +25,10 @@ from torch import nn
 import kconvert
 from kconvert.address import open_checkpoint
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import packed_table, with_quantization
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.containers import Safetensors
+from kconvert.dialects import with_quantization
+from kconvert.dialects.compressed_tensors import packed_table
 from kconvert.errors import KconvertError
 from kconvert.files import PAGE
 from kconvert.finalize import finalize
@@ -42,22 +43,11 @@ from kconvert.steps import Copy, Step, Transcode
 from kconvert.writer import ShardWriter
 from kconvert_qat.attach import Coverage, adapters_of, coverage
 from kconvert_qat.config import CONFIG_NAME as QAT_CONFIG_NAME
-from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors
+from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors, published_spelling
+from kconvert_qat.readable import DTYPES, check_readable
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
-
-DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -77,21 +67,20 @@ def export(
     tokenizer: Any = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    for_transformers: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> Plan:
     """Write the prepared `model` as an INT4 compressed-tensors checkpoint into directory `destination`.
 
-    `source`, the checkpoint that training began with, lends its config.json and its side files; without it they come from
-    the model, and the `tokenizer` is saved with them. `advance` is called with the bytes written. Under FSDP2 every rank
-    calls this; weights are gathered one by one, and the first rank writes. Returns the plan that was carried out.
+    `source`, the checkpoint that training began with, lends its names of weights, its config.json and its side files;
+    without it they come from the model, and the `tokenizer` is saved with them. Nothing is written where transformers could
+    not load it, as for models whose experts it keeps fused; `for_transformers=False` is for engines that read experts one
+    by one all the same. `advance` is called with the bytes written. Under FSDP2 every rank calls this; weights are gathered
+    one by one, and the first rank writes. Returns the plan that was carried out.
     """
-    covered = coverage(model)
-    if adapters_of(model):
-        advice = "merge_and_unload()" if covered.config.lora == "merged" else "unload(), and save the adapter with PEFT"
-        raise KconvertError(
-            f"the model has adapters that an INT4 checkpoint cannot hold; export the result of {advice}"
-        )
-    task = _plan(model, covered, None if source is None else open_checkpoint(source), tokenizer, shard_size)
+    task = plan_export(
+        model, source=source, tokenizer=tokenizer, shard_size=shard_size, for_transformers=for_transformers
+    )
     target = Path(destination)
     leader = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     if leader:
@@ -103,10 +92,31 @@ def export(
     return task.plan
 
 
+def plan_export(
+    model: nn.Module,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    for_transformers: bool = True,
+) -> Export:
+    """What `export` would write; KconvertError where it would refuse, which is worth knowing before training."""
+    covered = coverage(model)
+    if adapters_of(model):
+        advice = "merge_and_unload()" if covered.config.lora == "merged" else "unload(), and save the adapter with PEFT"
+        raise KconvertError(
+            f"the model has adapters that an INT4 checkpoint cannot hold; export the result of {advice}"
+        )
+    task = _plan(model, covered, None if source is None else open_checkpoint(source), tokenizer, shard_size)
+    check_readable(model, task.plan, for_transformers)
+    return task
+
+
 def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokenizer: Any, shard_size: int) -> Export:
     config = covered.config
-    matrices = {matrix.name: matrix for matrix in covered.matrices}
-    rest = plain_tensors(model, covered.weights)
+    spelling = published_spelling(model, source)
+    matrices = {spelling(f"{matrix.name}.weight").removesuffix(".weight"): matrix for matrix in covered.matrices}
+    rest = {spelling(name): tensor for name, tensor in plain_tensors(model, covered.weights).items()}
     format = Packed(config.group_size, convention=CONVENTIONS[config.convention], exact=True)
     drafts: list[Step] = [
         Transcode(name, *matrix.weight.shape, Dense("BF16"), (), format) for name, matrix in matrices.items()

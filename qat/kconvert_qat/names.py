@@ -1,13 +1,14 @@
 """What the experts' matrices are called in a checkpoint, and which of them a configuration means.
 
 transformers fuses the experts of a checkpoint when it loads one and takes them apart when it saves; where each matrix goes
-is asked of its own conversion, with a probe of numbered values. A model that has a manifest must have all its experts.
+is asked of its own conversion, with a probe of numbered values. Of several names for a weight those of the checkpoint that
+training began with are kept. A model that has a manifest must have all its experts.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 
 from kconvert.catalogue import manifest_for
-from kconvert.checkpoint.config import KEYS, quantization_tables, read_quantization
+from kconvert.checkpoint.source import Checkpoint
+from kconvert.dialects import KEYS, Scheme, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import from_scheme
+from kconvert.formats import QUANTISED_SUFFIXES, from_scheme
 from kconvert.formats.packed import Packed
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
@@ -44,7 +46,9 @@ class Matrix:
 
 def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matrix]:
     """Every matrix in `weights`; KconvertError when the model's manifest knows of experts that are not among them."""
-    matrices = [matrix for weight in weights for matrix in _named(model, weight)]
+    weights = list(weights)
+    spelled = _ask_transformers(model, [weight for weight in weights if weight.stacked])
+    matrices = [matrix for weight in weights for matrix in _named(weight, spelled)]
     config = config_of(model)
     if config.get("model_type") is not None:
         names = manifest_for(config).bind(config)
@@ -82,26 +86,32 @@ def plain_class(model: nn.Module) -> type:
     return next(base for base in type(model).__mro__ if not base.__name__.startswith("FSDP"))
 
 
-def _named(model: nn.Module, weight: ExpertWeight) -> list[Matrix]:
+def _named(weight: ExpertWeight, spelled: Mapping[tuple[str, int, str], str]) -> Iterator[Matrix]:
     if not weight.stacked:
-        return [Matrix(weight.path, weight, 0, weight.pieces[0])]
-    names = _ask_transformers(model, weight)
-    return [
-        Matrix(names.get((expert, k)) or f"{weight.path}.{expert}.{piece}_proj", weight, expert, piece)
-        for expert in range(weight.tensor.shape[0])
-        for k, piece in enumerate(weight.pieces)
-    ]
+        yield Matrix(weight.path, weight, 0, weight.pieces[0])
+        return
+    for expert in range(weight.tensor.shape[0]):
+        for piece in weight.pieces:
+            name = spelled.get((weight.key, expert, piece)) or f"{weight.path}.{expert}.{piece}_proj"
+            yield Matrix(name, weight, expert, piece)
 
 
-def _ask_transformers(model: nn.Module, weight: ExpertWeight) -> dict[tuple[int, int], str]:
-    """(expert, piece) -> name; empty when transformers keeps the experts of this model fused in its checkpoints."""
-    experts, count = weight.tensor.shape[0], len(weight.pieces)
-    probe = torch.arange(experts * count, dtype=torch.float32).view(experts, count, 1)
-    spelled = as_saved(model, {weight.key: probe.mT if weight.transposed else probe})
-    if any(value.numel() != 1 for value in spelled.values()):
-        return {}
-    places = {name: divmod(int(value.item()), count) for name, value in spelled.items()}
-    return {(expert, k): name.removesuffix(".weight") for name, (expert, k) in places.items()}
+def _ask_transformers(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[tuple[str, int, str], str]:
+    """(weight, expert, piece) -> name, but for weights that transformers keeps fused in the checkpoints of this model.
+
+    All are asked for at once, because it saves some together (Ernie 4.5 VL: experts for text and for images in one list).
+    """
+    places: list[tuple[str, int, str]] = []
+    probes = {}
+    for weight in weights:
+        experts, count, first = weight.tensor.shape[0], len(weight.pieces), len(places)
+        places += [(weight.key, expert, piece) for expert in range(experts) for piece in weight.pieces]
+        probe = torch.arange(first, len(places)).view(experts, count, 1)
+        probes[weight.key] = probe.mT if weight.transposed else probe
+    spelled = as_saved(model, probes)
+    return {
+        places[int(value.item())]: name.removesuffix(".weight") for name, value in spelled.items() if value.numel() == 1
+    }
 
 
 def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -111,8 +121,46 @@ def as_saved(model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, to
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
-    saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    try:
+        saved: dict[str, torch.Tensor] = revert_weight_conversion(base, tensors)
+    except ValueError:
+        raise KconvertError(
+            f"transformers saves the experts of {plain_class(base).__name__} together; let the targets mean all of them"
+        ) from None
     return saved
+
+
+def published_spelling(model: nn.Module, source: Checkpoint | None) -> Callable[[str], str]:
+    """Turns the name under which transformers would save a weight into its name in `source`, else in the model's manifest.
+
+    transformers takes several names for one weight, and the one that it saves need not be the published one: it calls
+    the dense layer of Kimi-Linear `block_sparse_moe`, as if it had experts.
+    """
+    base = base_model(model)
+    if not hasattr(base, "save_pretrained"):
+        return lambda name: name
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [change for change in get_model_conversion_mapping(base) if isinstance(change, WeightRenaming)]
+
+    def read_as(name: str) -> str:
+        renamed: str = rename_source_key(name, renamings, [])[0]
+        return renamed
+
+    known = {read_as(name): name for name in _published(config_of(model), source)}
+    return lambda name: known.get(read_as(name), name)
+
+
+def _published(config: dict[str, Any], source: Checkpoint | None) -> Iterator[str]:
+    """Names of weights, with `.weight` where they are Linears, whatever encoding spells them."""
+    if source is None:
+        for name, match in manifest_for(config).bind(config).expected():
+            yield name if match.rule.dtype else f"{name}.weight"
+        return
+    for name in source.tensors:
+        module, _, suffix = name.rpartition(".")
+        yield f"{module}.weight" if suffix in QUANTISED_SUFFIXES else name
 
 
 def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
@@ -159,6 +207,13 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
     return chosen
 
 
+def _is_grid(scheme: Scheme, config: QATConfig) -> bool:
+    try:
+        return from_scheme(scheme) == Packed(config.group_size)
+    except ValueError:  # an encoding that nobody knows
+        return False
+
+
 def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iterable[Matrix]) -> None:
     """KconvertError when a quantised checkpoint's config.json has another grid for one of the matrices than `config`."""
     if not any(True for _ in quantization_tables(config_json)):
@@ -166,9 +221,8 @@ def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iter
     quantization = read_quantization(config_json)
     for matrix in matrices:
         scheme = quantization.scheme_for(matrix.name)
-        format = from_scheme(scheme) if scheme else None
-        if format != Packed(config.group_size):
-            have = format.label if format else "not quantised"
+        if scheme is None or not _is_grid(scheme, config):
+            have = scheme or "not quantised"
             raise KconvertError(
                 f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is int4 group {config.group_size}"
             )

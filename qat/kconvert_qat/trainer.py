@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from kconvert.address import open_checkpoint
-from kconvert.checkpoint.config import quantization_tables
+from kconvert.dialects import quantization_tables
 from kconvert.errors import KconvertError
 from kconvert_qat.attach import at_step, prepare
 from kconvert_qat.callback import QATCallback
 from kconvert_qat.config import QATConfig
 from kconvert_qat.distill import distillation_loss
-from kconvert_qat.export import export
+from kconvert_qat.export import export, plan_export
 from kconvert_qat.names import check_grid
 from kconvert_qat.plots import plot_training
 
@@ -52,7 +52,8 @@ class TrainRequest:
     `source` is the INT4 checkpoint that `model` was converted from: its grid must be the one in `config`, and the output
     takes its config.json and side files. `teacher` is a checkpoint, for `config.distillation` above 0. Sequences have
     `block` tokens. The optimiser is AdamW with a cosine schedule and a warm-up of 5%; `masters` is the dtype of the
-    weights that it updates (in bf16 most updates at such a learning rate are rounded away).
+    weights that it updates (in bf16 most updates at such a learning rate are rounded away). `for_transformers` is that of
+    `export`, asked before the training.
     """
 
     model: Path
@@ -68,6 +69,7 @@ class TrainRequest:
     masters: str = "f32"
     save_every: int = 100
     gradient_checkpointing: bool = False
+    for_transformers: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,6 +114,7 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     covered = prepare(model, request.config)
     if origin is not None:
         check_grid(origin.config, request.config, covered.matrices)
+    plan_export(model, source=request.source, for_transformers=request.for_transformers)
     at_step(model, request.config.start_step)
     quantised = held_out_loss(model, held_out)
     if last is not None:  # Trainer does not restore fused experts
@@ -126,8 +129,14 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     shipped = _save_masters(request, model, trainer.state.log_history, tokenizer)
     prepare(shipped, replace(request.config, start_step=0))
     trained = held_out_loss(shipped, held_out)
-    lender = None if origin is None else origin.root
-    export(shipped, request.output / "int4", source=lender, tokenizer=tokenizer, overwrite=True)
+    export(
+        shipped,
+        request.output / "int4",
+        source=None if origin is None else origin.root,
+        tokenizer=tokenizer,
+        overwrite=True,
+        for_transformers=request.for_transformers,
+    )
     return Outcome(request.output, str(covered), request.steps, before, quantised, trained)
 
 

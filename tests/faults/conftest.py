@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -177,6 +178,11 @@ def tap(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path, Callable[[int],
     def use(name: str, root: Path, act: Callable[[int], None] = lambda number: None) -> Iterator[Tap]:
         with monkeypatch.context() as patch:
             listener = Tap(name, root, act)
+            keeper = getattr(
+                pathlib, "_NormalAccessor", None
+            )  # Python 3.10's pathlib keeps the functions that it found
+            if getattr(keeper, name, None) is getattr(os, name):
+                patch.setattr(keeper, name, listener)
             patch.setattr(os, name, listener)
             yield listener
 

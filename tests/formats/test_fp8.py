@@ -235,11 +235,29 @@ def test_encoding_equals_compressed_tensors_in_f32(format: Fp8) -> None:
     assert same(codes, FloatQuantizationCompressor.compress(state, scheme)["weight"])
 
 
-def test_flat_scales_mean_the_same() -> None:
-    codes, scale = reference.encode(made("normal", 130, 96, 5), (1, 96))
-    flat = Fp8("channel", scale_name="weight_scale", flat=True)
-    assert [part.shape for part in flat.parts(130, 96)] == [(130, 96), (130,)]
-    assert same(decode(flat, codes, scale.view(130)), decode(CHANNEL_F32, codes, scale))
+@given(seed=st.integers(0, 2**31), rows=st.sampled_from([1, 127, 129]), cols=st.sampled_from([1, 128, 200]))
+def test_scales_that_are_powers_of_two_mean_what_they_do_as_floats(seed: int, rows: int, cols: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 254, (rows, cols), generator=generator).to(torch.uint8)
+    codes = torch.where(codes == 127, torch.zeros_like(codes), codes).view(torch.float8_e4m3fn)
+    stored = torch.randint(0, 255, (-(-rows // 128), -(-cols // 128)), generator=generator).to(torch.uint8)
+    stored[0, 0] = seed % 3  # the smallest is subnormal
+    floats = stored.view(torch.float8_e8m0fnu).float()
+    for dtype in ("F8_E8M0", "U8"):
+        assert same(decode(replace(BLOCK, scale_dtype=dtype), codes, stored), decode(BLOCK, codes, floats))
+
+
+@pytest.mark.parametrize("format", [BLOCK, CHANNEL_F32, TENSOR], ids=lambda format: format.label)
+@pytest.mark.parametrize("code", [0x01, 0x80 + 0x10, 0x7F, 0xFF], ids=hex)
+def test_a_scale_of_zero_is_sound_over_zeros_and_over_nothing_else(format: Fp8, code: int) -> None:
+    codes = torch.zeros(130, 96, dtype=torch.uint8)
+    codes[3, 5] = 0x80
+    scale = torch.zeros(format.parts(130, 96)[1].shape)
+    values = decode(format, codes.view(torch.float8_e4m3fn), scale)
+    assert same(values, (codes.view(torch.float8_e4m3fn).float() * 0).bfloat16())
+    codes[129, 95] = code
+    with pytest.raises(ValueError, match="scale of zero over codes that are not"):
+        decode(format, codes.view(torch.float8_e4m3fn), scale)
 
 
 def test_the_error_of_fp8_blocks_on_gaussian_weights_is_what_the_mantissa_allows() -> None:

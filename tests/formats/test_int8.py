@@ -12,11 +12,12 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.checkpoint.config import Scheme
+from kconvert.dialects import Scheme
 from kconvert.formats import recognise
 from kconvert.formats.int8 import Int8
 from kconvert.formats.reference import int8 as reference
 
+NAMES = {torch.bfloat16: "BF16", torch.int8: "I8"}
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -83,11 +84,39 @@ SCHEME = Scheme("int-quantized", strategy="channel")
 FOUND = {"weight": ("I8", (8, 64)), "weight_scale": ("BF16", (8, 1))}
 
 
-def test_scales_of_activations_are_read_past() -> None:
-    found = {**FOUND, "input_scale": ("F32", (1,)), "input_zero_point": ("I8", (1,))}
-    format, shape = recognise(SCHEME, found, None)
-    assert shape == (8, 64)
-    assert [part.suffix for part in format.parts(8, 64)][2:] == ["input_scale", "input_zero_point"]
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("strategy", "group_size"), [("channel", None), ("tensor", None), ("group", 32)])
+def test_a_scale_of_zero_is_sound_over_zeros_and_over_nothing_else(
+    codec: Any, strategy: str, group_size: int | None, symmetric: bool
+) -> None:
+    format = Int8(strategy, group_size, symmetric)
+    shape = format.parts(8, 64)[1].shape
+    zero = torch.full(shape, 3, dtype=torch.int8)
+    codes = torch.full((8, 64), 0 if symmetric else 3, dtype=torch.int8)
+    state = {"weight": codes, "weight_scale": torch.zeros(shape, dtype=torch.bfloat16), "weight_zero_point": zero}
+    assert not codec.decode(format, state, 8, 64).any()
+    codes[7, 63] += 1
+    with pytest.raises(ValueError, match="scale of zero over codes that are not"):
+        codec.decode(format, state, 8, 64)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_fewer_bits_one_to_a_byte_have_the_values_of_compressed_tensors(codec: Any, bits: int, symmetric: bool) -> None:
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="group", group_size=32)
+    plan = QuantizationScheme(targets=["Linear"], weights=args)
+    weight = (0.02 * torch.randn(24, 64) + 0.01).bfloat16()
+    groups = weight.view(24, 2, 32)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    state = IntQuantizationCompressor.compress(
+        {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}, plan
+    )
+    declared = Scheme("int-quantized", bits, symmetric=symmetric, strategy="group", group_size=32)
+    found = {suffix: (NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in state.items()}
+    format, shape = recognise(declared, found, None)
+    assert format.label == f"int{bits} unpacked group 32" + ("" if symmetric else " asymmetric")
+    expected = IntQuantizationCompressor.decompress(dict(state), plan)["weight"]
+    assert torch.equal(codec.decode(format, state, *shape), expected.float())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +125,11 @@ def test_scales_of_activations_are_read_past() -> None:
         ({"weight_scale": None}, "its weight is I8 and no scale stands beside it"),
         ({"weight": ("U8", (8, 64))}, r"its weight is U8 \[8, 64\], not an I8 matrix"),
         ({"weight_scale": ("I32", (8, 1))}, "its weight_scale is I32"),
-        ({"weight_zero_point": ("I8", (8, 1))}, "its scheme is symmetric"),
+        ({"weight_zero_point": ("BOOL", (8, 1))}, "its weight_zero_point is BOOL"),
+        (
+            {"weight_shape": ("I64", (2,))},
+            "weight_shape does not belong to it, while config.json says it is int-quantized",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(change: dict[str, Any], fault: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from kconvert.checkpoint.config import Scheme
+from kconvert.dialects import Scheme
 from kconvert.formats import recognise
 from kconvert.formats.kernels import mx as kernels
 from kconvert.formats.mx import Mx
@@ -161,11 +161,3 @@ def test_what_does_not_fit_is_said(scheme: Scheme, found: dict[str, Any], fault:
 def test_columns_must_divide_into_groups(format: Any) -> None:
     with pytest.raises(ValueError, match="its 24 columns do not divide into groups"):
         format.parts(8, 24)
-
-
-def test_what_describes_activations_is_read_past() -> None:
-    found: dict[str, Any] = {"weight_packed": ("U8", (8, 32)), "weight_scale": ("F8_E4M3", (8, 4))}
-    numbers = {"weight_global_scale": ("F32", (1,)), "input_global_scale": ("F32", (1,))}
-    format, shape = recognise(NVFP4, {**found, **numbers}, None)
-    assert (format.label, shape) == ("nvfp4", (8, 64))
-    assert len(format.parts(8, 64)) == 4

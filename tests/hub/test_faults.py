@@ -111,7 +111,7 @@ def test_a_server_says_how_long_to_wait(hub, remote, command, spelled):
     hub.fail("/api/", status(429, **headers[spelled]))
     started = time.monotonic()
     command.ok("inspect", remote)
-    assert 1 <= time.monotonic() - started < 10
+    assert time.monotonic() - started >= 1
 
 
 @pytest.mark.parametrize("value", ["soon", "-5", "\xb2", "9" * 400])

@@ -168,6 +168,19 @@ def test_shards_without_an_index_are_refused(hub, remote, command):
     assert f"safetensors files but no {INDEX}" in command.refused("inspect", remote)
 
 
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_model.safetensors"], "holds an adapter, no model"),
+        (["name-w4g128/model.safetensors"], "holds its checkpoint in the folder name-w4g128"),
+        (["model-Q4_K_M.gguf"], "GGUF files, which are not read"),
+    ],
+)
+def test_a_repository_without_a_model_is_said_to_be_what_it_is(hub, remote, command, files, words):
+    hub.put(remote, {name: Content(b"{}", is_large=False) for name in files})
+    assert words in command.refused("inspect", remote)
+
+
 def test_the_files_of_hidden_directories_are_no_content(hub, remote, command):
     before = json.loads(command.ok("inspect", remote, "--json"))["side_files"]
     hub.put(remote, {**hub.repos[remote].head(), ".kconvert/journal.jsonl": Content(b"{}", is_large=False)})

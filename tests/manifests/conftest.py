@@ -10,8 +10,8 @@ import pytest
 
 from kconvert import convert, formats
 from kconvert.catalogue import load_manifest
-from kconvert.checkpoint.config import without_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.dialects import without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import parts_of
 from kconvert.formats.dense import Dense

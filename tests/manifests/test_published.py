@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from kconvert.catalogue import load_manifest, load_manifests
-from kconvert.checkpoint.config import without_quantization
 from kconvert.checkpoint.source import Tensor
+from kconvert.dialects import without_quantization
 from kconvert.formats.dtypes import tensor_bytes
 
 PARAMETERS = {

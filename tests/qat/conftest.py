@@ -46,7 +46,14 @@ def gpt_oss() -> Any:
     return GptOssConfig(**SMALL, intermediate_size=32, num_local_experts=4, head_dim=16, pad_token_id=0)
 
 
+def granite() -> Any:
+    from transformers import GraniteMoeConfig
+
+    return GraniteMoeConfig(**SMALL, intermediate_size=32, num_local_experts=4)
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {"deepseek": deepseek, "qwen": qwen, "mixtral": mixtral, "gpt-oss": gpt_oss}
+FUSED: dict[str, Callable[[], Any]] = {"granite": granite}  # also on disk
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +64,7 @@ def tiny() -> Callable[..., Any]:
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config({**CONFIGS, **FUSED}[name](), dtype=dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

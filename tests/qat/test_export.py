@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import kconvert
+from kconvert.address import open_checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.reference import packed as reference
+from kconvert.sample import SampleRecipe, plan_synthetic
 from kconvert_qat import QATConfig, coverage, export, prepare
 from kconvert_qat.attach import attached_to
+from kconvert_qat.export import plan_export
 from kconvert_qat.names import check_grid
 
 
@@ -76,15 +79,84 @@ def test_f32_masters_are_served_as_their_bf16_casts_are(tiny, ids, tmp_path):
         assert torch.equal(reference.decode(packed, scale, matrix.weight.shape[1]).float(), matrix.of(served))
 
 
-def test_gpt_oss_experts_are_exported_one_by_one_with_their_biases(tiny, tmp_path):
+def test_experts_that_have_biases_are_exported_with_them_one_by_one(tiny, tmp_path, monkeypatch):
     model = tiny("gpt-oss")
+    monkeypatch.setattr(type(model.config), "model_type", "one_by_one")  # without a manifest, which has them stacked
     prepare(model)
-    export(model, tmp_path / "int4")
+    export(model, tmp_path / "int4", for_transformers=False)
     files = load_file(tmp_path / "int4" / "model-00001-of-00001.safetensors")
     experts, name = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts.2.up_proj"
     weight = reference.decode(files[f"{name}.weight_packed"], files[f"{name}.weight_scale"], 64)
     assert torch.equal(weight, attached_to(experts).serve(experts, "gate_up_proj")[2, :, 1::2].T)
     assert torch.equal(files[f"{name}.bias"], experts.gate_up_proj_bias[2, 1::2])
+
+
+@pytest.fixture(scope="module")
+def kimi_linear(tmp_path_factory):
+    """A Kimi-Linear checkpoint; its first layer is dense and is called `mlp`, and the experts' layers `block_sparse_moe`."""
+    sizes = {
+        "layers": 4,
+        "experts": 4,
+        "hidden": 64,
+        "intermediate": 64,
+        "moe_intermediate": 32,
+        "vocab": 128,
+        "heads": 4,
+    }
+    root = tmp_path_factory.mktemp("kimi-linear") / "bf16"
+    kconvert.convert(plan_synthetic(SampleRecipe("kimi-linear", sizes)), root)
+    config = json.loads((root / "config.json").read_text())
+    del config["auto_map"]
+    (root / "config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_weights_keep_the_names_of_the_checkpoint_or_the_manifest_where_transformers_saves_others(
+    kimi_linear, with_source, tmp_path
+):
+    model = load(kimi_linear)
+    prepare(model)
+    export(model, tmp_path / "int4", source=kimi_linear if with_source else None)
+    written, before = open_checkpoint(tmp_path / "int4").tensors, open_checkpoint(kimi_linear).tensors
+    packed = {name.replace("weight_packed", "weight") for name in written if name.endswith("weight_packed")}
+    kept = {name for name in written if not name.endswith(("_packed", "_scale", "_shape"))}
+    assert packed | kept == before.keys()
+    assert "model.layers.0.mlp.down_proj.weight" in kept
+    kconvert.convert(kconvert.plan(tmp_path / "int4", kconvert.Recipe("bf16")), tmp_path / "bf16")
+    assert kconvert.verify(tmp_path / "int4", tmp_path / "bf16").weights
+    assert open_checkpoint(tmp_path / "bf16").tensors.keys() == before.keys()
+
+
+@pytest.mark.parametrize("target", ["expert.down", "model.layers.1.*"])
+def test_an_export_of_some_experts_warns_that_transformers_loads_it_by_way_of_bf16_only(
+    tiny, ids, tmp_path, target, caplog
+):
+    model = tiny("qwen")
+    prepare(model, QATConfig(targets=(target,)))
+    export(model, tmp_path / "int4")
+    assert "`kconvert int4-to-bf16` makes one" in caplog.text
+    kconvert.convert(kconvert.plan(tmp_path / "int4", kconvert.Recipe("bf16")), tmp_path / "bf16")
+    assert torch.equal(load(tmp_path / "bf16")(ids).logits, model(ids).logits)
+
+
+def test_an_export_that_kconvert_could_not_read_is_refused_before_anything_is_written(tiny, tmp_path):
+    model = tiny("deepseek")
+    prepare(model)
+    model.config.vocab_size += 8
+    with pytest.raises(KconvertError, match=r"kconvert could not read the export.*\[128, 64\].*\[136, 64\]"):
+        export(model, tmp_path / "int4", for_transformers=False)
+    assert not (tmp_path / "int4").exists()
+
+
+def test_checking_an_export_leaves_transformers_as_talkative_as_it_was(tiny):
+    from transformers import logging
+
+    model = tiny("qwen")
+    prepare(model)
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    plan_export(model)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def test_the_output_carries_the_configuration(tiny, tmp_path, config):

@@ -1,6 +1,7 @@
 """`kconvert qat train` and the callback, under transformers' Trainer."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,20 @@ def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log[0]["qat_sqnr"] > 15
     assert 0 < log[-2]["qat_changed"] < 1
+
+
+def test_what_transformers_could_not_load_is_refused_before_the_training_and_trained_on_request(
+    tiny, base, request_, tmp_path
+):
+    from kconvert_qat.trainer import train
+
+    model = shutil.copytree(base, tmp_path / "granite", ignore=shutil.ignore_patterns("*.safetensors"))
+    tiny("granite").save_pretrained(model)
+    with pytest.raises(KconvertError, match="would load random values"):
+        train(request_(model=model))
+    assert not (tmp_path / "out").exists()
+    train(request_(model=model, steps=1, for_transformers=False))
+    assert (tmp_path / "out" / "int4" / "config.json").exists()
 
 
 @pytest.mark.parametrize(

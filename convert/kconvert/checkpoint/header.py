@@ -20,6 +20,7 @@ from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 LENGTH = struct.Struct("<Q")
+(LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list
     if size < LENGTH.size:
         raise KconvertError(f"{file}: {size} bytes are too few for a safetensors file; fetch it again")
     (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    if length == LFS_POINTER:
+        raise KconvertError(f"{file} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
     if length > MAX_HEADER_BYTES:
         raise KconvertError(
             f"{file}: its header claims {length} bytes, over the limit of {MAX_HEADER_BYTES}; this is no safetensors file"

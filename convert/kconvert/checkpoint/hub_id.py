@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kconvert.files import exists, is_directory
+
 SCHEME = "hf://"
 NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 PATTERN = re.compile(rf"(?:{SCHEME})?({NAME}/{NAME})(?:@([^\s@]+))?")
@@ -35,6 +37,6 @@ def parse_destination(text: str) -> HubId | None:
 
     `a/b` is a directory if it is there or could be made in `a`; `hf://a/b` never is.
     """
-    if not text.startswith(SCHEME) and (Path(text).exists() or Path(text).parent.is_dir()):
+    if not text.startswith(SCHEME) and (exists(text) or is_directory(Path(text).parent)):
         return None
     return parse_hub_id(text)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kconvert.checkpoint.directory import list_directory, snapshot
 from kconvert.checkpoint.header import Entry, read_header
+from kconvert.checkpoint.index import choose_files, compare_index, is_one_set, read_weight_map
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
+from kconvert.checkpoint.lookalikes import check_no_adapter
+from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.files import PAGE, open_direct, read_at
+from kconvert.files import PAGE, is_directory, open_direct, read_at
 
-INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
-STATE_DIR = ".kconvert"
+__all__ = [
+    "CONFIG_NAME",
+    "INDEX_NAME",
+    "STATE_DIR",
+    "Checkpoint",
+    "FileStat",
+    "Reader",
+    "Tensor",
+    "assemble",
+]
+
 KEPT_OPEN = 256  # descriptors; a process may have 1024
-NUMBERED = re.compile(r"(.*?)([0-9]{1,9})-of-([0-9]{1,9})\.safetensors")
-# Weights in other containers: not tensors of this checkpoint, and stale beside a converted one.
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +49,12 @@ class Tensor:
         return f"{self.file}: tensor {self.name!r}"
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """Size in bytes, and a stamp that changes when the content does."""
-
-    nbytes: int
-    stamp: str
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything about a checkpoint but its weights' values.
 
     `tensors` are in file order, `files` are the safetensors files, `side_files` everything that a converted copy takes
-    along (paths relative to `root`), `left_out` what it does not (weights in files that the checkpoint does not name).
+    along (paths relative to `root`), `left_out` what it does not; `side_files.why_left_out` says why.
     """
 
     root: Path
@@ -181,160 +181,72 @@ def open_directory(path: str | os.PathLike[str], revision: str | None = None) ->
     """Read configuration, index and headers of the checkpoint in directory `path`.
 
     A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main.
-    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a path
-    that leads outside the directory.
+    Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a link
+    that leads outside the directory (see `links_allowed`), and for a directory that holds something else than a model.
     """
-    root = Path(os.path.abspath(path))
-    if not root.is_dir():
-        raise KconvertError(f"{path} is not a directory; give the directory that holds the checkpoint's config.json")
+    if not is_directory(path):
+        raise KconvertError(
+            f"{os.fspath(path) or repr('')} is not a directory; give the directory that holds the checkpoint's config.json"
+        )
     try:
-        root = _snapshot(root, revision)
-        inventory = _inventory(root)
+        root = snapshot(Path(os.path.abspath(path)), revision)
+        listing = Listing(root, list_directory(root), lambda file: (root / file).read_bytes())
         with Reader(root) as reader:
 
             def headers(files: list[str]) -> Iterator[list[Entry]]:
                 for file in files:
-                    yield read_header(str(root / file), inventory[file].nbytes, partial(reader.read, file))
+                    yield read_header(str(root / file), listing.files[file].nbytes, partial(reader.read, file))
 
-            return assemble(root, inventory, lambda file: (root / file).read_bytes(), headers)
+            return assemble(listing, headers)
     except OSError as error:
-        raise explain_os_error(error, f"cannot read {root}") from None
+        raise explain_os_error(error, f"cannot read {error.filename or path}") from None
 
 
 def assemble(
-    root: Path,
-    inventory: Mapping[str, FileStat],
-    load: Callable[[str], bytes],
-    headers: Callable[[list[str]], Iterable[list[Entry]]],
-    spare_index: bool = False,
+    listing: Listing, headers: Callable[[list[str]], Iterable[list[Entry]]], spare_index: bool = False
 ) -> Checkpoint:
-    """A checkpoint from the list of its files; `load` reads a small one whole, `headers` those of safetensors files.
+    """A checkpoint from the list of its files; `headers` reads those of safetensors files.
 
     With `spare_index` the index is not read where the files' names leave no doubt which of them make up the checkpoint.
     """
-    shards = sorted(file for file in inventory if file.endswith(".safetensors"))
-    weight_map = None
-    if INDEX_NAME not in inventory:
-        _check_lone(root, shards)
-    elif not (spare_index and _is_one_set(shards)):
-        weight_map = read_weight_map(root, inventory, load)
+    root, shards, weight_map = listing.root, listing.safetensors, None
+    if INDEX_NAME not in listing.files:
+        shards = choose_files(listing)
+    elif not (spare_index and is_one_set(shards)):
+        weight_map = read_weight_map(listing)
         shards = sorted(set(weight_map.values()))
+    _check_fetched(listing, shards)
     tensors: dict[str, Tensor] = {}
     for file, entries in zip(shards, headers(shards), strict=True):
         _add_tensors(root, file, entries, tensors)
+    check_no_adapter(listing, tensors)
     if weight_map is not None:
-        compare_index(root, tensors, weight_map)
+        compare_index(listing, tensors, weight_map)
     known = {*shards, INDEX_NAME, CONFIG_NAME, STATE_DIR}
-    others = {file: stat for file, stat in inventory.items() if file not in known}
+    others = {file: stat for file, stat in listing.files.items() if file not in known}
     return Checkpoint(
         root=root,
-        config=_parse_json(root / CONFIG_NAME, load(CONFIG_NAME)) if CONFIG_NAME in inventory else {},
+        config=listing.json(CONFIG_NAME) if CONFIG_NAME in listing.files else {},
         tensors=tensors,
-        files={file: inventory[file] for file in shards},
-        side_files={file: stat.nbytes for file, stat in others.items() if not file.endswith(OTHER_WEIGHTS)},
-        left_out=tuple(file for file in others if file.endswith(OTHER_WEIGHTS)),
+        files={file: listing.files[file] for file in shards},
+        side_files={file: stat.nbytes for file, stat in others.items() if why_left_out(file) is None},
+        left_out=tuple(file for file in others if why_left_out(file) is not None),
     )
 
 
-def _snapshot(root: Path, revision: str | None) -> Path:
-    """`root` itself, or the snapshot of `revision` (a branch, a tag or a commit) if it is a repository of the Hub's cache."""
-    if not (root / "snapshots").is_dir():
-        if revision is not None:
-            raise KconvertError(
-                f"{root} has no revisions, it is no repository of the Hub's cache; leave out --revision"
-            )
-        return root
-    name = revision or "main"
-    inside = not os.path.isabs(name) and ".." not in Path(name).parts
-    reference = root / "refs" / name
-    snapshot = root / "snapshots" / (reference.read_text("utf-8").strip() if reference.is_file() else name)
-    if not inside or not snapshot.is_dir():
-        raise KconvertError(f"{root} has no snapshot of the revision {name!r}; fetch it")
-    return snapshot
-
-
-def _inventory(root: Path) -> dict[str, FileStat]:
-    """Every regular file below `root`, by relative path; hidden directories (.git, .cache, our own) are not content."""
-    homes = [root.resolve()]
-    if root.parent.name == "snapshots":
-        homes.append(root.parents[1].resolve() / "blobs")
-    found: dict[str, FileStat] = {}
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(folder, name) for name in [*sorted(files), *folders]):
-            if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
-                raise KconvertError(
-                    f"{path} is a symbolic link to {path.resolve()}, outside the checkpoint; put the file itself there"
-                )
-            if path.is_file():
-                stat = path.stat()
-                found[str(path.relative_to(root))] = FileStat(stat.st_size, f"{stat.st_size}:{stat.st_mtime_ns}")
-    return found
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise KconvertError(f"{path} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(table, dict):
-        raise KconvertError(f"{path} is not a JSON object; fetch it again")
-    return table
-
-
-def read_weight_map(root: Path, inventory: Mapping[str, FileStat], load: Callable[[str], bytes]) -> dict[str, str]:
-    """Which tensor is in which file, as the index says; every such file is in the inventory."""
-    path = root / INDEX_NAME
-    weight_map = _parse_json(path, load(INDEX_NAME)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise KconvertError(f"{path} has no weight_map; fetch it again")
-    checked: set[str] = set()
-    for name, file in weight_map.items():
-        if isinstance(file, str) and file in checked:
-            continue
-        if not isinstance(file, str) or os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
-            raise KconvertError(
-                f"{path}: tensor {name!r} is said to be in {file!r}, outside the checkpoint; mend the index"
-            )
-        if file not in inventory:
-            raise KconvertError(f"{root / file} is missing; the index says that it holds tensor {name!r}, fetch it")
-        checked.add(file)
-    return weight_map
-
-
-def compare_index(root: Path, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> None:
-    """KconvertError unless the index places every tensor where it is."""
-    for tensor in tensors.values():
-        said = weight_map.get(tensor.name)
-        if said != tensor.file:
-            fault = f"{INDEX_NAME} places it in {said}" if said else f"{INDEX_NAME} does not name it"
-            raise KconvertError(f"{root / tensor.file}: tensor {tensor.name!r} is here but {fault}; mend the index")
-    if len(weight_map) != len(tensors):
-        missing = next(name for name in weight_map if name not in tensors)
-        raise KconvertError(
-            f"{root / weight_map[missing]}: tensor {missing!r} is in {INDEX_NAME} but not in the file; fetch both again"
-        )
-
-
-def _check_lone(root: Path, shards: list[str]) -> None:
-    """Without an index there must be one file."""
-    if not shards:
-        raise KconvertError(f"{root} holds no safetensors files; give the directory of a safetensors checkpoint")
-    if len(shards) > 1:
-        raise KconvertError(f"{root} holds {len(shards)} safetensors files but no {INDEX_NAME}; fetch it")
-
-
-def _is_one_set(shards: list[str]) -> bool:
-    """Whether these are model-1-of-N to model-N-of-N, all of them and nothing else; what is in which is not in a name."""
-    names = [match for match in map(NUMBERED.fullmatch, shards) if match is not None]
-    numbers = sorted(int(name[2]) for name in names)
-    kinds = {(name[1], int(name[3])) for name in names}
-    return len(kinds) == 1 and kinds.pop()[1] == len(shards) and numbers == list(range(1, len(shards) + 1))
+def _check_fetched(listing: Listing, shards: Iterable[str]) -> None:
+    """A file that aria2 is still filling has its full size from the beginning."""
+    for file in shards:
+        if f"{file}.aria2" in listing.files:
+            raise KconvertError(f"{listing.root / file} is not all there, {file}.aria2 says; let its download finish")
 
 
 def _add_tensors(root: Path, file: str, entries: Iterable[Entry], tensors: dict[str, Tensor]) -> None:
     for entry in entries:
         if entry.name in tensors:
             other = tensors[entry.name].file
-            raise KconvertError(f"{root / file}: tensor {entry.name!r} is here and in {other}; fetch both again")
+            raise KconvertError(
+                f"{root / file}: tensor {entry.name!r} is here and in {other}; they are not files of one checkpoint, put those "
+                "that are into a directory of their own"
+            )
         tensors[entry.name] = Tensor(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from kconvert.cli import conversions, diff, inspect, qat, repack, sample, verify
-from kconvert.errors import CheckFailed, KconvertError
+from kconvert.errors import CheckFailed, KconvertError, explain_os_error
 from kconvert.version import __version__
 
 
@@ -29,6 +29,8 @@ class Group(click.Group):
             _fail("interrupted", "run the same command again; a conversion goes on from here", 130)
         except BrokenPipeError:
             sys.exit(0)
+        except OSError as error:
+            _fail("error", str(explain_os_error(error, f"cannot {ctx.invoked_subcommand}")), 2)
 
 
 def _fail(kind: str, message: str, code: int) -> None:

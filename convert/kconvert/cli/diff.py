@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import json_option, location, quiet_option
+from kconvert.cli.options import json_option, links_option, location, quiet_option
 from kconvert.cli.running import progress
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ MARKS = {"added": ("+", "green"), "removed": ("-", "red"), "dtype": ("!", "yello
 @click.argument("after", metavar="B", type=location)
 @click.option("--headers", is_flag=True, help="Compare names, dtypes and shapes only, no values.")
 @click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Most tensors listed; 0: all.")
+@links_option
 @json_option
 @quiet_option
 def diff(before: str, after: str, headers: bool, limit: int, as_json: bool, quiet: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import json_option, location, report_option, revision_option
+from kconvert.cli.options import json_option, links_option, location, report_option, revision_option
 
 if TYPE_CHECKING:
     from kconvert.model import Model
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="SRC", type=location)
 @revision_option
+@links_option
 @report_option
 @json_option
 def inspect(source: str, revision: str | None, report: Path | None, as_json: bool) -> None:

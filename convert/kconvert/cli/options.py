@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 import click
 from click.shell_completion import CompletionItem
 
+from kconvert.checkpoint.directory import links_allowed
+from kconvert.files import exists, is_directory
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.recipe import SCALES, TARGETS
 
@@ -36,7 +38,7 @@ class Location(click.ParamType[str]):
     name = "location"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if Path(value).is_file():
+        if exists(value) and not is_directory(value):
             self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
         return str(value)
 
@@ -48,6 +50,20 @@ location = Location()
 revision_option = click.option(
     "--revision",
     help="Branch, tag or commit of SRC: a Hub id (unless there is such a directory), or in the Hub's cache.",
+)
+
+
+def _follow_links(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.with_resource(links_allowed())
+
+
+links_option = click.option(
+    "--allow-links",
+    is_flag=True,
+    expose_value=False,
+    callback=_follow_links,
+    help="Follow links that lead out of a checkpoint; the Hub's cache needs no such leave.",
 )
 report_option = click.option(
     "--report",
@@ -99,6 +115,7 @@ def conversion(function: Command) -> Command:
     @click.argument("source", metavar="SRC", type=location)
     @click.argument("destination", metavar="DST", type=location)
     @revision_option
+    @links_option
     @selection_options
     @output_options
     @wraps(function)

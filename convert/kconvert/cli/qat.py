@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import json_option, quiet_option
+from kconvert.cli.options import json_option, links_option, quiet_option
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS
 
@@ -71,7 +71,11 @@ def qat() -> None:
 )
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Keep the quantised experts of one layer at a time.")
+@click.option(
+    "--for-transformers/--not-for-transformers", default=True, show_default=True, help="INT4 only if that loads it."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
+@links_option
 @json_option
 @quiet_option
 def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:

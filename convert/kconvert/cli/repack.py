@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kconvert.amx import METHODS
-from kconvert.cli.options import location, output_options, revision_option
+from kconvert.cli.options import links_option, location, output_options, revision_option
 from kconvert.cli.running import carry_out, pinned
 from kconvert.recipe import SCALES
 from kconvert.repack import FORMS
@@ -27,6 +27,7 @@ from kconvert.repack import FORMS
 @click.option("--with-rest", is_flag=True, help="Also copy what belongs to no routed expert.")
 @click.option("--from-amx", type=location, metavar="DIR", help="Split AMX weights anew, in place of SRC; exact.")
 @revision_option
+@links_option
 @output_options
 def repack_amx(
     paths: tuple[str, ...],

@@ -56,13 +56,21 @@ def carry_out(
         click.echo(description.as_text())
     started = time.monotonic()
     command = shlex.join(["kconvert", *sys.argv[1:]])
+    earlier: list[int] = []
     with progress(plan.output_bytes, quiet) as advance:
         inexact = kconvert.convert(
-            plan, destination, threads=threads, memory=memory, advance=advance, command=command, **terms
+            plan,
+            destination,
+            threads=threads,
+            memory=memory,
+            advance=advance,
+            found=earlier.append,
+            command=command,
+            **terms,
         )
     seconds = time.monotonic() - started
     if as_json or not quiet:
-        outcome = Outcome.now(plan, delivery, seconds, inexact, launch)
+        outcome = Outcome.now(plan, delivery, seconds, inexact, launch, *earlier)
         click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else outcome.as_text())
 
 

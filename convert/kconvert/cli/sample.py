@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import Command, apply, location, output_options
+from kconvert.cli.options import Command, apply, links_option, location, output_options
 from kconvert.cli.running import carry_out, pinned
 
 DIMENSIONS = {
@@ -36,6 +36,7 @@ def dimension_options(function: Command) -> Command:
 @click.option("--scatter", is_flag=True, help="Put the tensors of one weight into different shards.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the synthetic weights.")
 @dimension_options
+@links_option
 @output_options
 def sample(
     destination: str, like: str, origin: str | None, scatter: bool, seed: int, shard_size: int, **options: Any

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import Command, apply, json_option, location, quiet_option, report_option, selection_options
+from kconvert.cli.options import (
+    Command,
+    apply,
+    json_option,
+    links_option,
+    location,
+    quiet_option,
+    report_option,
+    selection_options,
+)
 from kconvert.cli.running import progress
-from kconvert.errors import CheckFailed
+from kconvert.errors import CheckFailed, counted
 from kconvert.parity.metrics import CEILINGS, FLOORS, Errors, spelled
 
 if TYPE_CHECKING:
@@ -87,6 +96,7 @@ def logits_options(function: Command) -> Command:
 @standard_options
 @logits_options
 @selection_options
+@links_option
 @report_option
 @json_option
 @quiet_option
@@ -169,15 +179,24 @@ def _agreement(found: Agreement) -> str:
 
 
 def _sentence(report: Report) -> str:
+    weights = counted(report.weights, "weight")
+    rest = {"tensor": report.tensors, "side file": report.side_files * report.standard.exact}
+    are = "is" if sum(rest.values()) == 1 else "are"
+    listed = " and ".join(counted(number, noun) for noun, number in rest.items() if number)
+    others = f"; {listed} {are} the source's" if listed else ""
     skipped = f", {report.skipped:,} not looked at (--sample)" if report.skipped else ""
-    files = f" and {report.side_files} side files" if report.standard.exact and report.side_files else ""
     errors = sum((comparison.errors for comparison in report.comparisons), Errors())
     lost = ""
     if errors.sqnr is not None:
         where = "" if report.thorough else " in each weight's first rows"
         lost = f"; lost{where}: {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}"
-    equality = ", bit for bit" if report.standard.exact else ""
-    return (
-        f"verified: {report.weights:,} weights equal {report.reference}{equality}; {report.tensors:,} tensors{files} are the "
-        f"source's{skipped}{lost}"
-    )
+    return f"verified: {weights} {_agreement_of_weights(report)}{others}{skipped}{lost}"
+
+
+def _agreement_of_weights(report: Report) -> str:
+    """How the weights stand to what they were held to; only those that have to be equal are called so."""
+    equal, near = ("equals", "is near") if report.weights == 1 else ("equal", "are near")
+    judges = {comparison.judged_by for comparison in report.comparisons}
+    if "limits" in judges:
+        return f"{near if judges == {'limits'} else f'{equal} or {near}'} {report.reference}"
+    return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}"

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
-from kconvert.formats.base import Family, Format, Part, parts_of, tensor_name
+from kconvert.formats.base import Family, Format, Found, Part, parts_of, tensor_name
+from kconvert.formats.companions import COMPANIONS
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
 
 __all__ = [
+    "COMPANIONS",
     "FAMILIES",
     "QUANTISED_SUFFIXES",
     "Format",
     "Part",
     "from_scheme",
+    "implied_scheme",
     "parts_of",
     "recognise",
     "spellings",
@@ -24,8 +27,9 @@ __all__ = [
 ]
 
 FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
-SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES))
-QUANTISED_SUFFIXES = SUFFIXES - dense.SUFFIXES
+ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), dense.LEFTOVERS)
+SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
+QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
 
 
 def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
@@ -46,16 +50,44 @@ def from_scheme(scheme: Scheme) -> Format:
     raise ValueError(f"the scheme {scheme} is not supported")
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Format, tuple[int, int]]:
+def implied_scheme(schemes: Iterable[Scheme], weight_dtype: str | None) -> Scheme | None:
+    """The scheme of a weight that config.json leaves out although it lies there in F8, as lm_head may: the only one of FP8.
+
+    None where there is no such scheme or more than one.
+    """
+    if weight_dtype != "F8_E4M3":
+        return None
+    formats = {format: scheme for scheme in schemes if (format := fp8.from_scheme(scheme)) is not None}
+    return next(iter(formats.values())) if len(formats) == 1 else None
+
+
+def recognise(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None) -> tuple[Format, tuple[int, int]]:
     """The format and shape of the weight that these tensors {suffix: (dtype, shape)} spell; see base.Family.
 
-    Raises ValueError, saying what does not fit, when no family or not exactly this one claims them all.
+    Companions may be among them. Raises ValueError, saying what does not fit, when they are not what the scheme makes.
     """
-    claims = [family for family in FAMILIES if found.keys() <= family.SUFFIXES]
-    if not claims:
-        raise ValueError(f"no encoding has the tensors {', '.join(sorted(found))}")
-    # Families share names of tensors, so config.json decides; a lone `weight` is dense whatever it says.
-    declared = [family for family in claims if family is dense or (scheme and family.from_scheme(scheme))]
-    return (declared or claims)[0].recognise(scheme, found, shape)
+    found = {suffix: facts for suffix, facts in found.items() if suffix not in COMPANIONS}
+    if unknown := sorted(found.keys() - ENCODED_SUFFIXES):
+        raise ValueError(f"no encoding has the tensors {', '.join(unknown)}")
+    if not found:
+        raise ValueError("it has nothing but what describes activations")
+    if dense.holds(found) or found.keys() == dense.SUFFIXES:
+        return dense.recognise(None, found, shape)
+    if found.keys() <= stacks.SUFFIXES:
+        return stacks.recognise(None, found, shape)
+    if scheme is None:
+        raise ValueError(f"it has {', '.join(sorted(found))}, but config.json declares no quantisation for it")
+    family, declared = _declared(scheme)
+    try:
+        return family.recognise(declared, found, shape)
+    except ValueError as error:
+        raise ValueError(f"{error}, while config.json says it is {scheme}") from None
+
+
+def _declared(scheme: Scheme) -> tuple[Family, Format]:
+    for family in FAMILIES:
+        format = family.from_scheme(scheme)
+        if format is not None:
+            return family, format
+    meant = [family.READS for family in FAMILIES if (scheme.format, scheme.type) in family.KINDS]
+    raise ValueError(f"its scheme {scheme} is not supported" + (f"; supported: {meant[0]}" if meant else ""))

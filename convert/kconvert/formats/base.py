@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from kconvert.formats.dtypes import tensor_bytes
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kconvert.checkpoint.config import Scheme
+    from kconvert.dialects.base import Scheme
 
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Values are kept; kept where codes and a scale reproduce a group of them, and the run counts the others; rounded.
 Fate: TypeAlias = Literal["lossless", "recovered", "lossy"]
 FATES: tuple[Fate, ...] = ("lossless", "recovered", "lossy")
+ZERO_POINT = "weight_zero_point"
+# A weight's tensors: dtype and shape by suffix.
+Found: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def tensor_name(weight: str, suffix: str) -> str:
@@ -36,8 +39,10 @@ class Part:
 
     `every` rows of the weight share one slice of the part (1 for codes, 128 for the scales of a block format); None means
     that every tile needs the whole part. A part with a `constant` has these bytes in every sound checkpoint.
-    `values` says what is demanded of a part's values: scales are finite and nonnegative or positive, codes are any bits.
-    The integers of a part with `below` lie in [0, below).
+    `values` says what is demanded of a part's values: scales are finite, and nonnegative or positive where no tool makes
+    others; codes are any bits. The integers of a part with `below` lie in [0, below).
+    `unused`: zero points beside symmetric codes, which must all be zero to mean nothing. It is the bits of each where they are
+    packed down the rows (half of the range is added to them), 0 where they are numbers by themselves.
     A part with `rows` (first, last) belongs to these rows of the weight alone; they begin at a multiple of `every`.
     """
 
@@ -46,13 +51,18 @@ class Part:
     shape: tuple[int, ...]
     every: int | None = 1
     constant: bytes | None = None
-    values: Literal["any", "nonnegative", "positive"] = "any"
+    values: Literal["any", "finite", "nonnegative", "positive"] = "any"
     below: int | None = None
+    unused: int | None = None
     rows: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
+
+    def fits(self, dtype: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is this part; [], [1] and [1, 1] are the same thing, and so are [n] and [n, 1]."""
+        return dtype == self.dtype and (shape == self.shape or _without_ones(shape) == _without_ones(self.shape))
 
     def tensor_of(self, weight: str) -> str:
         """The tensor's name."""
@@ -65,8 +75,15 @@ class Part:
         if self.rows is not None:
             begin, end = self.rows
             rows, first, last = end - begin, min(max(first, begin), end) - begin, min(max(last, begin), end) - begin
-        stride = self.nbytes // math.ceil(rows / self.every)
+        stride = self.nbytes // max(math.ceil(rows / self.every), 1)
         return first // self.every * stride, math.ceil(last / self.every) * stride
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without dimensions of one at its end."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 class Format:
@@ -158,17 +175,72 @@ def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
 
 
 class Family(Protocol):
-    """What a module of this package offers: the recognition of its encodings among a checkpoint's tensors."""
+    """What a module of this package offers: the recognition of its encodings among a checkpoint's tensors.
+
+    `KINDS` are the (format, type) of the schemes that mean this family, `READS` says in words which of them it reads.
+    """
 
     SUFFIXES: frozenset[str]
+    KINDS: frozenset[tuple[str, str]]
+    READS: str
 
     def from_scheme(self, scheme: Scheme) -> Format | None:
         """The format in which this scheme of config.json spells a weight; None when it is not one of this family's."""
         ...
 
-    def recognise(
-        self, scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-    ) -> tuple[Format, tuple[int, int]]:
-        """The format and shape [out, in] of a weight, from its scheme in config.json and its tensors {suffix: (dtype,
-        shape)}; `shape` is what the manifest demands. Raises ValueError saying what does not fit."""
+    def recognise(self, declared: Any, found: Found, shape: tuple[int, int] | None) -> tuple[Format, tuple[int, int]]:
+        """The format and shape [out, in] of a weight, from what from_scheme says of its scheme (None: it has none) and its
+        tensors; `shape` is what the manifest demands. Raises ValueError saying what does not fit."""
         ...
+
+
+# Integers and floats in which zero points lie, and the bit that is set in -0.
+ZERO_DTYPES = {
+    "I8": 0,
+    "U8": 0,
+    "I16": 0,
+    "I32": 0,
+    "I64": 0,
+    "F8_E4M3": 0x80,
+    "F16": 0x8000,
+    "BF16": 0x8000,
+    "F32": 1 << 31,
+}
+
+
+def unused_zero_points(found: Found, rows: int, bits: int = 0) -> tuple[Part, ...]:
+    """The part of zero points that lie beside symmetric codes of a weight of `rows` rows, () where there are none.
+
+    Old files have them. `bits`: of a code, where codes, and so perhaps zero points, are packed into words.
+    """
+    if ZERO_POINT not in found:
+        return ()
+    dtype, shape = found[ZERO_POINT]
+    if dtype not in ZERO_DTYPES:
+        raise ValueError(f"its {ZERO_POINT} is {dtype}, not one of {', '.join(ZERO_DTYPES)}")
+    packed = bits and dtype == "I32" and len(shape) == 2 and shape[0] == math.ceil(rows * bits / 32)
+    return (Part(ZERO_POINT, dtype, shape, every=None, unused=bits if packed else 0),)
+
+
+def require(found: Found, *suffixes: str) -> None:
+    """ValueError when one of these tensors is missing."""
+    for suffix in suffixes:
+        if suffix not in found:
+            raise ValueError(f"it has no {suffix}, but {_listed(found)}")
+
+
+def refuse_surplus(found: Found, wanted: Collection[str]) -> None:
+    """ValueError when there are tensors beside those that spell the weight."""
+    if surplus := sorted(found.keys() - set(wanted)):
+        raise ValueError(f"it has {_listed(found)}, of which {surplus[0]} does not belong to it")
+
+
+def _listed(found: Found) -> str:
+    return ", ".join(sorted(found))
+
+
+def scaled_by(strategy: str, rows: int, shape: tuple[int, ...]) -> str:
+    """What a scale of this shape is of, whatever config.json calls it: `tensor`, `channel` for one a row, else `strategy`."""
+    if _without_ones(shape) == _without_ones((rows,)):
+        return "tensor" if rows == 1 and strategy != "channel" else "channel"
+    return "tensor" if not _without_ones(shape) else strategy

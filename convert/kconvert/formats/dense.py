@@ -5,18 +5,24 @@ The transposed stacks of formats.stacks have the weight's own name and the matri
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Fate, Format, Part, check_form
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
 SUFFIXES = frozenset({"weight"})
 DTYPES = ("BF16", "F16", "F32")
+KINDS: frozenset[tuple[str, str]] = frozenset()
+READS = ""
+# What the tools leave beside a weight that they quantised for training only, or meant to quantise and did not.
+LEFTOVERS = frozenset(
+    f"weight_{fact}" for fact in ("scale", "scale_inv", "global_scale", "zero_point", "g_idx", "shape")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +113,13 @@ def from_scheme(scheme: Scheme) -> None:
     """See formats.base.Family."""
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Dense, tuple[int, int]]:
+def holds(found: Found) -> bool:
+    """Whether these tensors are a plain weight, whatever config.json says and whatever scale lies beside it: an encoding has
+    no floats for codes."""
+    return found.keys() <= {"weight", *LEFTOVERS} and "weight" in found and found["weight"][0] in DTYPES
+
+
+def recognise(declared: None, found: Found, shape: tuple[int, int] | None) -> tuple[Dense, tuple[int, int]]:
     """See formats.base.Family."""
     dtype, own_shape = found["weight"]
     if dtype not in DTYPES:

@@ -5,13 +5,14 @@
 | weight | F8_E4M3 [out, in]; 4 exponent bits, 3 mantissa bits, no Inf, largest value 448 |
 | block scale | [ceil(out / 128), ceil(in / 128)]; edge blocks may be short |
 | channel scale | [out, 1] or [out] |
-| tensor scale | [1] or [] |
-| input_scale | [1] or []; static activations only: read past, it says nothing about the weight |
+| tensor scale | [1], [] or [1, 1] |
 
 DeepSeek-V3's layout calls its F32 block scale `weight_scale_inv` (the scale all the same, nothing is inverted);
-compressed-tensors' `float-quantized` calls a scale of any shape `weight_scale`, BF16 or F32 (F16 in old files).
+compressed-tensors' `float-quantized` calls a scale of any shape `weight_scale`, BF16 or F32 (F16 in old files). Others use
+either name for a scale of any shape, so the shape says what it is of. A block scale may be a power of two, as F8_E8M0 or as
+such bytes in U8.
 
-Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype.
+Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype. A scale of zero has codes of zero.
 Quantising: scale = amax / 448, 1 where that is 0; code = e4m3(value / scale), an f32 division, half to even, saturating. A
 BF16 scale is rounded first and the codes belong to the rounded scale.
 Sources: https://github.com/deepseek-ai/DeepSeek-V3 `inference/fp8_cast_bf16.py`;
@@ -21,39 +22,40 @@ https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Format, Part
+from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
 SCALES = ("weight_scale_inv", "weight_scale")
-SUFFIXES = frozenset({"weight", "input_scale", *SCALES})
-SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2"}
+SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
+E8M0 = ("F8_E8M0", "U8")
+SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
+WRITTEN_SCALES = ("F32", "BF16")
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
-SCHEME_FORMATS = ("fp8", "float-quantized", "naive-quantized")
+KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
+READS = "FP8 by block, channel and tensor, symmetric"
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8(Format):
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
-    `flat`: a channel scale is [out] and a tensor scale []. `input_scale`: dtype and shape of that tensor where there is one.
-    Written are block and channel scales, F32 or BF16. `mse`: of a few scales the one with the least squared error
-    (conventions.FP8_DIVISORS); no part of the encoding.
+    `unused`: zero points that lie beside it. Written are block and channel scales, F32 or BF16. `mse`: of a few scales the one
+    with the least squared error (conventions.FP8_DIVISORS); no part of the encoding.
     """
 
     strategy: str = "block"
     block: tuple[int, int] = (128, 128)
     scale_name: str = "weight_scale_inv"
     scale_dtype: str = "F32"
-    flat: bool = False
-    input_scale: tuple[str, tuple[int, ...]] | None = None
+    unused: tuple[Part, ...] = ()
     mse: bool = field(default=False, compare=False)
 
     @property
@@ -68,31 +70,32 @@ class Fp8(Format):
         return Format.fit(replace(self, mse=mse), source, rows, cols, mse)
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        shape, every = self._scale(rows, cols)
-        weight = Part("weight", "F8_E4M3", (rows, cols))
-        scale = Part(self.scale_name, self.scale_dtype, shape, every, values="positive")
-        if self.input_scale is None:
-            return weight, scale
-        dtype, shape = self.input_scale
-        return weight, scale, Part("input_scale", dtype, shape, every=None, values="positive")
+        every = {"block": self.block[0], "channel": 1}.get(self.strategy)
+        scale = self._grid(rows, cols) if self.strategy != "tensor" else (1,)
+        return (
+            Part("weight", "F8_E4M3", (rows, cols)),
+            Part(self.scale_name, self.scale_dtype, scale, every, values="nonnegative"),
+            *self.unused,
+        )
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import fp8 as kernels
 
         block_rows, block_cols = self.block_shape(*tile.shape)
-        scale = _widen(parts[1], self.scale_dtype).reshape(-1, math.ceil(tile.shape[1] / block_cols))
-        kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile)
+        scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
+        if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
+            raise ValueError("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
 
         from kconvert.formats.kernels import fp8 as kernels
 
-        if self.strategy == "tensor" or self.scale_dtype == "F16":
+        if self.strategy == "tensor" or self.scale_dtype not in WRITTEN_SCALES:
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
         block_rows, block_cols = self.block_shape(*tile.shape)
         rounded = self.scale_dtype == "BF16"
-        blocks = math.ceil(tile.shape[0] / block_rows), math.ceil(tile.shape[1] / block_cols)
+        blocks = self._grid(*tile.shape)
         scale = np.empty(blocks, np.float32) if rounded else parts[1].view("f4").reshape(blocks)
         codes = parts[0].reshape(tile.shape)
         if kernels.encode_fp8(tile, block_rows, block_cols, rounded, self.mse, codes, scale):
@@ -107,24 +110,29 @@ class Fp8(Format):
             return self.block
         return (1 if self.strategy == "channel" else max(rows, 1)), max(cols, 1)
 
-    def _scale(self, rows: int, cols: int) -> tuple[tuple[int, ...], int | None]:
-        """Shape of the scale, and how many rows share a slice of it."""
+    def _grid(self, rows: int, cols: int) -> tuple[int, int]:
+        """How many scales a weight or tile [rows, cols] has, down and across."""
         if self.strategy == "block":
-            return (math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])), self.block[0]
-        if self.strategy == "channel":
-            return (rows,) if self.flat else (rows, 1), 1
-        return () if self.flat else (1,), None
+            return math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])
+        return (rows if self.strategy == "channel" else 1), 1
 
 
 def _widen(scale: Bytes, dtype: str) -> Tile:
     """The bytes of scales -> f32, exact, aligned."""
+    import numpy as np
+
     values = scale.view(SCALE_DTYPES[dtype])
-    return (values.astype("u4") << 16).view("f4") if dtype == "BF16" else values.astype("f4")
+    if dtype == "BF16":
+        return (values.astype("u4") << 16).view("f4")
+    if dtype in E8M0:
+        powers: Tile = np.ldexp(np.ones(len(values), "f4"), values.astype("i4") - 127)
+        return powers
+    return values.astype("f4")
 
 
 def from_scheme(scheme: Scheme) -> Fp8 | None:
     """See formats.base.Family."""
-    if scheme.format not in SCHEME_FORMATS or scheme.type != "float" or scheme.num_bits != 8 or not scheme.symmetric:
+    if (scheme.format, scheme.type) not in KINDS or scheme.num_bits != 8 or not scheme.symmetric:
         return None
     if scheme.strategy == "block" and scheme.block is not None:
         if scheme.format == "fp8":
@@ -135,29 +143,31 @@ def from_scheme(scheme: Scheme) -> Fp8 | None:
     return None
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Fp8, tuple[int, int]]:
+def recognise(declared: Fp8, found: Found, shape: tuple[int, int] | None) -> tuple[Fp8, tuple[int, int]]:
     """See formats.base.Family."""
-    if scheme is None:
-        raise ValueError("config.json declares no quantisation for it")
-    format = from_scheme(scheme)
-    if format is None:
-        raise ValueError(f"its scheme {scheme} is not supported; supported: FP8 block, channel and tensor, symmetric")
-    for suffix in ("weight", format.scale_name):
-        if suffix not in found:
-            raise ValueError(f"it has no {suffix}")
-    if surplus := found.keys() - {"weight", format.scale_name, "input_scale"}:
-        raise ValueError(f"it has both {format.scale_name} and {surplus.pop()}")
+    name = next((name for name in SCALES if name in found), declared.scale_name)
+    require(found, "weight", name)
+    refuse_surplus(found, {"weight", name, ZERO_POINT})
     dtype, own_shape = found["weight"]
     if dtype != "F8_E4M3" or len(own_shape) != 2:
         raise ValueError(f"its weight is {dtype} {list(own_shape)}, not an F8_E4M3 matrix")
-    scale_dtype, scale_shape = found[format.scale_name]
+    rows, cols = own_shape
+    scale_dtype, scale_shape = found[name]
     if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(f"its {format.scale_name} is {scale_dtype}, not one of {', '.join(SCALE_DTYPES)}")
-    input_scale = found.get("input_scale")
-    if input_scale is not None and (input_scale[0] not in SCALE_DTYPES or input_scale[1] not in ((), (1,))):
-        raise ValueError(f"its input_scale is {input_scale[0]} {list(input_scale[1])}, not one number")
-    flat = format.strategy != "block" and len(scale_shape) == (1 if format.strategy == "channel" else 0)
-    format = replace(format, scale_dtype=scale_dtype, flat=flat, input_scale=input_scale)
-    return format, shape or (own_shape[0], own_shape[1])
+        raise ValueError(f"its {name} is {scale_dtype}, not one of {', '.join(SCALE_DTYPES)}")
+    strategy = _strategy(declared, (rows, cols), scale_shape)
+    if scale_dtype == "U8" and strategy != "block":
+        raise ValueError(f"its {name} is U8, which is an exponent only where it is of blocks")
+    format = replace(declared, strategy=strategy, scale_name=name, scale_dtype=scale_dtype)
+    return replace(format, unused=unused_zero_points(found, rows)), shape or (rows, cols)
+
+
+def _strategy(declared: Fp8, shape: tuple[int, int], scale: tuple[int, ...]) -> str:
+    """What a scale of this shape is of. [1, 1] may also be what is left of a grid of blocks."""
+    if declared.strategy == "block":
+        is_grid = declared.parts(*shape)[1].fits(declared.scale_dtype, scale)
+        return "block" if is_grid or scale == (1, 1) else scaled_by("block", shape[0], scale)
+    strategy = scaled_by(declared.strategy, shape[0], scale)
+    if math.prod(scale) != 1 and strategy == "tensor":
+        raise ValueError(f"its scale {list(scale)} is neither one number nor one for each row of {list(shape)}")
+    return strategy

@@ -1,13 +1,13 @@
-"""compressed-tensors `int-quantized`: eight-bit integers, unpacked.
+"""compressed-tensors `int-quantized`: integers of four to eight bits, unpacked: one a byte.
 
 | tensor | dtype, shape |
 |---|---|
 | weight | I8 [out, in] |
-| weight_scale | BF16, F16 or F32; channel [out, 1] or [out], tensor [1] or [], group [out, in / group] |
-| weight_zero_point | asymmetric only: I8, the scale's shape |
-| input_scale and its like | static activations only: read past, they say nothing about the weight |
+| weight_scale | BF16, F16 or F32; channel [out, 1] or [out], tensor [1], [] or [1, 1], group [out, in / group] |
+| weight_zero_point | asymmetric: I8, the scale's shape; zeros beside symmetric codes in old files |
 
-Value of a weight: (code - zero point) * scale, rounded once to the scale's dtype.
+Value of a weight: (code - zero point) * scale, rounded once to the scale's dtype. A scale may be negative, where the code of
+the largest value is to be -128, and a scale of zero has codes that are the zero point.
 Quantising (channel, symmetric, bf16 scales): compressed-tensors' rule, see CHANNEL_RULE: scale = bf16(amax / 127.5), 2^-7 where
 that is zero; code = the quotient value / scale rounded to bf16, then half to even, clamped to [-128, 127].
 Source: https://github.com/vllm-project/compressed-tensors, `compressors/naive_quantized`.
@@ -15,42 +15,42 @@ Source: https://github.com/vllm-project/compressed-tensors, `compressors/naive_q
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Format, Part
+from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 from kconvert.formats.conventions import Convention
 from kconvert.formats.packed import SCALE_CODES
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
-ACTIVATIONS = frozenset({"input_scale", "input_zero_point", "output_scale", "output_zero_point"})
-SUFFIXES = frozenset({"weight", "weight_scale", "weight_zero_point"}) | ACTIVATIONS
+SUFFIXES = frozenset({"weight", "weight_scale", ZERO_POINT})
+KINDS = frozenset((format, "int") for format in ("int-quantized", "naive-quantized"))
+READS = "integers of four to eight bits by channel, tensor and group"
+BITS = range(4, 9)
 STRATEGIES = ("channel", "tensor", "group")
 CHANNEL_RULE = Convention("compressed-tensors", 127.5, -128, 127, rounds=True, zero_scale=2.0**-7)
 
 
 @dataclass(frozen=True, slots=True)
 class Int8(Format):
-    """`strategy` is one of STRATEGIES. `flat`: a channel scale is [out] and a tensor scale [].
-
-    `activations` are (suffix, dtype, shape) of tensors beside it that describe activations.
-    """
+    """`strategy` is one of STRATEGIES, `bits` one of BITS. `unused`: zero points that lie beside symmetric codes."""
 
     strategy: str = "channel"
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str = "BF16"
-    flat: bool = False
-    activations: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    bits: int = 8
+    unused: tuple[Part, ...] = ()
 
     @property
     def label(self) -> str:
         size = f" {self.group_size}" if self.group_size else ""
-        return f"int8 {self.strategy}{size}" + ("" if self.symmetric else " asymmetric")
+        unpacked = "" if self.bits == 8 else " unpacked"
+        return f"int{self.bits}{unpacked} {self.strategy}{size}" + ("" if self.symmetric else " asymmetric")
 
     @property
     def value_dtype(self) -> str:
@@ -61,31 +61,30 @@ class Int8(Format):
         if self.group_size and cols % self.group_size:
             raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
         every = None if self.strategy == "tensor" else 1
-        if self.strategy == "group":
-            shape: tuple[int, ...] = (rows, cols // (self.group_size or cols))
-        else:
-            shape = (*(() if every is None else (rows,)), *(() if self.flat else (1,)))
-        zero = () if self.symmetric else (Part("weight_zero_point", "I8", shape, every),)
+        shape = (1,) if every is None else (rows, cols // self.group_size if self.group_size else 1)
+        zero = () if self.symmetric else (Part(ZERO_POINT, "I8", shape, every),)
         return (
             Part("weight", "I8", (rows, cols)),
-            Part("weight_scale", self.scale_dtype, shape, every, values="nonnegative"),
+            Part("weight_scale", self.scale_dtype, shape, every, values="finite"),
             *zero,
-            *(Part(suffix, dtype, shape, every=None) for suffix, dtype, shape in self.activations),
+            *self.unused,
         )
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import int8 as kernels
 
-        rows = 1 if self.strategy == "tensor" else len(tile)
-        scale = parts[1].view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1)
-        shape = (*scale.shape, -1)
-        zero = None if self.symmetric else parts[2].view("i1").reshape(scale.shape)
-        kernels.decode_int8(parts[0].view("i1").reshape(shape), scale, zero, tile.reshape(shape))
+        rows, cols = (1, tile.size) if self.strategy == "tensor" else tile.shape
+        groups = cols // self.group_size if self.group_size else 1
+        shape = (rows, groups, cols // max(groups, 1))
+        scale = parts[1].view(SCALE_CODES[self.scale_dtype]).reshape(rows, groups)
+        zero = None if self.symmetric else parts[2].view("i1").reshape(rows, groups)
+        if kernels.decode_int8(parts[0].view("i1").reshape(shape), scale, zero, tile.reshape(shape)):
+            raise ValueError("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import int8 as kernels
 
-        if (self.strategy, self.symmetric, self.scale_dtype) != ("channel", True, "BF16"):
+        if (self.bits, self.strategy, self.symmetric, self.scale_dtype) != (8, "channel", True, "BF16"):
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
         divisor = tile.dtype.type(CHANNEL_RULE.divisor)
         codes = parts[0].view("i1").reshape(tile.shape)
@@ -96,34 +95,24 @@ class Int8(Format):
 
 def from_scheme(scheme: Scheme) -> Int8 | None:
     """See formats.base.Family."""
-    if scheme.format not in ("int-quantized", "naive-quantized") or scheme.type != "int" or scheme.num_bits != 8:
+    if (scheme.format, scheme.type) not in KINDS or scheme.num_bits not in BITS or scheme.strategy not in STRATEGIES:
         return None
-    if scheme.strategy not in STRATEGIES:
-        return None
-    return Int8(scheme.strategy, scheme.group_size, scheme.symmetric)
+    return Int8(scheme.strategy, scheme.group_size, scheme.symmetric, bits=scheme.num_bits)
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Int8, tuple[int, int]]:
+def recognise(declared: Int8, found: Found, shape: tuple[int, int] | None) -> tuple[Int8, tuple[int, int]]:
     """See formats.base.Family."""
-    if scheme is None:
-        raise ValueError("config.json declares no quantisation for it")
-    format = from_scheme(scheme)
-    if format is None:
-        raise ValueError(f"its scheme {scheme} is not supported; supported: int8 channel, tensor and group")
-    for suffix in ("weight", "weight_scale", *(() if format.symmetric else ("weight_zero_point",))):
-        if suffix not in found:
-            raise ValueError(f"it has no {suffix}")
-    if format.symmetric and "weight_zero_point" in found:
-        raise ValueError("it has a weight_zero_point, but its scheme is symmetric")
+    require(found, "weight", "weight_scale", *(() if declared.symmetric else (ZERO_POINT,)))
+    refuse_surplus(found, SUFFIXES)
     dtype, own_shape = found["weight"]
     if dtype != "I8" or len(own_shape) != 2:
         raise ValueError(f"its weight is {dtype} {list(own_shape)}, not an I8 matrix")
-    shape = shape or (own_shape[0], own_shape[1])
     scale_dtype, scale_shape = found["weight_scale"]
     if scale_dtype not in SCALE_CODES:
         raise ValueError(f"its weight_scale is {scale_dtype}, not BF16, F16 or F32")
-    flat = format.strategy != "group" and len(scale_shape) == (1 if format.strategy == "channel" else 0)
-    activations = tuple((suffix, *found[suffix]) for suffix in sorted(ACTIVATIONS & found.keys()))
-    return replace(format, scale_dtype=scale_dtype, flat=flat, activations=activations), shape
+    strategy = declared.strategy
+    if strategy != "group":
+        strategy = scaled_by(strategy, own_shape[0], scale_shape)
+    unused = unused_zero_points(found, own_shape[0]) if declared.symmetric else ()
+    format = replace(declared, strategy=strategy, scale_dtype=scale_dtype, unused=unused)
+    return format, shape or (own_shape[0], own_shape[1])

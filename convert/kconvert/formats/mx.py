@@ -5,7 +5,6 @@
 | mxfp4 (`mxfp4-pack-quantized`) | weight_packed | U8 [out, in / 2]; e2m1 codes, the first column in the low nibble |
 | mxfp8 (`mxfp8-quantized`) | weight | F8_E4M3 [out, in] |
 | both | weight_scale | U8 or F8_E8M0 [out, in / 32]; the exponent + 127 |
-| both | input_scale, input_global_scale | static activations only: read past, they say nothing about the weight |
 
 e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value of a weight: bf16(code * 2^(scale - 127)).
 Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
@@ -17,32 +16,33 @@ https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Format, Part, check_groups
+from kconvert.formats.base import ZERO_POINT, Format, Part, check_groups, refuse_surplus, require, unused_zero_points
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
 GROUP = 32
-ACTIVATIONS = frozenset({"input_scale", "input_global_scale"})
-SUFFIXES = frozenset({"weight_packed", "weight", "weight_scale"}) | ACTIVATIONS
+SUFFIXES = frozenset({"weight_packed", "weight", "weight_scale", ZERO_POINT})
 FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
+KINDS = frozenset((format, "float") for format in FORMATS)
+READS = "MXFP4 and MXFP8, group 32"
 
 
 @dataclass(frozen=True, slots=True)
 class Mx(Format):
-    """`bits` is 4 or 8. `activations` are (suffix, dtype, shape) of tensors beside it that describe activations.
+    """`bits` is 4 or 8. `unused`: zero points that lie beside it.
 
     `mse`: of the scale by the rule, half of it and twice, the one with the least squared error; no part of the encoding.
     """
 
     bits: int
     scale_dtype: str = "U8"
-    activations: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
+    unused: tuple[Part, ...] = ()
     mse: bool = field(default=False, compare=False)
 
     @property
@@ -70,7 +70,7 @@ class Mx(Format):
             else Part("weight", "F8_E4M3", (rows, cols))
         )
         scale = Part("weight_scale", self.scale_dtype, (rows, cols // GROUP), values="positive")
-        return packed, scale, *(Part(suffix, dtype, shape, every=None) for suffix, dtype, shape in self.activations)
+        return packed, scale, *self.unused
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import mx as kernels
@@ -95,27 +95,16 @@ def from_scheme(scheme: Scheme) -> Mx | None:
     return Mx(bits) if bits and scheme.symmetric else None
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Mx, tuple[int, int]]:
+def recognise(declared: Mx, found: Found, shape: tuple[int, int] | None) -> tuple[Mx, tuple[int, int]]:
     """See formats.base.Family."""
-    if scheme is None:
-        raise ValueError("config.json declares no quantisation for it")
-    format = from_scheme(scheme)
-    if format is None:
-        raise ValueError(f"its scheme {scheme} is not supported; supported: mxfp4 and mxfp8, group 32")
-    codes = "weight_packed" if format.bits == 4 else "weight"
-    for suffix in (codes, "weight_scale"):
-        if suffix not in found:
-            raise ValueError(f"it has no {suffix}")
-    if surplus := found.keys() - {codes, "weight_scale"} - ACTIVATIONS:
-        raise ValueError(f"it has both {codes} and {surplus.pop()}")
+    codes = "weight_packed" if declared.bits == 4 else "weight"
+    require(found, codes, "weight_scale")
+    refuse_surplus(found, {codes, "weight_scale", ZERO_POINT})
     own_shape = found[codes][1]
     if len(own_shape) != 2:
         raise ValueError(f"its {codes} {list(own_shape)} is not a matrix")
-    shape = shape or (own_shape[0], own_shape[1] * 8 // format.bits)
+    shape = shape or (own_shape[0], own_shape[1] * 8 // declared.bits)
     scale_dtype = found["weight_scale"][0]
     if scale_dtype not in ("U8", "F8_E8M0"):
         raise ValueError(f"its weight_scale is {scale_dtype}, not U8 or F8_E8M0")
-    activations = tuple((suffix, *found[suffix]) for suffix in sorted(ACTIVATIONS & found.keys()))
-    return Mx(format.bits, scale_dtype, activations), shape
+    return Mx(declared.bits, scale_dtype, unused_zero_points(found, own_shape[0])), shape

@@ -4,8 +4,7 @@
 |---|---|
 | weight_packed | U8 [out, in / 2]; e2m1 codes (see formats.mx), the first column in the low nibble |
 | weight_scale | F8_E4M3 [out, in / 16] |
-| weight_global_scale | F32 [1] or []: by this the scales were multiplied |
-| input_scale, input_global_scale | static activations only: read past, they say nothing about the weight |
+| weight_global_scale | F32 [1], [] or [1, 1]: by this the scales were multiplied |
 
 Value of a weight: bf16(code * (f32(scale) / global scale)), the quotient and the product rounded to f32.
 Source: https://github.com/vllm-project/compressed-tensors, `compressors/nvfp4`.
@@ -13,26 +12,27 @@ Source: https://github.com/vllm-project/compressed-tensors, `compressors/nvfp4`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Format, Part
+from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, unused_zero_points
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
 GROUP = 16
-OTHERS = ("weight_global_scale", "input_global_scale", "input_scale")
-SUFFIXES = frozenset({"weight_packed", "weight_scale", *OTHERS})
+SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale", ZERO_POINT})
+KINDS = frozenset({("nvfp4-pack-quantized", "float")})
+READS = "NVFP4, group 16"
 
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4(Format):
-    """`others` are (suffix, dtype, shape) of the global scale and of what describes activations."""
+    """`unused`: zero points that lie beside it."""
 
-    others: tuple[tuple[str, str, tuple[int, ...]], ...] = (("weight_global_scale", "F32", (1,)),)
+    unused: tuple[Part, ...] = ()
 
     @property
     def label(self) -> str:
@@ -44,7 +44,8 @@ class Nvfp4(Format):
         return (
             Part("weight_packed", "U8", (rows, cols // 2)),
             Part("weight_scale", "F8_E4M3", (rows, cols // GROUP), values="nonnegative"),
-            *(Part(suffix, dtype, shape, every=None, values="positive") for suffix, dtype, shape in self.others),
+            Part("weight_global_scale", "F32", (1,), every=None, values="positive"),
+            *self.unused,
         )
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
@@ -64,22 +65,11 @@ def from_scheme(scheme: Scheme) -> Nvfp4 | None:
     return Nvfp4() if scheme.symmetric else None
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[Nvfp4, tuple[int, int]]:
+def recognise(declared: Nvfp4, found: Found, shape: tuple[int, int] | None) -> tuple[Nvfp4, tuple[int, int]]:
     """See formats.base.Family."""
-    if scheme is None:
-        raise ValueError("config.json declares no quantisation for it")
-    if from_scheme(scheme) is None:
-        raise ValueError(f"its scheme {scheme} is not supported; supported: nvfp4, group 16")
-    for suffix in ("weight_packed", "weight_scale", "weight_global_scale"):
-        if suffix not in found:
-            raise ValueError(f"it has no {suffix}")
-    for suffix in OTHERS:
-        if suffix in found and (found[suffix][0] != "F32" or found[suffix][1] not in ((), (1,))):
-            raise ValueError(f"its {suffix} is {found[suffix][0]} {list(found[suffix][1])}, not one F32 number")
+    require(found, "weight_packed", "weight_scale", "weight_global_scale")
+    refuse_surplus(found, SUFFIXES)
     packed = found["weight_packed"][1]
     if len(packed) != 2:
         raise ValueError(f"its weight_packed {list(packed)} is not a matrix")
-    shape = shape or (packed[0], packed[1] * 2)
-    return Nvfp4(tuple((suffix, *found[suffix]) for suffix in OTHERS if suffix in found)), shape
+    return Nvfp4(unused_zero_points(found, packed[0])), shape or (packed[0], packed[1] * 2)

@@ -12,7 +12,7 @@ Source: https://github.com/huggingface/transformers, `integrations/mxfp4.py` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,12 @@ from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.mx import GROUP, Mx
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.config import Scheme
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Bytes, Found, Tile
 
 SUFFIXES = frozenset({"", "_blocks", "_scales"})
+KINDS: frozenset[tuple[str, str]] = frozenset()
+READS = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +59,12 @@ def from_scheme(scheme: Scheme) -> None:
     """See formats.base.Family."""
 
 
-def recognise(
-    scheme: Scheme | None, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, int] | None
-) -> tuple[MxStack | Dense, tuple[int, int]]:
+def recognise(declared: None, found: Found, shape: tuple[int, int] | None) -> tuple[MxStack | Dense, tuple[int, int]]:
     """See formats.base.Family."""
     if found.keys() not in ({""}, {"_blocks", "_scales"}):
         raise ValueError(f"it needs either blocks and scales or a tensor of its own name, and has {sorted(found)}")
     dtype, own_shape = found[""] if "" in found else found["_scales"]
-    if len(own_shape) != 3 or own_shape[0] == 0:
+    if len(own_shape) != 3 or 0 in own_shape:
         raise ValueError(f"its shape {list(own_shape)} is no stack of matrices")
     stack, first, second = own_shape
     if "" not in found:

@@ -20,6 +20,7 @@ from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 from kconvert.parity.metrics import TILE_ELEMENTS, Spread
+from kconvert.parity.oracle import fp8_scale
 
 if TYPE_CHECKING:
     import torch
@@ -84,10 +85,9 @@ def grid(format: Format) -> tuple[float, ...] | None:
         case Packed():
             half = 2 ** (format.bits - 1)
             return tuple(float(code) for code in range(-half, half))
-        case Int8() | Amx(bits=8):
-            return tuple(float(code) for code in (*range(128), *range(-128, 0)))
-        case Amx():
-            return tuple(float(code) for code in (*range(8), *range(-8, 0)))
+        case Int8() | Amx():
+            half = 2 ** (format.bits - 1)
+            return tuple(float(code) for code in (*range(half), *range(-half, 0)))
         case Mx(bits=4) | MxStack() | Nvfp4():
             magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
             return (*magnitudes, *(-magnitude for magnitude in magnitudes))
@@ -108,6 +108,9 @@ def _count_codes(format: Format, state: State, shape: tuple[int, int]) -> list[i
     packed = state.get("_blocks" if isinstance(format, MxStack) else "weight_packed")
     stored = state["weight"] if packed is None else packed
     counts = torch.bincount(stored.reshape(-1).view(torch.uint8), minlength=256)
+    if isinstance(format, Int8):
+        half = 2 ** (format.bits - 1)
+        return [*counts[:half].tolist(), *counts[-half:].tolist()]
     return _nibbles(counts) if packed is not None else counts.tolist()
 
 
@@ -145,7 +148,7 @@ def _scales(format: Format, state: State) -> torch.Tensor:
         case Nvfp4():
             return state["weight_scale"].float() / state["weight_global_scale"].float()
         case Fp8():
-            return state[format.scale_name].float()
+            return fp8_scale(format, state)
         case Amx():
             return _of_shards(state, "scale")
     return state["weight_scale"].float()
@@ -159,9 +162,10 @@ def _of_shards(state: State, suffix: str) -> torch.Tensor:
 
 
 def _count_scales(scales: torch.Tensor) -> Counter[int]:
-    """Positive scales by the floor of 4 log2."""
+    """Scales by the floor of 4 log2 of their magnitude, but for zero."""
     import torch
 
+    scales = scales.abs()
     sound = scales[(scales > 0) & scales.isfinite()]
     bins = (sound.log2() * QUARTERS).floor().long() - LOWEST_BIN
     counts = torch.bincount(bins)

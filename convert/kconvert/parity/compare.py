@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
 from kconvert.formats.dense import Dense
-from kconvert.model import Plain, Weight
+from kconvert.model import Weight
 from kconvert.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
 from kconvert.parity.faults import fault_of
 from kconvert.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.parity.oracle import has_reference, read_state, row_unit
 from kconvert.parity.rows import Desk, Rows
+from kconvert.sorting import Plain
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time
@@ -124,7 +125,7 @@ def compare_weights(
     """
     judge = standard.judge(ours, theirs)
     thorough |= judge == "limits"
-    fault = _constant_fault(theirs, output)
+    fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
     figures, quickly = _Figures(), True
     for chunk in _chunks(ours, theirs, source, output, desk):
         head = chunk.head() if chunk.first == 0 else None
@@ -188,6 +189,26 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
     for part, tensor in zip(weight.parts, weight.tensors, strict=True):
         if part.constant is not None and reader.read(tensor.file, tensor.start, tensor.nbytes) != part.constant:
             return f"tensor {tensor.name!r} does not say [{weight.rows}, {weight.cols}]"
+    return None
+
+
+def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
+    """A weight that was copied, codes and all, has what lies beside it, too; plain values have nothing beside them."""
+    if isinstance(theirs.format, Dense) and theirs.companions:
+        return f"tensor {theirs.companions[0].name!r} would scale values that are plain"
+    if isinstance(theirs.format, Dense) or ours.format != theirs.format:
+        return None
+    wanted, found = ({tensor.name: tensor for tensor in weight.companions} for weight in (ours, theirs))
+    for name in sorted(wanted.keys() ^ found.keys()):
+        return f"tensor {name!r} is " + ("missing" if name in wanted else "not in the source")
+    for name, tensor in wanted.items():
+        copy = found[name]
+        if (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
+            return (
+                f"tensor {name!r} is {copy.dtype} {list(copy.shape)}, in the source {tensor.dtype} {list(tensor.shape)}"
+            )
+        if output.read(copy.file, copy.start, copy.nbytes) != source.read(tensor.file, tensor.start, tensor.nbytes):
+            return f"tensor {name!r} differs from the source's"
     return None
 
 

@@ -16,7 +16,7 @@ from kconvert.formats import Format
 from kconvert.formats.amx import Amx
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
-from kconvert.formats.fp8 import Fp8
+from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
@@ -105,12 +105,16 @@ def has_reference(format: Format) -> bool:
     """Whether it is known what kconvert writes as `format`: then expected_parts takes it."""
     match format:
         case Packed():
-            return (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+            kind = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+            return kind and not format.unused
         case Fp8():
-            return format.strategy != "tensor" and format.scale_dtype != "F16"
+            return format.strategy != "tensor" and format.scale_dtype in WRITTEN_SCALES and not format.unused
         case Int8():
-            return (format.strategy, format.symmetric, format.scale_dtype) == ("channel", True, "BF16")
-    return isinstance(format, Mx | Amx)
+            kind = (format.bits, format.strategy, format.symmetric) == (8, "channel", True)
+            return kind and format.scale_dtype == "BF16" and not format.unused
+        case Mx():
+            return not format.unused
+    return isinstance(format, Amx)
 
 
 def expected_parts(values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
@@ -198,8 +202,8 @@ def _pack_quantized(format: Packed, state: State, shape: tuple[int, int]) -> tor
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    state = {**state, "weight_shape": torch.tensor(shape)}
-    if format.zero_dtype == "I8":
+    state = {**_without_unused(format, state), "weight_shape": torch.tensor(shape)}
+    if not format.symmetric and format.zero_dtype == "I8":
         state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
     if not format.symmetric and len(state["weight_zero_point"]) == 1:
         # compressed-tensors cannot unpack a single word down the rows; it cuts off what is too much.
@@ -223,6 +227,18 @@ def _unordered(format: Packed, state: State, shape: tuple[int, int]) -> torch.Te
     return values
 
 
+def _without_unused(format: Packed | Int8 | Mx | Nvfp4, state: State) -> State:
+    """Without zero points that mean nothing: compressed-tensors' own writers leave them out."""
+    gone = {part.suffix for part in format.unused}
+    return {suffix: tensor for suffix, tensor in state.items() if suffix not in gone}
+
+
+def fp8_scale(format: Fp8, state: State) -> torch.Tensor:
+    """The scales as f32, exact."""
+    scale = state[format.scale_name]
+    return (scale.double() - 127).exp2().float() if format.scale_dtype in E8M0 else scale.float()
+
+
 def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
     """FP8 of every strategy by compressed-tensors, DeepSeek's block scales under the name that it knows.
 
@@ -231,9 +247,7 @@ def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
     import torch
     from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 
-    scale = state[format.scale_name].float()
-    # It refuses no channel scale [out], but would broadcast it along the rows.
-    scale = scale.view(-1, 1) if format.strategy == "channel" else scale
+    scale = fp8_scale(format, state)
     values: torch.Tensor = FloatQuantizationCompressor.decompress(
         {"weight": state["weight"], "weight_scale": scale}, _scheme(format)
     )["weight"]
@@ -243,9 +257,7 @@ def _float_quantized(format: Fp8, state: State) -> torch.Tensor:
 def _int_quantized(format: Int8, state: State) -> torch.Tensor:
     from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 
-    if format.strategy == "channel":
-        names = ("weight_scale", "weight_zero_point")
-        state = {**state, **{name: state[name].view(-1, 1) for name in names if name in state}}
+    state = _without_unused(format, state)
     values: torch.Tensor = IntQuantizationCompressor.decompress(state, _scheme(format))["weight"]
     return values
 
@@ -257,7 +269,7 @@ def _microscaled(format: Mx | Nvfp4, state: State) -> torch.Tensor:
         compressor: Any = nvfp4.NVFP4PackedCompressor
     else:
         compressor = mxfp4.MXFP4PackedCompressor if format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
-    values: torch.Tensor = compressor.decompress(state, _scheme(format))["weight"]
+    values: torch.Tensor = compressor.decompress(_without_unused(format, state), _scheme(format))["weight"]
     return values
 
 
@@ -275,7 +287,7 @@ def _scheme(format: Packed | Fp8 | Int8 | Mx | Nvfp4) -> Any:
             args = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": format.strategy}
             args["block_structure"] = list(format.block) if format.strategy == "block" else None
         case Int8():
-            args = {"num_bits": 8, "symmetric": format.symmetric, "strategy": format.strategy}
+            args = {"num_bits": format.bits, "symmetric": format.symmetric, "strategy": format.strategy}
             args["group_size"] = format.group_size
         case Mx():
             args = {"num_bits": format.bits, "type": "float", "strategy": "group", "group_size": format.group_size}

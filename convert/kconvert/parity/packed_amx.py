@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from kconvert.amx import AmxModel, open_amx, weight_name
-from kconvert.checkpoint.config import QuantizationConfig
+from kconvert.dialects import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.experts import rest_of, routed_experts
 from kconvert.formats.amx import Amx
-from kconvert.model import Model, Plain, Weight, natural_key
+from kconvert.model import Model, Weight, natural_key
+from kconvert.sorting import Plain
 
 
 def open_packed(original: Model, output: Path) -> tuple[Model, Model, tuple[str, ...]]:

@@ -84,7 +84,7 @@ def _shard_parity(steps: Iterable[Step], source: Reader, output: Reader) -> Pari
     """Of the first weight of each pair of formats among `steps`, which are those that wrote one shard."""
     chosen: dict[tuple[str, str], Transcode] = {}
     for step in steps:
-        if isinstance(step, Transcode) and step.reads:
+        if isinstance(step, Transcode) and step.reads and step.rows and step.cols:
             chosen.setdefault((step.source.label, step.target.label), step)
     return sum((_compare(step, source, output) for step in chosen.values()), Parity())
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.source import STATE_DIR
 from kconvert.errors import KconvertError, human
+from kconvert.files import exists
 from kconvert.journal import STAGED, Record, stale_files
 from kconvert.plan import Plan
 from kconvert.transfer.arrivals import places_of, plan_fetches
@@ -137,7 +138,7 @@ def _check_free(wanted: Mapping[Path, int]) -> None:
 def existing(directory: Path) -> Path:
     """The directory, or the nearest above it that exists."""
     directory = directory.absolute()
-    while not directory.exists():
+    while not exists(directory):
         directory = directory.parent
     return directory
 

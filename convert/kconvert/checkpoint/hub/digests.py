@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kconvert.checkpoint.source import FileStat
+from kconvert.checkpoint.listing import FileStat
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash

@@ -20,7 +20,7 @@ from huggingface_hub.file_download import repo_folder_name
 from kconvert.checkpoint.hub.client import transfer
 from kconvert.checkpoint.hub.digests import feed, new_digest, says
 from kconvert.checkpoint.hub_id import HubId
-from kconvert.checkpoint.source import FileStat
+from kconvert.checkpoint.listing import FileStat
 from kconvert.errors import KconvertError, explain_os_error
 
 ATTEMPTS = 3  # at a file whose digest is wrong

@@ -18,15 +18,9 @@ from kconvert.checkpoint.header import Entry, read_header
 from kconvert.checkpoint.hub.client import api, into_cache, patiently, transfer
 from kconvert.checkpoint.hub.digests import matches
 from kconvert.checkpoint.hub_id import HubId
-from kconvert.checkpoint.source import (
-    INDEX_NAME,
-    Checkpoint,
-    FileStat,
-    Reader,
-    assemble,
-    compare_index,
-    read_weight_map,
-)
+from kconvert.checkpoint.index import compare_index, read_weight_map
+from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
+from kconvert.checkpoint.source import Checkpoint, Reader, assemble
 from kconvert.errors import KconvertError
 
 CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
@@ -67,8 +61,8 @@ class HubCheckpoint(Checkpoint):
 
     def check_index(self) -> None:
         if INDEX_NAME in self.listed:
-            weight_map = read_weight_map(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
-            compare_index(self.root, self.tensors, weight_map)
+            listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
+            compare_index(listing, self.tensors, read_weight_map(listing))
 
 
 class RangeReader(Reader):
@@ -106,7 +100,7 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
         return small_file(place, file, inventory[file]).read_bytes()
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = assemble(Path(str(place)), inventory, load, headers, spare_index=True)
+        found = assemble(Listing(Path(str(place)), inventory, load), headers, spare_index=True)
     return HubCheckpoint(**vars(found), place=place, asked=asked.revision, listed=inventory)
 
 

@@ -19,7 +19,8 @@ from kconvert.checkpoint.hub.digests import matches
 from kconvert.checkpoint.hub.front_matter import CARD
 from kconvert.checkpoint.hub.repository import list_files
 from kconvert.checkpoint.hub_id import HubId
-from kconvert.checkpoint.source import OTHER_WEIGHTS, FileStat
+from kconvert.checkpoint.listing import FileStat
+from kconvert.checkpoint.side_files import is_stale
 from kconvert.errors import KconvertError
 
 OWN = (CARD, ".gitattributes")  # what a repository may have before it has a checkpoint
@@ -68,7 +69,7 @@ class Upload:
                     *(CommitOperationAdd(name, path) for name, path in files.items() if name not in OWN),
                     CommitOperationAdd(CARD, card),
                 ]
-                stale = [name for name in self._before if name.endswith(OTHER_WEIGHTS)]
+                stale = [name for name in self._before if is_stale(name)]
                 kept = shards.keys() | files.keys()
                 api().create_commit(
                     self._target.repo,

@@ -56,8 +56,11 @@ def round_e4m3(value: Any) -> Any:
 
 
 @kernel
-def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> None:
-    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale)."""
+def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> Any:
+    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale).
+
+    Returns whether a scale is zero over codes that are not (NaN is not).
+    """
     for row in range(tile.shape[0]):
         for block in range(scale.shape[1]):
             step = scale[row // block_rows, block]
@@ -65,6 +68,20 @@ def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: A
             target = tile[row, block * block_cols : (block + 1) * block_cols]
             for i in range(target.shape[0]):
                 target[i] = round_bf16(widen_e4m3(source[i]) * step)
+    return _are_senseless(codes, scale, block_rows, block_cols)
+
+
+@inline
+def _are_senseless(codes: Any, scale: Any, block_rows: Any, block_cols: Any) -> Any:
+    """Whether a scale is zero over codes that are not."""
+    for group in range(scale.shape[0]):
+        for block in range(scale.shape[1]):
+            if scale[group, block] == np.float32(0):
+                for row in range(group * block_rows, min((group + 1) * block_rows, codes.shape[0])):
+                    for col in range(block * block_cols, min((block + 1) * block_cols, codes.shape[1])):
+                        if codes[row, col] & np.uint8(0x7F):
+                            return True
+    return False
 
 
 @kernel

@@ -23,11 +23,12 @@ SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
 
 
 @kernel
-def decode_int8(codes: Any, scale: Any, zero: Any, tile: Any) -> None:
+def decode_int8(codes: Any, scale: Any, zero: Any, tile: Any) -> Any:
     """codes i8 [n, groups, g], scale [n, groups], zero i8 [n, groups] or None -> tile f32 [n, groups, g].
 
-    (code - zero point) * scale, rounded to the scale's type.
+    (code - zero point) * scale, rounded to the scale's type. Returns whether a scale is zero over codes that are not.
     """
+    senseless = False
     for row in range(tile.shape[0]):
         for group in range(tile.shape[1]):
             stored = scale[row, group]
@@ -36,6 +37,10 @@ def decode_int8(codes: Any, scale: Any, zero: Any, tile: Any) -> None:
             for i in range(tile.shape[2]):
                 code = np.int32(codes[row, group, i]) - offset
                 tile[row, group, i] = round_like(np.float32(code) * step, stored)
+            if step == np.float32(0):
+                for i in range(tile.shape[2]):
+                    senseless |= np.int32(codes[row, group, i]) != offset
+    return senseless
 
 
 @kernel

@@ -15,7 +15,7 @@ from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.model import Weight
-from kconvert.parity.oracle import State, amx_parts, decoded, has_reference
+from kconvert.parity.oracle import State, amx_parts, decoded, fp8_scale, has_reference
 from kconvert.parity.quick import amx, fp8, int4
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def values(weight: Weight, state: State, rows: int, buffers: Buffers) -> torch.T
                 return int4.decode(state["weight_packed"], state["weight_scale"], weight.cols, buffers)
             case Fp8():
                 block = format.block if format.strategy == "block" else None
-                return fp8.decode(state["weight"], state[format.scale_name], block, buffers)
+                return fp8.decode(state["weight"], fp8_scale(format, state), block, buffers)
     return decoded(weight.format, state, (rows, weight.cols))
 
 

@@ -9,8 +9,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 
 from kconvert import Recipe
-from kconvert.checkpoint.config import compressed_fp8_table, fp8_table, ignore_list, with_quantization
 from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.dialects import with_quantization
+from kconvert.dialects.compressed_tensors import compressed_fp8_table, ignore_list
+from kconvert.dialects.fp8 import fp8_table
 from kconvert.formats.dense import Dense
 from kconvert.model import Model, understand
 from kconvert.sample import SampleRecipe, plan_synthetic

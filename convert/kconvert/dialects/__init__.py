@@ -1,0 +1,18 @@
+"""The ways of saying in a config.json how weights are quantised: one module a dialect, read and written."""
+
+from kconvert.dialects.base import QuantizationConfig, Scheme, matches
+from kconvert.dialects.beside import declared_beside
+from kconvert.dialects.registry import read_quantization
+from kconvert.dialects.tables import KEYS, quantization_tables, with_quantization, without_quantization
+
+__all__ = [
+    "KEYS",
+    "QuantizationConfig",
+    "Scheme",
+    "declared_beside",
+    "matches",
+    "quantization_tables",
+    "read_quantization",
+    "with_quantization",
+    "without_quantization",
+]

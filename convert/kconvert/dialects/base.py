@@ -1,0 +1,138 @@
+"""What a quantisation config says, in any dialect: schemes, and the modules that each is for.
+
+Which scheme a module gets is compressed-tensors' rule (0.20, `utils/match.py` and `quantization/lifecycle/apply.py`): a
+target that is its whole name comes before a pattern, a pattern before its class; of several patterns the first in alphabetical
+order counts, of several groups with one target the last. `ignore` is of names, patterns and classes too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Protocol
+
+from kconvert.dialects.fields import Table
+
+PATTERN = "re:"
+# Classes of a module, itself and what it inherits from, as torch calls them. A checkpoint knows names only: all that it has
+# quantised are Linears, or experts made of them, but for those that are called what embeddings are called.
+LINEAR_CLASSES = frozenset({"Linear", "Module"})
+EMBEDDING_CLASSES = frozenset({"Embedding", "Module"})
+EMBEDDINGS = frozenset(
+    {"embed_tokens", "embed_tokens_per_layer", "word_embeddings", "tok_embeddings", "embed_in", "wte"}
+)
+# Multimodal checkpoints keep the language model below this name; engines know its modules with and without.
+LANGUAGE_MODEL = "language_model."
+
+
+class Dialect(Protocol):
+    """What a module of this package offers: to read the table of a config.json that is written in it.
+
+    `METHODS` are its names in quant_method, in lower case; a table without one that has a key of `SIGNS` is in it as well.
+    Functions `…_table` write the table for an output.
+    """
+
+    METHODS: tuple[str, ...]
+    SIGNS: frozenset[str]
+
+    def read(self, table: Table) -> QuantizationConfig:
+        """What the table says; KconvertError naming the key when it makes no sense."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
+
+    `block` is its block_structure. DeepSeek's dialect is the format `fp8`.
+    """
+
+    format: str
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str = "tensor"
+    group_size: int | None = None
+    targets: tuple[str, ...] = ("Linear",)
+    block: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        size = f" {self.group_size}" if self.group_size else " {}x{}".format(*self.block) if self.block else ""
+        sign = "" if self.symmetric else " asymmetric"
+        return f"{self.format} {self.type}{self.num_bits} {self.strategy}{size}{sign}"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The schemes of a checkpoint, and the modules that none applies to.
+
+    `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
+    """
+
+    schemes: tuple[Scheme, ...] = ()
+    ignore: tuple[str, ...] = ()
+    spared: tuple[str, ...] = ()
+
+    def scheme_for(self, *names: str) -> Scheme | None:
+        """The scheme of the module that is called by any of these names, None when its weights are not quantised."""
+        if self._ignored.first(names) is not None:
+            return None
+        target = self._targets.first(names)
+        return None if target is None else self._by_target[target]
+
+    @cached_property
+    def _by_target(self) -> Mapping[str, Scheme | None]:
+        return {target: scheme for scheme in self.schemes for target in scheme.targets} | dict.fromkeys(self.spared)
+
+    @cached_property
+    def _targets(self) -> _Targets:
+        return _Targets(self._by_target)
+
+    @cached_property
+    def _ignored(self) -> _Targets:
+        return _Targets(self.ignore)
+
+
+class _Targets:
+    """Targets made ready for half a million names: patterns are compiled, whole names found by hash."""
+
+    def __init__(self, targets: Iterable[str]) -> None:
+        ordered = sorted(set(targets))
+        # The library sorts whole names that have "re:" somewhere in the middle among the patterns.
+        self._names = frozenset(target for target in ordered if PATTERN not in target)
+        self._patterns = [(_matcher(target), target) for target in ordered if PATTERN in target]
+        self._linear = next((target for target in ordered if target in LINEAR_CLASSES), None)
+        self._embedding = next((target for target in ordered if target in EMBEDDING_CLASSES), None)
+
+    def first(self, names: tuple[str, ...]) -> str | None:
+        """The target that counts for the module with these names; None when there is none."""
+        for name in names:
+            if name in self._names:
+                return name
+        for match, target in self._patterns:
+            for name in names:
+                if match(name):
+                    return target
+        if self._linear != self._embedding and names[0].rpartition(".")[2] in EMBEDDINGS:
+            return self._embedding
+        return self._linear
+
+
+def matches(module: str, pattern: str) -> bool:
+    """compressed-tensors' rule: `re:` patterns match from the start of the module's name, others are the whole name."""
+    return _matcher(pattern)(module) is not None if pattern.startswith(PATTERN) else pattern == module
+
+
+@cache
+def _matcher(target: str) -> Callable[[str], re.Match[str] | None]:
+    is_pattern = target.startswith(PATTERN)
+    return re.compile(target.removeprefix(PATTERN) if is_pattern else rf"{re.escape(target)}\Z").match
+
+
+def both_names(modules: Iterable[str]) -> list[str]:
+    """The modules' names, those of a language model inside a multimodal one also without its prefix."""
+    modules = tuple(modules)
+    stripped = (name.removeprefix(LANGUAGE_MODEL) for name in modules if name.startswith(LANGUAGE_MODEL))
+    return [*modules, *stripped]

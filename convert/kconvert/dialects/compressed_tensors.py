@@ -1,0 +1,204 @@
+"""compressed-tensors: `config_groups` of targets and how their weights are quantised, and `ignore`.
+
+Source: https://github.com/vllm-project/compressed-tensors, `quantization/quant_config.py`, `quant_scheme.py`, `quant_args.py`.
+What the library refuses is refused, or read where the tensors settle what is meant (a string for a list of one, `targets`
+left out for every Linear); keys that say nothing of the weights are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kconvert.dialects.base import QuantizationConfig, Scheme, both_names, matches
+from kconvert.dialects.fields import FILE, Table, brief
+from kconvert.dialects.presets import PRESETS
+from kconvert.errors import KconvertError
+
+NAME = "compressed-tensors"
+METHODS: tuple[str, ...] = (NAME,)
+INNER = "quantization_config"
+SIGNS = frozenset({"config_groups", "sparsity_config", INNER})
+# Formats that leave it to the group, or to what the group says, how its weights are stored.
+NO_FORMATS = frozenset({"", "mixed-precision"})
+UNREAD_FORMATS = {
+    "sparse-bitmask": "sparse weights without their zeros",
+    "sparse-24-bitmask": "2:4 sparse weights without their zeros",
+    "marlin-24": "2:4 sparse weights in the order of Marlin's kernel",
+}
+
+
+def read(table: Table) -> QuantizationConfig:
+    """See base.Dialect."""
+    if INNER in table:  # as transformers kept it once
+        inner = table.table(INNER)
+        table = Table(inner.path, {"sparsity_config": table.values.get("sparsity_config"), **inner.values})
+    _check_storage(table)
+    if "sparsity_config" in table:
+        _check_storage(table.table("sparsity_config"))
+    if table.values.get("transform_config"):
+        _check_transforms(table.table("transform_config").table("config_groups"))
+    if "sparsity_config" in table and "config_groups" not in table:
+        return QuantizationConfig()  # the zeros are stored as they are
+    groups = table.table("config_groups")
+    schemes: list[Scheme] = []
+    spared: dict[str, None] = {}
+    for name in groups.values:
+        group = _group(groups, name)
+        _check_storage(group)
+        targets = group.names("targets") if "targets" in group else ("Linear",)
+        if "weights" in group:
+            schemes.append(_scheme(group, table.text("format", ""), targets))
+            spared = {target: None for target in spared if target not in targets}
+        else:
+            spared |= dict.fromkeys(targets)
+    return QuantizationConfig(tuple(schemes), table.names("ignore"), tuple(spared))
+
+
+def _check_storage(table: Table) -> None:
+    """KconvertError where the format is one that is not read."""
+    format = table.text("format", "")
+    if what := UNREAD_FORMATS.get(format):
+        raise KconvertError(
+            f"{FILE}: {table.path} has format {format!r} ({what}), which is not read; convert the dense checkpoint that it "
+            "was made from"
+        )
+
+
+def _check_transforms(transforms: Table) -> None:
+    """Rotations that are in the weights stay there; those of activations would be lost with the quantisation."""
+    for name in transforms.values:
+        for apply in transforms.table(name).tables("apply"):
+            location = apply.text("location", "")
+            if location not in ("weight_input", "weight_output"):
+                raise KconvertError(
+                    f"{FILE}: {apply.path} rotates activations while the model runs (location {brief(location)}), which no "
+                    "other checkpoint can say; convert the checkpoint that it was made from"
+                )
+
+
+def _group(groups: Table, name: str) -> Table:
+    """A config group; a list of targets stands for the preset that is called like the group."""
+    if not isinstance(groups.values[name], list | str):
+        return groups.table(name)
+    preset = PRESETS.get(name.upper())
+    if preset is None:
+        raise groups.fault(name, "a table (a list of targets only if the group is called like a preset, as W4A16)")
+    return Table(groups.path, {**preset, "targets": list(groups.names(name))})
+
+
+def _scheme(group: Table, default_format: str, targets: tuple[str, ...]) -> Scheme:
+    weights = group.table("weights")
+    size = weights.integer("group_size")
+    inferred = "tensor" if size is None else "channel" if size == -1 else "group"
+    strategy = weights.text("strategy", inferred).lower()
+    if strategy == "group" and (size is None or size <= 0):
+        raise weights.fault("group_size", "a positive number (-1 for one scale a row)")
+    block = weights.block("block_structure")
+    if strategy == "block" and block is None:
+        raise weights.fault("block_structure", "the size of a block, such as [128, 128],")
+    format = group.text("format", "") or default_format
+    return Scheme(
+        format=_inferred_format(group, weights, size) if format in NO_FORMATS else format,
+        num_bits=_bits(weights),
+        type=weights.text("type", "int").lower(),
+        symmetric=weights.flag("symmetric", True),
+        strategy=strategy,
+        group_size=size if strategy == "group" else None,
+        block=block if strategy == "block" else None,
+        targets=targets,
+    )
+
+
+def _bits(weights: Table) -> int:
+    bits = weights.integer("num_bits") if "num_bits" in weights.values else 8
+    if bits is None:
+        raise weights.fault("num_bits", "a whole number")
+    return bits
+
+
+def _inferred_format(group: Table, weights: Table, size: int | None) -> str:
+    """The library's `infer_module_format`."""
+    bits, type = _bits(weights), weights.text("type", "int").lower()
+    if type == "float" and (bits, size) in ((4, 32), (6, 32)):
+        return f"mxfp{bits}-pack-quantized"
+    if (type, bits, size) == ("float", 8, 32) and weights.text("scale_dtype", "").endswith("uint8"):
+        return "mxfp8-quantized"
+    if (type, bits, size) == ("float", 4, 16):
+        return "nvfp4-pack-quantized"
+    if "input_activations" in group:
+        return f"{type}-quantized"
+    return "pack-quantized" if type == "int" and 1 <= bits <= 8 else "naive-quantized"
+
+
+def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """The presets FP8_BLOCK (strategy `block`) and FP8_DYNAMIC (`channel`), for these Linears."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights: dict[str, Any] = {**common, "strategy": strategy, "dynamic": False}
+    inputs: dict[str, Any] = {**common, "dynamic": True}
+    if strategy == "block":
+        weights["block_structure"] = [128, 128]
+        inputs.update(strategy="group", group_size=128)
+    else:
+        inputs.update(strategy="token")
+    return compressed_table(
+        "float-quantized", {"weights": weights, "input_activations": inputs}, quantised, unquantised
+    )
+
+
+# What moonshotai's INT4 releases list since Kimi-K2-Thinking.
+KIMI_IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*")
+
+
+def packed_table(group_size: int, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """`pack-quantized` INT4 as in Kimi-K2-Thinking; its patterns where they say just what is meant."""
+    unquantised = both_names(unquantised)
+    hit = [name for name in (*unquantised, *both_names(quantised)) if any(matches(name, p) for p in KIMI_IGNORE)]
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+    return {
+        "quant_method": NAME,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
+        "ignore": list(KIMI_IGNORE) if hit == unquantised else unquantised,
+    }
+
+
+def int8_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """The preset INT8 (W8A8), for these Linears."""
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return compressed_table("int-quantized", {"weights": weights, "input_activations": inputs}, quantised, unquantised)
+
+
+def mx_table(bits: int, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """The presets MXFP4A16 and MXFP8A16: quantised weights, and activations as they come."""
+    weights = {"num_bits": bits, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    scales = {"dynamic": False, "scale_dtype": "torch.uint8"}
+    format = "mxfp4-pack-quantized" if bits == 4 else "mxfp8-quantized"
+    return compressed_table(format, {"weights": {**weights, **scales}}, quantised, unquantised)
+
+
+def compressed_table(
+    format: str, group: Mapping[str, Any], quantised: Iterable[str], unquantised: Iterable[str]
+) -> dict[str, Any]:
+    """The dialect with one config group for all the Linears that are quantised."""
+    return {
+        "quant_method": NAME,
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **group}},
+        "ignore": ignore_list(quantised, unquantised),
+    }
+
+
+# What llm-compressor's recipes for this architecture leave alone, in their words.
+USUAL_IGNORE = ("lm_head", r"re:.*\.gate$", "re:.*q_a_proj$", "re:.*kv_a_proj_with_mqa$", "re:.*embed_tokens$")
+
+
+def ignore_list(quantised: Iterable[str], unquantised: Iterable[str]) -> list[str]:
+    """`ignore`: the usual patterns as far as they hit nothing quantised, and names for the rest."""
+    quantised = tuple(both_names(quantised))
+    patterns = [p for p in USUAL_IGNORE if not any(matches(name, p) for name in quantised)]
+    rest = (name for name in both_names(unquantised) if not any(matches(name, p) for p in patterns))
+    return [*patterns, *rest]

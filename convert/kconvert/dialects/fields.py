@@ -1,0 +1,117 @@
+"""Values of a config.json, which anybody may have written: each is what it should be, or a sentence names its key."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kconvert.errors import KconvertError
+
+FILE = "config.json"
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
+
+
+def brief(value: Any) -> str:
+    """A value as a sentence can bear it, however long or deep it is."""
+    return _brief.repr(value)
+
+
+def key_path(path: str, key: str) -> str:
+    """The path of `key` in the table at `path`."""
+    if re.fullmatch(r"[\w-]{1,80}", key, re.ASCII):
+        return f"{path}.{key}" if path else key
+    return f"{path}[{brief(key)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A JSON object of config.json and the path of keys that leads to it."""
+
+    path: str
+    values: Mapping[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def fault(self, key: str, wanted: str) -> KconvertError:
+        """The sentence for a value that is not `wanted`."""
+        have = f"is {brief(self.values[key])}" if key in self.values else "is missing"
+        return KconvertError(f"{FILE}: {key_path(self.path, key)} {have}; {wanted} belongs there")
+
+    def table(self, key: str) -> Table:
+        """The table at `key`, which must be there."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.fault(key, "a table")
+        return Table(key_path(self.path, key), value)
+
+    def tables(self, key: str) -> Iterator[Table]:
+        """The tables of the list at `key`."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self.fault(key, "a list of tables")
+        for number, value in enumerate(values):
+            yield Table(f"{key_path(self.path, key)}[{number}]", value)
+
+    def text(self, key: str, default: str) -> str:
+        """The string at `key`; null counts as missing."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.fault(key, "a name")
+        return value
+
+    def integer(self, key: str) -> int | None:
+        """The whole number at `key`, which some tools write as 128.0 or "128"."""
+        value = self.values.get(key)
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
+            return int(value)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)
+        if value is not None and type(value) is not int:
+            raise self.fault(key, "a whole number")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The truth value at `key`."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.fault(key, "true or false")
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """The names and patterns at `key`, a list of them or one alone; none when it is missing."""
+        value = self.values.get(key)
+        names = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self.fault(key, "a list of names")
+        for name in names:
+            if name.startswith("re:") and not _is_expression(name[3:]):
+                path = key_path(self.path, key)
+                raise KconvertError(f"{FILE}: {path} has {brief(name)}, which is no regular expression; mend it there")
+        return tuple(names)
+
+    def block(self, key: str) -> tuple[int, int] | None:
+        """Rows and columns of a block; old files of compressed-tensors write "128x128"."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        sizes = value
+        if isinstance(value, str):
+            sizes = [int(size) for size in value.split("x")] if re.fullmatch("[0-9]{1,9}x[0-9]{1,9}", value) else []
+        if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise self.fault(key, "a pair of positive numbers, rows and columns,")
+        return sizes[0], sizes[1]
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, ValueError, OverflowError, RecursionError):
+        return False
+    return True

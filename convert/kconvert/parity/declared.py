@@ -1,0 +1,100 @@
+"""Whether config.json declares all codes that a checkpoint holds: judged from headers and config.json alone.
+
+This shares nothing with the way by which checkpoints are understood, so that what is overlooked there is seen here. Of the
+quantisation it asks only which modules it covers; compressed-tensors' own function matches their names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+
+Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is quantised
+FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
+NEVER_CODES = FLOATS | {"BOOL", "I64", "U64"}
+INTEGER_TABLES = {"tid2eid", "position_ids", "relative_position_index", "token_type_ids", "attn.bias", "masked_bias"}
+
+
+def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence for each tensor of codes that the checkpoint's config.json does not cover, or that has no scale beside it."""
+    covers = [cover for table in _tables(checkpoint.config) if (cover := _reader(table))]
+    modules: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in checkpoint.tensors.values():
+        modules[_module(tensor.name)].append(tensor)
+    for module, tensors in modules.items():
+        codes = [tensor for tensor in tensors if _holds_codes(tensor) and not _is_scale(tensor.name)]
+        scales = [tensor for tensor in tensors if _is_scale(tensor.name)]
+        names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
+        covered = any(cover(name) for cover in covers for name in names)
+        if codes and not covered:
+            yield _fault(checkpoint, codes[0], f"but {CONFIG_NAME} declares no quantisation of {module!r}")
+        elif codes and not scales:
+            yield _fault(checkpoint, codes[0], "but has no scale beside it")
+        elif scales and not codes and _holds_codes(scales[0]):
+            yield _fault(checkpoint, scales[0], "but there are no codes that it belongs to")
+
+
+def _fault(checkpoint: Checkpoint, tensor: Tensor, what: str) -> str:
+    return f"{checkpoint.root / tensor.file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, {what}"
+
+
+def _holds_codes(tensor: Tensor) -> bool:
+    if tensor.dtype in NEVER_CODES or any(tensor.name.endswith(name) for name in INTEGER_TABLES):
+        return False
+    return not tensor.dtype.startswith(("I", "U")) or len(tensor.shape) > 1
+
+
+def _is_scale(name: str) -> bool:
+    last = name.rpartition(".")[2].lower()
+    return "scale" in last or "zero" in last or "absmax" in last or last == "scb"
+
+
+def _module(tensor: str) -> str:
+    """The module that a tensor belongs to: its name without the last word, or what a stack's parts begin with."""
+    module, _, last = tensor.rpartition(".")
+    stem = last
+    for part in ("_scale_inv", "_scales", "_scale", "_blocks", "_packed", "_shape"):
+        stem = stem.removesuffix(part)
+    is_part = stem.startswith(("weight", "input_", "output_", "scale", "qweight", "qzeros"))
+    return module if is_part else f"{module}.{stem}"
+
+
+def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The quantisations that engines look for."""
+    nested = config.get("text_config")
+    for table in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(table.get(key), dict):
+                yield table[key]
+
+
+def _reader(table: Mapping[str, Any]) -> Covers | None:
+    """Which modules a quantisation covers; None where that is not known."""
+    method = table.get("quant_method", "compressed-tensors" if "config_groups" in table else None)
+    return {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "mxfp4": _fp8}.get(str(method), lambda _: None)(
+        table
+    )
+
+
+def _compressed_tensors(table: Mapping[str, Any]) -> Covers:
+    from compressed_tensors.utils.match import match_name
+
+    groups = [group for group in table.get("config_groups", {}).values() if isinstance(group, dict)]
+    targets = [target for group in groups if group.get("weights") for target in group.get("targets", ())]
+    by_class = any(target.isidentifier() for target in targets)
+    ignore = list(table.get("ignore") or ())
+
+    def covers(module: str) -> bool:
+        if any(match_name(module, name) for name in ignore):
+            return False
+        return by_class or any(match_name(module, target) for target in targets)
+
+    return covers
+
+
+def _fp8(table: Mapping[str, Any]) -> Covers:
+    left = frozenset(table.get("modules_to_not_convert") or table.get("ignored_layers") or ())
+    return lambda module: module not in left
