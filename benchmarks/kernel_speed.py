@@ -19,10 +19,10 @@ import torch_eager
 from common import GB, machine, spread, table
 from torch_eager import GROUP
 
-from kconvert.engine import TILE_BYTES
 from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
-from kconvert.formats.synthetic import Synthetic
+from kconvert.run.engine import TILE_BYTES
+from kconvert.targets.synthetic import Synthetic
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile

@@ -62,7 +62,7 @@ def main() -> None:
 
 def write_holes(folder: Path) -> None:
     """The whole checkpoint with true headers, index, config and side files, and holes for data."""
-    from kconvert.sample import SampleRecipe, plan_synthetic
+    from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
     plan = plan_synthetic(SampleRecipe(shard_size=SHARD_SIZE))
     for shard in plan.shards:

@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 
 import kconvert
 from kconvert import convert
-from kconvert.amx import open_amx
 from kconvert.cli import main
-from kconvert.repack import AmxRecipe, plan_repack, plan_resplit
+from kconvert.models.amx import open_amx
+from kconvert.targets.amx import AmxRecipe, plan_repack, plan_resplit
 
 HIDDEN, INTERMEDIATE = 256, 512
 Tree = Callable[[Path], dict[str, bytes]]

@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 
 from kconvert import Recipe, convert, plan
-from kconvert.sample import SampleRecipe, plan_synthetic
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 hypothesis.settings.register_profile(
     "kconvert", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING
 from kconvert.address import open_checkpoint
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.errors import CheckFailed, KconvertError
-from kconvert.hf import make_plan
-from kconvert.model import Model, understand
-from kconvert.plan import Plan
-from kconvert.recipe import Recipe
-from kconvert.verify import Report, verify
-from kconvert.version import __version__ as __version__
+from kconvert.models.model import Model, understand
+from kconvert.planning.plan import Plan
+from kconvert.proof.verify import Report, verify
+from kconvert.targets.hf import make_plan
+from kconvert.targets.recipe import Recipe
+from kconvert.version import __version__
 
 if TYPE_CHECKING:
-    from kconvert.transfer.disk import Needs
+    from kconvert.run.disk import Needs
 
 __all__ = [
     "CheckFailed",
@@ -84,8 +84,8 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
-    from kconvert.journal import pinned_commit
-    from kconvert.transfer.delivery import Delivery
+    from kconvert.run.delivery import Delivery
+    from kconvert.run.journal import pinned_commit
 
     return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
 
@@ -115,10 +115,10 @@ def check(
     KconvertError when it cannot be carried out: paths that overlap, a full disk, a budget that is too small, another
     checkpoint or another plan's unfinished output in `destination`. Writes nothing.
     """
-    from kconvert.journal import finished_shards
-    from kconvert.preflight import check_paths, check_side_files
-    from kconvert.transfer.delivery import Delivery
-    from kconvert.transfer.disk import survey
+    from kconvert.run.delivery import Delivery
+    from kconvert.run.disk import survey
+    from kconvert.run.journal import finished_shards
+    from kconvert.run.preflight import check_paths, check_side_files
 
     delivery = Delivery.to(destination, push)
     if not overwrite and (published := delivery.published(plan)):
@@ -164,13 +164,13 @@ def convert(
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     from concurrent.futures import ThreadPoolExecutor
 
-    from kconvert.engine import Limits, Run, warm_up
-    from kconvert.finalize import finalize
-    from kconvert.journal import Journal
-    from kconvert.parity.spot_check import SpotCheck
-    from kconvert.preflight import check_values
+    from kconvert.proof.spot_check import SpotCheck
     from kconvert.report.card import model_card
-    from kconvert.transfer.staging import Staging
+    from kconvert.run.engine import Limits, Run, warm_up
+    from kconvert.run.finalize import finalize
+    from kconvert.run.journal import Journal
+    from kconvert.run.preflight import check_values
+    from kconvert.run.staging import Staging
 
     needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
     delivery = needs.delivery

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from kconvert.checkpoint.hub_id import parse_hub_id
 from kconvert.checkpoint.source import Checkpoint, open_directory
+from kconvert.hub.ids import parse_hub_id
 
 
 def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -18,6 +18,6 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     place = parse_hub_id(os.fspath(path))
     if place is None or os.path.lexists(path):
         return open_directory(path, revision)
-    from kconvert.checkpoint.hub.repository import open_repository
+    from kconvert.hub.repository import open_repository
 
     return open_repository(place, revision)

@@ -24,23 +24,23 @@ from torch import nn
 
 import kconvert
 from kconvert.address import open_checkpoint
-from kconvert.catalogue import manifest_for
+from kconvert.checkpoint.files import PAGE
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.containers import Safetensors
 from kconvert.dialects import with_quantization
 from kconvert.dialects.compressed_tensors import packed_table
 from kconvert.errors import KconvertError
-from kconvert.files import PAGE
-from kconvert.finalize import finalize
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed
-from kconvert.journal import Journal
-from kconvert.model import natural_key
-from kconvert.plan import Plan
-from kconvert.recipe import DEFAULT_SHARD_SIZE, is_linear_role
-from kconvert.steps import Copy, Step, Transcode
-from kconvert.writer import ShardWriter
+from kconvert.models.catalogue import manifest_for
+from kconvert.models.model import natural_key
+from kconvert.planning.containers import Safetensors
+from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.run.finalize import finalize
+from kconvert.run.journal import Journal
+from kconvert.run.writer import ShardWriter
+from kconvert.targets.recipe import DEFAULT_SHARD_SIZE, is_linear_role
 from kconvert_qat.attach import Coverage, adapters_of, coverage
 from kconvert_qat.config import CONFIG_NAME as QAT_CONFIG_NAME
 from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors, published_spelling

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kconvert.catalogue import manifest_for
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.dialects import KEYS, Scheme, quantization_tables, read_quantization
+from kconvert.dialects import KEYS, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import QUANTISED_SUFFIXES, from_scheme
+from kconvert.formats.base import Scheme
 from kconvert.formats.packed import Packed
+from kconvert.models.catalogue import manifest_for
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
 

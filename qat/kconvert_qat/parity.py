@@ -12,8 +12,8 @@ from torch import nn
 
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
-from kconvert.parity.logits import Agreement, Routing, agreement, expert_modules, overlap
-from kconvert.parity.metrics import sqnr
+from kconvert.proof.logits import Agreement, Routing, agreement, expert_modules, overlap
+from kconvert.proof.parity.metrics import sqnr
 from kconvert_qat.attach import Coverage
 from kconvert_qat.experts import ExpertWeight
 from kconvert_qat.grid import fake_quantise

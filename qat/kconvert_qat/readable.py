@@ -22,9 +22,9 @@ from torch import nn
 from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
-from kconvert.model import understand
-from kconvert.plan import Plan
-from kconvert.steps import Transcode
+from kconvert.models.model import understand
+from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Transcode
 from kconvert_qat.names import base_model, plain_class
 
 Shapes: TypeAlias = dict[str, torch.Tensor]

@@ -12,8 +12,9 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStra
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 
 from kconvert import KconvertError
-from kconvert.dialects import Scheme, read_quantization
+from kconvert.dialects import read_quantization
 from kconvert.dialects.presets import PRESETS
+from kconvert.formats.base import Scheme
 
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 TABLE = {

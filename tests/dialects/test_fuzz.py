@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kconvert import KconvertError
-from kconvert.catalogue import load_manifests, manifest_for
 from kconvert.dialects import declared_beside, quantization_tables, read_quantization, without_quantization
 from kconvert.dialects.compressed_tensors import compressed_fp8_table, int8_table, mx_table, packed_table
 from kconvert.dialects.unread import UNREAD
 from kconvert.formats import from_scheme
+from kconvert.models.catalogue import load_manifests, manifest_for
 
 # fmt: off
 KEYS = [

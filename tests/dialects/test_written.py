@@ -14,8 +14,8 @@ from kconvert.dialects import with_quantization
 from kconvert.dialects.compressed_tensors import compressed_fp8_table, ignore_list
 from kconvert.dialects.fp8 import fp8_table
 from kconvert.formats.dense import Dense
-from kconvert.model import Model, understand
-from kconvert.sample import SampleRecipe, plan_synthetic
+from kconvert.models.model import Model, understand
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from spellings import NAMES
 
 from kconvert import Recipe, convert, inspect, plan, verify
-from kconvert.inventory import take_inventory
+from kconvert.proof.inventory import take_inventory
 
 Tensors = dict[str, torch.Tensor]
 Write = Callable[..., Path]

@@ -12,8 +12,8 @@ import torch
 from spellings import BLOCKS, FP8, declared, fp8_codes
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert.inventory import take_inventory
-from kconvert.repack import AmxRecipe, plan_repack
+from kconvert.proof.inventory import take_inventory
+from kconvert.targets.amx import AmxRecipe, plan_repack
 
 Write = Callable[..., Path]
 

@@ -12,8 +12,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.dialects import Scheme
 from kconvert.formats import recognise
+from kconvert.formats.base import Scheme
 from kconvert.formats.int8 import Int8
 from kconvert.formats.reference import int8 as reference
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from kconvert.dialects import Scheme
 from kconvert.formats import recognise
+from kconvert.formats.base import Scheme
 from kconvert.formats.kernels import mx as kernels
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4

@@ -27,7 +27,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
-    from kconvert.checkpoint.hub import client
+    from kconvert.hub import client
 
     home = tmp_path / "hf"
     with Hub() as hub:

@@ -5,10 +5,10 @@ import threading
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.containers import Shard
-from kconvert.plan import Plan
-from kconvert.steps import Copy, Place
-from kconvert.transfer.budget import Ledger, make_schedule
+from kconvert.planning.containers import Shard
+from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Copy, Place
+from kconvert.run.budget import Ledger, make_schedule
 
 SIZES = st.integers(1, 50)
 

@@ -45,7 +45,7 @@ def test_a_conversion_survives_faults_in_every_file(hub, remote, command, whole,
 def test_the_clients_own_errors_are_known_whichever_http_library_it_has():
     from huggingface_hub.errors import HfHubHTTPError
 
-    from kconvert.checkpoint.hub import client
+    from kconvert.hub import client
 
     assert issubclass(HfHubHTTPError, client.httpx.HTTPError)
 
@@ -93,7 +93,7 @@ def test_what_does_not_pass_is_one_sentence_and_a_rerun_goes_on(
 
 
 def test_the_waits_grow_and_are_bounded(hub, remote, command, monkeypatch):
-    from kconvert.checkpoint.hub import client
+    from kconvert.hub import client
 
     monkeypatch.setattr(client, "BACKOFF", (0.01, 0.02))
     hub.fail("/api/", status(500), times=1000)

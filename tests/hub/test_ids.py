@@ -2,7 +2,7 @@
 
 import pytest
 
-from kconvert.checkpoint.hub_id import HubId, parse_destination, parse_hub_id
+from kconvert.hub.ids import HubId, parse_destination, parse_hub_id
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kconvert.parity import processes
+from kconvert.proof import processes
 
 from .server import Content
 
@@ -37,7 +37,7 @@ def test_inspect_and_dry_run_fetch_headers_and_no_weights(hub, remote, command, 
 def test_the_size_of_the_index_tells_how_much_to_ask_for_at_first(
     hub, remote, command, int4, monkeypatch, share, requests
 ):
-    from kconvert.checkpoint.hub import repository
+    from kconvert.hub import repository
 
     sizes = [8 + int.from_bytes(path.open("rb").read(8), "little") for path in int4.glob("*.safetensors")]
     longest = max(sizes) / ((int4 / INDEX).stat().st_size / len(sizes))

@@ -233,7 +233,7 @@ def test_a_destination_on_the_hub_that_is_done_is_not_done_again(hub, finished, 
 def test_what_a_run_that_was_killed_after_its_commit_has_left_is_cleared_away(
     hub, remote, command, tmp_path, monkeypatch
 ):
-    from kconvert.transfer.delivery import Delivery
+    from kconvert.run.delivery import Delivery
 
     arguments = ("int4-to-bf16", remote, f"hf://{OUT}", *SHARDS)
     with monkeypatch.context() as patch:

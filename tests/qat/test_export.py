@@ -11,7 +11,7 @@ import kconvert
 from kconvert.address import open_checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.reference import packed as reference
-from kconvert.sample import SampleRecipe, plan_synthetic
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 from kconvert_qat import QATConfig, coverage, export, prepare
 from kconvert_qat.attach import attached_to
 from kconvert_qat.export import plan_export

@@ -18,7 +18,7 @@ from click.testing import Result
 
 import kconvert
 from kconvert import convert
-from kconvert.repack import AmxRecipe, plan_repack
+from kconvert.targets.amx import AmxRecipe, plan_repack
 
 Run = Callable[..., Result]
 UP, DOWN = "blk.2.ffn_up_exps.1", "blk.1.ffn_down_exps.0"  # [512, 256] and [256, 512]

@@ -1,1 +1,1 @@
-"""Checkpoints at rest: headers, files, configuration."""
+"""Checkpoints at rest: containers, files, reads of any byte range."""

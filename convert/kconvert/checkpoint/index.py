@@ -18,7 +18,7 @@ from kconvert.checkpoint.lookalikes import is_adapter_file, is_consolidated, wha
 from kconvert.errors import KconvertError
 
 if TYPE_CHECKING:
-    from kconvert.checkpoint.source import Tensor
+    from kconvert.checkpoint.safetensors import Tensor
 
 LONE_NAME = "model.safetensors"
 SET_PREFIX = "model-"

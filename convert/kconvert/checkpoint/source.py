@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from kconvert.checkpoint.directory import list_directory, snapshot
-from kconvert.checkpoint.header import Entry, read_header
+from kconvert.checkpoint.files import PAGE, is_directory, open_direct, read_at
 from kconvert.checkpoint.index import choose_files, compare_index, is_one_set, read_weight_map
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
 from kconvert.checkpoint.lookalikes import check_no_adapter
+from kconvert.checkpoint.safetensors import Entry, Tensor, read_header
 from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.files import PAGE, is_directory, open_direct, read_at
 
 __all__ = [
     "CONFIG_NAME",
@@ -32,21 +32,6 @@ __all__ = [
 ]
 
 KEPT_OPEN = 256  # descriptors; a process may have 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """An entry of a safetensors file; `start` counts bytes from the beginning of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    nbytes: int
-
-    def __str__(self) -> str:
-        return f"{self.file}: tensor {self.name!r}"
 
 
 @dataclass(frozen=True)

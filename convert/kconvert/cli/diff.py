@@ -15,7 +15,7 @@ from kconvert.cli.options import json_option, links_option, location, quiet_opti
 from kconvert.cli.running import progress
 
 if TYPE_CHECKING:
-    from kconvert.diff import Change, Difference
+    from kconvert.proof.diff import Change, Difference
 
 BAR = 30
 KEYS = 12  # of config.json, most that are listed
@@ -38,7 +38,7 @@ def diff(before: str, after: str, headers: bool, limit: int, as_json: bool, quie
     \b
     Example: kconvert diff ./Kimi-K2-Thinking ./Kimi-K2-Thinking-again
     """
-    from kconvert.diff import diff as compare
+    from kconvert.proof.diff import diff as compare
 
     total = 0 if headers else sum(path.stat().st_size for path in Path(after).glob("*.safetensors"))
     with progress(total, quiet or headers) as advance:

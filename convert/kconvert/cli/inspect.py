@@ -13,7 +13,7 @@ import click
 from kconvert.cli.options import json_option, links_option, location, report_option, revision_option
 
 if TYPE_CHECKING:
-    from kconvert.model import Model
+    from kconvert.models.model import Model
 
 
 @click.command()
@@ -31,9 +31,9 @@ def inspect(source: str, revision: str | None, report: Path | None, as_json: boo
     Example: kconvert inspect ./Kimi-K2-Thinking --report inventory.html
     """
     import kconvert
-    from kconvert.amx import is_amx, open_amx
+    from kconvert.models.amx import is_amx, open_amx
     from kconvert.report import check_report_path
-    from kconvert.summary import summarise, summarise_amx
+    from kconvert.report.summary import summarise, summarise_amx
 
     if is_amx(Path(source)):
         if report is not None:
@@ -50,7 +50,7 @@ def inspect(source: str, revision: str | None, report: Path | None, as_json: boo
 
 
 def _write_report(model: Model, path: Path) -> None:
-    from kconvert.inventory import take_inventory
+    from kconvert.proof.inventory import take_inventory
     from kconvert.report import write_report
     from kconvert.report.document import inspect_document
 

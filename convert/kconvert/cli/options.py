@@ -12,9 +12,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from kconvert.checkpoint.directory import links_allowed
-from kconvert.files import exists, is_directory
+from kconvert.checkpoint.files import exists, is_directory
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.recipe import SCALES, TARGETS
+from kconvert.targets.recipe import SCALES, TARGETS
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

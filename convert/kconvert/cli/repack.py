@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from kconvert.amx import METHODS
 from kconvert.cli.options import links_option, location, output_options, revision_option
 from kconvert.cli.running import carry_out, pinned
-from kconvert.recipe import SCALES
-from kconvert.repack import FORMS
+from kconvert.models.amx import METHODS
+from kconvert.targets.amx import FORMS
+from kconvert.targets.recipe import SCALES
 
 
 @click.command("repack-amx")
@@ -58,8 +58,8 @@ def _repack(
     source: str, destination: str, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
 ) -> None:
     import kconvert
-    from kconvert.repack import AmxRecipe, plan_repack
-    from kconvert.summary import launch_command
+    from kconvert.report.summary import launch_command
+    from kconvert.targets.amx import AmxRecipe, plan_repack
 
     chosen = {name: options.pop(name) for name in ("scales", "form", "with_rest")}
     recipe = AmxRecipe(method, numa, shard_size=shard_size, **chosen)
@@ -70,9 +70,9 @@ def _repack(
 def _resplit(
     source: str, destination: str, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
 ) -> None:
-    from kconvert.amx import open_amx
-    from kconvert.repack import plan_resplit
-    from kconvert.summary import launch_command
+    from kconvert.models.amx import open_amx
+    from kconvert.report.summary import launch_command
+    from kconvert.targets.amx import plan_resplit
 
     if revision is not None:
         raise click.UsageError("--revision is for SRC; leave it out with --from-amx")

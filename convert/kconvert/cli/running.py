@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from kconvert.plan import Plan
+    from kconvert.planning.plan import Plan
 
 
 def pinned(source: str, destination: str, revision: str | None, *, overwrite: bool, **_: Any) -> str | None:
@@ -42,8 +42,8 @@ def carry_out(
     `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
     """
     import kconvert
-    from kconvert.summary import Outcome, describe_plan
-    from kconvert.transfer.delivery import Delivery
+    from kconvert.report.summary import Outcome, describe_plan
+    from kconvert.run.delivery import Delivery
 
     delivery = Delivery.to(destination, terms["push"])
     if dry_run or (verbose and not as_json):

@@ -49,7 +49,7 @@ def sample(
     Example: kconvert sample ./tiny --layers 3 --experts 8 --hidden 512 --vocab 1024
     """
     from kconvert.address import open_checkpoint
-    from kconvert.sample import SampleRecipe, plan_cut, plan_synthetic
+    from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
     given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}
     sizes = {name: size for name, size in given.items() if size is not None}

@@ -24,11 +24,11 @@ from kconvert.cli.options import (
 )
 from kconvert.cli.running import progress
 from kconvert.errors import CheckFailed, counted
-from kconvert.parity.metrics import CEILINGS, FLOORS, Errors, spelled
+from kconvert.proof.parity.metrics import CEILINGS, FLOORS, Errors, spelled
 
 if TYPE_CHECKING:
-    from kconvert.parity.logits import Agreement, LogitsReport
-    from kconvert.verify import Report
+    from kconvert.proof.logits import Agreement, LogitsReport
+    from kconvert.proof.verify import Report
 
 
 class Bound(click.ParamType[tuple[str, float]]):
@@ -60,8 +60,8 @@ def standard_options(function: Command) -> Command:
         fail_over: tuple[tuple[str, float], ...],
         **options: Any,
     ) -> Any:
-        from kconvert.parity.compare import Standard
-        from kconvert.parity.metrics import Limits
+        from kconvert.proof.parity.compare import Standard
+        from kconvert.proof.parity.metrics import Limits
 
         limits = Limits(dict(fail_under), dict(fail_over))
         return function(standard=Standard(not (close or fail_under or fail_over), limits), **options)
@@ -121,8 +121,8 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
-    from kconvert.amx import KT_GLOB, is_amx
-    from kconvert.parity.logits import compare_logits
+    from kconvert.models.amx import KT_GLOB, is_amx
+    from kconvert.proof.logits import compare_logits
     from kconvert.report import check_report_path
 
     if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):

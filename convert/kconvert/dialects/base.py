@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from typing import Protocol
 
 from kconvert.dialects.fields import Table
+from kconvert.formats.base import Scheme
 
 PATTERN = "re:"
 # Classes of a module, itself and what it inherits from, as torch calls them. A checkpoint knows names only: all that it has
@@ -40,28 +41,6 @@ class Dialect(Protocol):
     def read(self, table: Table) -> QuantizationConfig:
         """What the table says; KconvertError naming the key when it makes no sense."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
-
-    `block` is its block_structure. DeepSeek's dialect is the format `fp8`.
-    """
-
-    format: str
-    num_bits: int = 8
-    type: str = "int"
-    symmetric: bool = True
-    strategy: str = "tensor"
-    group_size: int | None = None
-    targets: tuple[str, ...] = ("Linear",)
-    block: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        size = f" {self.group_size}" if self.group_size else " {}x{}".format(*self.block) if self.block else ""
-        sign = "" if self.symmetric else " asymmetric"
-        return f"{self.format} {self.type}{self.num_bits} {self.strategy}{size}{sign}"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kconvert.dialects.base import QuantizationConfig, Scheme, both_names, matches
+from kconvert.dialects.base import QuantizationConfig, both_names, matches
 from kconvert.dialects.fields import FILE, Table, brief
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
+from kconvert.formats.base import Scheme
 
 NAME = "compressed-tensors"
 METHODS: tuple[str, ...] = (NAME,)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from kconvert.dialects.base import QuantizationConfig, Scheme, both_names
+from kconvert.dialects.base import QuantizationConfig, both_names
 from kconvert.dialects.fields import FILE, Table, brief
 from kconvert.errors import KconvertError
+from kconvert.formats.base import Scheme
 
 METHODS: tuple[str, ...] = ("fp8",)
 SIGNS: frozenset[str] = frozenset()

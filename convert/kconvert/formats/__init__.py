@@ -10,7 +10,7 @@ from kconvert.formats.base import Family, Format, Found, Part, parts_of, tensor_
 from kconvert.formats.companions import COMPANIONS
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
+    from kconvert.formats.base import Scheme
 
 __all__ = [
     "COMPANIONS",

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kconvert.dialects.base import Scheme
-
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]
 
@@ -172,6 +170,28 @@ def check_groups(cols: int, size: int | None) -> None:
 def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
     """`format.parts(rows, cols)`, shared: a model has 70,000 weights in a handful of shapes."""
     return format.parts(rows, cols)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
+
+    `block` is its block_structure. DeepSeek's dialect is the format `fp8`.
+    """
+
+    format: str
+    num_bits: int = 8
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str = "tensor"
+    group_size: int | None = None
+    targets: tuple[str, ...] = ("Linear",)
+    block: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        size = f" {self.group_size}" if self.group_size else " {}x{}".format(*self.block) if self.block else ""
+        sign = "" if self.symmetric else " asymmetric"
+        return f"{self.format} {self.type}{self.num_bits} {self.strategy}{size}{sign}"
 
 
 class Family(Protocol):

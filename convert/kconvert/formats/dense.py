@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from kconvert.formats.base import Fate, Format, Part, check_form
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"weight"})
 DTYPES = ("BF16", "F16", "F32")

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING
 from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SCALES = ("weight_scale_inv", "weight_scale")
 SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})

@@ -24,8 +24,7 @@ from kconvert.formats.conventions import Convention
 from kconvert.formats.packed import SCALE_CODES
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"weight", "weight_scale", ZERO_POINT})
 KINDS = frozenset((format, "int") for format in ("int-quantized", "naive-quantized"))

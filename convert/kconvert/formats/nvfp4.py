@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, unused_zero_points
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 GROUP = 16
 SUFFIXES = frozenset({"weight_packed", "weight_scale", "weight_global_scale", ZERO_POINT})

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"weight_packed", "weight_scale", ZERO_POINT, "weight_g_idx", "weight_shape"})
 KINDS = frozenset({("pack-quantized", "int")})

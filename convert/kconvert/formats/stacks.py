@@ -21,8 +21,7 @@ from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.mx import GROUP, Mx
 
 if TYPE_CHECKING:
-    from kconvert.dialects.base import Scheme
-    from kconvert.formats.base import Bytes, Found, Tile
+    from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"", "_blocks", "_scales"})
 KINDS: frozenset[tuple[str, str]] = frozenset()

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kconvert.checkpoint.files import write_file
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.files import write_file
 
 SUFFIXES = (".html", ".json")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kconvert.checkpoint.hub_id import HubId, parse_hub_id
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import human
 from kconvert.formats.base import FATES
-from kconvert.parity.spot_check import Parity, parity_of
-from kconvert.plan import Plan
+from kconvert.hub.ids import HubId, parse_hub_id
+from kconvert.planning.plan import Plan
+from kconvert.proof.spot_check import Parity, parity_of
 from kconvert.version import __version__
 
 # Fields that are as true of the converted model.
@@ -19,7 +19,7 @@ CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 
 def model_card(title: str, plan: Plan, command: str, records: Iterable[Mapping[str, Any]]) -> str:
     """The card's text; `command` is what the user typed, `records` are what the journal has of the shards."""
-    from kconvert.checkpoint.hub.front_matter import write_fields
+    from kconvert.hub.front_matter import write_fields
 
     base = parse_hub_id(plan.source.name) if plan.source is not None else None
     fields = {key: value for key, value in _fields(plan.source).items() if key in CARRIED and value}
@@ -33,7 +33,7 @@ def model_card(title: str, plan: Plan, command: str, records: Iterable[Mapping[s
 
 def _fields(source: Checkpoint | None) -> Mapping[str, Any]:
     """Those of the source's own card."""
-    from kconvert.checkpoint.hub.front_matter import CARD, read_fields
+    from kconvert.hub.front_matter import CARD, read_fields
 
     return {} if source is None or CARD not in source.side_files else read_fields(source.side_file(CARD))
 

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from kconvert.inventory import Inventory
-from kconvert.journal import provenance
-from kconvert.model import Model, format_counts
-from kconvert.parity.codes import QUARTERS
-from kconvert.parity.compare import Comparison
-from kconvert.parity.logits import LogitsReport
-from kconvert.parity.metrics import Errors, Spread
-from kconvert.summary import summarise
-from kconvert.verify import Excerpt, Report
+from kconvert.models.model import Model, format_counts
+from kconvert.proof.inventory import Inventory
+from kconvert.proof.logits import LogitsReport
+from kconvert.proof.parity.codes import QUARTERS
+from kconvert.proof.parity.compare import Comparison
+from kconvert.proof.parity.metrics import Errors, Spread
+from kconvert.proof.verify import Excerpt, Report
+from kconvert.report.summary import summarise
+from kconvert.run.journal import provenance
 from kconvert.version import __version__
 
 

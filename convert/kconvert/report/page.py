@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from kconvert.errors import human
-from kconvert.parity.metrics import NAMES, spelled
+from kconvert.proof.parity.metrics import NAMES, spelled
 from kconvert.report import plots
 
 TABLE_ROWS = 2000  # the worst ones; all of them would make a page of many megabytes

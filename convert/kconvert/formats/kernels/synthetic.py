@@ -1,4 +1,4 @@
-"""Made-up values; see formats.synthetic."""
+"""Made-up values; see targets.synthetic."""
 
 from __future__ import annotations
 

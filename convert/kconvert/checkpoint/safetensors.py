@@ -1,0 +1,215 @@
+"""The safetensors header: parse, lay out, encode.
+
+Format: https://github.com/huggingface/safetensors#format. A file is an 8-byte little-endian length N, N bytes of JSON
+`{name: {"dtype", "shape", "data_offsets": [start, stop]}, "__metadata__": {str: str}}`, then the tensors' bytes. Offsets
+count from the end of the header and must cover the data without gap or overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kconvert.checkpoint.files import PAGE
+from kconvert.errors import KconvertError
+from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+LENGTH = struct.Struct("<Q")
+(LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a header; `start` counts bytes from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An entry of one of a checkpoint's files; `start` counts bytes from the beginning of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.name!r}"
+
+
+def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list[Entry]:
+    """Parse the header of `file`, `size` bytes long, whose bytes `read(start, nbytes)` delivers.
+
+    Raises KconvertError, naming the file and the tensor, for everything that is not a whole and sound safetensors file.
+    """
+    if size < LENGTH.size:
+        raise KconvertError(f"{file}: {size} bytes are too few for a safetensors file; fetch it again")
+    (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    if length == LFS_POINTER:
+        raise KconvertError(f"{file} is a pointer of Git LFS, not the file itself; fetch that with `git lfs pull`")
+    if length > MAX_HEADER_BYTES:
+        raise KconvertError(
+            f"{file}: its header claims {length} bytes, over the limit of {MAX_HEADER_BYTES}; this is no safetensors file"
+        )
+    if LENGTH.size + length > size:
+        raise KconvertError(
+            f"{file}: its header claims {length} bytes but the file has {size}; it is truncated, fetch it again"
+        )
+    return parse_header(file, size, read(LENGTH.size, length))
+
+
+def read_metadata(read: Callable[[int, int], bytes]) -> dict[str, Any]:
+    """What the header of a sound file says of the file as a whole."""
+    (length,) = LENGTH.unpack(read(0, LENGTH.size))
+    metadata = json.loads(read(LENGTH.size, length)).get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
+    """Parse the JSON of a header, in the order of the data; see read_header."""
+    try:
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise KconvertError(f"{file}: its header is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(table, dict):
+        raise KconvertError(f"{file}: its header is not a JSON object; this is no safetensors file")
+    table.pop("__metadata__", None)
+    data_start = LENGTH.size + len(text)
+    entries = [_entry(file, name, info, data_start) for name, info in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    _check_cover(file, size, entries, data_start)
+    return entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it names {name!r} twice")
+    return table
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
+    """One of some 200,000 in a large checkpoint, so what is sound takes the short way through the checks."""
+    try:
+        dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
+        sound = (
+            len(info) == 3
+            and type(shape) is list
+            and type(start) is type(stop) is int
+            and start >= 0
+            and name.isprintable()
+        )
+        for size in shape:
+            sound = sound and type(size) is int and size >= 0
+        if sound and _elements(shape) * DTYPE_BITS[dtype] == 8 * (stop - start):
+            return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+    except (KeyError, TypeError, ValueError):
+        pass
+    return _doubtful_entry(file, name, info, data_start)
+
+
+def _doubtful_entry(file: str, name: str, info: Any, data_start: int) -> Entry:
+    """The same with every check by itself, to say what is wrong."""
+    where = f"{file}: tensor {name!r}"
+    if not name.isprintable() and not _is_unicode(name):
+        raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise KconvertError(f"{where} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise KconvertError(f"{where} has the shape {shape!r}, which is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise KconvertError(f"{where} has the data_offsets {offsets!r}, which are not two sizes")
+    start, stop = offsets
+    if _elements(shape) * DTYPE_BITS[dtype] != 8 * (stop - start):
+        raise KconvertError(f"{where} is {dtype} {shape[:8]}, but its data_offsets span {stop - start} bytes")
+    return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _elements(shape: list[int]) -> int:
+    """The product of the sizes, cut short once it is larger than any file: hostile shapes take no time."""
+    count = 1
+    for size in shape if 0 not in shape else ():
+        count *= size
+        if count >= 1 << 64:
+            break
+    return 0 if 0 in shape else count
+
+
+def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) -> None:
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            fault = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+            raise KconvertError(f"{file}: tensor {entry.name!r} {fault}; the file is damaged, fetch it again")
+        position += entry.nbytes
+    if position != size:
+        fault = "is truncated" if position > size else "has bytes that no tensor owns"
+        raise KconvertError(
+            f"{file} {fault}: its header describes {position} bytes, the file has {size}; fetch it again"
+        )
+
+
+def _disorder(tensor: tuple[str, str, tuple[int, ...]]) -> tuple[bool, int]:
+    """How far back in its file a tensor belongs."""
+    _, dtype, shape = tensor
+    return tensor_bytes(dtype, shape) % PAGE != 0, -DTYPE_BITS[dtype]
+
+
+def layout(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Entry]]:
+    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the entries in file order.
+
+    The header is padded with spaces to a page and tensors of whole pages come first, so that these begin on page boundaries
+    and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
+    otherwise the given order stays.
+    """
+    ordered = sorted(tensors, key=_disorder)
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape in ordered:
+        stop = position + tensor_bytes(dtype, shape)
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    data_start = math.ceil((LENGTH.size + len(text)) / PAGE) * PAGE
+    if data_start - LENGTH.size > MAX_HEADER_BYTES:
+        raise KconvertError(
+            f"a shard of {len(ordered)} tensors needs a header over {MAX_HEADER_BYTES} bytes; choose a smaller --shard-size"
+        )
+    header = LENGTH.pack(data_start - LENGTH.size) + text.ljust(data_start - LENGTH.size)
+    entries = []
+    position = data_start
+    for name, dtype, shape in ordered:
+        entries.append(Entry(name, dtype, shape, position, tensor_bytes(dtype, shape)))
+        position += entries[-1].nbytes
+    return header, entries

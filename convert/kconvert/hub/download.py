@@ -1,0 +1,125 @@
+"""Files of the Hub to the disk: whole ones checked against their digest, of others the byte ranges that are wanted.
+
+A file grows from its beginning, ranges in ascending order with holes between them, so its length says what is there; a
+process that is killed leaves a file that the next one goes on with.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+from kconvert.checkpoint.listing import FileStat
+from kconvert.errors import KconvertError, explain_os_error
+from kconvert.hub.client import transfer
+from kconvert.hub.digests import feed, new_digest, says
+from kconvert.hub.ids import HubId
+
+ATTEMPTS = 3  # at a file whose digest is wrong
+
+Extent = tuple[int, int]  # first byte, and the one after the last
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """What of a file is wanted; all of it when the extents are one from 0 to its size."""
+
+    file: str
+    stat: FileStat
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stop - start for start, stop in self.extents)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.extents == ((0, self.stat.nbytes),)
+
+
+def cached(place: HubId, file: str) -> Path | None:
+    """Where the Hub's cache has the file of this commit."""
+    found = huggingface_hub.try_to_load_from_cache(place.repo, file, revision=place.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def cache_blob(place: HubId, stat: FileStat) -> Path:
+    """Where the Hub's cache keeps a file of this content."""
+    folder = repo_folder_name(repo_id=place.repo, repo_type="model")
+    return Path(constants.HF_HUB_CACHE, folder, "blobs", stat.stamp.partition(":")[2])
+
+
+def fetch(
+    place: HubId,
+    wanted: Fetch,
+    target: Path,
+    partial: Path,
+    stopped: threading.Event,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Bring what is wanted to `target`, which appears complete and durable, or not at all; until then it is `partial`.
+
+    `advance` is called with bytes that have arrived. KconvertError when `stopped` is set meanwhile.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # against another process that fills the same cache
+            if target.exists():
+                return
+            for _ in range(ATTEMPTS):
+                if _fill(place, wanted, file.fileno(), partial, stopped, advance or (lambda nbytes: None)):
+                    os.fsync(file.fileno())
+                    os.rename(partial, target)
+                    return
+                os.ftruncate(file.fileno(), 0)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot write {target}") from None
+    raise KconvertError(
+        f"{wanted.file} of {place} arrived {ATTEMPTS} times with another content than the Hub's list describes; run the "
+        "same command again later, what is done is kept"
+    )
+
+
+def _fill(
+    place: HubId,
+    wanted: Fetch,
+    descriptor: int,
+    partial: Path,
+    stopped: threading.Event,
+    advance: Callable[[int], None],
+) -> bool:
+    """Append what is missing; whether the whole is right, as far as that can be told."""
+    have = os.fstat(descriptor).st_size
+    digest = new_digest(wanted.stat)
+    if wanted.is_whole:
+        feed(digest, partial)
+
+    def take(chunk: bytes) -> None:
+        nonlocal have
+        if stopped.is_set():
+            raise KconvertError(f"the download of {wanted.file} was stopped")
+        view = memoryview(chunk)
+        while view:
+            count = os.pwrite(descriptor, view, have)
+            have, view = have + count, view[count:]
+        digest.update(chunk)
+        advance(len(chunk))
+
+    for start, stop in _missing(wanted.extents, have):
+        have = start
+        transfer(place, wanted.file, start, stop, take, stopped)
+    return not wanted.is_whole or says(digest, wanted.stat)
+
+
+def _missing(extents: Sequence[Extent], have: int) -> list[Extent]:
+    """What of the extents lies beyond the first `have` bytes of the file."""
+    return [(max(start, have), stop) for start, stop in extents if stop > have]

@@ -1,0 +1,240 @@
+"""A checkpoint understood: its tensors gathered into weights, each with role, shape and format.
+
+Nothing is guessed: a tensor that no rule owns, a missing part or a shape that disagrees is an error naming it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import NoReturn
+
+from kconvert import formats
+from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.dialects import QuantizationConfig, declared_beside
+from kconvert.errors import KconvertError
+from kconvert.formats import Format, Part, parts_of
+from kconvert.formats.base import Scheme
+from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
+from kconvert.models.copies import undecoded
+from kconvert.models.manifest import Manifest, Match, Names
+from kconvert.models.roles import Role, guess
+from kconvert.models.sorting import Plain, shows_experts, sort_out
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
+
+    `companions` lie beside it and do not enter its values; see formats.companions.
+    """
+
+    name: str
+    role: str
+    rows: int
+    cols: int
+    format: Format
+    tensors: tuple[Tensor, ...]
+    layer: int | None = None
+    expert: int | None = None
+    companions: tuple[Tensor, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return parts_of(self.format, self.rows, self.cols)
+
+    @property
+    def copied(self) -> tuple[Tensor, ...]:
+        """What a copy of the weight as it is consists of: beside values that are plain, scales of activations mean nothing."""
+        return (*self.tensors, *self.companions) if self.format.quantised else self.tensors
+
+
+@dataclass(frozen=True)
+class Model:
+    """`weights` and `plain` in natural order of their names; `dropped` are the tensors that a conversion leaves behind.
+
+    `findings` say how the checkpoint's names differ from those of the model's manifest, if they do.
+    """
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    quantization: QuantizationConfig
+    weights: tuple[Weight, ...]
+    plain: tuple[Plain, ...]
+    dropped: tuple[Tensor, ...]
+    findings: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Weights and plain tensors' elements: what people call the size of the model."""
+        weights = sum(weight.rows * weight.cols for weight in self.weights)
+        return weights + sum(math.prod(plain.tensor.shape) for plain in self.plain)
+
+    def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
+        """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`."""
+        include, exclude = tuple(include), tuple(exclude)
+        if not include and not exclude:
+            return self
+
+        def wanted(name: str) -> bool:
+            hit = not include or any(fnmatchcase(name, glob) for glob in include)
+            return hit and not any(fnmatchcase(name, glob) for glob in exclude)
+
+        weights = tuple(weight for weight in self.weights if wanted(weight.name))
+        plain = tuple(plain for plain in self.plain if wanted(plain.tensor.name))
+        if not weights and not plain:
+            raise KconvertError("--include and --exclude leave no tensor; `kconvert inspect` lists the names' patterns")
+        return replace(self, weights=weights, plain=plain)
+
+
+@lru_cache(maxsize=4096)
+def _recognise(
+    scheme: Scheme | None, facts: tuple[tuple[str, str, tuple[int, ...]], ...], shape: tuple[int, int] | None
+) -> tuple[Format, int, int, tuple[Part, ...], Part | None]:
+    """`formats.recognise`, the parts and the first that is not as it must be, of (suffix, dtype, shape) triples; shared for
+    the same reason."""
+    found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
+    format, (rows, cols) = formats.recognise(scheme, found, shape)
+    parts = parts_of(format, rows, cols)
+    return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
+
+
+DIGITS = re.compile(r"(\d+)")
+
+
+def natural_key(name: str) -> list[str | int]:
+    """Sorts layer 2 before layer 10."""
+    return [int(piece) if piece.isdigit() else piece for piece in DIGITS.split(name)]
+
+
+def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
+    """Gather the checkpoint's tensors into weights; KconvertError for the first thing that does not fit.
+
+    The names are those of the model's manifest. What has more names is read by its own quantization_config and dtypes as far
+    as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
+    A `partial` checkpoint may lack some of the model's weights.
+    """
+    manifest = manifest_for(checkpoint.config)
+    names = manifest.bind(checkpoint.config)
+    model, unlisted, missing = _read(checkpoint, names)
+    if missing and not partial:
+        if not _are_renamed(missing, unlisted, model, names):
+            _refuse_incomplete(model, missing)
+        generic, _, _ = _read(checkpoint, load_manifest(GENERIC).bind(checkpoint.config))
+        finding = (
+            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is {unlisted[0]!r} or the like), so "
+            "what they mean is taken from the names themselves"
+        )
+        return replace(generic, findings=(finding,))
+    if unlisted and not manifest.accepts_any:
+        more = f" and {len(unlisted) - 1:,} more" if len(unlisted) > 1 else ""
+        finding = (
+            f"{unlisted[0]}{more} not listed in the manifest {manifest.name}; read by dtype and quantization_config"
+        )
+        return replace(model, findings=(finding,))
+    return model
+
+
+def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[str]]:
+    """The model as read by these names; weights and tensors that they do not list; those listed that are missing."""
+    found = sort_out(checkpoint, names)
+    quantization = names.manifest.quantization(checkpoint.config)
+    guesses = not names.manifest.accepts_any or shows_experts(found.modules)
+    try:
+        weights = [
+            _weight(name, found.modules[name], names, quantization, guesses)
+            for name in sorted(found.modules, key=natural_key)
+        ]
+    except KconvertError:
+        _refuse_declared_beside(checkpoint, quantization)
+        raise
+    plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
+    model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped))
+    known = {tensor.name: tensor for tensor in found.unlisted}
+    unlisted = [w.name for w in weights if w.tensors[0].name in known]
+    unlisted += [p.tensor.name for p in plain if p.tensor.name in known]
+    return model, unlisted, names.missing(found.names)
+
+
+def _are_renamed(missing: list[str], unlisted: list[str], model: Model, names: Names) -> bool:
+    """Whether for each missing weight there is an unlisted one of the same shape: then it goes by another name."""
+    shapes: dict[str, tuple[int, ...]] = {weight.name: (weight.rows, weight.cols) for weight in model.weights}
+    shapes |= {plain.tensor.name: plain.tensor.shape for plain in model.plain}
+    have = Counter(shapes[name] for name in unlisted)
+    want = Counter(match.shape for name in missing if (match := names.match(name)) is not None)
+    return not want - have
+
+
+def _refuse_incomplete(model: Model, missing: list[str]) -> NoReturn:
+    refuse_undecoded(model)  # may be what is missing, in other words
+    rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise KconvertError(
+        f"{model.checkpoint.root}: {missing[0]!r}{rest} missing, which a {model.manifest.name} with this config.json has; "
+        "fetch the rest of the checkpoint"
+    )
+
+
+def _refuse_declared_beside(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
+    """KconvertError when not config.json but another file declares how the checkpoint is quantised."""
+    if quantization.schemes:
+        return
+    files = {*checkpoint.side_files, *checkpoint.left_out}
+    if sentence := declared_beside(files, lambda name: checkpoint.side_file(name).read_bytes()):
+        raise KconvertError(f"{checkpoint.root}/{sentence}")
+
+
+def refuse_undecoded(model: Model) -> None:
+    """KconvertError when a tensor that would be copied may be codes that nothing in the copy declares."""
+    for tensor, reason in undecoded(model.plain):
+        _refuse_declared_beside(model.checkpoint, model.quantization)
+        raise KconvertError(
+            f"{tensor} {reason}, which no rule decodes; copied as it is, it would be read as values, so this checkpoint cannot "
+            "be converted"
+        )
+
+
+def _weight(
+    name: str, found: Mapping[str, Tensor], names: Names, quantization: QuantizationConfig, guesses: bool
+) -> Weight:
+    match = names.linear(name) or names.tensor(f"{name}.weight")
+    shape = None if match is None else match.matrix
+    file = next(iter(found.values())).file
+    # A config.json nested in a larger model's calls the weights as they are called in there.
+    scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    if scheme is None and "weight" in found:
+        scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
+    try:
+        facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
+        format, rows, cols, parts, misfit = _recognise(scheme, facts, shape)
+    except ValueError as error:
+        raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
+    tensors = tuple([found[part.suffix] for part in parts])
+    if misfit is not None:
+        tensor = found[misfit.suffix]
+        raise KconvertError(
+            f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
+            f"{misfit.dtype} {list(misfit.shape)} there; the file and config.json do not belong together, or one is damaged"
+        )
+    if match is not None and match.stack not in (None, tensors[0].shape[0]):
+        raise KconvertError(
+            f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {match.stack} experts"
+        )
+    companions = tuple(tensor for tensor in found.values() if tensor not in tensors) if len(found) > len(parts) else ()
+    role = _role(name, match, guesses)
+    return Weight(name, role.name, rows, cols, format, tensors, role.layer, role.expert, companions)
+
+
+def _role(name: str, match: Match | None, guesses: bool) -> Role:
+    if match is not None:
+        return Role(match.rule.role, match.layer, match.expert)
+    return guess(name) if guesses else Role("other")
+
+
+def format_counts(weights: Iterable[Weight]) -> Counter[str]:
+    """How many weights there are of each format's label."""
+    return Counter(weight.format.label for weight in weights)

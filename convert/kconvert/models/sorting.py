@@ -1,0 +1,133 @@
+"""Every tensor of a checkpoint is a part of a weight, plain, or left behind: by the names of a manifest, or without them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from kconvert import formats
+from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.errors import KconvertError
+from kconvert.formats.companions import CACHE, COMPANIONS
+from kconvert.formats.dense import DTYPES
+from kconvert.models.manifest import Names
+from kconvert.models.roles import guess
+
+# What engines compute by themselves and old checkpoints carry.
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)$")
+# What training code wraps modules in, as it appears in the names of their tensors.
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "_checkpoint_wrapped_module.": "gradient checkpointing",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "a trainer",
+    "base_model.model.": "PEFT",
+    ".base_layer.": "PEFT",
+    ".lora_A.": "PEFT",
+}
+WRAPPED = re.compile("|".join(map(re.escape, WRAPPERS)))
+DATA_PARALLEL = "module."
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A tensor that is no Linear: it is copied as it is. `listed`: the manifest knows its name and shape."""
+
+    tensor: Tensor
+    role: str
+    layer: int | None = None
+    listed: bool = False
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """`modules` maps weights to their tensors by suffix; `unlisted` are tensors that the manifest does not know."""
+
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    plain: dict[str, Plain] = field(default_factory=dict)
+    dropped: list[Tensor] = field(default_factory=list)
+    unlisted: list[Tensor] = field(default_factory=list)
+
+    @property
+    def names(self) -> set[str]:
+        """What is there, as a manifest calls it: weights, and whole names of tensors (or what would be)."""
+        return self.modules.keys() | self.plain.keys() | {f"{name}.weight" for name in self.modules}
+
+
+def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
+    """Sort the checkpoint's tensors; KconvertError when one has not the shape that the manifest gives it, or is wrapped."""
+    sorted_ = Sorted()
+    for name, tensor in checkpoint.tensors.items():
+        match = names.tensor(name)
+        if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
+            if tensor.shape != match.shape:
+                raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
+            sorted_.plain[name] = Plain(tensor, match.rule.role, match.layer, listed=True)
+        elif name.rpartition(".")[2] in CACHE:
+            # They describe activations, not weights, and lose their meaning with the quantisation.
+            sorted_.dropped.append(tensor)
+        elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
+            weight, suffix = spelling
+            sorted_.modules.setdefault(weight, {})[suffix] = tensor
+        elif BUFFERS.search(name):
+            sorted_.plain[name] = Plain(tensor, "buffer")
+        else:
+            sorted_.unlisted.append(tensor)
+    _check_wrappers(sorted_.unlisted, len(checkpoint.tensors))
+    _sort_out_unlisted(sorted_, names)
+    return sorted_
+
+
+def _is_part(suffix: str) -> bool:
+    """Whether a Linear's tensor of this suffix spells its weight, or would: its bias does not."""
+    return suffix in formats.SUFFIXES or suffix.startswith("weight")
+
+
+def _check_wrappers(unlisted: list[Tensor], count: int) -> None:
+    """KconvertError when names are those of wrapped modules, which no engine knows."""
+    for tensor in unlisted:
+        if wrapped := WRAPPED.search(tensor.name):
+            raise _wrapped(tensor, wrapped[0].strip("."), WRAPPERS[wrapped[0]])
+    if count == len(unlisted) and all(tensor.name.startswith(DATA_PARALLEL) for tensor in unlisted) and unlisted:
+        raise _wrapped(unlisted[0], DATA_PARALLEL.strip("."), "DataParallel")
+
+
+def _wrapped(tensor: Tensor, prefix: str, wrapper: str) -> KconvertError:
+    return KconvertError(
+        f"{tensor} is called as in a model that {wrapper} has wrapped ({prefix!r} in its name); save the model inside the "
+        "wrapper, or rename the tensors"
+    )
+
+
+def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
+    """Without names to go by, a weight is what has a tensor that only encoded weights have, or an expert's matrix."""
+    split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in sorted_.unlisted]
+    encoded = {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
+    for tensor, module, suffix in split:
+        is_part = suffix in formats.SUFFIXES and (module in encoded or module in sorted_.modules)
+        if is_part or _is_experts_matrix(tensor, module, suffix):
+            sorted_.modules.setdefault(module, {})[suffix] = tensor
+        elif suffix in COMPANIONS and _is_number(tensor):
+            sorted_.dropped.append(tensor)
+        else:
+            role = names.manifest.plain_role(tensor.name) or "other"
+            sorted_.plain[tensor.name] = Plain(tensor, role)
+    for module in encoded:
+        # What a manifest takes for plain may be quantised all the same: an embedding, a router.
+        if (whole := sorted_.plain.pop(f"{module}.weight", None)) is not None:
+            sorted_.modules[module]["weight"] = whole.tensor
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return math.prod(tensor.shape) == 1
+
+
+def _is_experts_matrix(tensor: Tensor, module: str, suffix: str) -> bool:
+    return suffix == "weight" and len(tensor.shape) == 2 and tensor.dtype in DTYPES and guess(module).is_expert
+
+
+def shows_experts(modules: Iterable[str]) -> bool:
+    """Whether the names of these weights tell routed experts from the rest."""
+    return any(".experts." in f".{module}." for module in modules)

@@ -1,0 +1,1 @@
+"""What will be done: steps, the files that they fill, the plan and its hash; no tensor data is read."""

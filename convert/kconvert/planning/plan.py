@@ -1,0 +1,96 @@
+"""The plan of an output: what every byte of it comes from, and the hash by which that is known. Reads no tensor data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from kconvert.checkpoint.source import Checkpoint
+from kconvert.planning.containers import Container, Shard
+from kconvert.planning.steps import Step, Transcode
+from kconvert.version import __version__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. `texts` are the small files written last, in this order, config.json and the index at its end.
+
+    `recipe` says in words what was asked for, `facts` what a user wants to know; a synthetic sample has no `source`.
+    """
+
+    recipe: str
+    source: Checkpoint | None
+    steps: tuple[Step, ...]
+    shards: tuple[Shard, ...]
+    texts: Mapping[str, bytes]
+    facts: Mapping[str, Any]
+
+    @property
+    def side_files(self) -> Mapping[str, int]:
+        return self.source.side_files if self.source else {}
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Everything that will lie in DST, in bytes."""
+        texts = sum(map(len, self.texts.values()))
+        return sum(shard.nbytes for shard in self.shards) + sum(self.side_files.values()) + texts
+
+    @cached_property
+    def hash(self) -> str:
+        """Stable over runs and machines: equal plans write equal bytes from equal sources."""
+        digest = hashlib.sha256(f"{__version__} {self.recipe}".encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
+        # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
+        spelled: dict[int, str] = {}
+        for step in self.steps:
+            formats = (step.source, step.target) if isinstance(step, Transcode) else ()
+            names = [spelled.get(id(f)) or spelled.setdefault(id(f), repr(f)) for f in formats]
+            digest.update(f"{step.name} {names} {[(p.file, p.start) for p in step.reads]}".encode())
+        for name, text in self.texts.items():
+            digest.update(name.encode() + text)
+        digest.update(repr(sorted(self.side_files.items())).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def stamp(self) -> str:
+        """Changes when the source's files do."""
+        files = self.source.files if self.source else {}
+        return hashlib.sha256(repr([(name, stat.stamp) for name, stat in files.items()]).encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON: what `--dry-run --json` prints."""
+        return {
+            "plan": self.hash,
+            **self.facts,
+            "output_bytes": self.output_bytes,
+            "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
+            "side_files": list(self.side_files),
+        }
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a target makes of a model and a recipe: what is written of which weights, into which container.
+
+    `drafts` are steps without places, in the order of the output; `texts` are small files beside config.json, whose content
+    is `config`. `parameters` is the size of the model. The rest is the plan's own, see Plan.
+    """
+
+    recipe: str
+    source: Checkpoint | None
+    drafts: Sequence[Step]
+    container: Container
+    config: Mapping[str, Any]
+    parameters: int
+    facts: Mapping[str, Any]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+
+    def plan(self) -> Plan:
+        """With a place for every byte; KconvertError where there is none."""
+        steps, shards = self.container.place(self.drafts)
+        texts = {**self.texts, **self.container.texts(self.config, shards, self.parameters)}
+        return Plan(self.recipe, self.source, steps, shards, texts, self.facts)

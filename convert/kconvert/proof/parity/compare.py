@@ -1,0 +1,225 @@
+"""One weight of two checkpoints, compared: what it should be, how far it is from that, and what it uses of its grid.
+
+Both sides are decoded by compressed-tensors, torch or a reference, see oracle, never by the kernels that wrote the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from kconvert.checkpoint.source import Reader
+from kconvert.formats.dense import Dense
+from kconvert.models.model import Weight
+from kconvert.models.sorting import Plain
+from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
+from kconvert.proof.parity.faults import fault_of
+from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
+from kconvert.proof.parity.oracle import has_reference, read_state, row_unit
+from kconvert.proof.parity.rows import Desk, Rows
+
+CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
+CHUNK_BYTES = 4 << 20  # of another tensor at a time
+
+# What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
+# amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
+# error. AMX has one scale for a whole row: amax costs its other values more, and the best scale clips more (15.7 dB and 0.46
+# for Gaussian rows of 7168 in four bits). The tests hold real slices of Kimi-K2.6 and of a Qwen model against them. A format
+# that is not here has the limits of int4.
+DEFAULT_LIMITS = {
+    "bf16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
+    "f16": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
+    "f32": Limits({"sqnr": 45.0}, {"max_relative": 2.0**-7}),
+    "int8": Limits({"sqnr": 32.0}, {"max_relative": 0.05}),
+    "fp8": Limits({"sqnr": 27.0}, {"max_relative": 0.13}),
+    "mxfp8": Limits({"sqnr": 27.0}, {"max_relative": 0.13}),
+    "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
+    "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
+    "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.85}),
+    "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.1}),
+}
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What a weight is held to. `exact`: to the very bytes that belong there, as far as it is known which; limits decide only
+    where it is not. Else the limits decide: `limits`, and for the metrics that it leaves open those of the format."""
+
+    exact: bool = True
+    limits: Limits = field(default_factory=Limits)
+
+    def limits_for(self, label: str) -> Limits:
+        """What decides for weights in the format with this label."""
+        return DEFAULT_LIMITS.get(label.split(maxsplit=1)[0], DEFAULT_LIMITS["int4"]) | self.limits
+
+    def judge(self, ours: Weight, theirs: Weight) -> str:
+        """What decides: "values" (equal bit for bit), "bytes" (those of the reference encoding) or "limits"."""
+        if not self.exact:
+            return "limits"
+        if ours.format == theirs.format or isinstance(theirs.format, Dense):
+            return "values"
+        return "bytes" if has_reference(theirs.format) else "limits"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A weight of the output against the source's; `equal`: all values are the source's, bit for bit.
+
+    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None. `equal`,
+    `errors` and `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    expert: int | None
+    rows: int
+    cols: int
+    source_format: str
+    output_format: str
+    judged_by: str
+    equal: bool
+    errors: Errors
+    use: GridUse | None
+    fault: str | None
+
+
+@dataclass
+class _Figures:
+    """What has been measured of a weight."""
+
+    errors: Errors = field(default_factory=Errors)
+    spread: Spread = field(default_factory=Spread)
+    zero_groups: int = 0
+    equal: bool = True
+
+    def add(self, rows: Rows) -> None:
+        format, cols = rows.theirs.format, rows.theirs.cols
+        measured, by_sqnr = measure(rows.expected, rows.found, rows.first)
+        self.errors += measured
+        self.equal &= same_bits(rows.expected.to(rows.found.dtype), rows.found)
+        self.spread += spread_of(format, rows.output, (rows.last - rows.first, cols)) + Spread(rows=by_sqnr)
+        if self.spread.codes:
+            self.zero_groups += count_zero_groups(rows.found, group_columns(format, cols))
+
+    @property
+    def use(self) -> GridUse | None:
+        return grid_use(self.spread, self.zero_groups) if self.spread.codes else None
+
+
+def compare_weights(
+    ours: Weight,
+    theirs: Weight,
+    source: Reader,
+    output: Reader,
+    standard: Standard,
+    desk: Desk,
+    thorough: bool,
+) -> tuple[Comparison, Spread]:
+    """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
+
+    Figures are of all rows if `thorough` or held to limits, else of the first few, and of those that differ or may be infinite.
+    What does not come out as expected is decoded again by the oracle, which has the last word.
+    """
+    judge = standard.judge(ours, theirs)
+    thorough |= judge == "limits"
+    fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
+    figures, quickly = _Figures(), True
+    for chunk in _chunks(ours, theirs, source, output, desk):
+        head = chunk.head() if chunk.first == 0 else None
+        quickly = head.approved() if head else quickly
+        rows = replace(chunk, quickly=quickly)
+        different = fault_of(rows, judge)
+        if different and quickly:
+            rows = replace(chunk, quickly=False)
+            different = fault_of(rows, judge)
+        fault = fault or different
+        if thorough or different or not rows.moderate():
+            figures.add(rows)
+        elif head:
+            figures.add(replace(head, quickly=quickly))
+    fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
+    return _comparison(ours, theirs, judge, figures, fault), figures.spread
+
+
+def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
+    unit = math.lcm(row_unit(ours), row_unit(theirs))
+    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
+    for first in range(0, ours.rows if ours.cols else 0, count):
+        last = min(first + count, ours.rows)
+        states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
+        yield Rows(ours, theirs, *states, first, last, desk)
+
+
+def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
+    """What is wrong with the values as a whole; they are held to the limits of `standard` if there is one."""
+    if errors.nonfinite:
+        return f"tensor {weight.tensors[0].name!r} has a value that is not finite"
+    missed = standard.limits_for(weight.format.label).missed(errors) if standard else None
+    return f"weight {weight.name!r} ({weight.format.label}): its {missed}{_at(errors.worst)}" if missed else None
+
+
+def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fault: str | None) -> Comparison:
+    return Comparison(
+        name=theirs.name,
+        role=ours.role,
+        layer=ours.layer,
+        expert=ours.expert,
+        rows=ours.rows,
+        cols=ours.cols,
+        source_format=ours.format.label,
+        output_format=theirs.format.label,
+        judged_by=judge,
+        equal=figures.equal,
+        errors=figures.errors,
+        use=figures.use,
+        fault=fault,
+    )
+
+
+def _at(worst: Position | None) -> str:
+    if worst is None:
+        return ""
+    return f"; furthest off at [{worst.row}, {worst.col}]: it is {worst.found!r}, expected is {worst.expected!r}"
+
+
+def _constant_fault(weight: Weight, reader: Reader) -> str | None:
+    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
+        if part.constant is not None and reader.read(tensor.file, tensor.start, tensor.nbytes) != part.constant:
+            return f"tensor {tensor.name!r} does not say [{weight.rows}, {weight.cols}]"
+    return None
+
+
+def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
+    """A weight that was copied, codes and all, has what lies beside it, too; plain values have nothing beside them."""
+    if isinstance(theirs.format, Dense) and theirs.companions:
+        return f"tensor {theirs.companions[0].name!r} would scale values that are plain"
+    if isinstance(theirs.format, Dense) or ours.format != theirs.format:
+        return None
+    wanted, found = ({tensor.name: tensor for tensor in weight.companions} for weight in (ours, theirs))
+    for name in sorted(wanted.keys() ^ found.keys()):
+        return f"tensor {name!r} is " + ("missing" if name in wanted else "not in the source")
+    for name, tensor in wanted.items():
+        copy = found[name]
+        if (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
+            return (
+                f"tensor {name!r} is {copy.dtype} {list(copy.shape)}, in the source {tensor.dtype} {list(tensor.shape)}"
+            )
+        if output.read(copy.file, copy.start, copy.nbytes) != source.read(tensor.file, tensor.start, tensor.nbytes):
+            return f"tensor {name!r} differs from the source's"
+    return None
+
+
+def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, desk: Desk) -> str | None:
+    """Where the bytes of a tensor that is no Linear differ; None when they do not."""
+    a, b = ours.tensor, theirs.tensor
+    for start in range(0, a.nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, a.nbytes - start)
+        one = desk.ours.fetch(source, "plain", a.file, a.start + start, size)
+        two = desk.theirs.fetch(output, "plain", b.file, b.start + start, size)
+        if not same_bytes(one.ctypes.data, two.ctypes.data, size):
+            element = (start + int((one != two).argmax())) * math.prod(a.shape) // a.nbytes
+            return f"tensor {b.name!r} differs from the source's at element {element}"
+    return None

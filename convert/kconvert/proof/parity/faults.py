@@ -1,0 +1,87 @@
+"""What of a weight's rows is not what belongs there, said of the first element that is not."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from kconvert.formats.packed import Packed
+from kconvert.models.model import Weight
+from kconvert.proof.parity import quick
+from kconvert.proof.parity.metrics import same_bits
+from kconvert.proof.parity.oracle import authority, expected_parts
+from kconvert.proof.parity.rows import Rows
+
+if TYPE_CHECKING:
+    from kconvert.proof.parity.oracle import State
+
+
+def fault_of(rows: Rows, judge: str) -> str | None:
+    """The first of the rows' elements or bytes that is not the one that belongs there, where it is known which does.
+
+    `judge` is what Standard.judge says. INT4 that gives back every value needs no other bytes, whichever they are.
+    """
+    if judge == "values" or (judge == "bytes" and isinstance(rows.theirs.format, Packed)):
+        if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found):
+            return None
+        if judge == "values":
+            return _value_fault(rows)
+    return _byte_fault(rows) if judge == "bytes" else None
+
+
+def _value_fault(rows: Rows) -> str:
+    """Names the first element whose bits are not those expected."""
+    import torch
+
+    found, wanted = rows.found, rows.expected.to(rows.found.dtype)
+    bits = torch.int16 if found.element_size() == 2 else torch.int32
+    row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
+    where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
+    has = authority(rows.ours.format)
+    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
+
+
+def _byte_fault(rows: Rows) -> str | None:
+    """Where the tensors found are none of those that kconvert may make of the values.
+
+    The quick way is believed once the reference has said the same of such a weight. Of several candidates of the reference
+    the nearest was meant.
+    """
+    right = rows.quickly and _quickly_right(rows)
+    if right and rows.kind in rows.desk.known:
+        return None
+    differences = []
+    for candidate in expected_parts(rows.expected, rows.theirs, rows.first):
+        count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)
+        if not count:
+            if right:
+                rows.desk.known.add(rows.kind)
+            return None
+        differences.append((count, fault))
+    return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
+
+
+def _quickly_right(rows: Rows) -> bool:
+    """Whether the tensors found are those that the quick way makes of the values."""
+    if not quick.encodes(rows.theirs.format):
+        return False
+    candidate = quick.parts(rows.expected, rows.theirs, rows.first, rows.desk.theirs)
+    return candidate is not None and all(same_bits(wanted, rows.output[suffix]) for suffix, wanted in candidate.items())
+
+
+def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:
+    """How many bytes differ, and where the first does."""
+    import torch
+
+    count, fault = 0, ""
+    for part, tensor in zip(weight.parts, weight.tensors, strict=True):
+        if part.constant is not None or same_bits(expected[part.suffix], found[part.suffix]):
+            continue
+        wanted, have = (side[part.suffix].contiguous().view(torch.uint8).flatten() for side in (expected, found))
+        different = (wanted != have).nonzero()
+        if len(different) and not fault:
+            start, _ = part.span(weight.rows, first, first)
+            element = (start + int(different[0])) * math.prod(part.shape) // part.nbytes
+            fault = f"tensor {tensor.name!r} differs from the reference encoding at element {element}"
+        count += len(different)
+    return count, fault

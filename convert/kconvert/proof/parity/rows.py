@@ -1,0 +1,116 @@
+"""The same rows of a weight in two checkpoints, decoded by the oracle or by the quick way that it has approved of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.formats import Format
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.packed import Packed
+from kconvert.models.model import Weight
+from kconvert.proof.parity.metrics import below, same_bits
+from kconvert.proof.parity.oracle import decoded, row_unit
+from kconvert.proof.parity.quick import is_quick
+from kconvert.proof.parity.quick import values as quick_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from kconvert.proof.parity.oracle import State
+
+HEAD = 4  # rows
+Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
+
+
+class Desk:
+    """A process's memory for the two sides, and the kinds of weights of which the quick way has been seen to decode the output,
+    and to know the bytes."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = Buffers(), Buffers()
+        self.decoded: set[Kind] = set()
+        self.known: set[Kind] = set()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The same rows of a weight on both sides, from `first` on: the tensors that spell them, decoded when asked for."""
+
+    ours: Weight
+    theirs: Weight
+    source: State
+    output: State
+    first: int
+    last: int
+    desk: Desk
+    quickly: bool = True
+
+    @property
+    def kind(self) -> Kind:
+        return self.ours.format, self.theirs.format, self.ours.cols
+
+    def head(self) -> Rows:
+        """The first HEAD rows, or as many more as cannot be decoded without each other; decoded by the oracle."""
+        sides = (self.ours, self.source), (self.theirs, self.output)
+        unit = math.lcm(*(1 if isinstance(weight.format, Fp8) else row_unit(weight) for weight, _ in sides))
+        last = min(self.first + math.ceil(HEAD / unit) * unit, self.last)
+        source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
+        return replace(self, source=source, output=output, last=last, quickly=False)
+
+    def approved(self) -> bool:
+        """Whether the quick way has the oracle's values, whose rows these are: of every source, and of the first output of a
+        kind."""
+        sides = [(self.ours, self.source, self.desk.ours, self.expected)]
+        if self.kind not in self.desk.decoded:
+            sides.append((self.theirs, self.output, self.desk.theirs, self.found))
+        rows = self.last - self.first
+        if not all(
+            same_bits(quick_values(weight, state, rows, buffers), values)
+            for weight, state, buffers, values in sides
+            if is_quick(weight)
+        ):
+            return False
+        self.desk.decoded.add(self.kind)
+        return True
+
+    @cached_property
+    def same(self) -> bool:
+        """Whether both sides have the same bytes."""
+        return self.ours.format == self.theirs.format and all(
+            same_bits(self.source[suffix], tensor) for suffix, tensor in self.output.items()
+        )
+
+    @cached_property
+    def expected(self) -> torch.Tensor:
+        return self._values(self.ours, self.source, self.desk.ours)
+
+    @cached_property
+    def found(self) -> torch.Tensor:
+        return self.expected if self.same else self._values(self.theirs, self.output, self.desk.theirs)
+
+    def moderate(self) -> bool:
+        """Whether all values of the source are finite, and so far from the largest that no encoding of them can be infinite."""
+        if isinstance(self.ours.format, Packed) and is_quick(self.ours):
+            return below(self.source["weight_scale"], 2.0**-6)  # its codes are -8 to 7
+        return below(self.expected, 2.0**-2)
+
+    def _values(self, weight: Weight, state: State, buffers: Buffers) -> torch.Tensor:
+        rows = self.last - self.first
+        if self.quickly:
+            return quick_values(weight, state, rows, buffers)
+        return decoded(weight.format, state, (rows, weight.cols))
+
+
+def _cut(weight: Weight, state: State, first: int, last: int) -> State:
+    """What `state`, which begins with row `first`, has of the rows before `last`."""
+    cut = dict(state)
+    for part in weight.parts:
+        if part.constant is None and part.every is not None:
+            start, stop = part.span(weight.rows, first, last)
+            tensor = state[part.suffix]
+            cut[part.suffix] = tensor[: (stop - start) * len(tensor) // max(tensor.nbytes, 1)]
+    return cut

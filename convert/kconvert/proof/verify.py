@@ -1,0 +1,291 @@
+"""Proof that a checkpoint is what another one was converted to: coverage, integrity and parity.
+
+Parity goes a way of its own: never through the kernels that wrote the output, but through compressed-tensors and torch.
+AMX weights are compared as all others, once both sides go by the same names, see proof.amx.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import heapq
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from kconvert.address import open_checkpoint
+from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor
+from kconvert.dialects import QuantizationConfig, quantization_tables
+from kconvert.errors import CheckFailed, KconvertError
+from kconvert.formats.amx import Amx
+from kconvert.formats.dense import Dense
+from kconvert.formats.packed import Packed
+from kconvert.hub.ids import parse_hub_id
+from kconvert.models.amx import is_amx
+from kconvert.models.model import Model, Weight, understand
+from kconvert.models.sorting import Plain
+from kconvert.proof.amx import open_packed
+from kconvert.proof.declared import undeclared
+from kconvert.proof.pairs import Pair, choose, relate
+from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
+from kconvert.proof.parity.metrics import Spread
+from kconvert.proof.parity.oracle import independent_values
+from kconvert.proof.parity.quick import encodes, is_quick
+from kconvert.proof.parity.rows import Desk
+from kconvert.proof.processes import in_processes
+
+if TYPE_CHECKING:
+    from kconvert.proof.parity.metrics import Position
+
+Advance: TypeAlias = Callable[[int], None]
+Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
+WORST = 10
+EXCERPT = 48  # columns around the worst element
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """A few columns of a row on both sides, from `first` on, around the element that is furthest off in its weight."""
+
+    weight: str
+    at: Position
+    first: int
+    expected: tuple[float, ...]
+    found: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and how it came out.
+
+    `reference` says in words what the weights were held to; `weights` and `tensors` count those that were compared,
+    `skipped` those that were not (a sample). `thorough`: the figures are of all values. `faults` are sentences, none of a good
+    output; `notes` are no faults.
+    `comparisons` are the weights', in natural order of their names; `spreads` their distributions by role and format;
+    `worst` are those with the lowest SQNR of all that differ, the worst first.
+    """
+
+    source: Model
+    output: Model
+    standard: Standard
+    reference: str
+    faults: tuple[str, ...]
+    thorough: bool = True
+    weights: int = 0
+    tensors: int = 0
+    skipped: int = 0
+    side_files: int = 0
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    spreads: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
+    worst: tuple[Excerpt, ...] = ()
+
+
+def verify(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    standard: Standard | None = None,
+    sample: float = 1.0,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    keep_going: bool = False,
+    thorough: bool = True,
+    advance: Advance | None = None,
+) -> Report:
+    """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
+
+    Errors are taken in f64, SQNR is in dB, see proof.parity.metrics. KconvertError when `source` is not sound or `output` is
+    not there; an output that is not sound is a failed check.
+    `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
+    tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
+    of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
+    Every value is compared; unless `thorough`, which takes longer, figures are of some first rows of each weight, and of what
+    differs. `advance` is called with bytes of output compared.
+    """
+    include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
+    thorough = thorough or not standard.exact  # limits are on figures
+    original = understand(open_checkpoint(source)).select(include, exclude)
+    original.checkpoint.check_index()
+    try:
+        expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+    except CheckFailed as unreadable:
+        if not keep_going:
+            raise
+        return _unreadable(original, Path(output), standard, str(unreadable))
+    pairs, faults = relate(expected, converted)
+    differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
+    faults += _declaration_faults(converted) if not is_amx(Path(output)) else ()
+    faults += differences if standard.exact else ()
+    if faults and not keep_going:
+        raise CheckFailed(faults[0])
+    chosen = choose(pairs, sample)
+    tally = _Tally(converted.checkpoint.root, keep_going, faults)
+    with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
+        for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
+            tally.add(outcome)
+        worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
+    return Report(
+        original,
+        converted,
+        standard,
+        _reference(tally.comparisons, chosen),
+        tuple(tally.faults),
+        thorough,
+        weights=len(tally.comparisons),
+        tensors=len(chosen) - len(tally.comparisons),
+        skipped=len(pairs) - len(chosen),
+        side_files=len(expected.checkpoint.side_files),
+        dropped=tuple(tensor.name for tensor in original.dropped),
+        notes=notes if standard.exact else (*notes, *differences),
+        comparisons=tuple(tally.comparisons),
+        spreads=tally.spreads,
+        worst=worst,
+    )
+
+
+def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
+    nothing = Checkpoint(output, {}, {}, {}, {}, ())
+    found = replace(original, checkpoint=nothing, quantization=QuantizationConfig(), weights=(), plain=())
+    return Report(original, found, standard, "nothing, as it cannot be read", (fault,))
+
+
+@dataclass
+class _Tally:
+    """What the comparisons of a run have brought so far; unless it is to `keep_going`, the first fault ends it."""
+
+    root: Path
+    keep_going: bool
+    faults: list[str]
+    comparisons: list[Comparison] = field(default_factory=list)
+    spreads: dict[tuple[str, str], Spread] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        fault = outcome
+        if isinstance(outcome, tuple):
+            comparison, spread = outcome
+            key = comparison.role, comparison.output_format
+            self.comparisons.append(comparison)
+            self.spreads[key] = self.spreads.get(key, Spread()) + spread
+            fault = comparison.fault
+        if fault:
+            self.faults.append(f"{self.root}: {fault}")
+            if not self.keep_going:
+                raise CheckFailed(self.faults[0])
+
+
+def _open_output(
+    original: Model, output: str | os.PathLike[str], partial: bool
+) -> tuple[Model, Model, tuple[str, ...]]:
+    """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
+
+    Whatever is unsound about it is a failed check, not bad input; but there must be something.
+    """
+    path = Path(output)
+    if is_amx(path):
+        return open_packed(original, path)
+    if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
+        open_checkpoint(output)  # says what is wrong
+    # Our conversions write config.json and the index last; others may have a single file and no index.
+    wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
+    missing = [name for name in wanted if not (path / name).exists()]
+    if path.is_dir() and missing:
+        raise CheckFailed(f"{path} is unfinished, it has no {missing[0]}; run the conversion again")
+    try:
+        converted = understand(open_checkpoint(output), partial)
+        converted.checkpoint.check_index()
+        return original, converted, ()
+    except KconvertError as error:
+        raise CheckFailed(f"the output is not sound: {error}") from None
+
+
+def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
+    """What the weights were held to, and by whose code."""
+    judges = {comparison.judged_by for comparison in comparisons}
+    weights = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
+    values = "the source's values"
+    if any(not isinstance(ours.format, Dense) for ours, _ in weights):
+        values += ", decompressed by compressed-tensors"
+    if any(is_quick(ours) for ours, _ in weights):
+        values = "the source's values, decompressed by torch and checked by compressed-tensors"
+    if "limits" in judges:
+        return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
+    if "bytes" not in judges:
+        return values
+    if any(isinstance(theirs.format, Packed) for _, theirs in weights):
+        return f"{values}, or the reference encoding of them"
+    by_torch = any(encodes(theirs.format) for _, theirs in weights)
+    return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
+
+
+def _declaration_faults(converted: Model) -> list[str]:
+    """Where config.json and what the output holds do not belong together."""
+    quantised = any(not isinstance(weight.format, Dense) for weight in converted.weights)
+    if quantised or not any(quantization_tables(converted.checkpoint.config)):
+        return list(undeclared(converted.checkpoint))
+    path = converted.checkpoint.root / CONFIG_NAME
+    return [f"{path} declares a quantisation, but no weight is quantised; remove it"]
+
+
+def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[str]:
+    for name in original.side_files:
+        if name not in converted.side_files:
+            yield f"{converted.root / name} is missing; the source has it"
+        elif not filecmp.cmp(original.side_file(name), converted.side_file(name), shallow=False):
+            yield f"{converted.root / name} differs from the source's"
+
+
+def _compare_all(
+    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
+) -> Iterator[Outcome]:
+    """The outcome of each pair, in order."""
+    import torch
+
+    torch.set_num_threads(1)
+    weights = [item for pair in pairs for item in pair if isinstance(item, Weight)]
+    if any(not isinstance(weight.format, Dense | Amx) for weight in weights):
+        import compressed_tensors  # noqa: F401  takes seconds, which every process would need by itself
+    desk = Desk()
+    sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]
+
+    def compare(number: int) -> Outcome:
+        match pairs[number]:
+            case Weight() as a, Weight() as b:
+                return compare_weights(a, b, ours, theirs, standard, desk, thorough)
+            case Plain() as a, Plain() as b:
+                return compare_plain(a, b, ours, theirs, desk)
+        raise AssertionError(pairs[number])
+
+    outcomes = in_processes(compare, len(pairs), sum(map(sum, sizes)))
+    for (_, size), outcome in zip(sizes, outcomes, strict=True):
+        advance(size)
+        yield outcome
+
+
+def _tensors(item: Weight | Plain) -> tuple[Tensor, ...]:
+    return item.tensors if isinstance(item, Weight) else (item.tensor,)
+
+
+def _excerpts(
+    pairs: Iterable[Pair], comparisons: Iterable[Comparison], ours: Reader, theirs: Reader
+) -> Iterator[Excerpt]:
+    """Around the worst elements of the WORST weights."""
+    ranked = {
+        comparison.name: (comparison.errors.sqnr, comparison.errors.worst)
+        for comparison in comparisons
+        if comparison.errors.sqnr is not None
+    }
+    weights = {pair[1].name: pair for pair in pairs if isinstance(pair[1], Weight) and pair[1].name in ranked}
+    for name in heapq.nsmallest(WORST, ranked, key=lambda name: ranked[name][0] or 0.0):
+        at = ranked[name][1]
+        if at is None:
+            continue
+        first = max(0, at.col - EXCERPT // 2)
+        sides = []
+        for weight, reader in zip(weights[name], (ours, theirs), strict=True):
+            assert isinstance(weight, Weight)
+            row = independent_values(weight, reader, at.row, at.row + 1)[0]
+            sides.append(tuple(row[first : first + EXCERPT].float().tolist()))
+        yield Excerpt(name, at, first, *sides)

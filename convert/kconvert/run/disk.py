@@ -1,0 +1,155 @@
+"""What a run takes of the disks and of the network, known from the plan and from what is there already."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kconvert.checkpoint.files import exists
+from kconvert.checkpoint.source import STATE_DIR
+from kconvert.errors import KconvertError, human
+from kconvert.planning.plan import Plan
+from kconvert.run.arrivals import places_of, plan_fetches
+from kconvert.run.budget import Schedule, make_schedule
+from kconvert.run.delivery import Delivery
+from kconvert.run.journal import STAGED, Record, stale_files
+
+if TYPE_CHECKING:
+    from kconvert.hub.download import Fetch
+
+PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`budget` is what may be used at the output's disk, None when source files are kept in the Hub's cache instead.
+
+    `places` says where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come,
+    `present` which of those that pass through the output's directory an earlier run has left there, whole or in part.
+    With `is_done` the Hub has all of the output already.
+    """
+
+    plan: Plan
+    delivery: Delivery
+    finished: Mapping[str, Record]
+    fetches: Mapping[str, Fetch]
+    places: Mapping[str, Path]
+    missing: Mapping[str, int]
+    present: Collection[str]
+    schedule: Schedule
+    budget: int | None
+    is_done: bool = False
+
+    @property
+    def download_bytes(self) -> int:
+        return sum(self.missing.values())
+
+    @property
+    def leaving(self) -> bool:
+        """Whether finished shards leave the disk once they are sent."""
+        return self.delivery.push is not None and self.budget is not None
+
+    @property
+    def staged(self) -> Path:
+        return self.delivery.directory / STATE_DIR / STAGED
+
+    def clear_staged(self) -> None:
+        """Remove what an earlier run has left there and this one does not need, or has no room for yet."""
+        keep = {self.places[file] for file in self.present}
+        for path in self.staged.rglob("*"):
+            if path.is_file() and not {path, path.with_name(path.name.removesuffix(PARTIAL))} & keep:
+                path.unlink()
+
+    def check(self, overwrite: bool) -> None:
+        """KconvertError when the budget or a disk is too small."""
+        self.schedule.check(self.budget)
+        directory = self.delivery.directory
+        stale = sum(map(disk_bytes, stale_files(directory, self.finished, overwrite)))
+        if self.budget is not None:
+            wanted = Counter({directory: self.schedule.peak - self._present() - stale})
+        else:
+            done = sum(shard.nbytes for shard in self.plan.shards if shard.name in self.finished)
+            wanted = Counter({directory: self.plan.output_bytes - done - stale})
+            for file, nbytes in self.missing.items():
+                wanted[self.places[file].parent] += nbytes
+        _check_free(wanted)
+
+    def _present(self) -> int:
+        """What the run will use of the disk, and uses already."""
+        shards = (self.delivery.directory / shard.name for shard in self.plan.shards if shard.name in self.finished)
+        return sum(map(disk_bytes, [*shards, *(path for path in self.staged.rglob("*") if path.is_file())]))
+
+    @property
+    def room(self) -> int | None:
+        """The budget, or what there is of it."""
+        if self.budget is None:
+            return None
+        return min(self.budget, max(free_bytes(self.delivery.directory) + self._present(), self.schedule.peak))
+
+
+def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budget: int | None) -> Needs:
+    """What is needed to finish `plan`. Who sends everything to the Hub, and keeps nothing, has all the disk as a budget."""
+    if budget is None and delivery.passing:
+        budget = free_bytes(delivery.directory)
+    staged = delivery.directory / STATE_DIR / STAGED
+    fetches = plan_fetches(plan)
+    places = places_of(plan, fetches, staged, passing=budget is not None)
+    arriving = {file: fetches[file].nbytes if path.is_relative_to(staged) else 0 for file, path in places.items()}
+    leaving = delivery.push is not None and budget is not None
+    gone = {name for name in finished if not (delivery.directory / name).exists()} if leaving else None
+    present = {file for file, path in places.items() if path.is_relative_to(staged) and _there(path)}
+    schedule = make_schedule(plan, finished, arriving, present, gone)
+    if budget is not None and present and schedule.peak > budget:
+        present = set()
+        schedule = make_schedule(plan, finished, arriving, present, gone)
+    needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
+    missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
+    return Needs(plan, delivery, finished, fetches, places, missing, present & needed, schedule, budget)
+
+
+def unfinished(path: Path) -> Path:
+    """What a file is called while it is being fetched."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def _there(path: Path) -> int:
+    """Bytes of a file, or of its unfinished form."""
+    return max(disk_bytes(path), disk_bytes(unfinished(path)))
+
+
+def _check_free(wanted: Mapping[Path, int]) -> None:
+    """KconvertError when a disk has less than is wanted below these directories together."""
+    disks: dict[int, list[Path]] = {}
+    for directory in wanted:
+        disks.setdefault(existing(directory).stat().st_dev, []).append(directory)
+    for directories in disks.values():
+        needed, free = sum(wanted[directory] for directory in directories), free_bytes(directories[0])
+        if needed > free:
+            raise KconvertError(
+                f"{' and '.join(map(str, directories))} needs {human(needed)} more, but its disk has {human(free)} free; free "
+                "some space or choose another disk"
+            )
+
+
+def existing(directory: Path) -> Path:
+    """The directory, or the nearest above it that exists."""
+    directory = directory.absolute()
+    while not exists(directory):
+        directory = directory.parent
+    return directory
+
+
+def free_bytes(directory: Path) -> int:
+    return shutil.disk_usage(existing(directory)).free
+
+
+def disk_bytes(path: Path) -> int:
+    """What a file takes; 0 for one that is gone: another run may just have finished it."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0

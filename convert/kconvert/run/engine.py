@@ -1,0 +1,295 @@
+"""Runs a plan: worker threads take tasks in order, each reads, decodes and encodes tile by tile, and writes.
+
+A worker does all four by itself; with more workers than cores, reading and writing overlap the arithmetic, and the only
+memory is each worker's few reused buffers. The kernels and the system calls run without the GIL.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from math import lcm
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.files import PAGE
+from kconvert.errors import KconvertError
+from kconvert.formats import Part
+from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.run.journal import Journal
+from kconvert.run.writer import ShardWriter
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes
+
+DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
+MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
+BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
+TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
+
+
+class Stage(Protocol):
+    """Where the bytes come from, and who must hear of the shards; see staging.Staging. The first two may wait."""
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview: ...
+
+    def admit(self, shard: str) -> None:
+        """Before the first byte of a shard is written."""
+
+    def finish(self, shard: str) -> None:
+        """Once a shard is durable and in the journal."""
+
+    def stop(self, failure: BaseException) -> None:
+        """The run ends here; whoever waits must not wait any longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor."""
+
+    step: Step
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many workers there are and how many bytes of buffers each may have."""
+
+    threads: int
+    memory: int
+
+    @classmethod
+    def choose(cls, threads: int | None = None, memory: int | None = None) -> Limits:
+        return cls(threads or len(os.sched_getaffinity(0)) + 6, memory or DEFAULT_MEMORY)
+
+    @property
+    def task_bytes(self) -> int:
+        """Input and output of a task together."""
+        return min(MAX_TASK, self.memory // self.threads)
+
+    def peak(self, plan: Plan) -> int:
+        """What a run of `plan` needs in bytes of RAM, about."""
+        footprints = [_footprint(step, self.task_bytes) for step in _kinds(plan)]
+        return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
+
+
+@dataclass
+class Run:
+    """One execution of a plan. `advance` is called with the bytes of output that have been written.
+
+    `inexact` counts for each weight the groups that lost something where the target format was to lose nothing.
+    """
+
+    plan: Plan
+    stage: Stage
+    journal: Journal
+    limits: Limits
+    advance: Callable[[int], None]
+    inexact: Counter[str] = field(default_factory=Counter)
+    _writers: dict[str, ShardWriter] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def execute(self) -> None:
+        """Write every shard that the journal does not know as finished. On an error unfinished shards are removed."""
+        self._shards = {shard.name: shard for shard in self.plan.shards}
+        self._done = frozenset(self.journal.finished)
+        tasks = self._tasks()
+        try:
+            self._finish_empty()
+            with ThreadPoolExecutor(self.limits.threads, thread_name_prefix="worker") as pool:
+                workers = [pool.submit(self._work, tasks) for _ in range(self.limits.threads)]
+                try:
+                    for worker in workers:
+                        worker.result()
+                except BaseException as failure:
+                    self._give_up(failure)
+                    raise
+        finally:
+            for writer in self._writers.values():
+                writer.abandon()
+
+    def _finish_empty(self) -> None:
+        """Shards whose tensors have no elements are complete with their headers."""
+        for shard in self.plan.shards:
+            if shard.is_empty and shard.name not in self._done:
+                self._begin(shard.name)
+                self._finish(shard.name)
+
+    def _tasks(self) -> Iterator[Task]:
+        for step in self.plan.steps:
+            if any(place.file not in self._done for place in step.writes):
+                size, unit = _task_size(step, self.limits.task_bytes)
+                last = step.rows if isinstance(step, Transcode) else step.nbytes
+                count = max(unit, size // unit * unit)
+                for first in range(0, max(last, 1), count):
+                    yield Task(step, first, min(first + count, last))
+
+    def _work(self, tasks: Iterator[Task]) -> None:
+        buffers = Buffers()
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                if isinstance(task.step, Transcode):
+                    self._transcode(task.step, task.first, task.last, buffers)
+                else:
+                    self._copy(task.step, task.first, task.last, buffers)
+        except BaseException as failure:
+            self._give_up(failure)
+            raise
+
+    def _give_up(self, failure: BaseException) -> None:
+        self._stop.set()
+        self.stage.stop(failure)
+
+    def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
+        source, target = step.reads[0], step.writes[0]
+        data = buffers.fetch(self.stage, "copy", source.file, source.start + first, last - first)
+        if (source.start - target.start) % PAGE:
+            moved = buffers.take("moved", last - first, target.start + first)
+            moved[:] = data
+            data = moved
+        self._write(target.file, target.start + first, data)
+
+    def _transcode(self, step: Transcode, first: int, last: int, buffers: Buffers) -> None:
+        inputs, outputs = self._inputs(step, first, last, buffers), self._outputs(step, first, last, buffers)
+        count, lost = _tile_rows(step), 0
+        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+        for row in range(first, last, count):
+            stop = min(row + count, last)
+            tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
+            with _naming(f"weight {step.name!r} cannot be read as {step.source.label}", row, stop):
+                step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            with _naming(f"weight {step.name!r} cannot be written as {step.target.label}", row, stop):
+                lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+        if lost:
+            with self._lock:
+                self.inexact[step.name] += lost
+        for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
+            if part.every is not None or first == 0:
+                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+
+    def _inputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
+        """The bytes of every part that these rows need, read into buffers; parts of other rows take none."""
+        data: list[Bytes] = []
+        for part, place in zip(step.source_parts, step.reads, strict=True):
+            start, stop = part.span(step.rows, first, last)
+            use = f"in.{sum(map(bool, map(len, data)))}"
+            data.append(buffers.fetch(self.stage, use, place.file, place.start + start, stop - start))
+        return data
+
+    def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
+        """Room for the bytes that these rows are in every part."""
+        rooms: list[Bytes] = []
+        for part, place in zip(step.target_parts, step.writes, strict=True):
+            start, stop = part.span(step.rows, first, last)
+            room = buffers.take(f"out.{sum(map(bool, map(len, rooms)))}", stop - start, place.start + start)
+            if part.constant is not None:
+                room[:] = np.frombuffer(part.constant, np.uint8)
+            rooms.append(room)
+        return rooms
+
+    def _write(self, file: str, offset: int, data: Bytes) -> None:
+        if file in self._done or not len(data):
+            return
+        if file not in self._writers:
+            self.stage.admit(file)
+        with self._lock:
+            writer = self._writers.get(file)
+            if writer is None:
+                writer = self._begin(file)
+        if writer.write(data.data, offset):
+            self._finish(file)
+        self.advance(len(data))
+
+    def _begin(self, file: str) -> ShardWriter:
+        shard = self._shards[file]
+        path = self.journal.destination / file
+        self._writers[file] = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+        return self._writers[file]
+
+    def _finish(self, file: str) -> None:
+        self._writers[file].commit()
+        with self._lock:
+            del self._writers[file]
+        self.journal.record(file)
+        self.stage.finish(file)
+
+
+@contextmanager
+def _naming(fault: str, first: int, stop: int) -> Iterator[None]:
+    """A format knows what is wrong with a tile, but not whose tile it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
+
+
+def warm_up(plan: Plan) -> None:
+    """Import numba and load the compiled kernels that `plan` needs, by a tile of zeros for each pair of formats.
+
+    That takes most of a second of one core; in a thread of its own it passes while values are checked and tensors copied.
+    """
+    for step in {(type(s.source), type(s.target)): s for s in _kinds(plan)}.values():
+        rows = min(step.rows, row_unit(step))
+        inputs, outputs = (
+            [np.zeros(part.span(step.rows, 0, rows)[1], np.uint8) for part in parts]
+            for parts in (step.source_parts, step.target_parts)
+        )
+        tile = np.zeros((rows, step.cols), np.float32)
+        with suppress(ValueError):  # zeros may be no values that the format can spell
+            step.source.decode(inputs, 0, tile)
+            step.target.encode(tile, outputs)
+
+
+def _kinds(plan: Plan) -> list[Transcode]:
+    """One step for each shape and pair of formats; a large plan has 70,000 steps of a handful of kinds."""
+    return list({(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}.values())
+
+
+def row_unit(step: Transcode) -> int:
+    """Tiles begin at multiples of this many rows, so that no slice of a part is cut."""
+    return lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
+
+
+def _tile_rows(step: Transcode) -> int:
+    unit = row_unit(step)
+    return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
+
+
+def _task_size(step: Step, nbytes: int) -> tuple[int, int]:
+    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
+    if isinstance(step, Copy):
+        return nbytes, PAGE
+    return int(nbytes / max(_row_bytes(step), 1)), row_unit(step)
+
+
+def _row_bytes(step: Transcode) -> float:
+    return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
+
+
+def _footprint(step: Transcode, nbytes: int) -> int:
+    size, unit = _task_size(step, nbytes)
+    return int(max(unit, size) * _row_bytes(step)) + 4 * _tile_rows(step) * step.cols
+
+
+def _cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
+    """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
+    cuts = []
+    for part, bytes_ in zip(parts, data, strict=True):
+        origin = part.span(rows, base, base)[0] if part.every else 0
+        start, stop = part.span(rows, first, last)
+        cuts.append(bytes_[start - origin : stop - origin])
+    return cuts

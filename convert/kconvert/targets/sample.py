@@ -1,0 +1,162 @@
+"""Small checkpoints for trials, tests and benchmarks: synthetic in the shape of a manifest, or cut out of a real one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kconvert import formats
+from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.errors import KconvertError
+from kconvert.formats import Format, parts_of
+from kconvert.formats.base import Scheme
+from kconvert.formats.dense import Dense
+from kconvert.formats.stacks import MxStack
+from kconvert.models.catalogue import load_manifest
+from kconvert.models.manifest import Manifest, Match, lookup
+from kconvert.models.model import natural_key, understand
+from kconvert.planning.containers import Safetensors
+from kconvert.planning.plan import Output, Plan
+from kconvert.planning.steps import Copy, Step, Transcode, copy_of
+from kconvert.targets.recipe import DEFAULT_SHARD_SIZE
+from kconvert.targets.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """`sizes` maps a manifest's dimensions (`layers`, `experts`, …) to smaller ones; those not named stay true.
+
+    `scatter` puts the tensors of one weight into different shards.
+    """
+
+    like: str = "kimi-k2-thinking"
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    shard_size: int = DEFAULT_SHARD_SIZE
+    scatter: bool = False
+    seed: int = 0
+
+
+def plan_synthetic(recipe: SampleRecipe) -> Plan:
+    """Plan a checkpoint with the manifest's names, dtypes, shapes, config.json and side files, and made-up weights."""
+    manifest = load_manifest(recipe.like)
+    if not manifest.config:
+        raise KconvertError(f"the manifest {manifest.name} describes no checkpoint of its own; choose another --like")
+    config = manifest.resize(manifest.config, recipe.sizes)
+    quantization = manifest.quantization(config)
+    drafts: list[Step] = []
+    names = sorted(manifest.bind(config).expected(), key=lambda item: natural_key(item[0]))
+    for name, match in names:
+        if 0 in match.shape:
+            raise KconvertError(f"{name!r} would be {list(match.shape)}, without any element; choose larger sizes")
+        if match.rule.dtype is None:
+            # The patterns of a published config.json are about the language model, wherever it is.
+            scheme = quantization.scheme_for(name.removeprefix(manifest.prefix))
+            drafts.append(_invent_weight(name, match, _spelling(manifest, config, match, scheme), recipe.seed))
+        else:
+            drafts.append(_invent_tensor(name, match, match.rule.dtype, recipe.seed))
+    container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
+    side_files = {name: text.encode() for name, text in manifest.side_files.items()}
+    parameters = sum(math.prod(match.shape) for _, match in names)
+    facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
+    return Output(repr(recipe), None, drafts, container, config, parameters, facts, side_files).plan()
+
+
+def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: Scheme | None) -> Format:
+    """The format that this config.json says a weight is in."""
+    if match.stack is not None:
+        return MxStack(match.stack) if manifest.has_encoded_stacks(config) else Dense("BF16", None, match.shape[1])
+    # No engine takes lm_head for a Linear in DeepSeek's dialect, which therefore does not list it.
+    if scheme is None or (scheme.format == "fp8" and match.rule.role == "lm_head"):
+        return Dense("BF16")
+    return formats.from_scheme(scheme)
+
+
+def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transcode:
+    rows, cols = match.matrix
+    try:
+        parts_of(target, rows, cols)
+        if can_be_dealt(target):
+            return Transcode(name, rows, cols, Picks(name, seed), (), Dealt(target, seed))
+        return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
+    except ValueError as error:
+        raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None
+
+
+def _invent_tensor(name: str, match: Match, dtype: str, seed: int) -> Transcode:
+    module, _, suffix = name.rpartition(".")
+    cols = match.shape[-1]
+    # Values of F32 tensors must not be exact in bf16: who rounds them is to be found out.
+    center, gain = float(match.rule.role == "norm"), 0.7 if dtype == "F32" else 1.0
+    source = Synthetic(name, seed, center, gain)
+    return Transcode(module, math.prod(match.shape) // cols, cols, source, (), Unquantised(suffix, dtype, match.shape))
+
+
+def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
+    """Plan a copy of the first layers and experts of a real checkpoint; only `layers`, `dense_layers`, `experts` shrink.
+
+    Layers that follow the last one (MTP) are left out with it.
+    """
+    manifest = understand(checkpoint).manifest
+    _check_cut(manifest, checkpoint, recipe)
+    sizes = dict(recipe.sizes)
+    if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
+        sizes["mtp"] = 0
+    config = manifest.resize(checkpoint.config, sizes)
+    names = manifest.bind(config)
+    found = {name: tensors for name, _ in names.expected() if (tensors := _tensors_of(checkpoint, name))}
+    if missing := names.missing(found):
+        raise KconvertError(f"{checkpoint.root} has no tensor of {missing[0]!r}; fetch the rest of the checkpoint")
+    kept = [(name, match) for name, match in names.expected() if name in found]
+    drafts = [_cut(tensor, match) for name, match in kept for tensor in found[name]]
+    drafts += [copy_of(tensor) for tensor in _free_tensors(manifest, checkpoint)]
+    drafts.sort(key=lambda draft: natural_key(draft.name))
+    container = Safetensors(recipe.shard_size, scatter=recipe.scatter)
+    parameters = sum(math.prod(match.shape) for _, match in kept)
+    facts = {"from": checkpoint.name, "sizes": dict(recipe.sizes)}
+    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, facts).plan()
+
+
+def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
+    return lookup(manifest.section(checkpoint.config), manifest.dims[symbol]) if symbol in manifest.dims else None
+
+
+def _check_cut(manifest: Manifest, checkpoint: Checkpoint, recipe: SampleRecipe) -> None:
+    if manifest.accepts_any:
+        raise KconvertError(
+            f"{checkpoint.root}: no manifest knows this model, so its layers and experts cannot be told"
+        )
+    for symbol, size in recipe.sizes.items():
+        if symbol not in ("layers", "dense_layers", "experts"):
+            raise KconvertError(f"--{symbol.replace('_', '-')} cannot be cut out of real weights; leave it out")
+        have = _dimension(manifest, checkpoint, symbol)
+        if not isinstance(have, int) or size > have:
+            raise KconvertError(f"--{symbol.replace('_', '-')} {size} is more than the checkpoint's {have}")
+
+
+def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Tensor]:
+    """The tensor called `name`, or all of the weight called so."""
+    whole = checkpoint.tensors.get(name)
+    if whole is not None:
+        return [whole]
+    parts = (checkpoint.tensors.get(formats.tensor_name(name, suffix)) for suffix in sorted(formats.SUFFIXES))
+    return [part for part in parts if part is not None]
+
+
+def _free_tensors(manifest: Manifest, checkpoint: Checkpoint) -> list[Tensor]:
+    """Those that the manifest lets pass without knowing them."""
+    known = manifest.bind(checkpoint.config)
+    tensors = checkpoint.tensors.values()
+    return [t for t in tensors if manifest.plain_role(t.name) is not None and known.match(t.name) is None]
+
+
+def _cut(tensor: Tensor, match: Match) -> Copy:
+    """A weight's tensor as it is, or its first experts if it stacks them; of another tensor the first rows (of the
+    router: those of the experts that stay)."""
+    if match.rule.dtype is None:
+        stack = () if match.stack is None else (match.stack,)
+        return copy_of(tensor, (*stack, *tensor.shape[len(stack) :]))
+    if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
+        raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
+    return copy_of(tensor, match.shape)
