@@ -20,7 +20,6 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kconvert.address import open_checkpoint
@@ -115,22 +114,10 @@ def check(
     KconvertError when it cannot be carried out: paths that overlap, a full disk, a budget that is too small, another
     checkpoint or another plan's unfinished output in `destination`. Writes nothing.
     """
+    from kconvert.run import job
     from kconvert.run.delivery import Delivery
-    from kconvert.run.disk import survey
-    from kconvert.run.journal import finished_shards
-    from kconvert.run.preflight import check_paths, check_side_files
 
-    delivery = Delivery.to(destination, push)
-    if not overwrite and (published := delivery.published(plan)):
-        return replace(survey(plan, delivery, published, disk_budget), is_done=True)
-    if plan.source is not None and plan.source.directory is not None:
-        check_paths(plan.source.directory, delivery.directory)
-        check_side_files(plan)
-    finished = finished_shards(delivery.directory, plan, overwrite, delivery.push)
-    needs = survey(plan, delivery, finished, disk_budget)
-    needs.check(overwrite)
-    delivery.check(plan, finished, overwrite)
-    return needs
+    return job.check(plan, Delivery.to(destination, push), overwrite, disk_budget)
 
 
 def convert(
@@ -161,43 +148,16 @@ def convert(
     not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
     finished then stays, and the same call goes on from there.
     """
+    from kconvert.report.card import ModelCard
+    from kconvert.run.delivery import Delivery
+    from kconvert.run.engine import Limits
+    from kconvert.run.job import prepared
+
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
-    from concurrent.futures import ThreadPoolExecutor
-
-    from kconvert.proof.spot_check import SpotCheck
-    from kconvert.report.card import model_card
-    from kconvert.run.engine import Limits, Run, warm_up
-    from kconvert.run.finalize import finalize
-    from kconvert.run.journal import Journal
-    from kconvert.run.preflight import check_values
-    from kconvert.run.staging import Staging
-
-    needs = check(plan, destination, overwrite=overwrite, push=push, disk_budget=disk_budget)
-    delivery = needs.delivery
-    if needs.is_done:
-        delivery.clear()
-        found(plan.output_bytes)
-        advance(plan.output_bytes)
-        return {}
-    with ThreadPoolExecutor(1) as background:
-        if len(needs.finished) < len(plan.shards):
-            background.submit(warm_up, plan)
-        if not needs.fetches:
-            check_values(plan, needs.finished)
-        if plan.source is not None:
-            plan.source.check_index()
-        with Journal(delivery.directory, plan, overwrite, delivery.push, command) as journal:
-            earlier = sum(shard.nbytes for shard in plan.shards if shard.name in journal.finished)
-            found(earlier)
-            advance(earlier)
-            upload = delivery.open()
-            with Staging(needs, journal, upload, SpotCheck(plan)) as staging:
-                run = Run(plan, staging, journal, Limits.choose(threads, memory), advance)
-                run.execute()
-                staging.drain()
-            finalize(plan, journal)
-            if upload is not None and delivery.push is not None:
-                title = delivery.push.repo.partition("/")[2]
-                card = model_card(title, plan, command, [journal.finished[shard.name] for shard in plan.shards])
-                delivery.publish(plan, journal, upload, command, card)
-    return dict(run.inexact)
+    card = ModelCard(plan, command)
+    with prepared(plan, Delivery.to(destination, push), overwrite, disk_budget, command, card) as job:
+        found(job.earlier)
+        advance(job.earlier)
+        inexact = job.run(Limits.choose(threads, memory), advance)
+        job.finish()
+    return inexact

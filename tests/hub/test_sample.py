@@ -20,9 +20,9 @@ def test_a_cut_of_a_repository_is_the_cut_of_its_copy(remote, command, cut_here,
 
 
 def test_only_the_ranges_of_its_tensors_are_fetched(hub, command, sample, tmp_path, tree, monkeypatch):
-    from kconvert.run import arrivals
+    from kconvert.run import fetches
 
-    monkeypatch.setattr(arrivals, "GAP", 4096)
+    monkeypatch.setattr(fetches, "GAP", 4096)
     source = sample(tmp_path / "source", shard_size=3_000_000, experts=24, layers=4)
     hub.add("org/model", source)
     command.ok("inspect", "org/model")

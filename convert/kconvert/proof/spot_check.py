@@ -57,7 +57,7 @@ class Parity:
 
 
 class SpotCheck:
-    """Looks at each shard of a plan once it is finished, see run.staging.Witness."""
+    """Looks at each shard of a plan once it is finished, see run.departures.Card."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -1,73 +1,131 @@
-"""What a plan reads from the Hub: whole files, and byte ranges of those of which it needs little."""
+"""Source files come to the disk before a plan needs them, and leave when it does not.
+
+Downloads, the conversion and uploads go on at the same time. The ledger decides who may take how much of the disk.
+"""
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import Empty, SimpleQueue
+from types import TracebackType
 
-from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Step, Transcode
+from kconvert.checkpoint.files import PAGE
+from kconvert.checkpoint.source import Reader
+from kconvert.run.budget import Ledger
+from kconvert.run.disk import Needs, unfinished
+from kconvert.run.fetches import hub_source
+from kconvert.run.mover import Mover
+from kconvert.run.preflight import Doubt, check_doubts, doubtful_values
 
-if TYPE_CHECKING:
-    from kconvert.hub.download import Fetch
-    from kconvert.hub.repository import HubCheckpoint
-
-GAP = 1 << 20  # bytes that are quicker fetched than left out
-WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
-
-
-def hub_source(plan: Plan) -> HubCheckpoint:
-    from kconvert.hub.repository import HubCheckpoint
-
-    assert isinstance(plan.source, HubCheckpoint)
-    return plan.source
+DOWNLOADS = 4  # connections at a time; one seldom fills a fast line
 
 
-def plan_fetches(plan: Plan) -> dict[str, Fetch]:
-    """What must come from the Hub, whole files and ranges of others, in the order of first need."""
-    if plan.source is None or plan.source.directory is not None:
-        return {}
-    from kconvert.hub.download import Fetch
+class StagedReader(Reader):
+    """Reads of files that lie in different places."""
 
-    fetches = {}
-    for file, wanted in _extents(plan.steps).items():
-        stat = plan.source.files[file]
-        share = sum(stop - start for start, stop in wanted) / max(stat.nbytes, 1)
-        fetches[file] = Fetch(file, stat, ((0, stat.nbytes),) if share > WHOLE else wanted)
-    return fetches
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.places: dict[str, Path] = {}
+        self.fresh: set[str] = set()
 
+    def path(self, file: str) -> Path:
+        return self.places.get(file) or super().path(file)
 
-def places_of(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: bool) -> dict[str, Path]:
-    """Where the Hub's cache has a file or will keep it, else below `staged`."""
-    if not fetches:
-        return {}
-    from kconvert.hub.download import cache_blob, cached
-
-    place = hub_source(plan).place
-    found = {}
-    for file, wanted in fetches.items():
-        kept = not passing and wanted.is_whole
-        found[file] = cached(place, file) or (cache_blob(place, wanted.stat) if kept else staged / file)
-    return found
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
+        """By way of the page cache where the file has just arrived, most of which is still there."""
+        if file not in self.fresh:
+            return super().fetch(file, start, nbytes, room)
+        view = room[start % PAGE :][:nbytes]
+        self._fill(file, self._cached, start, view, nbytes)
+        return view
 
 
-def _extents(steps: Iterable[Step]) -> dict[str, tuple[tuple[int, int], ...]]:
-    """For each file the byte ranges that the steps read, ascending; those with a small gap between them are one."""
-    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for step in steps:
-        sizes = [part.nbytes for part in step.source_parts] if isinstance(step, Transcode) else [step.nbytes]
-        for place, nbytes in zip(step.reads, sizes, strict=True):
-            ranges[place.file].append((place.start, place.start + nbytes))
-    return {file: tuple(_join(sorted(found))) for file, found in ranges.items()}
+class Arrivals(Mover):
+    """The source of a run, where its files come from the Hub; within a budget they are here only as long as needed."""
 
+    def __init__(self, needs: Needs, finished: Collection[str], ledger: Ledger) -> None:
+        super().__init__(ledger)
+        plan = needs.plan
+        self._needs, self._plan = needs, plan
+        self.reader = StagedReader(plan.source.root if plan.source else Path())
+        self._here: set[str] = set()
+        self._needed_by: dict[str, set[str]] = defaultdict(set)
+        for shard, files in needs.schedule.sources.items():
+            for file in files & needs.fetches.keys():
+                self._needed_by[file].add(shard)
+        self._doubts: dict[str, list[Doubt]] = defaultdict(list)
+        for doubt in doubtful_values(plan, finished) if needs.fetches else ():
+            self._doubts[doubt.place.file].append(doubt)
+        self._lock = threading.Lock()
+        self._side_files: SimpleQueue[str] = SimpleQueue()
 
-def _join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    joined = ranges[:1]
-    for start, stop in ranges[1:]:
-        if start - joined[-1][1] < GAP:
-            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
-        else:
-            joined.append((start, stop))
-    return joined
+    def __enter__(self) -> Arrivals:
+        self._needs.clear_staged()
+        for name in self._plan.side_files:
+            self._side_files.put(name)
+        self._start(self._bring_files, DOWNLOADS if self._needs.fetches else 0)
+        return self
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
+        """Bytes of a source file, as soon as it is here."""
+        if file in self._needs.fetches and file not in self._here:
+            self._ledger.wait(lambda: file in self._here)
+        return self.reader.fetch(file, start, nbytes, room)
+
+    def finish(self, shard: str) -> None:
+        """What only this shard needed goes."""
+        with self._lock:
+            for file in self._needs.schedule.sources[shard] & self._needs.fetches.keys():
+                self._needed_by[file].discard(shard)
+                if not self._needed_by[file]:
+                    self._drop(file)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self.reader.close()
+        if error is None:
+            shutil.rmtree(self._needs.staged, ignore_errors=True)
+
+    def _bring_files(self) -> None:
+        while (file := self._ledger.next_source()) is not None:
+            self.reader.places[file] = self._bring(file)
+            assert self._plan.source is not None
+            check_doubts(self._plan.source.root, self.reader, self._doubts.pop(file, []))
+            with self._ledger.changed:
+                self._here.add(file)
+                self._ledger.changed.notify_all()
+
+        self._bring_side_files()
+
+    def _bring_side_files(self) -> None:
+        """While the last files are converted; the end of the run then finds them in the Hub's cache."""
+        assert self._plan.source is not None
+        with suppress(Empty):
+            while not self._stopped.is_set():
+                self._plan.source.side_file(self._side_files.get_nowait())
+
+    def _bring(self, file: str) -> Path:
+        from kconvert.hub.client import into_cache
+        from kconvert.hub.download import cached, fetch
+
+        place, target = hub_source(self._plan).place, self._needs.places[file]
+        if not target.exists():
+            fetch(place, self._needs.fetches[file], target, unfinished(target), self._stopped)
+            self.reader.fresh.add(file)
+        if target.is_relative_to(self._needs.staged) or cached(place, file):
+            return target
+        return into_cache(place, file)  # which finds the content there, and links it
+
+    def _drop(self, file: str) -> None:
+        self.reader.forget(file)
+        path = self.reader.places.get(file)
+        if path is not None and path.is_relative_to(self._needs.staged):
+            path.unlink(missing_ok=True)
+        self._ledger.release(("source", file))

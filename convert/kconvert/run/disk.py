@@ -13,9 +13,9 @@ from kconvert.checkpoint.files import exists
 from kconvert.checkpoint.source import STATE_DIR
 from kconvert.errors import KconvertError, human
 from kconvert.planning.plan import Plan
-from kconvert.run.arrivals import places_of, plan_fetches
 from kconvert.run.budget import Schedule, make_schedule
 from kconvert.run.delivery import Delivery
+from kconvert.run.fetches import places_of, plan_fetches
 from kconvert.run.journal import STAGED, Record, stale_files
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ class Needs:
 
     `places` says where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come,
     `present` which of those that pass through the output's directory an earlier run has left there, whole or in part.
-    With `is_done` the Hub has all of the output already.
     """
 
     plan: Plan
@@ -42,7 +41,6 @@ class Needs:
     present: Collection[str]
     schedule: Schedule
     budget: int | None
-    is_done: bool = False
 
     @property
     def download_bytes(self) -> int:

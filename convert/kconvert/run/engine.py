@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
@@ -36,16 +36,17 @@ BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
 TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
 
 
-class Stage(Protocol):
-    """Where the bytes come from, and who must hear of the shards; see staging.Staging. The first two may wait."""
-
-    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview: ...
+class Observer(Protocol):
+    """Who must hear how far a run has come; see run.mover. All but `stop` may wait, and may fail."""
 
     def admit(self, shard: str) -> None:
         """Before the first byte of a shard is written."""
 
     def finish(self, shard: str) -> None:
         """Once a shard is durable and in the journal."""
+
+    def complete(self) -> None:
+        """Once all shards are."""
 
     def stop(self, failure: BaseException) -> None:
         """The run ends here; whoever waits must not wait any longer."""
@@ -84,16 +85,18 @@ class Limits:
 
 @dataclass
 class Run:
-    """One execution of a plan. `advance` is called with the bytes of output that have been written.
+    """One execution of a plan. `advance` is called with the bytes of output that have been written, and the `observers` in
+    their order: who comes first has heard of a shard when the next one does.
 
     `inexact` counts for each weight the groups that lost something where the target format was to lose nothing.
     """
 
     plan: Plan
-    stage: Stage
+    source: Fetcher
     journal: Journal
     limits: Limits
     advance: Callable[[int], None]
+    observers: Sequence[Observer]
     inexact: Counter[str] = field(default_factory=Counter)
     _writers: dict[str, ShardWriter] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -114,6 +117,8 @@ class Run:
                 except BaseException as failure:
                     self._give_up(failure)
                     raise
+            for observer in self.observers:
+                observer.complete()
         finally:
             for writer in self._writers.values():
                 writer.abandon()
@@ -152,11 +157,12 @@ class Run:
 
     def _give_up(self, failure: BaseException) -> None:
         self._stop.set()
-        self.stage.stop(failure)
+        for observer in self.observers:
+            observer.stop(failure)
 
     def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
         source, target = step.reads[0], step.writes[0]
-        data = buffers.fetch(self.stage, "copy", source.file, source.start + first, last - first)
+        data = buffers.fetch(self.source, "copy", source.file, source.start + first, last - first)
         if (source.start - target.start) % PAGE:
             moved = buffers.take("moved", last - first, target.start + first)
             moved[:] = data
@@ -187,7 +193,7 @@ class Run:
         for part, place in zip(step.source_parts, step.reads, strict=True):
             start, stop = part.span(step.rows, first, last)
             use = f"in.{sum(map(bool, map(len, data)))}"
-            data.append(buffers.fetch(self.stage, use, place.file, place.start + start, stop - start))
+            data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
         return data
 
     def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
@@ -205,7 +211,8 @@ class Run:
         if file in self._done or not len(data):
             return
         if file not in self._writers:
-            self.stage.admit(file)
+            for observer in self.observers:
+                observer.admit(file)
         with self._lock:
             writer = self._writers.get(file)
             if writer is None:
@@ -225,7 +232,8 @@ class Run:
         with self._lock:
             del self._writers[file]
         self.journal.record(file)
-        self.stage.finish(file)
+        for observer in self.observers:
+            observer.finish(file)
 
 
 @contextmanager

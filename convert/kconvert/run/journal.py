@@ -61,6 +61,10 @@ class Journal:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
         before = _read_lines(self._state / JOURNAL)
         goes_on = _belongs(before, plan)
+        # Who goes on names the commit that he found here; what was asked for at first must stay.
+        head = before[0] if goes_on else _head(plan, command)
+        lines = [head, *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         if not goes_on:
             shutil.rmtree(self.staged, ignore_errors=True)
         if len(self.finished) < len(plan.shards):
@@ -68,10 +72,6 @@ class Journal:
                 (self.destination / name).unlink(missing_ok=True)
         for path in stale_files(self.destination, self.finished, overwrite):
             path.unlink(missing_ok=True)
-        # Who goes on names the commit that he found here; what was asked for at first must stay.
-        head = before[0] if goes_on else _head(plan, command)
-        lines = [head, *({"shard": shard, **self.finished[shard]} for shard in sorted(self.finished))]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
         write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
 
     def partial(self, name: str) -> Path:

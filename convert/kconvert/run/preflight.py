@@ -57,24 +57,19 @@ def check_paths(source: Path, destination: Path) -> None:
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
 
 
-def check_side_files(plan: Plan) -> None:
+def check_side_files(source: Path, names: Iterable[str]) -> None:
     """KconvertError for the first side file that one may not read: they are copied last, and that is hours away."""
-    assert plan.source is not None
-    for name in plan.side_files:
-        path = plan.source.side_file(name)
-        if not os.access(path, os.R_OK):
-            raise KconvertError(f"cannot read {path}, which goes along into the output; check the permissions")
+    for name in names:
+        if not os.access(source / name, os.R_OK):
+            raise KconvertError(f"cannot read {source / name}, which goes along into the output; check the permissions")
 
 
-def check_values(plan: Plan, finished: Collection[str]) -> None:
+def check_values(plan: Plan, finished: Collection[str], reader: Reader, source: Path) -> None:
     """Read the scales and shapes of every weight still to be converted; KconvertError for the first that is not sound."""
-    if plan.source is None:
-        return
     doubts = list(doubtful_values(plan, finished))
     batches = [doubts[i : i + 128] for i in range(0, len(doubts), 128)]
-    with plan.source.reader() as reader, ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
-        root = plan.source.root
-        for _ in pool.map(lambda batch: check_doubts(root, reader, batch), batches):
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+        for _ in pool.map(lambda batch: check_doubts(source, reader, batch), batches):
             pass
 
 

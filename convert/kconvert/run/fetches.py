@@ -1,0 +1,73 @@
+"""What a plan reads from the Hub: whole files, and byte ranges of those of which it needs little."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Step, Transcode
+
+if TYPE_CHECKING:
+    from kconvert.hub.download import Fetch
+    from kconvert.hub.repository import HubCheckpoint
+
+GAP = 1 << 20  # bytes that are quicker fetched than left out
+WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
+
+
+def hub_source(plan: Plan) -> HubCheckpoint:
+    from kconvert.hub.repository import HubCheckpoint
+
+    assert isinstance(plan.source, HubCheckpoint)
+    return plan.source
+
+
+def plan_fetches(plan: Plan) -> dict[str, Fetch]:
+    """What must come from the Hub, whole files and ranges of others, in the order of first need."""
+    if plan.source is None or plan.source.directory is not None:
+        return {}
+    from kconvert.hub.download import Fetch
+
+    fetches = {}
+    for file, wanted in _extents(plan.steps).items():
+        stat = plan.source.files[file]
+        share = sum(stop - start for start, stop in wanted) / max(stat.nbytes, 1)
+        fetches[file] = Fetch(file, stat, ((0, stat.nbytes),) if share > WHOLE else wanted)
+    return fetches
+
+
+def places_of(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: bool) -> dict[str, Path]:
+    """Where the Hub's cache has a file or will keep it, else below `staged`."""
+    if not fetches:
+        return {}
+    from kconvert.hub.download import cache_blob, cached
+
+    place = hub_source(plan).place
+    found = {}
+    for file, wanted in fetches.items():
+        kept = not passing and wanted.is_whole
+        found[file] = cached(place, file) or (cache_blob(place, wanted.stat) if kept else staged / file)
+    return found
+
+
+def _extents(steps: Iterable[Step]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """For each file the byte ranges that the steps read, ascending; those with a small gap between them are one."""
+    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for step in steps:
+        sizes = [part.nbytes for part in step.source_parts] if isinstance(step, Transcode) else [step.nbytes]
+        for place, nbytes in zip(step.reads, sizes, strict=True):
+            ranges[place.file].append((place.start, place.start + nbytes))
+    return {file: tuple(_join(sorted(found))) for file, found in ranges.items()}
+
+
+def _join(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined = ranges[:1]
+    for start, stop in ranges[1:]:
+        if start - joined[-1][1] < GAP:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
