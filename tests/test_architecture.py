@@ -256,6 +256,13 @@ def test_only_the_logits_know_transformers():
     assert not offenders(MODULES.keys() - {"kconvert.proof.logits", *QAT}, ["transformers"])
 
 
+def test_what_lies_on_a_disk_knows_nothing_of_what_moves_it():
+    movers = {"arrivals", "departures", "mover", "engine", "job"}
+    at_rest = {"budget", "delivery", "disk", "fetches", "finalize", "journal", "writer"}
+    assert not offenders([f"kconvert.run.{name}" for name in at_rest], [f"kconvert.run.{name}" for name in movers])
+    assert not offenders(["kconvert.run.engine"], [f"kconvert.run.{name}" for name in movers - {"engine"}])
+
+
 @pytest.mark.parametrize(
     "module",
     [
