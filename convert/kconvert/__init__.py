@@ -34,7 +34,9 @@ from kconvert.targets.recipe import Recipe
 from kconvert.version import __version__
 
 if TYPE_CHECKING:
+    from kconvert.run.delivery import Delivery
     from kconvert.run.disk import Needs
+    from kconvert.run.journal import Journal
 
 __all__ = [
     "CheckFailed",
@@ -165,7 +167,6 @@ def convert(
     from concurrent.futures import ThreadPoolExecutor
 
     from kconvert.proof.spot_check import SpotCheck
-    from kconvert.report.card import model_card
     from kconvert.run.engine import Limits, Run, warm_up
     from kconvert.run.finalize import finalize
     from kconvert.run.journal import Journal
@@ -196,8 +197,14 @@ def convert(
                 run.execute()
                 staging.drain()
             finalize(plan, journal)
-            if upload is not None and delivery.push is not None:
-                title = delivery.push.repo.partition("/")[2]
-                card = model_card(title, plan, command, [journal.finished[shard.name] for shard in plan.shards])
-                delivery.publish(plan, journal, upload, command, card)
+            if upload is not None:
+                delivery.publish(plan, journal, upload, command, _card(plan, delivery, journal, command))
     return dict(run.inexact)
+
+
+def _card(plan: Plan, delivery: Delivery, journal: Journal, command: str) -> str:
+    from kconvert.report.card import model_card
+
+    assert delivery.push is not None
+    title = delivery.push.repo.partition("/")[2]
+    return model_card(title, plan, command, [journal.finished[shard.name] for shard in plan.shards])

@@ -19,7 +19,7 @@ from torch import nn
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import KEYS, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import QUANTISED_SUFFIXES, from_scheme
+from kconvert.formats import QUANTISED_SUFFIXES, Format, from_scheme
 from kconvert.formats.base import Scheme
 from kconvert.formats.packed import Packed
 from kconvert.models.catalogue import manifest_for
@@ -208,11 +208,11 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
     return chosen
 
 
-def _is_grid(scheme: Scheme, config: QATConfig) -> bool:
+def _format(scheme: Scheme | None) -> Format | None:
     try:
-        return from_scheme(scheme) == Packed(config.group_size)
+        return from_scheme(scheme) if scheme else None
     except ValueError:  # an encoding that nobody knows
-        return False
+        return None
 
 
 def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iterable[Matrix]) -> None:
@@ -222,8 +222,9 @@ def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iter
     quantization = read_quantization(config_json)
     for matrix in matrices:
         scheme = quantization.scheme_for(matrix.name)
-        if scheme is None or not _is_grid(scheme, config):
-            have = scheme or "not quantised"
+        format = _format(scheme)
+        if format != Packed(config.group_size):
+            have = format.label if format else scheme or "not quantised"
             raise KconvertError(
                 f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is int4 group {config.group_size}"
             )

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert import model as model_module
+from kconvert.models import model as model_module
 from kconvert.report.summary import find
 
 WIDTH = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F4": 0.5, "F6_E2M3": 0.75, "I8": 1, "U8": 1, "I16": 2, "U16": 2}

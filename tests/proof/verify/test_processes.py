@@ -72,7 +72,7 @@ def test_forks_end_with_their_parent(tmp_path: Path) -> None:
     script = f"""
 import os, time
 from pathlib import Path
-from kconvert.parity import processes
+from kconvert.proof import processes
 processes.SHARE = 1
 def work(number):
     Path({str(tmp_path)!r}, str(os.getpid())).touch()
