@@ -1,10 +1,12 @@
 """Two builds of kconvert do the same work, and every output is compared: tensors bit for bit, texts, reports, refusals.
 
-    python benchmarks/compare_builds.py BEFORE AFTER [--dir DIR] [--like NAME ...]
+    python benchmarks/compare_builds.py BEFORE AFTER [--dir DIR] [--like NAME ...] [--expect FILE]
 
 BEFORE and AFTER are each an interpreter that has kconvert, or the PYTHONPATH of a build for the interpreter at hand. A small
-sample of every manifest goes through every command. What differs is listed, and the exit code is 1 if anything does. The
-version, and what a run says of time, memory and free disk, do not count.
+sample of every manifest goes through every command. What differs is listed, and the exit code is 1 if anything does that is
+not expected. The version, and what a run says of time, memory and free disk, do not count.
+
+A line of FILE is a cause, a tab, and a regular expression; differences that it finds are counted under their cause.
 """
 
 from __future__ import annotations
@@ -13,19 +15,21 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Job: TypeAlias = list[
-    str
-]  # the arguments of a command; directories are relative, so that both builds are told the same
+# The arguments of a command; directories are relative, so that both builds are told the same.
+Job: TypeAlias = list[str]
+Causes: TypeAlias = Mapping[str, str]  # regular expression -> cause
 
 MANIFESTS = (
     "deepseek-v3",
@@ -202,22 +206,46 @@ def _tensors(data: bytes) -> Iterator[tuple[str, Any]]:
         yield name, [info["dtype"], info["shape"], start, hashlib.sha256(data[start:stop]).hexdigest()]
 
 
-def compare(name: str, before: Build, after: Build) -> tuple[str, list[str]]:
-    """A line of the table, and what differs."""
+def differences(ours: Any, theirs: Any, place: str) -> Iterator[str]:
+    """A line for each leaf that differs."""
+    if ours == theirs:
+        return
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            yield from differences(ours.get(key), theirs.get(key), f"{place} {key}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(*pair, f"{place} [{number}]")
+    else:
+        yield f"{place}: {_short(ours)} before, {_short(theirs)} after"
+
+
+def compare(name: str, before: Build, after: Build, causes: Causes) -> tuple[str, list[str], Counter[str]]:
+    """A line of the table, what differs, and how much of what was expected does by each cause."""
     jobs = list(jobs_for(name))
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(lambda build: build.run(jobs), (before, after))
-    faults = [
-        f"kconvert {' '.join(job)}: {_short(ours)} before, {_short(theirs)} after"
-        for job, ours, theirs in zip(jobs, one, two, strict=True)
-        if ours != theirs
-    ]
+    found: list[str] = []
+    for job, *outcomes in zip(jobs, one, two, strict=True):
+        said = ({"exit code": code, "stdout": out, "stderr": err} for code, out, err in outcomes)
+        found += differences(*said, f"kconvert {' '.join(job)}:")
     ours, theirs = contents(before.work), contents(after.work)
-    faults += [f"{path} differs" for path in sorted(ours.keys() | theirs.keys()) if ours.get(path) != theirs.get(path)]
+    found += differences(ours, theirs, "file")
+    expected = Counter(cause for line in found if (cause := _cause(line, causes)))
+    faults = [line for line in found if not _cause(line, causes)]
     done = sum(outcome[0] == 0 for outcome in one)
     tensors = sum(":" in path for path in ours)
-    line = f"{name:<20}{done:>6}{len(jobs) - done:>9}{len(ours) - tensors:>8}{tensors:>9}{len(faults):>9}"
-    return line, [f"{name}: {fault}" for fault in faults]
+    line = f"{name:<20}{done:>6}{len(jobs) - done:>9}{len(ours) - tensors:>8}{tensors:>9}{expected.total():>10}{len(faults):>8}"
+    return line, [f"{name}: {fault}" for fault in faults], expected
+
+
+def _cause(line: str, causes: Causes) -> str | None:
+    return next((cause for pattern, cause in causes.items() if re.search(pattern, line)), None)
+
+
+def read_causes(path: Path | None) -> Causes:
+    lines = path.read_text("utf-8").splitlines() if path else ()
+    return {pattern: cause for cause, _, pattern in (line.partition("\t") for line in lines)}
 
 
 def _short(outcome: Any) -> str:
@@ -230,16 +258,20 @@ def main() -> None:
     parser.add_argument("after", help="an interpreter, or a PYTHONPATH")
     parser.add_argument("--dir", type=Path, help="where the outputs go [default: a temporary directory]")
     parser.add_argument("--like", nargs="*", default=MANIFESTS, choices=MANIFESTS, help="only these manifests")
+    parser.add_argument("--expect", type=Path, metavar="FILE", help="differences that are meant, with their causes")
     options = parser.parse_args()
+    causes = read_causes(options.expect)
     faults: list[str] = []
-    print(f"{'sample':<20}{'done':>6}{'refused':>9}{'files':>8}{'tensors':>9}{'differ':>9}")
+    expected: Counter[str] = Counter()
+    print(f"{'sample':<20}{'done':>6}{'refused':>9}{'files':>8}{'tensors':>9}{'expected':>10}{'differ':>8}")
     for name in options.like:
         with tempfile.TemporaryDirectory(dir=options.dir) as work:
             builds = (Build.at(options.before, Path(work, "before")), Build.at(options.after, Path(work, "after")))
-            line, found = compare(name, *builds)
+            line, found, meant = compare(name, *builds, causes)
         faults += found
+        expected += meant
         print(line, flush=True)
-    print(*faults, sep="\n")
+    print(*(f"{count} differences: {cause}" for cause, count in expected.most_common()), *faults, sep="\n")
     sys.exit(bool(faults))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from sizes import SIZES
 
 from kconvert import Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
@@ -25,18 +26,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kconvert")
 
 INDEX = "model.safetensors.index.json"
-SIZES = {
-    "layers": 3,
-    "dense_layers": 1,
-    "experts": 4,
-    "hidden": 256,
-    "intermediate": 512,
-    "moe_intermediate": 128,
-    "vocab": 512,
-    "heads": 4,
-    "q_rank": 64,
-    "kv_rank": 32,
-}
 
 Kconvert = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -170,6 +159,14 @@ def bf16(int4: Path) -> Path:
     """`int4` converted to BF16, in shards of 1 MB; look, do not touch (see bf16_copy)."""
     root = int4.parent / "bf16"
     convert(plan(int4, Recipe("bf16", shard_size=1_000_000)), root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fp8(int4: Path) -> Path:
+    """`int4` with its experts in FP8; look, do not touch."""
+    root = int4.parent / "fp8"
+    convert(plan(int4, Recipe("fp8")), root)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_every_module_is_in_a_room_of_the_table():
 def test_the_table_runs_downward():
     rooms = list(MAY)
     assert all(rooms.index(used) < rooms.index(room) for room, may in MAY.items() for used in may.split())
+
+
+def test_the_table_is_the_one_that_people_read():
+    page = (Path(__file__).parents[1] / "docs" / "ARCHITECTURE.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w./]+)` \| [^|]+ \| ?([\w, ]*) ?\|$", page, re.M)
+    names = {name.removesuffix("/").removesuffix(".py").replace("__init__", ""): may for name, may in rows}
+    assert {name: may.replace(",", "").strip() for name, may in names.items()} == MAY
 
 
 @pytest.mark.parametrize("room", MAY)

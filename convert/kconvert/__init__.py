@@ -28,7 +28,7 @@ from kconvert.errors import CheckFailed, KconvertError
 from kconvert.models.model import Model, understand
 from kconvert.planning.plan import Plan
 from kconvert.proof.verify import Report, verify
-from kconvert.targets.hf import make_plan
+from kconvert.targets.conversion import make_plan
 from kconvert.targets.recipe import Recipe
 from kconvert.version import __version__
 

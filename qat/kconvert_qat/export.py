@@ -40,7 +40,7 @@ from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.run.finalize import finalize
 from kconvert.run.journal import Journal
 from kconvert.run.writer import ShardWriter
-from kconvert.targets.recipe import DEFAULT_SHARD_SIZE, is_linear_role
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, is_linear_role
 from kconvert_qat.attach import Coverage, adapters_of, coverage
 from kconvert_qat.config import CONFIG_NAME as QAT_CONFIG_NAME
 from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors, published_spelling

@@ -137,7 +137,7 @@ def digest(data: np.ndarray) -> str:
 
 
 def make() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
     import amx_oracle
 
     if reason := amx_oracle.missing():

@@ -15,6 +15,7 @@ from kconvert.dialects.compressed_tensors import compressed_fp8_table, ignore_li
 from kconvert.dialects.fp8 import fp8_table
 from kconvert.formats.dense import Dense
 from kconvert.models.model import Model, understand
+from kconvert.targets.conversion import Conversion
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
@@ -28,7 +29,7 @@ def kimi_k2() -> Model:
 
 
 def test_the_default_layout_lists_the_489_linears_of_k2_that_stay(kimi_k2: Model) -> None:
-    table = Recipe("fp8").config(kimi_k2)["quantization_config"]
+    table = Conversion(kimi_k2, Recipe("fp8")).config()["quantization_config"]
     names = table.pop("modules_to_not_convert")
     assert table == {
         "quant_method": "fp8",
@@ -46,7 +47,7 @@ def test_the_default_layout_lists_the_489_linears_of_k2_that_stay(kimi_k2: Model
 
 
 def test_layout_all_of_k2_is_the_published_one_and_lists_nothing(kimi_k2: Model) -> None:
-    assert Recipe("fp8", layout="all").config(kimi_k2)["quantization_config"] == {
+    assert Conversion(kimi_k2, Recipe("fp8", layout="all")).config()["quantization_config"] == {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
@@ -56,8 +57,8 @@ def test_layout_all_of_k2_is_the_published_one_and_lists_nothing(kimi_k2: Model)
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "compressed-tensors-channel"])
 def test_compressed_tensors_understands_the_config_and_ignores_what_stays(kimi_k2: Model, layout: str) -> None:
-    recipe = Recipe("fp8", layout=layout)
-    table = recipe.config(kimi_k2)["quantization_config"]
+    conversion = Conversion(kimi_k2, Recipe("fp8", layout=layout))
+    table = conversion.config()["quantization_config"]
     parsed = QuantizationConfig.model_validate(table)
     scheme = parsed.config_groups["group_0"]
     assert scheme.weights.strategy == ("channel" if layout.endswith("channel") else "block")
@@ -65,7 +66,7 @@ def test_compressed_tensors_understands_the_config_and_ignores_what_stays(kimi_k
     assert parsed.format == "float-quantized"
     for weight in kimi_k2.weights:
         ignored = any(match_name(weight.name, pattern) for pattern in parsed.ignore)
-        assert ignored == isinstance(recipe.encoding(weight), Dense), weight.name
+        assert ignored == isinstance(conversion.encoding(weight), Dense), weight.name
     for name in ("model.layers.5.mlp.gate", "model.embed_tokens", "lm_head"):
         assert any(match_name(name, pattern) for pattern in parsed.ignore)
 

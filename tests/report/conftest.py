@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from kconvert import Recipe, convert, plan
 from kconvert.cli import main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -39,13 +38,6 @@ def run() -> Callable[..., Result]:
         return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def fp8(int4: Path) -> Path:
-    root = int4.parent / "report-fp8"
-    convert(plan(int4, Recipe("fp8")), root)
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import click
 
 from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
 from kconvert.cli.running import carry_out, pinned
-from kconvert.targets.recipe import TARGETS
+from kconvert.targets.registry import TARGETS
 
 
 @click.command("int4-to-bf16")

@@ -14,7 +14,8 @@ from click.shell_completion import CompletionItem
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.recipe import SCALES, TARGETS
+from kconvert.targets.base import SCALES
+from kconvert.targets.registry import TARGETS
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

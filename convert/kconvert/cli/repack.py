@@ -11,7 +11,7 @@ from kconvert.cli.options import links_option, location, output_options, revisio
 from kconvert.cli.running import carry_out, pinned
 from kconvert.models.amx import METHODS
 from kconvert.targets.amx import FORMS
-from kconvert.targets.recipe import SCALES
+from kconvert.targets.base import SCALES
 
 
 @click.command("repack-amx")

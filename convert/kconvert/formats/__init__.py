@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
-from kconvert.formats.base import Family, Format, Found, Part, parts_of, tensor_name
-from kconvert.formats.companions import COMPANIONS
+from kconvert.formats.base import COMPANIONS, Family, Format, Found, Part, parts_of, tensor_name
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Scheme

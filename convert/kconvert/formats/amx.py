@@ -27,7 +27,7 @@ Source: https://github.com/kvcache-ai/ktransformers, `kt-kernel/operators/amx`; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kconvert.formats.base import Fate, Format, Part
@@ -59,9 +59,17 @@ class Amx(Format):
     def label(self) -> str:
         return f"amxint{self.bits}"
 
+    def scaled(self, mse: bool) -> Amx:
+        return replace(self, mse=mse)
+
     @property
-    def has_choice_of_scales(self) -> bool:
+    def compares_scales(self) -> bool:
+        """By either rule: a row has one scale, and much depends on it."""
         return True
+
+    def of_rows(self) -> Amx:
+        """Which rows are in a shard changes nothing for each of them."""
+        return replace(self, numa=1) if self.split == "rows" else self
 
     @property
     def block(self) -> int:

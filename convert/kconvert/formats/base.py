@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kconvert.formats.conventions import Convention
+
     Bytes = NDArray[np.uint8]
     Tile = NDArray[np.float32]
 
@@ -24,6 +26,18 @@ FATES: tuple[Fate, ...] = ("lossless", "recovered", "lossy")
 ZERO_POINT = "weight_zero_point"
 # A weight's tensors: dtype and shape by suffix.
 Found: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+
+# What lies beside a weight and does not enter its values: how activations, outputs and the cache are scaled. Nobody looks into
+# such tensors, whatever they hold: an expert that no token reached has Inf there. They stay with a weight that is copied as it
+# is, for the engine that serves its codes, and are left behind where it is decoded.
+FACTS = ("scale", "scales", "scale_inv", "scale_ub", "global_scale", "zero_point", "amax")
+# Of what goes into a Linear and comes out of it.
+ACTIVATIONS = frozenset(
+    f"{side}_{fact}" for side in ("input", "output", "activation", "input_activation", "act") for fact in FACTS
+)
+# Of keys, values and queries, and of what attention makes of them.
+CACHE = frozenset(f"{side}_{fact}" for side in ("q", "k", "v", "kv", "prob") for fact in FACTS)
+COMPANIONS = ACTIVATIONS | CACHE
 
 
 def tensor_name(weight: str, suffix: str) -> str:
@@ -115,11 +129,6 @@ class Format:
         return False
 
     @property
-    def has_choice_of_scales(self) -> bool:
-        """Whether scales by least squared error can be asked for; `mse` of such a format says whether they are."""
-        return False
-
-    @property
     def matrices(self) -> int | None:
         """How many matrices [out, in] it stacks; None: it is one."""
         return None
@@ -146,6 +155,24 @@ class Format:
         check_form(source, rows)
         if source.matrices is not None:
             raise ValueError(f"is a stack of {source.matrices} matrices; stacks go to bf16 or int4 only")
+        return self
+
+    def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Format:
+        """This format with codes by this convention, for so many columns, and only where they lose nothing if `strict`; itself
+        where there is no such choice."""
+        return self
+
+    def scaled(self, mse: bool) -> Format | None:
+        """This format with scales by least squared error, or by amax; None where there is no choice."""
+        return None
+
+    @property
+    def compares_scales(self) -> bool:
+        """Whether people are to be told what scales by least squared error gain, or would gain, over those by amax."""
+        return False
+
+    def of_rows(self) -> Format:
+        """What spells some rows of a weight that this spells as if they were all, with the same codes and scales."""
         return self
 
     def fate(self, source: Format) -> Fate:

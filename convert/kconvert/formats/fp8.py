@@ -61,12 +61,15 @@ class Fp8(Format):
     def label(self) -> str:
         return "fp8 block {}x{}".format(*self.block) if self.strategy == "block" else f"fp8 {self.strategy}"
 
+    def scaled(self, mse: bool) -> Fp8:
+        return replace(self, mse=mse)
+
     @property
-    def has_choice_of_scales(self) -> bool:
-        return True
+    def compares_scales(self) -> bool:
+        return self.mse
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
-        return Format.fit(replace(self, mse=mse), source, rows, cols, mse)
+        return Format.fit(self.scaled(mse), source, rows, cols, mse)
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         every = {"block": self.block[0], "channel": 1}.get(self.strategy)

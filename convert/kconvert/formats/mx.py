@@ -52,13 +52,16 @@ class Mx(Format):
     def group_size(self) -> int:
         return GROUP
 
+    def scaled(self, mse: bool) -> Mx:
+        return replace(self, mse=mse)
+
     @property
-    def has_choice_of_scales(self) -> bool:
-        return True
+    def compares_scales(self) -> bool:
+        return self.mse
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         check_groups(cols, GROUP)
-        return Format.fit(replace(self, mse=mse), source, rows, cols, mse)
+        return Format.fit(self.scaled(mse), source, rows, cols, mse)
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:

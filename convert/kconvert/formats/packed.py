@@ -94,9 +94,15 @@ class Packed(Format):
     def recoverable(self) -> bool:
         return True
 
+    def scaled(self, mse: bool) -> Packed:
+        return replace(self, mse=mse)
+
     @property
-    def has_choice_of_scales(self) -> bool:
-        return True
+    def compares_scales(self) -> bool:
+        return self.mse
+
+    def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Packed:
+        return replace(self, group_size=group_size, convention=convention, strict=strict)
 
     @property
     def matrices(self) -> int | None:

@@ -31,7 +31,7 @@ from kconvert.models.sorting import Plain, shows_experts, sort_out
 class Weight:
     """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
 
-    `companions` lie beside it and do not enter its values; see formats.companions.
+    `companions` lie beside it and do not enter its values; see formats.base.
     """
 
     name: str

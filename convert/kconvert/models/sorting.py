@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kconvert import formats
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.errors import KconvertError
-from kconvert.formats.companions import CACHE, COMPANIONS
+from kconvert.formats.base import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
 from kconvert.models.manifest import Names
 from kconvert.models.roles import guess

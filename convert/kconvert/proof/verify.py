@@ -19,8 +19,6 @@ from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Check
 from kconvert.dialects import QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
-from kconvert.formats.dense import Dense
-from kconvert.formats.packed import Packed
 from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
@@ -30,9 +28,9 @@ from kconvert.proof.declared import undeclared
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.proof.parity.metrics import Spread
-from kconvert.proof.parity.oracle import independent_values
-from kconvert.proof.parity.quick import encodes, is_quick
+from kconvert.proof.parity.oracle import independent_values, is_quick
 from kconvert.proof.parity.rows import Desk
+from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.proof.processes import in_processes
 
 if TYPE_CHECKING:
@@ -106,7 +104,6 @@ def verify(
     differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
-    thorough = thorough or not standard.exact  # limits are on figures
     original = understand(open_checkpoint(source)).select(include, exclude)
     original.checkpoint.check_index()
     try:
@@ -132,7 +129,7 @@ def verify(
         standard,
         _reference(tally.comparisons, chosen),
         tuple(tally.faults),
-        thorough,
+        thorough or not standard.exact,  # limits are on figures
         weights=len(tally.comparisons),
         tensors=len(chosen) - len(tally.comparisons),
         skipped=len(pairs) - len(chosen),
@@ -205,7 +202,7 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     judges = {comparison.judged_by for comparison in comparisons}
     weights = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
     values = "the source's values"
-    if any(not isinstance(ours.format, Dense) for ours, _ in weights):
+    if any(witness_of(ours.format).by_library for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
     if any(is_quick(ours) for ours, _ in weights):
         values = "the source's values, decompressed by torch and checked by compressed-tensors"
@@ -213,9 +210,9 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     if "bytes" not in judges:
         return values
-    if any(isinstance(theirs.format, Packed) for _, theirs in weights):
+    if any(witness_of(theirs.format).has_many_spellings for _, theirs in weights):
         return f"{values}, or the reference encoding of them"
-    by_torch = any(encodes(theirs.format) for _, theirs in weights)
+    by_torch = any(witness_of(theirs.format).encodes_quickly for _, theirs in weights)
     return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
 
 
@@ -223,7 +220,7 @@ def _declaration_faults(converted: Model) -> list[str]:
     """Where config.json and what the output holds do not belong together; nothing declares AMX weights."""
     if any(isinstance(weight.format, Amx) for weight in converted.weights):
         return []
-    quantised = any(not isinstance(weight.format, Dense) for weight in converted.weights)
+    quantised = any(weight.format.quantised for weight in converted.weights)
     if quantised or not any(quantization_tables(converted.checkpoint.config)):
         return list(undeclared(converted.checkpoint))
     path = converted.checkpoint.root / CONFIG_NAME
@@ -246,7 +243,7 @@ def _compare_all(
 
     torch.set_num_threads(1)
     weights = [item for pair in pairs for item in pair if isinstance(item, Weight)]
-    if any(not isinstance(weight.format, Dense | Amx) for weight in weights):
+    if any(witness_of(weight.format).by_library for weight in weights):
         import compressed_tensors  # noqa: F401  takes seconds, which every process would need by itself
     desk = Desk()
     sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]

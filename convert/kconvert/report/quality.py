@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
-from kconvert.formats.amx import Amx
-from kconvert.formats.fp8 import Fp8
-from kconvert.formats.mx import Mx
-from kconvert.formats.packed import Packed
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.proof.parity.metrics import sqnr
@@ -58,13 +54,12 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
 
 
 def gains(plan: Plan) -> dict[str, Gain]:
-    """For each encoding that the plan writes with scales of least squared error, and for AMX: what these gain over amax, on a
-    sample of the weights."""
+    """For each encoding whose scales are to be compared: what those of least squared error gain over amax, on a sample of the
+    plan's weights."""
     sums: dict[str, list[float]] = {}
     for name, target, tile in _sample(plan):
         try:
-            signal, noise = squares(replace(target, mse=True), tile)
-            _, by_amax = squares(replace(target, mse=False), tile)
+            (signal, noise), (_, by_amax) = (squares(target.scaled(mse) or target, tile) for mse in (True, False))
         except ValueError as error:
             raise KconvertError(f"weight {name!r} cannot be written as {target.label}: {error}") from None
         total = sums.setdefault(target.label, [0.0, 0.0, 0.0])
@@ -72,11 +67,11 @@ def gains(plan: Plan) -> dict[str, Gain]:
     return {label: Gain(sqnr(signal, amax), sqnr(signal, mse)) for label, (signal, amax, mse) in sums.items()}
 
 
-def _sample(plan: Plan) -> Iterator[tuple[str, Packed | Mx | Fp8 | Amx, Tile]]:
+def _sample(plan: Plan) -> Iterator[tuple[str, Format, Tile]]:
     """The first rows of some weights all over the model, with their names and targets."""
     import numpy as np
 
-    chosen = [step for step in plan.steps if isinstance(step, Transcode) and _searches(step.target)]
+    chosen = [step for step in plan.steps if isinstance(step, Transcode) and step.target.compares_scales]
     if plan.source is None or not chosen:
         return
     with plan.source.reader() as reader:
@@ -89,12 +84,4 @@ def _sample(plan: Plan) -> Iterator[tuple[str, Packed | Mx | Fp8 | Amx, Tile]]:
                 data.append(np.frombuffer(reader.read(place.file, place.start + start, stop - start), np.uint8))
             tile = np.empty((rows, step.cols), np.float32)
             step.source.decode(data, 0, tile)
-            target = step.target
-            if isinstance(target, Amx) and target.split == "rows":
-                target = replace(target, numa=1)  # which rows are in a shard changes nothing for each of them
-            assert isinstance(target, Packed | Mx | Fp8 | Amx)
-            yield step.name, target, tile
-
-
-def _searches(format: Format) -> bool:
-    return isinstance(format, Amx) or (isinstance(format, Packed | Mx | Fp8) and format.mse)
+            yield step.name, step.target.of_rows(), tile

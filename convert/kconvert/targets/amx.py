@@ -17,7 +17,7 @@ from kconvert.models.model import Model, Weight, format_counts, natural_key, ref
 from kconvert.planning.containers import METADATA, Apart, Container, Safetensors, json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
-from kconvert.targets.recipe import DEFAULT_SHARD_SIZE, SCALES
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES
 from kconvert.version import __version__
 
 FORMS = ("safetensors", "kt")

@@ -1,62 +1,71 @@
-"""The output that transformers and serving engines read: safetensors shards, an index, and config.json in its dialect."""
+"""The outputs that transformers and serving engines read: plain values, and encodings that config.json declares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
-from kconvert.checkpoint.source import Tensor
-from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
-from kconvert.models.sorting import Plain
-from kconvert.planning.containers import Safetensors
-from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
-from kconvert.targets.recipe import Recipe
+from kconvert.dialects.compressed_tensors import compressed_fp8_table, int8_table, mx_table, packed_table
+from kconvert.dialects.fp8 import fp8_table
+from kconvert.formats import Format
+from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.int8 import Int8
+from kconvert.formats.mx import Mx
+from kconvert.formats.packed import Packed
+from kconvert.targets.base import EXPERTS, LINEARS, Table, Target, Targets
 
-
-def make_plan(model: Model, recipe: Recipe) -> Plan:
-    """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
-    refuse_undecoded(model.select(recipe.include, recipe.exclude))
-    recipe.check_source(model)
-    model = model.select(recipe.include, recipe.exclude)
-    drafts = tuple(_drafts(model, recipe))
-    facts = {
-        "source": model.checkpoint.name,
-        "manifest": model.manifest.name,
-        "to": recipe.to,
-        **({"layout": recipe.layout} if recipe.layout else {}),
-        **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
-        "parameters": model.parameters,
-        "weights": dict(format_counts(model.weights)),
-        "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
-        + sum(plain.tensor.nbytes for plain in model.plain),
-        **count_steps(drafts),
-        "dropped": [tensor.name for tensor in _left_behind(model, recipe)],
-        "left_out": list(model.checkpoint.left_out),
-    }
-    container = Safetensors(recipe.shard_size)
-    config = recipe.config(model)
-    return Output(repr(recipe), model.checkpoint, drafts, container, config, model.parameters, facts).plan()
+# llm-compressor's recipes leave them: engines fuse the two, and 576 rows of kv_a are no whole number of blocks.
+COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
 
 
-def _left_behind(model: Model, recipe: Recipe) -> Iterator[Tensor]:
-    """What describes activations: it goes along only where a weight's codes are copied as they are."""
-    yield from model.dropped
-    for weight in model.weights:
-        if weight.companions and (not weight.format.quantised or recipe.target(weight) is not None):
-            yield from weight.companions
+def _fp8_experts(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    return fp8_table(unquantised)
 
 
-def _drafts(model: Model, recipe: Recipe) -> Iterator[Step]:
-    """A step without places for each weight and tensor, in natural order of the output's names."""
-    items: list[Weight | Plain] = [*model.weights, *model.plain]
-    items.sort(key=lambda item: natural_key(item.name if isinstance(item, Weight) else item.tensor.name))
-    for item in items:
-        if isinstance(item, Plain):
-            yield copy_of(item.tensor)
-            continue
-        target = recipe.target(item)
-        if target is None:
-            yield from map(copy_of, item.copied)
-        else:
-            reads = tuple(map(place_of, item.tensors))
-            yield Transcode(item.name, item.rows, item.cols, item.format, reads, target)
+def _fp8_all(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    """The published layout lists nothing, and no engine takes lm_head for a Linear: it needs no entry."""
+    return fp8_table(name for name in unquantised if name.rpartition(".")[2] != "lm_head")
+
+
+def _compressed_fp8(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    return compressed_fp8_table(format.strategy, quantised, unquantised)
+
+
+def _int4(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    assert format.group_size is not None
+    return packed_table(format.group_size, quantised, unquantised)
+
+
+def _int8(format: Int8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    return int8_table(quantised, unquantised)
+
+
+def _mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    return mx_table(format.bits, quantised, unquantised)
+
+
+def _experts_or_all(format: Format, table: Table) -> Mapping[str, Target]:
+    return {"experts": Target(format, EXPERTS, table=table), "all": Target(format, LINEARS, COMPRESSED_KEEPS, table)}
+
+
+def _llm_compressor(strategy: str) -> Target:
+    """Its scales have the model's dtype, and transformers dequantises to the scales'."""
+    format = Fp8(strategy, scale_name="weight_scale", scale_dtype="BF16")
+    return Target(format, LINEARS, COMPRESSED_KEEPS, _compressed_fp8)
+
+
+TARGETS: Targets = {
+    "bf16": {"": Target(Dense("BF16"))},
+    "f16": {"": Target(Dense("F16"))},
+    "fp8": {
+        "experts": Target(Fp8(), EXPERTS, table=_fp8_experts),
+        "all": Target(Fp8(), LINEARS, table=_fp8_all),
+        "compressed-tensors": _llm_compressor("block"),
+        "compressed-tensors-channel": _llm_compressor("channel"),
+    },
+    "int4": {"": Target(Packed(32), EXPERTS, table=_int4)},
+    "int8": _experts_or_all(Int8(), _int8),
+    "mxfp4": _experts_or_all(Mx(4), _mx),
+    "mxfp8": _experts_or_all(Mx(8), _mx),
+}

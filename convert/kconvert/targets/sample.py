@@ -20,7 +20,7 @@ from kconvert.models.model import natural_key, understand
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Step, Transcode, copy_of
-from kconvert.targets.recipe import DEFAULT_SHARD_SIZE
+from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
 
 

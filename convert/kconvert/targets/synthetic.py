@@ -26,14 +26,10 @@ POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
 ZERO_EVERY = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Synthetic(Format):
-    """The weight called `name`: `center` + `gain` * heavy-tailed values. A gain of 1 keeps them exact in bf16."""
+class Invented(Format):
+    """Values that lie in no file."""
 
-    name: str
-    seed: int = 0
-    center: float = 0.0
-    gain: float = 1.0
+    __slots__ = ()
 
     @property
     def label(self) -> str:
@@ -42,6 +38,19 @@ class Synthetic(Format):
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         return ()
 
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        raise NotImplementedError("nothing is written as invented values")
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic(Invented):
+    """The weight called `name`: `center` + `gain` * heavy-tailed values. A gain of 1 keeps them exact in bf16."""
+
+    name: str
+    seed: int = 0
+    center: float = 0.0
+    gain: float = 1.0
+
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
 
@@ -49,9 +58,6 @@ class Synthetic(Format):
 
         key = _key(self.seed, self.name)
         kernels.fill_synthetic(_pool(self.seed), key, first_row, np.float32(self.center), np.float32(self.gain), tile)
-
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        raise NotImplementedError("nothing is written as synthetic weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +83,16 @@ class Unquantised(Format):
 
 
 @dataclass(frozen=True, slots=True)
-class Picks(Format):
+class Picks(Invented):
     """The groups of the Synthetic weight `name` by their numbers in the pool, for Dealt."""
 
     name: str
     seed: int = 0
 
-    @property
-    def label(self) -> str:
-        return "synthetic"
-
-    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        return ()
-
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import synthetic as kernels
 
         kernels.fill_picks(POOL_GROUPS, _key(self.seed, self.name), first_row, tile)
-
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        raise NotImplementedError("nothing is written as picks")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sizes import SIZES
 
 from kconvert import convert, formats
 from kconvert.checkpoint.source import Checkpoint, Tensor
@@ -18,22 +19,11 @@ from kconvert.models.catalogue import load_manifest
 from kconvert.models.manifest import Manifest
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
-SIZES = {
-    "layers": 4,
-    "dense_layers": 1,
-    "experts": 4,
-    "hidden": 256,
-    "intermediate": 512,
-    "moe_intermediate": 128,
-    "vocab": 512,
-    "heads": 4,
-    "q_rank": 64,
-    "kv_rank": 32,
-}
+SMALL = {**SIZES, "layers": 4}
 
 
 def small_sizes(manifest: Manifest) -> dict[str, int]:
-    return {symbol: size for symbol, size in SIZES.items() if symbol in manifest.dims}
+    return {symbol: size for symbol, size in SMALL.items() if symbol in manifest.dims}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 
 from kconvert.checkpoint.source import Checkpoint, Tensor
 from kconvert.formats import Format
-from kconvert.formats.companions import ACTIVATIONS
+from kconvert.formats.base import ACTIVATIONS
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx

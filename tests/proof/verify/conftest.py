@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from kconvert import Recipe, convert, plan
 from kconvert.cli import main
 
 
@@ -21,14 +20,6 @@ def run_verify() -> Callable[..., Result]:
         return CliRunner().invoke(main, ["verify", *map(str, arguments)], catch_exceptions=False)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def fp8(int4: Path) -> Path:
-    """`int4` with its experts in FP8; look, do not touch (see fp8_copy)."""
-    root = int4.parent / "verify-fp8"
-    convert(plan(int4, Recipe("fp8")), root)
-    return root
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import amx, fp8, int8, mx, packed
 from kconvert.proof.parity.compare import DEFAULT_LIMITS
 from kconvert.proof.parity.metrics import measure
-from kconvert.targets.recipe import TARGETS
+from kconvert.targets.registry import TARGETS
 
 Verify = Callable[..., Result]
 DATA = Path(__file__).parents[2] / "data"

@@ -20,13 +20,16 @@ from kconvert.formats.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
-from kconvert.proof.parity import compare, faults, oracle, quick
+from kconvert.proof.parity import compare, faults
 from kconvert.proof.parity.metrics import same_bits
-from kconvert.proof.parity.oracle import State, decoded
+from kconvert.proof.parity.oracle import decoded, is_quick, quick_values
 from kconvert.proof.parity.quick import fp8 as quick_fp8
 from kconvert.proof.parity.quick import int4 as quick_int4
 from kconvert.proof.parity.quick import memory
 from kconvert.proof.parity.rows import HEAD
+from kconvert.proof.parity.witnesses import base
+from kconvert.proof.parity.witnesses.base import State
+from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.targets.amx import AmxRecipe, plan_repack
 
 GATE = "model.layers.1.mlp.experts.2.gate_proj"  # [128, 256]
@@ -34,8 +37,8 @@ GATE = "model.layers.1.mlp.experts.2.gate_proj"  # [128, 256]
 
 def quickly(format: Format, state: State, shape: tuple[int, int]) -> torch.Tensor:
     weight = Weight("w", "expert.gate", *shape, format, ())
-    assert quick.is_quick(weight)
-    return quick.values(weight, state, shape[0], Buffers())
+    assert is_quick(weight)
+    return quick_values(weight, state, shape[0], Buffers())
 
 
 def test_every_int4_code_with_every_finite_scale_is_decoded_as_compressed_tensors_does() -> None:
@@ -77,7 +80,8 @@ def encoded(format: Format, values: torch.Tensor) -> tuple[State | None, list[St
     """The parts that the quick way makes of whole weights, and those that the reference may make."""
     rows, cols = values.shape
     weight = Weight("w", "expert.gate", rows, cols, format, ())
-    return quick.parts(values, weight, 0, Buffers()), list(oracle.expected_parts(values, weight, 0))
+    witness = witness_of(format)
+    return witness.quick_encoding(values, weight, 0, Buffers()), list(witness.encodings(values, weight, 0))
 
 
 FP8_FORMATS = [
@@ -102,8 +106,8 @@ def test_bytes_are_those_of_the_reference(format: Format, small: bool, monkeypat
 def test_what_the_quick_way_does_not_know_is_left_to_the_reference() -> None:
     values = awkward(256, 600)
     assert encoded(Fp8(), values)[0] is None  # short blocks
-    assert not quick.encodes(Packed(32))
-    assert not quick.encodes(Amx(4, mse=None))
+    assert not witness_of(Packed(32)).encodes_quickly
+    assert not witness_of(Amx(4, mse=None)).encodes_quickly
 
 
 @pytest.mark.parametrize("wrong", ["everywhere", "after the first rows"])
@@ -111,7 +115,7 @@ def test_compressed_tensors_decides_where_the_quick_way_is_wrong(
     int4: Path, bf16: Path, bf16_copy: Path, raw: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     table = quick_int4._four_nibbles() ^ 1
-    sound = quick.values
+    sound = quick_values
 
     def values(weight: Weight, state: State, rows: int, buffers: Buffers) -> torch.Tensor:
         if wrong == "everywhere" or rows > HEAD:
@@ -203,7 +207,7 @@ def test_figures_of_the_first_rows_are_told_as_such(int4: Path, fp8: Path, run_v
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "PIECE_ELEMENTS", 1000)
-    monkeypatch.setattr(oracle, "PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr(base, "PIECE_ELEMENTS", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -12,20 +12,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
-from kconvert.formats.amx import Amx
-from kconvert.formats.fp8 import Fp8
-from kconvert.formats.int8 import Int8
-from kconvert.formats.mx import GROUP, Mx
-from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
-from kconvert.formats.stacks import MxStack
 from kconvert.proof.parity.metrics import TILE_ELEMENTS, Spread
-from kconvert.proof.parity.oracle import fp8_scale
+from kconvert.proof.parity.witnesses.packed import int_codes
+from kconvert.proof.parity.witnesses.registry import witness_of
 
 if TYPE_CHECKING:
     import torch
 
-    from kconvert.proof.parity.oracle import State
+    from kconvert.proof.parity.witnesses.base import State
 
 OUTLIER_OCTAVES = 3  # a scale 8 times the weight's median, or more
 QUARTERS = 4  # bins to an octave
@@ -71,94 +66,15 @@ def spread_of(format: Format, state: State, shape: tuple[int, int]) -> Spread:
     if values is None:
         return Spread()
     codes: Counter[float] = Counter()
-    for value, count in zip(values, _count_codes(format, state, shape), strict=True):
+    for value, count in zip(values, witness_of(format).count_codes(state, shape), strict=True):
         codes[value] += count  # -0 is 0
-    return Spread(codes=codes, scales=_count_scales(_scales(format, state)))
+    return Spread(codes=codes, scales=_count_scales(witness_of(format).scales(state)))
 
 
 @cache
 def grid(format: Format) -> tuple[float, ...] | None:
     """The value of each code in the order in which codes count as unsigned numbers; None where there are no codes."""
-    import torch
-
-    match format:
-        case Packed():
-            half = 2 ** (format.bits - 1)
-            return tuple(float(code) for code in range(-half, half))
-        case Int8() | Amx():
-            half = 2 ** (format.bits - 1)
-            return tuple(float(code) for code in (*range(half), *range(-half, 0)))
-        case Mx(bits=4) | MxStack() | Nvfp4():
-            magnitudes = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-            return (*magnitudes, *(-magnitude for magnitude in magnitudes))
-        case Fp8() | Mx():
-            values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()
-            return tuple(0.0 if math.isnan(value) else value for value in values)  # NaN is found elsewhere
-    return None
-
-
-def _count_codes(format: Format, state: State, shape: tuple[int, int]) -> list[int]:
-    import torch
-
-    if isinstance(format, Packed):
-        return _count_packed(format, state["weight_packed"], shape)
-    if isinstance(format, Amx):
-        counts = torch.bincount(_of_shards(state, "weight").view(torch.uint8), minlength=256)
-        return _nibbles(counts) if format.bits == 4 else counts.tolist()
-    packed = state.get("_blocks" if isinstance(format, MxStack) else "weight_packed")
-    stored = state["weight"] if packed is None else packed
-    counts = torch.bincount(stored.reshape(-1).view(torch.uint8), minlength=256)
-    if isinstance(format, Int8):
-        half = 2 ** (format.bits - 1)
-        return [*counts[:half].tolist(), *counts[-half:].tolist()]
-    return _nibbles(counts) if packed is not None else counts.tolist()
-
-
-def _count_packed(format: Packed, words: torch.Tensor, shape: tuple[int, int]) -> list[int]:
-    import torch
-
-    if shape[1] * format.bits % 32 == 0:
-        counts = torch.bincount(words.reshape(-1).view(torch.uint8), minlength=256)
-        return _nibbles(counts) if format.bits == 4 else counts.tolist()
-    codes = int_codes(format, words, shape).long() + 2 ** (format.bits - 1)
-    return torch.bincount(codes.view(-1), minlength=2**format.bits).tolist()
-
-
-def _nibbles(counts: torch.Tensor) -> list[int]:
-    """How often each byte occurs -> how often each nibble does."""
-    square = counts.view(16, 16)
-    return (square.sum(0) + square.sum(1)).tolist()
-
-
-def int_codes(format: Packed, words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """The codes of `pack-quantized` words, int8 [rows, cols] = `shape`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-    codes: torch.Tensor = unpack_from_int32(words.reshape(shape[0], -1), format.bits, shape)
-    return codes
-
-
-def _scales(format: Format, state: State) -> torch.Tensor:
-    """f32 or f64, one a group."""
-    match format:
-        case Mx():
-            return (state["weight_scale"].double() - 127).exp2()
-        case MxStack():
-            return (state["_scales"].double() - 127).exp2()
-        case Nvfp4():
-            return state["weight_scale"].float() / state["weight_global_scale"].float()
-        case Fp8():
-            return fp8_scale(format, state)
-        case Amx():
-            return _of_shards(state, "scale")
-    return state["weight_scale"].float()
-
-
-def _of_shards(state: State, suffix: str) -> torch.Tensor:
-    """What the shards of an AMX weight have of this, one after the other."""
-    import torch
-
-    return torch.cat([tensor for name, tensor in state.items() if name.endswith(suffix)])
+    return witness_of(format).grid()
 
 
 def _count_scales(scales: torch.Tensor) -> Counter[int]:
@@ -171,22 +87,6 @@ def _count_scales(scales: torch.Tensor) -> Counter[int]:
     counts = torch.bincount(bins)
     present = counts.nonzero().view(-1)
     return Counter(dict(zip((present + LOWEST_BIN).tolist(), counts[present].tolist(), strict=True)))
-
-
-def group_columns(format: Format, cols: int) -> int:
-    """How many columns of a row share a scale."""
-    match format:
-        case Packed() | Int8() | Mx():
-            return format.group_size or cols
-        case MxStack():
-            return GROUP
-        case Nvfp4():
-            return 16
-        case Fp8():
-            return format.block[1] if format.strategy == "block" else cols
-        case Amx(split="cols"):
-            return cols // (format.numa // format.pieces)
-    return cols
 
 
 def count_zero_groups(values: torch.Tensor, size: int) -> int:
@@ -231,7 +131,7 @@ class Extremes:
 
 def extremes(format: Packed, words: torch.Tensor, shape: tuple[int, int]) -> Extremes:
     """Of the groups of packed four-bit codes."""
-    groups = int_codes(format, words, shape).view(-1, group_columns(format, shape[1]))
+    groups = int_codes(format, words, shape).view(-1, witness_of(format).group_columns(shape[1]))
     lowest, highest = groups.amin(-1), groups.amax(-1)
     used, eight = (lowest != 0) | (highest != 0), lowest == -8
     seven = ~eight & ((lowest == -7) | (highest == 7))

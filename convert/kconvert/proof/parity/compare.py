@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
-from kconvert.formats.dense import Dense
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
-from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, group_columns, spread_of
+from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
 from kconvert.proof.parity.faults import fault_of
 from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
-from kconvert.proof.parity.oracle import has_reference, read_state, row_unit
+from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
+from kconvert.proof.parity.witnesses.registry import witness_of
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time
@@ -58,9 +58,9 @@ class Standard:
         """What decides: "values" (equal bit for bit), "bytes" (those of the reference encoding) or "limits"."""
         if not self.exact:
             return "limits"
-        if ours.format == theirs.format or isinstance(theirs.format, Dense):
+        if ours.format == theirs.format or not theirs.format.quantised:
             return "values"
-        return "bytes" if has_reference(theirs.format) else "limits"
+        return "bytes" if witness_of(theirs.format).has_reference else "limits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class _Figures:
         self.equal &= same_bits(rows.expected.to(rows.found.dtype), rows.found)
         self.spread += spread_of(format, rows.output, (rows.last - rows.first, cols)) + Spread(rows=by_sqnr)
         if self.spread.codes:
-            self.zero_groups += count_zero_groups(rows.found, group_columns(format, cols))
+            self.zero_groups += count_zero_groups(rows.found, witness_of(format).group_columns(cols))
 
     @property
     def use(self) -> GridUse | None:
@@ -194,9 +194,9 @@ def _constant_fault(weight: Weight, reader: Reader) -> str | None:
 
 def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
     """A weight that was copied, codes and all, has what lies beside it, too; plain values have nothing beside them."""
-    if isinstance(theirs.format, Dense) and theirs.companions:
+    if not theirs.format.quantised and theirs.companions:
         return f"tensor {theirs.companions[0].name!r} would scale values that are plain"
-    if isinstance(theirs.format, Dense) or ours.format != theirs.format:
+    if not theirs.format.quantised or ours.format != theirs.format:
         return None
     wanted, found = ({tensor.name: tensor for tensor in weight.companions} for weight in (ours, theirs))
     for name in sorted(wanted.keys() ^ found.keys()):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
-from kconvert.proof.parity import quick
 from kconvert.proof.parity.metrics import same_bits
-from kconvert.proof.parity.oracle import authority, expected_parts
 from kconvert.proof.parity.rows import Rows
+from kconvert.proof.parity.witnesses.registry import witness_of
 
 if TYPE_CHECKING:
-    from kconvert.proof.parity.oracle import State
+    from kconvert.proof.parity.witnesses.base import State
 
 
 def fault_of(rows: Rows, judge: str) -> str | None:
@@ -21,7 +19,7 @@ def fault_of(rows: Rows, judge: str) -> str | None:
 
     `judge` is what Standard.judge says. INT4 that gives back every value needs no other bytes, whichever they are.
     """
-    if judge == "values" or (judge == "bytes" and isinstance(rows.theirs.format, Packed)):
+    if judge == "values" or (judge == "bytes" and witness_of(rows.theirs.format).has_many_spellings):
         if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found):
             return None
         if judge == "values":
@@ -37,7 +35,7 @@ def _value_fault(rows: Rows) -> str:
     bits = torch.int16 if found.element_size() == 2 else torch.int32
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
     where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
-    has = authority(rows.ours.format)
+    has = "compressed-tensors" if witness_of(rows.ours.format).by_library else "the source"
     return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
 
 
@@ -51,7 +49,7 @@ def _byte_fault(rows: Rows) -> str | None:
     if right and rows.kind in rows.desk.known:
         return None
     differences = []
-    for candidate in expected_parts(rows.expected, rows.theirs, rows.first):
+    for candidate in witness_of(rows.theirs.format).encodings(rows.expected, rows.theirs, rows.first):
         count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)
         if not count:
             if right:
@@ -63,9 +61,12 @@ def _byte_fault(rows: Rows) -> str | None:
 
 def _quickly_right(rows: Rows) -> bool:
     """Whether the tensors found are those that the quick way makes of the values."""
-    if not quick.encodes(rows.theirs.format):
+    import torch
+
+    witness, values = witness_of(rows.theirs.format), rows.expected
+    if not witness.encodes_quickly or values.dtype != torch.bfloat16 or not values.is_contiguous():
         return False
-    candidate = quick.parts(rows.expected, rows.theirs, rows.first, rows.desk.theirs)
+    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.desk.theirs)
     return candidate is not None and all(same_bits(wanted, rows.output[suffix]) for suffix, wanted in candidate.items())
 
 

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
-from kconvert.formats.fp8 import Fp8
-from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
 from kconvert.proof.parity.metrics import below, same_bits
-from kconvert.proof.parity.oracle import decoded, row_unit
-from kconvert.proof.parity.quick import is_quick
-from kconvert.proof.parity.quick import values as quick_values
+from kconvert.proof.parity.oracle import decoded, is_quick, quick_values, row_unit
+from kconvert.proof.parity.witnesses.registry import witness_of
 
 if TYPE_CHECKING:
     import torch
 
-    from kconvert.proof.parity.oracle import State
+    from kconvert.proof.parity.witnesses.base import State
 
 HEAD = 4  # rows
 Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
@@ -56,7 +53,8 @@ class Rows:
     def head(self) -> Rows:
         """The first HEAD rows, or as many more as cannot be decoded without each other; decoded by the oracle."""
         sides = (self.ours, self.source), (self.theirs, self.output)
-        unit = math.lcm(*(1 if isinstance(weight.format, Fp8) else row_unit(weight) for weight, _ in sides))
+        units = (1 if witness_of(weight.format).decodes_parts_of_blocks else row_unit(weight) for weight, _ in sides)
+        unit = math.lcm(*units)
         last = min(self.first + math.ceil(HEAD / unit) * unit, self.last)
         source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
         return replace(self, source=source, output=output, last=last, quickly=False)
@@ -94,8 +92,8 @@ class Rows:
 
     def moderate(self) -> bool:
         """Whether all values of the source are finite, and so far from the largest that no encoding of them can be infinite."""
-        if isinstance(self.ours.format, Packed) and is_quick(self.ours):
-            return below(self.source["weight_scale"], 2.0**-6)  # its codes are -8 to 7
+        if is_quick(self.ours) and (step := witness_of(self.ours.format).largest_step(self.source)) is not None:
+            return below(step, 2.0**-6)
         return below(self.expected, 2.0**-2)
 
     def _values(self, weight: Weight, state: State, buffers: Buffers) -> torch.Tensor:

@@ -1,0 +1,98 @@
+"""AMX weights, which no library knows, by the reference, whose bytes are kt-kernel's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.formats.amx import Amx
+from kconvert.models.model import Weight
+from kconvert.proof.parity.quick import amx as quick
+from kconvert.proof.parity.witnesses.base import Encoder, State, Witness, count_bytes, in_pieces, nibbles, signed
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AmxWitness(Witness[Amx]):
+    by_library = False
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """All shards, side by side as the weight was cut."""
+        import torch
+
+        from kconvert.formats.reference import amx
+
+        format, cols = self.format, shape[1]
+        by_rows = format.split == "rows"
+        width = cols if by_rows else cols // format.numa
+        shards = [
+            amx.decode(state[f"numa.{n}.weight"], state[f"numa.{n}.scale"], width, format.bits)
+            for n in range(format.numa)
+        ]
+        return torch.cat(shards, 0 if by_rows else 1)
+
+    @property
+    def has_reference(self) -> bool:
+        return True
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        from kconvert.formats.reference import amx
+
+        for mse in (False, True) if self.format.mse is None else (self.format.mse,):
+            encode = partial(amx.codes_and_scale, bits=self.format.bits, mse=mse)
+            yield self._parts(values, weight, first, partial(in_pieces, encode))
+
+    @property
+    def encodes_quickly(self) -> bool:
+        return self.format.mse is not None
+
+    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
+        """By what is known of its scales."""
+        bits, mse = self.format.bits, bool(self.format.mse)
+        quantise = partial(quick.codes_and_scale, bits=bits, mse=mse, buffers=buffers)
+        return self._parts(values, weight, first, quantise)
+
+    def _parts(self, values: torch.Tensor, weight: Weight, first: int, quantise: Encoder) -> State:
+        """Codes and scales that `quantise` makes of what was quantised together, cut into the shards in which it is."""
+        from kconvert.formats.reference import amx
+
+        format, state = self.format, {}
+
+        def add(n: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
+            state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = amx.pack(codes, format.bits), scale
+
+        if format.split == "rows":
+            codes, scale = quantise(values)
+            for n, part in enumerate(weight.parts[::2]):
+                begin, end = part.rows or (0, weight.rows)
+                own = slice(max(begin - first, 0), max(end - first, 0))
+                add(n, codes[own], scale[own])
+        else:
+            for n, together in enumerate(values.chunk(format.numa // format.pieces, 1)):
+                codes, scale = quantise(together)
+                for k, shard in enumerate(codes.chunk(format.pieces, 1)):
+                    add(n * format.pieces + k, shard, scale)
+        return state
+
+    def grid(self) -> tuple[float, ...]:
+        return signed(self.format.bits)
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        counts = count_bytes(_of_shards(state, "weight"))
+        return nibbles(counts) if self.format.bits == 4 else counts.tolist()
+
+    def scales(self, state: State) -> torch.Tensor:
+        return _of_shards(state, "scale")
+
+    def group_columns(self, cols: int) -> int:
+        return cols // (self.format.numa // self.format.pieces) if self.format.split == "cols" else cols
+
+
+def _of_shards(state: State, suffix: str) -> torch.Tensor:
+    """What the shards of a weight have of this, one after the other."""
+    import torch
+
+    return torch.cat([tensor for name, tensor in state.items() if name.endswith(suffix)])

@@ -1,0 +1,142 @@
+"""What a witness says of an encoding, and what several of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.formats import Format
+from kconvert.models.model import Weight
+
+if TYPE_CHECKING:
+    import torch
+
+State: TypeAlias = "dict[str, torch.Tensor]"
+Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
+F = TypeVar("F", bound=Format)
+
+PIECE_ELEMENTS = 1 << 17  # of the work of a reference
+
+
+@dataclass(frozen=True)
+class Witness(Generic[F]):
+    """What is known of `format` by ways that are not its kernels. Of an encoding that nobody else reads: nothing.
+
+    `state` are the tensors of some rows of a weight by suffix, as torch reads them, but for constants.
+    """
+
+    format: F
+
+    by_library = True  # whether compressed-tensors decodes it
+    has_many_spellings = False  # whether codes that give back every value are right, whichever they are
+    decodes_parts_of_blocks = False  # whether rows can be decoded without the others that share their scales
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """The values [rows, cols] = `shape`, in the weight's own dtype."""
+        raise NotImplementedError(f"no independent decoder of {self.format.label}")
+
+    def arguments(self) -> dict[str, Any]:
+        """compressed-tensors' QuantizationArgs of the format."""
+        raise NotImplementedError(f"compressed-tensors does not know {self.format.label}")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it is known what kconvert writes as this format: then `encodings` are."""
+        return False
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        """What the format may make of `values`, bf16 [rows, cols], as the rows of `weight` from `first` on."""
+        raise NotImplementedError(f"no reference encoder of {self.format.label}")
+
+    def is_quick(self, cols: int) -> bool:
+        """Whether there are `quick_values` of a weight with so many columns."""
+        return False
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        """`values` in less time, in memory of `buffers`."""
+        raise NotImplementedError(f"no quick decoder of {self.format.label}")
+
+    @property
+    def encodes_quickly(self) -> bool:
+        """Whether there are `quick_encoding`s."""
+        return False
+
+    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
+        """The likeliest of `encodings` in less time, in memory of `buffers`; None where only the reference knows."""
+        return None
+
+    def largest_step(self, state: State) -> torch.Tensor | None:
+        """Scales of which no value is more than 16 times one; None where only the values tell."""
+        return None
+
+    def grid(self) -> tuple[float, ...] | None:
+        """The value of each code in the order in which codes count as unsigned numbers; None where there are no codes."""
+        return None
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        """How often each code of the grid occurs in rows [rows, cols] = `shape`."""
+        raise NotImplementedError(f"{self.format.label} has no codes")
+
+    def scales(self, state: State) -> torch.Tensor:
+        """f32 or f64, one a group."""
+        return state["weight_scale"].float()
+
+    def group_columns(self, cols: int) -> int:
+        """How many columns of a row share a scale."""
+        return cols
+
+
+@cache
+def scheme(witness: Witness[Any]) -> Any:
+    """What compressed-tensors calls the format; it takes a while to check its own words."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**witness.arguments()))
+
+
+def without_unused(format: Any, state: State) -> State:
+    """Without zero points that mean nothing: compressed-tensors' own writers leave them out."""
+    gone = {part.suffix for part in format.unused}
+    return {suffix: tensor for suffix, tensor in state.items() if suffix not in gone}
+
+
+def in_pieces(
+    encode: Encoder,
+    values: torch.Tensor,
+    block: tuple[int, int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales that `encode` makes of whole blocks, by default rows, as many at a time as fit into a cache."""
+    import torch
+
+    rows, cols = values.shape
+    height, width = block or (1, cols)
+    across = max(width, PIECE_ELEMENTS // height // width * width)
+    down = max(height, PIECE_ELEMENTS // min(across, cols) // height * height)
+    bands = [
+        [encode(values[row : row + down, col : col + across]) for col in range(0, cols, across)]
+        for row in range(0, rows, down)
+    ]
+    codes, scale = (torch.cat([torch.cat([piece[k] for piece in band], -1) for band in bands]) for k in (0, 1))
+    return codes, scale
+
+
+def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """int64 [256]: how often each byte occurs."""
+    import torch
+
+    return torch.bincount(tensor.reshape(-1).view(torch.uint8), minlength=256)
+
+
+def nibbles(counts: torch.Tensor) -> list[int]:
+    """How often each byte occurs -> how often each nibble does."""
+    square = counts.view(16, 16)
+    return (square.sum(0) + square.sum(1)).tolist()
+
+
+def signed(bits: int) -> tuple[float, ...]:
+    """Integers as two's complements, in the order of their bits."""
+    half = 2 ** (bits - 1)
+    return tuple(float(code) for code in (*range(half), *range(-half, 0)))

@@ -1,0 +1,100 @@
+"""FP8 of every strategy by compressed-tensors, DeepSeek's block scales under the name that it knows; quickly by torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
+from kconvert.models.model import Weight
+from kconvert.proof.parity.quick import fp8 as quick
+from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Fp8Witness(Witness[Fp8]):
+    decodes_parts_of_blocks = True
+
+    def arguments(self) -> dict[str, Any]:
+        block = list(self.format.block) if self.format.strategy == "block" else None
+        common = {"num_bits": 8, "type": "float", "symmetric": True}
+        return {**common, "strategy": self.format.strategy, "block_structure": block}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """It computes in the scale's dtype: widened to f32, exact, the value is one f32 product, then rounded to bf16."""
+        import torch
+        from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
+
+        state = {"weight": state["weight"], "weight_scale": self.scales(state)}
+        values: torch.Tensor = FloatQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        return values.to(torch.bfloat16)
+
+    @property
+    def has_reference(self) -> bool:
+        format = self.format
+        return format.strategy != "tensor" and format.scale_dtype in WRITTEN_SCALES and not format.unused
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        """Nothing in a checkpoint says with which scales it was made."""
+        from kconvert.formats.reference import fp8
+
+        block = self.format.block_shape(*values.shape)
+        for mse in (False, True):
+            encode = partial(fp8.encode, block=block, scale_dtype=self._scale_dtype, mse=mse)
+            codes, scale = in_pieces(encode, values, block)
+            yield {"weight": codes, self.format.scale_name: scale}
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.format.scale_dtype == "BF16" else torch.float32
+
+    @property
+    def _block(self) -> tuple[int, int] | None:
+        return self.format.block if self.format.strategy == "block" else None
+
+    def is_quick(self, cols: int) -> bool:
+        return cols % 2 == 0
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return quick.decode(state["weight"], self.scales(state), self._block, buffers)
+
+    @property
+    def encodes_quickly(self) -> bool:
+        return self.has_reference
+
+    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
+        """By the usual rule."""
+        block = self._block
+        if block is not None and (values.shape[0] % block[0] or values.shape[1] % block[1]):
+            return None
+        codes, scale = quick.encode(values, block, self._scale_dtype, buffers)
+        return {"weight": codes, self.format.scale_name: scale}
+
+    def grid(self) -> tuple[float, ...]:
+        return e4m3_values()
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        return count_bytes(state["weight"]).tolist()
+
+    def scales(self, state: State) -> torch.Tensor:
+        """f32, exact."""
+        scale = state[self.format.scale_name]
+        return (scale.double() - 127).exp2().float() if self.format.scale_dtype in E8M0 else scale.float()
+
+    def group_columns(self, cols: int) -> int:
+        return self.format.block[1] if self.format.strategy == "block" else cols
+
+
+def e4m3_values() -> tuple[float, ...]:
+    """Of all bytes; NaN, which is found elsewhere, as 0."""
+    import torch
+
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist()
+    return tuple(0.0 if math.isnan(value) else value for value in values)

@@ -1,0 +1,50 @@
+"""`int-quantized` integers by compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from kconvert.formats.int8 import Int8
+from kconvert.models.model import Weight
+from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme, signed, without_unused
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Int8Witness(Witness[Int8]):
+    def arguments(self) -> dict[str, Any]:
+        format = self.format
+        common = {"num_bits": format.bits, "symmetric": format.symmetric, "group_size": format.group_size}
+        return {**common, "strategy": format.strategy}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+
+        state = without_unused(self.format, state)
+        values: torch.Tensor = IntQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        return values
+
+    @property
+    def has_reference(self) -> bool:
+        format = self.format
+        kind = (format.bits, format.strategy, format.symmetric, format.scale_dtype) == (8, "channel", True, "BF16")
+        return kind and not format.unused
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        from kconvert.formats.reference import int8
+
+        codes, scale = in_pieces(int8.encode, values)
+        yield {"weight": codes, "weight_scale": scale}
+
+    def grid(self) -> tuple[float, ...]:
+        return signed(self.format.bits)
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        counts = count_bytes(state["weight"])
+        half = 2 ** (self.format.bits - 1)
+        return [*counts[:half].tolist(), *counts[-half:].tolist()]
+
+    def group_columns(self, cols: int) -> int:
+        return self.format.group_size or cols

@@ -1,0 +1,117 @@
+"""Microscaled floats by compressed-tensors: MXFP4 and MXFP8, gpt-oss's stacks of MXFP4, NVFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kconvert.formats import nvfp4
+from kconvert.formats.mx import GROUP, Mx
+from kconvert.formats.nvfp4 import Nvfp4
+from kconvert.formats.stacks import MxStack
+from kconvert.models.model import Weight
+from kconvert.proof.parity.witnesses.base import (
+    State,
+    Witness,
+    count_bytes,
+    in_pieces,
+    nibbles,
+    scheme,
+    without_unused,
+)
+from kconvert.proof.parity.witnesses.fp8 import e4m3_values
+
+if TYPE_CHECKING:
+    import torch
+
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
+
+
+class MxWitness(Witness[Mx]):
+    def arguments(self) -> dict[str, Any]:
+        return {"num_bits": self.format.bits, "type": "float", "strategy": "group", "group_size": GROUP}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        from compressed_tensors.compressors import mxfp4, mxfp8
+
+        compressor: Any = mxfp4.MXFP4PackedCompressor if self.format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
+        values: torch.Tensor = compressor.decompress(without_unused(self.format, state), scheme(self))["weight"]
+        return values
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.format.unused
+
+    @property
+    def _codes(self) -> str:
+        return "weight_packed" if self.format.bits == 4 else "weight"
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        """Nothing in a checkpoint says with which scales it was made."""
+        from kconvert.formats.reference import mx
+
+        for mse in (False, True):
+            codes, scale = in_pieces(partial(mx.encode, bits=self.format.bits, mse=mse), values)
+            yield {self._codes: codes, "weight_scale": scale}
+
+    def grid(self) -> tuple[float, ...]:
+        return E2M1 if self.format.bits == 4 else e4m3_values()
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        counts = count_bytes(state[self._codes])
+        return nibbles(counts) if self.format.bits == 4 else counts.tolist()
+
+    def scales(self, state: State) -> torch.Tensor:
+        return (state["weight_scale"].double() - 127).exp2()
+
+    def group_columns(self, cols: int) -> int:
+        return GROUP
+
+
+class MxStackWitness(Witness[MxStack]):
+    """The stack as one matrix of MXFP4."""
+
+    def _matrix(self, state: State, cols: int) -> State:
+        codes, scale = state["_blocks"].view(-1, cols // 2), state["_scales"].view(-1, cols // GROUP)
+        return {"weight_packed": codes, "weight_scale": scale}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        return MxWitness(Mx(4)).values(self._matrix(state, shape[1]), shape)
+
+    def grid(self) -> tuple[float, ...]:
+        return E2M1
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        return nibbles(count_bytes(state["_blocks"]))
+
+    def scales(self, state: State) -> torch.Tensor:
+        return (state["_scales"].double() - 127).exp2()
+
+    def group_columns(self, cols: int) -> int:
+        return GROUP
+
+
+class Nvfp4Witness(Witness[Nvfp4]):
+    def arguments(self) -> dict[str, Any]:
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": nvfp4.GROUP}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        from compressed_tensors.compressors import nvfp4 as theirs
+
+        state = without_unused(self.format, state)
+        values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
+        return values
+
+    def grid(self) -> tuple[float, ...]:
+        return E2M1
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        return nibbles(count_bytes(state["weight_packed"]))
+
+    def scales(self, state: State) -> torch.Tensor:
+        return state["weight_scale"].float() / state["weight_global_scale"].float()
+
+    def group_columns(self, cols: int) -> int:
+        return nvfp4.GROUP

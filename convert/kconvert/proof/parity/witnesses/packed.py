@@ -1,0 +1,115 @@
+"""`pack-quantized` integers by compressed-tensors, the quick way by a table of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kconvert.checkpoint.buffers import Buffers
+from kconvert.formats.conventions import CONVENTIONS
+from kconvert.formats.packed import Packed
+from kconvert.models.model import Weight
+from kconvert.proof.parity.quick import int4
+from kconvert.proof.parity.witnesses.base import (
+    Encoder,
+    State,
+    Witness,
+    count_bytes,
+    in_pieces,
+    nibbles,
+    scheme,
+    without_unused,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PackedWitness(Witness[Packed]):
+    has_many_spellings = True
+
+    def arguments(self) -> dict[str, Any]:
+        size = self.format.group_size
+        common = {"num_bits": self.format.bits, "symmetric": self.format.symmetric, "group_size": size}
+        return {**common, "strategy": "group" if size else "channel"}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        import torch
+        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        format = self.format
+        state = {**without_unused(format, state), "weight_shape": torch.tensor(shape)}
+        if not format.symmetric and format.zero_dtype == "I8":
+            state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
+        if not format.symmetric and len(state["weight_zero_point"]) == 1:
+            # compressed-tensors cannot unpack a single word down the rows; it cuts off what is too much.
+            state["weight_zero_point"] = state["weight_zero_point"].repeat(2, 1)
+        if format.ordered:
+            return self._unordered(state, shape)
+        values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        return values
+
+    def _unordered(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """compressed-tensors unpacks weights with a g_idx, but no longer multiplies them by the scales of its groups."""
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+        bits, scale, groups = self.format.bits, state["weight_scale"], state["weight_g_idx"].long()
+        codes = unpack_from_int32(state["weight_packed"], bits, shape).to(scale.dtype)
+        if not self.format.symmetric:
+            zero = unpack_from_int32(state["weight_zero_point"], bits, scale.shape, packed_dim=0)
+            codes = codes - zero[:, groups].to(scale.dtype)
+        values: torch.Tensor = codes * scale[:, groups]
+        return values
+
+    @property
+    def has_reference(self) -> bool:
+        format = self.format
+        kind = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
+        return kind and not format.unused
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+        """Nothing in a checkpoint says by which convention it was made, from exact values, or with which scales."""
+        from kconvert.formats.reference import packed
+
+        size = self.format.group_size or values.shape[1]
+        encoders: tuple[Encoder, ...] = (packed.encode_exact, packed.encode, packed.encode_mse)
+        for encode in encoders:
+            for rule in CONVENTIONS.values():
+                codes, scale = in_pieces(partial(encode, group_size=size, rule=rule), values)
+                yield {"weight_packed": codes, "weight_scale": scale}
+
+    def is_quick(self, cols: int) -> bool:
+        return self.has_reference and cols % 8 == 0
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return int4.decode(state["weight_packed"], state["weight_scale"], cols, buffers)
+
+    def largest_step(self, state: State) -> torch.Tensor | None:
+        return state["weight_scale"]  # codes are -8 to 7
+
+    def grid(self) -> tuple[float, ...]:
+        half = 2 ** (self.format.bits - 1)
+        return tuple(float(code) for code in range(-half, half))
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        import torch
+
+        bits, words = self.format.bits, state["weight_packed"]
+        if shape[1] * bits % 32 == 0:
+            counts = count_bytes(words)
+            return nibbles(counts) if bits == 4 else counts.tolist()
+        codes = int_codes(self.format, words, shape).long() + 2 ** (bits - 1)
+        return torch.bincount(codes.view(-1), minlength=2**bits).tolist()
+
+    def group_columns(self, cols: int) -> int:
+        return self.format.group_size or cols
+
+
+def int_codes(format: Packed, words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The codes of `pack-quantized` words, int8 [rows, cols] = `shape`."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    codes: torch.Tensor = unpack_from_int32(words.reshape(shape[0], -1), format.bits, shape)
+    return codes

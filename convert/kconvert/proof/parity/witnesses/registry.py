@@ -1,0 +1,39 @@
+"""Who is asked about which encoding; a new one has its witness and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kconvert.formats import Format
+from kconvert.formats.amx import Amx
+from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.int8 import Int8
+from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import Nvfp4
+from kconvert.formats.packed import Packed
+from kconvert.formats.stacks import MxStack
+from kconvert.proof.parity.witnesses.amx import AmxWitness
+from kconvert.proof.parity.witnesses.base import Witness
+from kconvert.proof.parity.witnesses.dense import DenseWitness
+from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
+from kconvert.proof.parity.witnesses.int8 import Int8Witness
+from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness, Nvfp4Witness
+from kconvert.proof.parity.witnesses.packed import PackedWitness
+
+WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
+    Amx: AmxWitness,
+    Dense: DenseWitness,
+    Fp8: Fp8Witness,
+    Int8: Int8Witness,
+    Mx: MxWitness,
+    MxStack: MxStackWitness,
+    Nvfp4: Nvfp4Witness,
+    Packed: PackedWitness,
+}
+
+
+def witness_of(format: Format) -> Witness[Any]:
+    """The witness of this format; one who knows nothing where there is none."""
+    return WITNESSES.get(type(format), Witness)(format)

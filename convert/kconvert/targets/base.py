@@ -1,0 +1,57 @@
+"""What a kind of output is: an encoding, the weights that get it, and what config.json says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from kconvert.formats import Format
+from kconvert.models.model import Weight
+from kconvert.planning.containers import Container, Safetensors
+
+DEFAULT_SHARD_SIZE = 5_000_000_000
+SCALES = ("amax", "mse")
+# First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
+# which are narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the
+# source has quantised.
+LINEARS = frozenset({"expert", "shared", "dense", "attention", "other"})
+EXPERTS = frozenset({"expert", "other"})
+# Last words of the roles of matrices that no engine takes for a Linear of its quantisation config …
+NO_LINEARS = frozenset({"embedding", "router"})
+# … except the router gate in the engines' code for these model types.
+LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
+
+# (format, Linears that the output has quantised, those that it has not) -> quantization_config
+Table: TypeAlias = Callable[[Any, list[str], list[str]], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of output: an encoding, the weights that get it, what config.json says of it, and the files it lies in.
+
+    `roles` are the first words of the roles that are taken, except for the whole roles in `keeps`; None: every weight that
+    the source has quantised. `table` writes the quantization_config; None when there is nothing to declare. `container` makes
+    the files from the largest size that a shard may have.
+    """
+
+    format: Format
+    roles: frozenset[str] | None = None
+    keeps: frozenset[str] = frozenset()
+    table: Table | None = None
+    container: Callable[[int], Container] = Safetensors
+
+    def takes(self, weight: Weight) -> bool:
+        if self.roles is None:
+            return weight.format.quantised
+        return weight.role.partition(".")[0] in self.roles and weight.role not in self.keeps
+
+
+# What follows --to -> layout ("" where there is one only) -> what it means; the first layout is the default.
+Targets: TypeAlias = Mapping[str, Mapping[str, Target]]
+
+
+def is_linear_role(role: str, model_type: object) -> bool:
+    """Whether an engine's code for this type of model has a Linear in this role."""
+    last = role.rpartition(".")[2]
+    return last not in NO_LINEARS or (last == "router" and model_type in LINEAR_ROUTERS)

@@ -1,0 +1,165 @@
+"""The plan of a conversion: which weight becomes what, which tensors are copied or left behind, and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from kconvert.checkpoint.source import Tensor
+from kconvert.dialects import with_quantization, without_quantization
+from kconvert.errors import KconvertError
+from kconvert.formats import Format
+from kconvert.formats.dense import Dense
+from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
+from kconvert.models.sorting import Plain
+from kconvert.planning.plan import Output, Plan
+from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
+from kconvert.targets.base import EXPERTS, Target, is_linear_role
+from kconvert.targets.recipe import Recipe
+
+HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
+
+
+def make_plan(model: Model, recipe: Recipe) -> Plan:
+    """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    refuse_undecoded(model.select(recipe.include, recipe.exclude))
+    Conversion(model, recipe).check()
+    model = model.select(recipe.include, recipe.exclude)
+    conversion = Conversion(model, recipe)
+    drafts = tuple(conversion.drafts())
+    facts = {
+        "source": model.checkpoint.name,
+        "manifest": model.manifest.name,
+        "to": recipe.to,
+        **({"layout": recipe.layout} if recipe.layout else {}),
+        **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
+        "parameters": model.parameters,
+        "weights": dict(format_counts(model.weights)),
+        "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
+        + sum(plain.tensor.nbytes for plain in model.plain),
+        **count_steps(drafts),
+        "dropped": [tensor.name for tensor in conversion.left_behind()],
+        "left_out": list(model.checkpoint.left_out),
+    }
+    container = conversion.target.container(recipe.shard_size)
+    return Output(
+        repr(recipe), model.checkpoint, drafts, container, conversion.config(), model.parameters, facts
+    ).plan()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a recipe makes of a model."""
+
+    model: Model
+    recipe: Recipe
+
+    @cached_property
+    def target(self) -> Target:
+        """What is written."""
+        return self.recipe.target
+
+    def check(self) -> None:
+        """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
+        model, recipe = self.model, self.recipe
+        quantised = [weight for weight in model.weights if weight.format.quantised]
+        if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
+            raise KconvertError(f"{model.checkpoint.root} holds no quantised weights; there is nothing to convert")
+        for weight in quantised:
+            if recipe.source and not weight.format.label.startswith(recipe.source):
+                have = ", ".join(sorted(format_counts(quantised)))
+                raise KconvertError(
+                    f"{weight.tensors[0]} is {weight.format.label}, not {recipe.source} (the checkpoint holds {have}); "
+                    f"use `kconvert convert --to {recipe.to}`"
+                )
+        self._check_effect(bool(quantised))
+
+    def _check_effect(self, has_quantised: bool) -> None:
+        """KconvertError when the output would be the source again."""
+        model, target = self.model, self.target
+        root, what = model.checkpoint.root, f"{self.recipe.to} {self.recipe.layout}".strip()
+        if target.roles is not None and target.roles != EXPERTS and model.manifest.accepts_any and not has_quantised:
+            raise KconvertError(
+                f"{root} is a {model.checkpoint.config.get('model_type') or 'model'} without a manifest, so which of its "
+                f"matrices are Linears is not known; --to {self.recipe.to} --layout experts takes those that are experts by "
+                "name"
+            )
+        if any(self.becomes(weight) is not None for weight in model.weights):
+            return
+        if any(target.takes(weight) for weight in model.weights):
+            raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
+        raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is a routed expert's)")
+
+    def encoding(self, weight: Weight) -> Format:
+        """What spells this weight in the output."""
+        if self.target.takes(weight):
+            return self._fit(self.target.format, weight)
+        return self._fit(Dense("BF16"), weight) if weight.format.quantised else weight.format
+
+    def _fit(self, format: Format, weight: Weight) -> Format:
+        """The format for this weight."""
+        try:
+            return format.fit(weight.format, weight.rows, weight.cols, mse=self.recipe.scales == "mse")
+        except ValueError as error:
+            raise KconvertError(f"weight {weight.name!r} {error}") from None
+
+    def becomes(self, weight: Weight) -> Format | None:
+        """The encoding that this weight gets; None: its tensors are copied byte for byte."""
+        encoding = self.encoding(weight)
+        return None if encoding == weight.format else encoding
+
+    def drafts(self) -> Iterator[Step]:
+        """A step without places for each weight and tensor, in natural order of the output's names."""
+        items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
+        items.sort(key=lambda item: natural_key(item.name if isinstance(item, Weight) else item.tensor.name))
+        for item in items:
+            if isinstance(item, Plain):
+                yield copy_of(item.tensor)
+                continue
+            format = self.becomes(item)
+            if format is None:
+                yield from map(copy_of, item.copied)
+            else:
+                reads = tuple(map(place_of, item.tensors))
+                yield Transcode(item.name, item.rows, item.cols, item.format, reads, format)
+
+    def left_behind(self) -> Iterator[Tensor]:
+        """What describes activations: it goes along only where a weight's codes are copied as they are."""
+        yield from self.model.dropped
+        for weight in self.model.weights:
+            if weight.companions and (not weight.format.quantised or self.becomes(weight) is not None):
+                yield from weight.companions
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the output."""
+        config = self._declare_dtype()
+        if self.target.table is None:
+            return config
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for weight in self.model.weights:
+            names[self.encoding(weight).quantised].append(weight.name)
+        table = self.target.table(self.target.format, names[True], [*names[False], *self._plain_linears()])
+        return with_quantization(config, table)
+
+    def _declare_dtype(self) -> dict[str, Any]:
+        """config.json without quantisation and, where weights become BF16 or F16, with that dtype: engines cast to it."""
+        config = without_quantization(self.model.checkpoint.config)
+        written = self.target.format.value_dtype
+        others = [dtype for half, dtype in HALVES.items() if half != written]
+        tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+        places = [(table, key) for table in tables for key in ("torch_dtype", "dtype") if table.get(key) in others]
+        formats = map(self.becomes, self.model.weights) if places else ()
+        if any(format is not None and not format.quantised for format in formats):
+            for table, key in places:
+                table[key] = HALVES[written]
+        return config
+
+    def _plain_linears(self) -> Iterator[str]:
+        """Modules of matrices that are copied as they are, which an engine may take for Linears to be quantised."""
+        for plain in self.model.plain:
+            module, _, suffix = plain.tensor.name.rpartition(".")
+            is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
+            if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
+                yield module
