@@ -127,8 +127,8 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
             _refuse_incomplete(model, missing)
         generic, _, _ = _read(checkpoint, load_manifest(GENERIC).bind(checkpoint.config))
         finding = (
-            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is {unlisted[0]!r} or the like), so "
-            "what they mean is taken from the names themselves"
+            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is not there, but {unlisted[0]!r}), "
+            "so what they mean is taken from the names themselves"
         )
         return replace(generic, findings=(finding,))
     if unlisted and not manifest.accepts_any:

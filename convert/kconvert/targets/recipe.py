@@ -169,11 +169,11 @@ class Recipe:
                 f"{root} is a {model.checkpoint.config.get('model_type') or 'model'} without a manifest, so which of its "
                 f"matrices are Linears is not known; --to {self.to} --layout experts takes those that are experts by name"
             )
-        if any(self.target(weight) is not None for weight in model.weights):
-            return
-        if any(target.takes(weight) for weight in model.weights):
+        if not any(target.takes(weight) for weight in model.weights):
+            whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
+            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose})")
+        if all(self.target(weight) is None for weight in model.weights):
             raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
-        raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is a routed expert's)")
 
     @property
     def _target(self) -> Target:
@@ -205,9 +205,9 @@ class Recipe:
     def config(self, model: Model) -> dict[str, Any]:
         """config.json of the output."""
         config = self._declare_dtype(model)
-        if self._target.table is None:
-            return config
         quantised = [weight.name for weight in model.weights if self.encoding(weight).quantised]
+        if self._target.table is None or not quantised:
+            return config
         unquantised = [weight.name for weight in model.weights if not self.encoding(weight).quantised]
         return with_quantization(config, self._target.table(quantised, [*unquantised, *_plain_linears(model)]))
 
