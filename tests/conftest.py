@@ -21,7 +21,10 @@ from kconvert import Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 hypothesis.settings.register_profile(
-    "kconvert", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+    "kconvert",
+    deadline=None,
+    derandomize=True,  # what passes here passes everywhere
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("kconvert")
 

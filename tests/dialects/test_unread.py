@@ -9,7 +9,7 @@ import pytest
 
 from kconvert import KconvertError
 from kconvert.dialects import declared_beside, read_quantization
-from kconvert.dialects.beside import FILES
+from kconvert.dialects.beside import DECLARING_FILES
 
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -17,6 +17,10 @@ AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 SPOKEN: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({**GPTQ, "quant_method": "gptq"}, "GPTQ (quant_method 'gptq', bits 4, group_size 128, desc_act False)"),
     "gptq, old": (GPTQ, "GPTQ (bits 4, group_size 128, desc_act False)"),
+    "gptq without a method": (
+        {"bits": 4, "group_size": 128, "checkpoint_format": "gptq"},
+        "GPTQ (bits 4, group_size 128",
+    ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ (quant_method 'awq', bits 4, group_size 32)"),
     "awq, old": (AWQ, "AWQ (w_bit 4, q_group_size 128)"),
     "auto-round": ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round's"),
@@ -128,12 +132,12 @@ def test_without_such_a_file_nothing_is_said() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_file_beside_config_json_is_to_be_fetched_again(content: bytes) -> None:
-    assert declared_beside(FILES, lambda name: content) == f"{FILES[0]} is no JSON; fetch it again"
+    assert declared_beside(DECLARING_FILES, lambda name: content) == f"{DECLARING_FILES[0]} is no JSON; fetch it again"
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{}", b"null"])
 def test_a_file_that_declares_nothing_is_read_past(content: bytes) -> None:
-    contents = dict.fromkeys(FILES, content)
-    assert declared_beside(FILES, contents.__getitem__) is None
-    contents[FILES[-1]] = b'{"quant_method": "hqq"}'
-    assert "HQQ" in str(declared_beside(FILES, contents.__getitem__))
+    contents = dict.fromkeys(DECLARING_FILES, content)
+    assert declared_beside(DECLARING_FILES, contents.__getitem__) is None
+    contents[DECLARING_FILES[-1]] = b'{"quant_method": "hqq"}'
+    assert "HQQ" in str(declared_beside(DECLARING_FILES, contents.__getitem__))

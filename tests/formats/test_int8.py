@@ -122,7 +122,7 @@ def test_fewer_bits_one_to_a_byte_have_the_values_of_compressed_tensors(codec: A
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"weight_scale": None}, "its weight is I8 and no scale stands beside it"),
+        ({"weight_scale": None}, "its weight is I8 and nothing beside it is read as its scale"),
         ({"weight": ("U8", (8, 64))}, r"its weight is U8 \[8, 64\], not an I8 matrix"),
         ({"weight_scale": ("I32", (8, 1))}, "its weight_scale is I32"),
         ({"weight_zero_point": ("BOOL", (8, 1))}, "its weight_zero_point is BOOL"),

@@ -27,6 +27,7 @@ UNKNOWN = {
     "bitsandbytes": {"a.proj.weight": ("I8", [64, 64]), "a.proj.SCB": ("F32", [64])},
     "codes widened to BF16": {STACK: ("BF16", [2, 64, 64]), f"{STACK}_scale_inv": ("F32", [2, 1, 1])},
     "a table": {"a.embed.weight": ("F8_E4M3", [64, 64]), "a.weight_scale_all": ("F32", [])},
+    "codes in a row": {"a.codes": ("U8", [64]), "a.codes_scale": ("F32", [2])},
     "sixteen bits": {"a.table": ("U16", [64, 64])},
 }
 SOUND = {
@@ -35,6 +36,8 @@ SOUND = {
     "positions": {"a.embeddings.position_ids": ("I32", [1, 64])},
     "integers in a row": {"a.counts": ("I32", [64])},
     "a mask": {"a.attn.bias": ("U8", [1, 1, 64, 64])},
+    "masks of old releases": {"a.causal_mask": ("U8", [8, 8]), "a.attention_mask": ("U8", [8, 8])},
+    "a draft's vocabulary": {"d2t": ("I64", [64]), "model.t2d": ("U8", [64, 1])},
     "parameters called scale": {"layers.0.hc_attn_scale": ("F32", [3]), "logit_scale": ("F32", [])},
     "a scale of a router": {"a.router.proj.weight": ("BF16", [4, 64]), "a.router.scale": ("BF16", [64])},
 }
@@ -138,3 +141,45 @@ def test_a_quantisation_that_only_a_file_beside_config_json_declares_is_named(ra
     (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "gptq", "bits": 4}')
     with pytest.raises(KconvertError, match=f"{file} declares a quantisation that config.json does not"):
         plan(source, Recipe("bf16"))
+
+
+@pytest.mark.parametrize("config", [None, {}], ids=["no config.json", "an empty one"])
+def test_a_checkpoint_without_a_config_json_is_said_to_lack_it(raw, int4_copy, config):
+    checkpoint = raw.load(int4_copy)
+    checkpoint.config.clear()
+    source = checkpoint.save()
+    if config is None:
+        (source / "config.json").unlink()
+    with pytest.raises(KconvertError, match=r"config\.json is missing or empty, and only it says how weights are quan"):
+        plan(source, Recipe("bf16"))
+
+
+# What lies there of an expert whose encoding is not read, and what must be said of it.
+FOREIGN = {
+    "NVFP4 of ModelOpt": (
+        {"weight": ("U8", [64, 32]), "weight_scale": ("U8", [64, 4]), "weight_scale_2": ("F32", [])},
+        "weight_scale_2 is that of ModelOpt's NVFP4, which is not read",
+    ),
+    "GPTQ": (
+        {"qweight": ("I32", [8, 64]), "g_idx": ("I32", [64]), "qzeros": ("I32", [2, 8]), "scales": ("F32", [2, 64])},
+        "qweight' is I32",
+    ),
+    "MLX": ({"weight": ("U32", [64, 8]), "scales": ("BF16", [64, 2]), "biases": ("BF16", [64, 2])}, "is U32"),
+}
+
+
+@pytest.mark.parametrize("model_type", ["kimi_k2", "unheard_of"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_an_encoding_that_is_not_read_is_not_said_to_lack_what_it_has(raw, int4_copy, kind, model_type):
+    checkpoint = raw.load(int4_copy)
+    checkpoint.config["model_type"] = model_type
+    checkpoint.config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    tensors, said = FOREIGN[kind]
+    for file in checkpoint.files.values():
+        for name in [name for name in file if ".experts." in name]:
+            del file[name]
+    source = put(raw, checkpoint, {f"model.layers.1.mlp.experts.0.up_proj.{k}": v for k, v in tensors.items()})
+    with pytest.raises(KconvertError) as caught:
+        plan(source, Recipe("bf16"))
+    assert said in str(caught.value)
+    assert "no scale" not in str(caught.value)

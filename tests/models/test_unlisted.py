@@ -156,3 +156,24 @@ def test_a_bf16_model_that_no_manifest_knows_has_its_experts_found_by_name(raw, 
     verify(source, tmp_path / "int4")
     verify(source, tmp_path / "again")
     assert f"{EXPERT}.weight_packed" in list(raw.load(tmp_path / "int4"))
+
+
+def test_a_fake_quantised_checkpoint_goes_to_bf16_as_a_clean_copy(raw, bf16_copy, tmp_path):
+    """The BF16 weight is the value, the scale beside it and the declaration say nothing."""
+    checkpoint = raw.load(bf16_copy)
+    checkpoint.put(f"{EXPERT}.weight_scale", raw.Tensor("BF16", [128, 8], bytes(128 * 8 * 2)))
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    checkpoint.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "frozen",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    source = checkpoint.save()
+    convert(plan(source, Recipe("bf16")), tmp_path / "dst")
+    verify(source, tmp_path / "dst")
+    written = raw.load(tmp_path / "dst")
+    assert "quantization_config" not in written.config
+    assert f"{EXPERT}.weight_scale" not in list(written)
+    assert written[f"{EXPERT}.weight"].data == checkpoint[f"{EXPERT}.weight"].data

@@ -314,3 +314,25 @@ def test_the_commands(int4: Path, tmp_path: Path, kconvert: Any) -> None:
     wrong = kconvert("convert", int4, tmp_path / "y", "--to", "bf16", "--layout", "experts")
     assert wrong.returncode == 2
     assert "no layout 'experts'" in wrong.stderr
+
+
+@pytest.mark.parametrize("to", ["int4", "int8", "mxfp4"])
+def test_a_model_without_experts_is_not_written_as_bf16_that_claims_a_quantisation(
+    fp8: dict[str, Path], raw: Any, tmp_path: Path, to: str
+) -> None:
+    checkpoint = raw.load(fp8["all"])
+    checkpoint.config["num_hidden_layers"] = 1  # the first layer is dense
+    for tensors in checkpoint.files.values():
+        for name in [name for name in tensors if name.startswith(("model.layers.1.", "model.layers.2."))]:
+            del tensors[name]
+    with pytest.raises(
+        KconvertError, match=rf"has no weight that {to}.* is for \(by their names, none is a routed exp"
+    ):
+        plan(checkpoint.save(tmp_path / "dense"), Recipe(to))
+
+
+def test_a_part_that_holds_no_codes_declares_none(fp8: dict[str, Path], tmp_path: Path) -> None:
+    chosen = (f"{ATTENTION}*",)
+    convert(plan(fp8["all"], Recipe("int4", include=chosen)), tmp_path / "part")
+    assert "quantization_config" not in json.loads((tmp_path / "part/config.json").read_text())
+    verify(fp8["all"], tmp_path / "part", include=chosen)

@@ -13,7 +13,7 @@ from kconvert.dialects.registry import dialect_of
 from kconvert.dialects.unread import unread
 from kconvert.errors import KconvertError
 
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+DECLARING_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 KEY = "quantization"  # where ModelOpt has it, beside the name of the producer
 
 
@@ -22,7 +22,7 @@ def declared_beside(names: Collection[str], read: Callable[[str], bytes]) -> str
 
     It is for a checkpoint whose tensors are quantised as config.json does not say. `read` gives a file's content.
     """
-    for name in FILES:
+    for name in DECLARING_FILES:
         if name not in names:
             continue
         try:

@@ -29,6 +29,8 @@ FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
 ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), dense.LEFTOVERS)
 SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
 QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
+# What gives away encodings that are met and not read.
+UNREAD_PARTS = {"weight_scale_2": "ModelOpt's NVFP4"}
 
 
 def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
@@ -66,6 +68,9 @@ def recognise(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None
     Companions may be among them. Raises ValueError, saying what does not fit, when they are not what the scheme makes.
     """
     found = {suffix: facts for suffix, facts in found.items() if suffix not in COMPANIONS}
+    if unread := UNREAD_PARTS.keys() & found:
+        suffix = min(unread)
+        raise ValueError(f"its {suffix} is that of {UNREAD_PARTS[suffix]}, which is not read")
     if unknown := sorted(found.keys() - ENCODED_SUFFIXES):
         raise ValueError(f"no encoding has the tensors {', '.join(unknown)}")
     if not found:

@@ -122,7 +122,7 @@ def recognise(declared: None, found: Found, shape: tuple[int, int] | None) -> tu
     """See formats.base.Family."""
     dtype, own_shape = found["weight"]
     if dtype not in DTYPES:
-        raise ValueError(f"its weight is {dtype} and no scale stands beside it")
+        raise ValueError(f"its weight is {dtype} and nothing beside it is read as its scale")
     if len(own_shape) != 2:
         raise ValueError(f"its weight {list(own_shape)} is not a matrix")
     return Dense(dtype), shape or (own_shape[0], own_shape[1])

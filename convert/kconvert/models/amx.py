@@ -107,6 +107,11 @@ def open_amx(root: Path) -> AmxModel:
             rest.append(tensor)
         else:
             experts[match[1]][match[5]] = tensor
+    if not experts:
+        raise KconvertError(
+            f"{root}: AMX weights lie in {min(root.glob('*.safetensors')).name} and others in {next(iter(checkpoint.files))}; "
+            "put them into directories of their own"
+        )
     bits, numa, hidden, intermediate = _sizes(checkpoint, experts)
     shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     weights = tuple(

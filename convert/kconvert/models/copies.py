@@ -40,12 +40,16 @@ def is_code_dtype(tensor: Tensor) -> bool:
 
 
 def undecoded(tensors: Iterable[Plain]) -> Iterator[tuple[Tensor, str]]:
-    """Every one of a checkpoint's plain tensors that must not be copied, and why, in a few words; scales after the codes."""
+    """Every one of a checkpoint's plain tensors that must not be copied, and why, in a few words; the codes come first."""
     tensors = tuple(tensors)
     names = {plain.tensor.name for plain in tensors}
-    for plain in sorted(tensors, key=lambda plain: SCALES.search(plain.tensor.name) is not None):
+    for plain in sorted(tensors, key=_rank):
         if reason := _reason(plain, names):
             yield plain.tensor, reason
+
+
+def _rank(plain: Plain) -> tuple[bool, bool]:
+    return SCALES.search(plain.tensor.name) is not None, not is_code_dtype(plain.tensor)
 
 
 def _reason(plain: Plain, names: Collection[str]) -> str | None:
@@ -57,7 +61,7 @@ def _reason(plain: Plain, names: Collection[str]) -> str | None:
         return None
     if PARTS.search(tensor.name):
         return "is called like a part of a quantised weight"
-    if len(tensor.shape) > 1 and (beside := sibling(tensor, names)):
+    if (len(tensor.shape) > 1 or tensor.dtype in INTEGERS) and (beside := sibling(tensor, names)):
         return f"has {beside!r} beside it"
     return None
 
@@ -66,6 +70,6 @@ def sibling(tensor: Tensor, names: Collection[str]) -> str | None:
     """The name of a tensor that says by its own that this one is quantised."""
     stem, dot, last = tensor.name.rpartition(".")
     candidates = [tensor.name + suffix for suffix in BEHIND]
-    if last == "weight":
+    if last in ("weight", "qweight"):
         candidates += [f"{stem}{dot}{word}" for word in BESIDE]
     return next((name for name in candidates if name in names), None)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NoReturn
 
 from kconvert import formats
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
 from kconvert.dialects import QuantizationConfig, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part, parts_of
@@ -127,8 +127,8 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
             _refuse_incomplete(model, missing)
         generic, _, _ = _read(checkpoint, load_manifest(GENERIC).bind(checkpoint.config))
         finding = (
-            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is {unlisted[0]!r} or the like), so "
-            "what they mean is taken from the names themselves"
+            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is not there, but {unlisted[0]!r}), "
+            "so what they mean is taken from the names themselves"
         )
         return replace(generic, findings=(finding,))
     if unlisted and not manifest.accepts_any:
@@ -151,7 +151,7 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
             for name in sorted(found.modules, key=natural_key)
         ]
     except KconvertError:
-        _refuse_declared_beside(checkpoint, quantization)
+        _refuse_undeclared(checkpoint, quantization)
         raise
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
     model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped))
@@ -179,19 +179,24 @@ def _refuse_incomplete(model: Model, missing: list[str]) -> NoReturn:
     )
 
 
-def _refuse_declared_beside(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
-    """KconvertError when not config.json but another file declares how the checkpoint is quantised."""
+def _refuse_undeclared(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
+    """KconvertError when not config.json but another file declares how the checkpoint is quantised, or nothing does."""
     if quantization.schemes:
         return
     files = {*checkpoint.side_files, *checkpoint.left_out}
     if sentence := declared_beside(files, lambda name: checkpoint.side_file(name).read_bytes()):
         raise KconvertError(f"{checkpoint.root}/{sentence}")
+    if not checkpoint.config:
+        path = checkpoint.root / CONFIG_NAME
+        raise KconvertError(
+            f"{path} is missing or empty, and only it says how weights are quantised, as these are; fetch it"
+        )
 
 
 def refuse_undecoded(model: Model) -> None:
     """KconvertError when a tensor that would be copied may be codes that nothing in the copy declares."""
     for tensor, reason in undecoded(model.plain):
-        _refuse_declared_beside(model.checkpoint, model.quantization)
+        _refuse_undeclared(model.checkpoint, model.quantization)
         raise KconvertError(
             f"{tensor} {reason}, which no rule decodes; copied as it is, it would be read as values, so this checkpoint cannot "
             "be converted"

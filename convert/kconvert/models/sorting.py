@@ -106,7 +106,7 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
     split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in sorted_.unlisted]
     encoded = {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
     for tensor, module, suffix in split:
-        is_part = suffix in formats.SUFFIXES and (module in encoded or module in sorted_.modules)
+        is_part = _is_part(suffix) and (module in encoded or module in sorted_.modules)
         if is_part or _is_experts_matrix(tensor, module, suffix):
             sorted_.modules.setdefault(module, {})[suffix] = tensor
         elif suffix in COMPANIONS and _is_number(tensor):

@@ -38,6 +38,12 @@ class Transcode:
     output: str = ""
 
     @property
+    def title(self) -> str:
+        """What a message calls it: the weight, and the file of the source in which it begins."""
+        weight = f"weight {self.name!r}"
+        return f"{self.reads[0].file}: {weight}" if self.reads else weight
+
+    @property
     def source_parts(self) -> tuple[Part, ...]:
         return parts_of(self.source, self.rows, self.cols)
 

@@ -15,7 +15,8 @@ from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
 Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is quantised
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 NEVER_CODES = FLOATS | {"BOOL", "I64", "U64"}
-INTEGER_TABLES = {"tid2eid", "position_ids", "relative_position_index", "token_type_ids", "attn.bias", "masked_bias"}
+INTEGER_TABLES = ("tid2eid", "position_ids", "relative_position_index", "token_type_ids", "d2t", "t2d")
+MASKS = ("attn.bias", "masked_bias", "attention_mask", "causal_mask")
 
 
 def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
@@ -25,8 +26,8 @@ def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
     for tensor in checkpoint.tensors.values():
         modules[_module(tensor.name)].append(tensor)
     for module, tensors in modules.items():
-        codes = [tensor for tensor in tensors if _holds_codes(tensor) and not _is_scale(tensor.name)]
         scales = [tensor for tensor in tensors if _is_scale(tensor.name)]
+        codes = [t for t in tensors if not _is_scale(t.name) and _holds_codes(t, scaled=bool(scales))]
         names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
         covered = any(cover(name) for cover in covers for name in names)
         if codes and not covered:
@@ -41,10 +42,11 @@ def _fault(checkpoint: Checkpoint, tensor: Tensor, what: str) -> str:
     return f"{checkpoint.root / tensor.file}: tensor {tensor.name!r} is {tensor.dtype} {list(tensor.shape)}, {what}"
 
 
-def _holds_codes(tensor: Tensor) -> bool:
-    if tensor.dtype in NEVER_CODES or any(tensor.name.endswith(name) for name in INTEGER_TABLES):
+def _holds_codes(tensor: Tensor, scaled: bool = False) -> bool:
+    """Integers in a row are counts and the like, unless a scale stands beside them."""
+    if tensor.dtype in NEVER_CODES or tensor.name.endswith((*INTEGER_TABLES, *MASKS)):
         return False
-    return not tensor.dtype.startswith(("I", "U")) or len(tensor.shape) > 1
+    return not tensor.dtype.startswith(("I", "U")) or len(tensor.shape) > 1 or scaled
 
 
 def _is_scale(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.address import open_checkpoint
 from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor
-from kconvert.dialects import QuantizationConfig, quantization_tables
+from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
 from kconvert.hub.ids import parse_hub_id
@@ -220,11 +220,13 @@ def _declaration_faults(converted: Model) -> list[str]:
     """Where config.json and what the output holds do not belong together; nothing declares AMX weights."""
     if any(isinstance(weight.format, Amx) for weight in converted.weights):
         return []
-    quantised = any(weight.format.quantised for weight in converted.weights)
-    if quantised or not any(quantization_tables(converted.checkpoint.config)):
+    if any(weight.format.quantised for weight in converted.weights):
         return list(undeclared(converted.checkpoint))
-    path = converted.checkpoint.root / CONFIG_NAME
-    return [f"{path} declares a quantisation, but no weight is quantised; remove it"]
+    stale = [CONFIG_NAME] if any(quantization_tables(converted.checkpoint.config)) else []
+    stale += [name for name in DECLARING_FILES if name in converted.checkpoint.left_out]
+    root = converted.checkpoint.root
+    faults = [f"{root / name} declares a quantisation, but no weight is quantised; remove it" for name in stale]
+    return faults or list(undeclared(converted.checkpoint))
 
 
 def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[str]:

@@ -134,6 +134,7 @@ def describe_plan(
     notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
     notes += plan.facts.get("notes", ())
     notes += _dropped(plan)
+    notes += [f"finding: {finding}" for finding in plan.facts.get("findings", ())]
     notes += [f"not copied: {name}" for name in plan.facts.get("left_out", ())]
     lines = (
         *(f"{key}: {value}" for key, value in plan.facts.items() if isinstance(value, str)),

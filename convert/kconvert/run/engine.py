@@ -176,9 +176,9 @@ class Run:
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            with _naming(f"weight {step.name!r} cannot be read as {step.source.label}", row, stop):
+            with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
                 step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-            with _naming(f"weight {step.name!r} cannot be written as {step.target.label}", row, stop):
+            with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
                 lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
         if lost:
             with self._lock:

@@ -13,9 +13,9 @@ from kconvert.planning.containers import Container, Safetensors
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
-# which are narrower than a block. `other` is the role where no manifest knows the model: a weight is then one that the
-# source has quantised.
-LINEARS = frozenset({"expert", "shared", "dense", "attention", "other"})
+# which are narrower than a block. A weight that no manifest lists is `linear` where it is one that the source has quantised and
+# names tell no more, and `other` in a model whose names tell nothing at all.
+LINEARS = frozenset({"expert", "shared", "dense", "attention", "linear", "other"})
 EXPERTS = frozenset({"expert", "other"})
 # Last words of the roles of matrices that no engine takes for a Linear of its quantisation config …
 NO_LINEARS = frozenset({"embedding", "router"})

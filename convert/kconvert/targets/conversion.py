@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from kconvert.checkpoint.source import Tensor
-from kconvert.dialects import with_quantization, without_quantization
+from kconvert.dialects import quantization_tables, with_quantization, without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
@@ -41,6 +41,7 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
         + sum(plain.tensor.nbytes for plain in model.plain),
         **count_steps(drafts),
         "dropped": [tensor.name for tensor in conversion.left_behind()],
+        **({"findings": list(model.findings)} if model.findings else {}),
         "left_out": list(model.checkpoint.left_out),
     }
     container = conversion.target.container(recipe.shard_size)
@@ -65,6 +66,8 @@ class Conversion:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
         model, recipe = self.model, self.recipe
         quantised = [weight for weight in model.weights if weight.format.quantised]
+        if not quantised and recipe.source is None and self.target.roles is None and self._has_remains():
+            return
         if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
             raise KconvertError(f"{model.checkpoint.root} holds no quantised weights; there is nothing to convert")
         for weight in quantised:
@@ -76,6 +79,11 @@ class Conversion:
                 )
         self._check_effect(bool(quantised))
 
+    def _has_remains(self) -> bool:
+        """Whether something speaks of a quantisation that the weights do not have: a copy without it is worth making."""
+        declared = any(quantization_tables(self.model.checkpoint.config))
+        return declared or any(weight.companions for weight in self.model.weights)
+
     def _check_effect(self, has_quantised: bool) -> None:
         """KconvertError when the output would be the source again."""
         model, target = self.model, self.target
@@ -86,11 +94,11 @@ class Conversion:
                 f"matrices are Linears is not known; --to {self.recipe.to} --layout experts takes those that are experts by "
                 "name"
             )
-        if any(self.becomes(weight) is not None for weight in model.weights):
-            return
-        if any(target.takes(weight) for weight in model.weights):
+        if not any(target.takes(weight) for weight in model.weights):
+            whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
+            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose})")
+        if all(self.becomes(weight) is None for weight in model.weights):
             raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
-        raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is a routed expert's)")
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
@@ -140,6 +148,8 @@ class Conversion:
         names: dict[bool, list[str]] = {True: [], False: []}
         for weight in self.model.weights:
             names[self.encoding(weight).quantised].append(weight.name)
+        if not names[True]:
+            return config
         table = self.target.table(self.target.format, names[True], [*names[False], *self._plain_linears()])
         return with_quantization(config, table)
 

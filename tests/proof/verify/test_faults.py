@@ -295,3 +295,11 @@ def test_an_output_that_is_not_there_is_wrong_usage_and_no_failed_check(
     assert result.exit_code == 2
     assert "nothing is not a directory" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
+def test_a_declaration_left_beside_values_is_a_fault_as_engines_read_it(
+    bf16_copy: Path, check: Callable[..., None], name: str
+) -> None:
+    (bf16_copy / name).write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    check(name, "declares a quantisation, but no weight is quantised")

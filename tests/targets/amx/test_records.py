@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import safetensors
 import safetensors.torch
+import torch
 from amx_packing import HIDDEN, INTERMEDIATE, repack, run
 
 import kconvert
+from kconvert.models.amx import open_amx
 
 
 def test_method_numa_shapes_and_origin_are_in_every_header_and_in_kconvert_json(source: Path, tmp_path: Path) -> None:
@@ -87,3 +89,15 @@ def test_a_directory_that_lacks_tensors_is_refused(
     assert result.exit_code == 2
     assert len(result.stderr.splitlines()) == 1
     assert words in result.stderr
+
+
+def test_amx_weights_beside_a_model_are_named_as_such(source: Path, tmp_path: Path) -> None:
+    root = repack(source, tmp_path / "out", "AMXINT8", 1)
+    (shard,) = root.glob("*.safetensors")
+    shard.rename(root / "amx.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(2, dtype=torch.bfloat16)}, root / "model.safetensors")
+    (root / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        kconvert.KconvertError, match=r"AMX weights lie in amx.safetensors and others in model.safetensors"
+    ):
+        open_amx(root)
