@@ -54,7 +54,9 @@ def check_readable(model: nn.Module, plan: Plan, for_transformers: bool) -> None
     try:
         understand(_as_checkpoint(plan))
     except KconvertError as error:
-        raise KconvertError(f"kconvert could not read the export, so it is not written: {error}") from None
+        # What a reader of such a checkpoint is advised to do, and where it lies, is not for its writer.
+        fault = str(error).partition("; ")[0].removeprefix(f"{Path()}: ")
+        raise KconvertError(f"kconvert could not read the export, so it is not written: {fault}") from None
 
 
 def _as_checkpoint(plan: Plan) -> Checkpoint:

@@ -102,7 +102,7 @@ LOADED = {
 DECODED = {
     "bailing_hybrid": LATENT,
     "ernie4_5_vl_moe": vision(**{**SIZES, "moe_intermediate_size": [32, 32], "head_dim": 128}),
-    "kimi_linear": {**LATENT, "q_lora_rank": None, "linear_attn_config": KIMI},
+    "kimi_linear": {**LATENT, "linear_attn_config": KIMI},
     "minimax_m3_vl": vision(**SIZES),
 }
 REFUSED = {

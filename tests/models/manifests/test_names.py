@@ -206,10 +206,15 @@ def test_a_config_json_that_makes_no_model_is_refused(
 
 @pytest.mark.parametrize("name", sorted(set(load_manifests()) - {"generic"}))
 def test_every_dimension_of_a_manifest_is_used_and_found_in_its_own_config(name: str) -> None:
-    """Or stands in for one that is, where some configs have another key."""
+    """Or stands in for one that is, where some configs have another key; or is of tensors that are there with its key only."""
     manifest = load_manifest(name)
     section = manifest.section(manifest.config)
-    assert set(manifest.dims) - set(manifest._sizes(section)) <= set(manifest.defaults.values())
+    users = {
+        symbol: [rule for rule in manifest.rules if any(symbol in size for size in rule.shape)]
+        for symbol in manifest.dims
+    }
+    conditional = {symbol for symbol, key in manifest.dims.items() if all(rule.when == key for rule in users[symbol])}
+    assert set(manifest.dims) - set(manifest._sizes(section)) <= conditional | set(manifest.defaults.values())
     expressions = [size for rule in manifest.rules for size in rule.shape]
     expressions += [bound for index in manifest.indices.values() for bound in index.range]
     expressions += manifest.defaults.values()
