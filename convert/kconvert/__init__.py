@@ -11,7 +11,7 @@ directory of that name goes first). Sizes are in bytes. A weight is a matrix [ou
 and bad input raise `KconvertError` with a message of one sentence, a check that failed its subclass `CheckFailed`.
 Within `links_allowed()` the functions follow links that lead out of a checkpoint.
 
-The functions are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
+What a program names is imported when it names it: a command starts without what it does not need.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from kconvert.address import open_checkpoint
-from kconvert.checkpoint.directory import links_allowed
 from kconvert.errors import CheckFailed, KconvertError
-from kconvert.models.model import Model, understand
-from kconvert.planning.plan import Plan
-from kconvert.proof.verify import Report, verify
-from kconvert.targets.conversion import make_plan
-from kconvert.targets.recipe import Recipe
 from kconvert.version import __version__
 
 if TYPE_CHECKING:
+    from kconvert.checkpoint.directory import links_allowed
+    from kconvert.models.model import Model
+    from kconvert.planning.plan import Plan
+    from kconvert.proof.verify import Report, verify
     from kconvert.run.disk import Needs
+    from kconvert.targets.recipe import Recipe
 
 __all__ = [
     "CheckFailed",
@@ -51,6 +50,23 @@ __all__ = [
 ]
 
 StrPath = str | os.PathLike[str]
+HOMES = {
+    "Model": "models.model",
+    "Plan": "planning.plan",
+    "Recipe": "targets.recipe",
+    "Report": "proof.verify",
+    "links_allowed": "checkpoint.directory",
+    "verify": "proof.verify",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What the public API has elsewhere."""
+        if name not in HOMES:
+            raise AttributeError(f"module 'kconvert' has no attribute {name!r}")
+        globals()[name] = value = getattr(import_module(f"kconvert.{HOMES[name]}"), name)
+        return value
 
 
 def inspect(source: StrPath, revision: str | None = None) -> Model:
@@ -64,6 +80,9 @@ def inspect(source: StrPath, revision: str | None = None) -> Model:
     KconvertError when it is no checkpoint, when a header is not sound, and for the first tensor that belongs to no weight, is
     missing, or has another dtype or shape than its manifest and its encoding demand.
     """
+    from kconvert.address import open_checkpoint
+    from kconvert.models.model import understand
+
     with _collector_paused():
         return understand(open_checkpoint(source, revision))
 
@@ -77,6 +96,10 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     KconvertError as `inspect`, and when the recipe does not fit: the source holds another encoding than `recipe.source`,
     nothing is left to convert, or a weight's columns do not divide into groups.
     """
+    from kconvert.address import open_checkpoint
+    from kconvert.models.model import understand
+    from kconvert.targets.conversion import make_plan
+
     with _collector_paused():
         return make_plan(understand(open_checkpoint(source, revision)), recipe)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kconvert.formats.amx import Amx
+from kconvert.formats.amx import METHODS, Amx
 from kconvert.formats.reference import amx as reference
-from kconvert.models.amx import METHODS, PROJECTIONS
+from kconvert.models.amx import PROJECTIONS
 
 with safe_open(make_amx_golden.GOLDEN, "np") as golden:
     RECORDS = {record["name"]: record["packed"] for record in json.loads(golden.metadata()["cases"])}

@@ -9,8 +9,8 @@ import click
 
 from kconvert.cli.options import links_option, location, output_options, revision_option
 from kconvert.cli.running import carry_out, pinned
-from kconvert.models.amx import METHODS
-from kconvert.targets.amx import FORMS
+from kconvert.formats.amx import METHODS
+from kconvert.planning.containers import FORMS
 from kconvert.targets.base import SCALES
 
 

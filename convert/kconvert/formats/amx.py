@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
 
 Split = Literal["rows", "cols"]
+# What KTransformers calls them -> the bits of their codes.
+METHODS = {"AMXINT4": 4, "AMXINT8": 8}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,9 @@ from kconvert.checkpoint.files import is_directory
 from kconvert.checkpoint.safetensors import read_header, read_metadata
 from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_directory
 from kconvert.errors import KconvertError
-from kconvert.formats.amx import Amx, Split
+from kconvert.formats.amx import METHODS, Amx, Split
 from kconvert.models.model import Weight, natural_key
 
-METHODS = {"AMXINT4": 4, "AMXINT8": 8}
 RECORD = "kconvert.json"
 PROJECTIONS: Mapping[str, Split] = {"gate": "rows", "up": "rows", "down": "cols"}
 TENSOR = re.compile(r"(blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+))\.(numa\.(\d+)\.(?:weight|scale))")

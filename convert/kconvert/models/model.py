@@ -158,7 +158,7 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
     known = {tensor.name: tensor for tensor in found.unlisted}
     unlisted = [w.name for w in weights if w.tensors[0].name in known]
     unlisted += [p.tensor.name for p in plain if p.tensor.name in known]
-    return model, unlisted, names.missing(found.names)
+    return model, unlisted, names.missing(found)
 
 
 def _are_renamed(missing: list[str], unlisted: list[str], model: Model, names: Names) -> bool:

@@ -50,10 +50,9 @@ class Sorted:
     dropped: list[Tensor] = field(default_factory=list)
     unlisted: list[Tensor] = field(default_factory=list)
 
-    @property
-    def names(self) -> set[str]:
-        """What is there, as a manifest calls it: weights, and whole names of tensors (or what would be)."""
-        return self.modules.keys() | self.plain.keys() | {f"{name}.weight" for name in self.modules}
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a weight or a tensor that a manifest calls so, be the tensor quantised and so a weight."""
+        return name in self.modules or name in self.plain or str(name).removesuffix(".weight") in self.modules
 
 
 def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -76,21 +76,22 @@ class Plan:
 class Output:
     """What a target makes of a model and a recipe: what is written of which weights, into which container.
 
-    `drafts` are steps without places, in the order of the output; `texts` are small files beside config.json, whose content
-    is `config`. `parameters` is the size of the model. The rest is the plan's own, see Plan.
+    `drafts` are steps without places, in the order of the output, which are taken once; `texts` are small files beside
+    config.json, whose content is `config`. `parameters` is the size of the model, `facts` make those of the plan from its
+    steps. The rest is the plan's own, see Plan.
     """
 
     recipe: str
     source: Checkpoint | None
-    drafts: Sequence[Step]
+    drafts: Iterable[Step]
     container: Container
     config: Mapping[str, Any]
     parameters: int
-    facts: Mapping[str, Any]
+    facts: Callable[[Sequence[Step]], Mapping[str, Any]]
     texts: Mapping[str, bytes] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """With a place for every byte; KconvertError where there is none."""
-        steps, shards = self.container.place(self.drafts)
+        steps, shards = self.container.place(tuple(self.drafts))
         texts = {**self.texts, **self.container.texts(self.config, shards, self.parameters)}
-        return Plan(self.recipe, self.source, steps, shards, texts, self.facts)
+        return Plan(self.recipe, self.source, steps, shards, texts, self.facts(steps))

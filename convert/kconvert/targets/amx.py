@@ -9,18 +9,17 @@ from typing import Any
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
-from kconvert.formats.amx import Amx, AmxCodes, AmxScales
+from kconvert.formats.amx import METHODS, Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
-from kconvert.models.amx import METHODS, PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
+from kconvert.models.amx import PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
 from kconvert.models.experts import Experts, rest_of, routed_experts
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
-from kconvert.planning.containers import METADATA, Apart, Container, Safetensors, json_bytes
+from kconvert.planning.containers import FORMS, METADATA, Apart, Container, Safetensors, json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
 from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES
 from kconvert.version import __version__
 
-FORMS = ("safetensors", "kt")
 MAX_NUMA = 64
 # Measured, see docs/BENCHMARKS.md: for four bits the best scale has half the error of amax's, for eight bits the same.
 DEFAULT_SCALES = {4: "mse", 8: "amax"}
@@ -134,18 +133,14 @@ def _plan(
         # What KTransformers' `kt` command shows of a model.
         "amx_quantization": {"converted": True, "method": f"int{recipe.bits}", "numa_count": recipe.numa},
     }
-    facts = {
-        **facts,
-        "to": recipe.method,
-        "numa": recipe.numa,
-        "scales": record["scales"],
-        "parameters": parameters,
-        **count_steps(drafts),
-        "left_out": list(checkpoint.left_out),
-    }
+    asked = {"to": recipe.method, "numa": recipe.numa, "scales": record["scales"], "parameters": parameters}
+
+    def all_facts(steps: Sequence[Step]) -> dict[str, Any]:
+        return {**facts, **asked, **count_steps(steps), "left_out": list(checkpoint.left_out)}
+
     container = _container(recipe, record)
     texts = {RECORD: json_bytes(record)}
-    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, facts, texts).plan()
+    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, all_facts, texts).plan()
 
 
 def _container(recipe: AmxRecipe, record: Mapping[str, Any]) -> Container:

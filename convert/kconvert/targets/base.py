@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kconvert.formats import Format
-from kconvert.models.model import Weight
 from kconvert.planning.containers import Container, Safetensors
+
+if TYPE_CHECKING:
+    from kconvert.models.model import Weight
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")

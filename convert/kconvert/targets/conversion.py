@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,26 +28,9 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     Conversion(model, recipe).check()
     model = model.select(recipe.include, recipe.exclude)
     conversion = Conversion(model, recipe)
-    drafts = tuple(conversion.drafts())
-    facts = {
-        "source": model.checkpoint.name,
-        "manifest": model.manifest.name,
-        "to": recipe.to,
-        **({"layout": recipe.layout} if recipe.layout else {}),
-        **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
-        "parameters": model.parameters,
-        "weights": dict(format_counts(model.weights)),
-        "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
-        + sum(plain.tensor.nbytes for plain in model.plain),
-        **count_steps(drafts),
-        "dropped": [tensor.name for tensor in conversion.left_behind()],
-        **({"findings": list(model.findings)} if model.findings else {}),
-        "left_out": list(model.checkpoint.left_out),
-    }
-    container = conversion.target.container(recipe.shard_size)
-    return Output(
-        repr(recipe), model.checkpoint, drafts, container, conversion.config(), model.parameters, facts
-    ).plan()
+    container, config = conversion.target.container(recipe.shard_size), conversion.config()
+    drafts = conversion.drafts()
+    return Output(repr(recipe), model.checkpoint, drafts, container, config, model.parameters, conversion.facts).plan()
 
 
 @dataclass(frozen=True)
@@ -139,6 +122,25 @@ class Conversion:
         for weight in self.model.weights:
             if weight.companions and (not weight.format.quantised or self.becomes(weight) is not None):
                 yield from weight.companions
+
+    def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
+        """What a user wants to know of the plan that has these steps."""
+        model, recipe = self.model, self.recipe
+        return {
+            "source": model.checkpoint.name,
+            "manifest": model.manifest.name,
+            "to": recipe.to,
+            **({"layout": recipe.layout} if recipe.layout else {}),
+            **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
+            "parameters": model.parameters,
+            "weights": dict(format_counts(model.weights)),
+            "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
+            + sum(plain.tensor.nbytes for plain in model.plain),
+            **count_steps(steps),
+            "dropped": [tensor.name for tensor in self.left_behind()],
+            **({"findings": list(model.findings)} if model.findings else {}),
+            "left_out": list(model.checkpoint.left_out),
+        }
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""

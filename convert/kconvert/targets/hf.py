@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kconvert.dialects.compressed_tensors import compressed_fp8_table, int8_table, mx_table, packed_table
-from kconvert.dialects.fp8 import fp8_table
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
@@ -20,28 +18,40 @@ COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
 
 
 def _fp8_experts(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects.fp8 import fp8_table
+
     return fp8_table(unquantised)
 
 
 def _fp8_all(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     """The published layout lists nothing, and no engine takes lm_head for a Linear: it needs no entry."""
+    from kconvert.dialects.fp8 import fp8_table
+
     return fp8_table(name for name in unquantised if name.rpartition(".")[2] != "lm_head")
 
 
 def _compressed_fp8(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects.compressed_tensors import compressed_fp8_table
+
     return compressed_fp8_table(format.strategy, quantised, unquantised)
 
 
 def _int4(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects.compressed_tensors import packed_table
+
     assert format.group_size is not None
     return packed_table(format.group_size, quantised, unquantised)
 
 
 def _int8(format: Int8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects.compressed_tensors import int8_table
+
     return int8_table(quantised, unquantised)
 
 
 def _mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects.compressed_tensors import mx_table
+
     return mx_table(format.bits, quantised, unquantised)
 
 

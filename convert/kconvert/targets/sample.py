@@ -60,7 +60,7 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     side_files = {name: text.encode() for name, text in manifest.side_files.items()}
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
-    return Output(repr(recipe), None, drafts, container, config, parameters, facts, side_files).plan()
+    return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()
 
 
 def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: Scheme | None) -> Format:
@@ -115,7 +115,7 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
     container = Safetensors(recipe.shard_size, scatter=recipe.scatter)
     parameters = sum(math.prod(match.shape) for _, match in kept)
     facts = {"from": checkpoint.name, "sizes": dict(recipe.sizes)}
-    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, facts).plan()
+    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, lambda _: facts).plan()
 
 
 def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
