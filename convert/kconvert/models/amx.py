@@ -17,8 +17,9 @@ from typing import Any
 
 from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.files import is_directory
-from kconvert.checkpoint.safetensors import read_header, read_metadata
-from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_directory
+from kconvert.checkpoint.listing import FileStat
+from kconvert.checkpoint.safetensors import Tensor, read_header, read_metadata
+from kconvert.checkpoint.source import Checkpoint, Reader, open_directory
 from kconvert.errors import KconvertError
 from kconvert.formats.amx import Amx, Split
 from kconvert.models.model import Weight, natural_key

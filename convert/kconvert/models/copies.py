@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.models.sorting import Plain
 
 # Dtypes in which models have values; codes and packed words come in none of them.

@@ -15,7 +15,9 @@ from functools import lru_cache
 from typing import NoReturn
 
 from kconvert import formats
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import QuantizationConfig, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part, parts_of

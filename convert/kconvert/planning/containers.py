@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
 from kconvert.checkpoint.safetensors import layout
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Place, Step

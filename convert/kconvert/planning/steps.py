@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import FATES
 from kconvert.formats.dtypes import tensor_bytes

@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 
 Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is quantised
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from kconvert.checkpoint.source import Reader, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format, Part
 from kconvert.models.model import Weight
 from kconvert.planning.plan import Plan

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.address import open_checkpoint
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
