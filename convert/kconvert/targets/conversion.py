@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from kconvert.checkpoint.safetensors import Tensor
@@ -24,10 +24,10 @@ HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
-    refuse_undecoded(model.select(recipe.include, recipe.exclude))
+    chosen = model.select(recipe.include, recipe.exclude)
+    refuse_undecoded(chosen)
     Conversion(model, recipe).check()
-    model = model.select(recipe.include, recipe.exclude)
-    conversion = Conversion(model, recipe)
+    model, conversion = chosen, Conversion(chosen, recipe)
     drafts = tuple(conversion.drafts())
     facts = {
         "source": model.checkpoint.name,
@@ -109,9 +109,15 @@ class Conversion:
     def _fit(self, format: Format, weight: Weight) -> Format:
         """The format for this weight."""
         try:
-            return format.fit(weight.format, weight.rows, weight.cols, mse=self.recipe.scales == "mse")
+            return self._fitted(format, weight.format, weight.rows, weight.cols)
         except ValueError as error:
             raise KconvertError(f"weight {weight.name!r} {error}") from None
+
+    @cached_property
+    def _fitted(self) -> Callable[[Format, Format, int, int], Format]:
+        """`Format.fit`, shared by weights of one shape; by this conversion alone, as equal formats may have other rules."""
+        mse = self.recipe.scales == "mse"
+        return cache(lambda format, source, rows, cols: format.fit(source, rows, cols, mse=mse))
 
     def becomes(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""
