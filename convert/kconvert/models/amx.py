@@ -229,8 +229,8 @@ def _record(checkpoint: Checkpoint) -> dict[str, Any]:
     if path.is_file():
         try:
             record = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise KconvertError(f"{path} is not valid JSON ({error}); pack it anew") from None
+        except (ValueError, RecursionError):
+            raise KconvertError(f"{path} is not valid JSON; pack it anew") from None
         if not isinstance(record, dict):
             raise KconvertError(f"{path} is not a JSON object; pack it anew")
         return record

@@ -227,7 +227,9 @@ def _declaration_faults(converted: Model) -> list[str]:
     stale = [CONFIG_NAME] if any(quantization_tables(converted.checkpoint.config)) else []
     stale += [name for name in DECLARING_FILES if name in converted.checkpoint.left_out]
     root = converted.checkpoint.root
-    faults = [f"{root / name} declares a quantisation, but no weight is quantised; remove it" for name in stale]
+    faults = [
+        f"{root / name} declares a quantisation, but no weight is quantised; remove the declaration" for name in stale
+    ]
     return faults or list(undeclared(converted.checkpoint))
 
 

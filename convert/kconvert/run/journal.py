@@ -225,7 +225,7 @@ def _read_lines(path: Path) -> list[Record]:
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             lines.append(line if isinstance(line, dict) else {})
     return lines
