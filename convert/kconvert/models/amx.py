@@ -27,9 +27,10 @@ from kconvert.models.model import Weight, natural_key
 METHODS = {"AMXINT4": 4, "AMXINT8": 8}
 RECORD = "kconvert.json"
 PROJECTIONS: Mapping[str, Split] = {"gate": "rows", "up": "rows", "down": "cols"}
-TENSOR = re.compile(r"(blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+))\.(numa\.(\d+)\.(?:weight|scale))")
+N = "([0-9]{1,9})"
+TENSOR = re.compile(rf"(blk\.{N}\.ffn_(gate|up|down)_exps\.{N})\.(numa\.{N}\.(?:weight|scale))")
 KT_GLOB = "_layer_*/_numa_*/*.kt"
-KT_FILE = re.compile(r"_layer_(\d+)/_numa_(\d+)/INT([48])_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt")
+KT_FILE = re.compile(rf"_layer_{N}/_numa_{N}/INT([48])_(gate|up|down)_{N}_([0-9]+)Byte_(quant|scale)_\.kt")
 KT_KINDS = {"weight": "quant", "scale": "scale"}
 
 
