@@ -50,3 +50,20 @@ def test_codes_that_any_spelling_of_a_quantisation_covers_are_declared(table: di
 )
 def test_codes_that_no_group_means_are_a_fault(table: dict[str, Any]) -> None:
     assert "declares no quantisation of 'model.up'" in faults(table)[0]
+
+
+@pytest.mark.parametrize(
+    "junk", [{"config_groups": []}, {"config_groups": {"g": {"targets": [3, "re:("], "weights": 1}}}]
+)
+@pytest.mark.parametrize("method", ["compressed-tensors", "fp8", ["x"]])
+def test_rubbish_in_a_table_that_no_reader_looks_at_covers_nothing(junk: dict[str, Any], method: Any) -> None:
+    tensors = {"up.weight": Tensor("up.weight", "F8_E4M3", (8, 4), "a", 0, 32)}
+    table = {
+        **junk,
+        "quant_method": method,
+        "ignore": 3,
+        "modules_to_not_convert": [["x"], "up"],
+        "quantization_config": 1,
+    }
+    config = {"compression_config": table, "text_config": []}
+    assert list(undeclared(Checkpoint(Path(), config, tensors, {}, {}, ())))

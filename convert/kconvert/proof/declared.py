@@ -6,6 +6,7 @@ quantisation it asks only which modules it covers; compressed-tensors' own funct
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -72,8 +73,7 @@ def _module(tensor: str) -> str:
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The quantisations that engines look for."""
-    nested = config.get("text_config")
-    for table in (config, nested if isinstance(nested, dict) else {}):
+    for table in (config, _table(config.get("text_config"))):
         for key in ("quantization_config", "compression_config"):
             if isinstance(table.get(key), dict):
                 yield table[key]
@@ -89,8 +89,8 @@ def _reader(table: Mapping[str, Any]) -> Covers | None:
 def _compressed_tensors(table: Mapping[str, Any]) -> Covers:
     from compressed_tensors.utils.match import match_name
 
-    table = {**table, **table.get(INNER, {})}
-    groups = table.get("config_groups", {})
+    table = {**table, **_table(table.get(INNER))}
+    groups = _table(table.get("config_groups"))
     targets = [target for name, group in groups.items() for target in _targets(name, group)]
     by_class = any(target.isidentifier() for target in targets)
     ignore = _names(table.get("ignore"))
@@ -112,13 +112,26 @@ def _targets(name: str, group: Any) -> list[str]:
     return ["Linear"] if group.get("targets") is None else _names(group["targets"])
 
 
+def _table(value: Any) -> Mapping[str, Any]:
+    """Of several tables readers look at the first, so that in the others there may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
 def _names(value: Any) -> list[str]:
-    """A name stands for a list of it alone."""
-    return [value] if isinstance(value, str) else list(value or ())
+    """Names and patterns, of which one stands for a list of it alone; what is neither says nothing."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [name for name in names if isinstance(name, str) and _is_sound(name)]
+
+
+def _is_sound(name: str) -> bool:
+    try:
+        return not name.startswith("re:") or bool(re.compile(name.removeprefix("re:")))
+    except (re.error, ValueError, OverflowError, RecursionError):
+        return False
 
 
 def _fp8(table: Mapping[str, Any]) -> Covers:
-    left = frozenset(table.get("modules_to_not_convert") or table.get("ignored_layers") or ())
+    left = frozenset(_names(table.get("modules_to_not_convert") or table.get("ignored_layers")))
     return lambda module: module not in left
 
 
