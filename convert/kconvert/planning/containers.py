@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from kconvert.checkpoint.safetensors import layout
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Place, Step
 
-SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 METADATA = {"format": "pt"}
 
 
