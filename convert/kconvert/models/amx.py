@@ -135,13 +135,15 @@ def _kt_checkpoint(root: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     files: dict[str, FileStat] = {}
     methods = set()
-    for path in sorted(root.glob(KT_GLOB)):
+    paths = sorted(root.glob(KT_GLOB))
+    for link in (root / RECORD, *sorted({folder for path in paths for folder in path.parents[:2]}), *paths):
+        if link.is_symlink():
+            check_link(root, link)
+    for path in paths:
         file, stat = str(path.relative_to(root)), path.stat()
         match = KT_FILE.fullmatch(file)
         if match is None:
             raise KconvertError(f"{path} has another name than kt-kernel gives its files; pack the weights anew")
-        if path.is_symlink():
-            check_link(root, path)
         layer, numa, bits, projection, expert, stated, kind = match.groups()
         if stat.st_size != int(stated):
             raise KconvertError(f"{path} has {stat.st_size} bytes, its name says {stated}; pack it anew")
