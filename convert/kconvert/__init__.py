@@ -10,8 +10,6 @@ A source is a directory, a snapshot or repository in the Hub's cache, or a Hub i
 directory of that name goes first). Sizes are in bytes. A weight is a matrix [out, in], whatever tensors spell it. Wrong usage
 and bad input raise `KconvertError` with a message of one sentence, a check that failed its subclass `CheckFailed`.
 Within `links_allowed()` the functions follow links that lead out of a checkpoint.
-
-The functions are defined here, after the modules of the same names are loaded, so that `kconvert.plan` is the function.
 """
 
 from __future__ import annotations
