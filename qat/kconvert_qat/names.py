@@ -23,6 +23,7 @@ from kconvert.formats import QUANTISED_SUFFIXES, Format, from_scheme
 from kconvert.formats.base import Scheme
 from kconvert.formats.packed import Packed
 from kconvert.models.catalogue import manifest_for
+from kconvert.models.manifest import Match
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
 
@@ -61,7 +62,7 @@ def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matri
     return matrices
 
 
-def _is_expert(match: Any) -> bool:
+def _is_expert(match: Match | None) -> bool:
     return match is not None and match.rule.role.partition(".")[0] == "expert"
 
 
@@ -204,7 +205,7 @@ def select(weights: Iterable[ExpertWeight], matrices: Iterable[Matrix], config: 
         if True in wanted[id(weight)]:
             chosen.append(weight)
     if not chosen:
-        raise KconvertError(f"the targets {config.targets} mean none of the model's experts")
+        raise KconvertError(f"the targets {', '.join(config.targets)} mean none of the model's experts")
     return chosen
 
 
@@ -217,7 +218,7 @@ def _format(scheme: Scheme | None) -> Format | None:
 
 def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iterable[Matrix]) -> None:
     """KconvertError when a quantised checkpoint's config.json has another grid for one of the matrices than `config`."""
-    if not any(True for _ in quantization_tables(config_json)):
+    if not any(quantization_tables(config_json)):
         return
     quantization = read_quantization(config_json)
     for matrix in matrices:

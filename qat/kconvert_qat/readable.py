@@ -20,7 +20,9 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.models.model import understand

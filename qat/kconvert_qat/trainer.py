@@ -30,6 +30,7 @@ from transformers import (
 from kconvert.address import open_checkpoint
 from kconvert.dialects import quantization_tables
 from kconvert.errors import KconvertError
+from kconvert.proof.logits import architecture
 from kconvert_qat.attach import at_step, prepare
 from kconvert_qat.callback import QATCallback
 from kconvert_qat.config import QATConfig
@@ -142,8 +143,7 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
 
 def load_model(path: Path, dtype: torch.dtype) -> Any:
     """The causal language model in `path`, by the class that its config.json names where transformers has it (Kimi-K2)."""
-    names = open_checkpoint(path).config.get("architectures") or [""]
-    known = getattr(transformers, str(names[0]), None)
+    known = getattr(transformers, architecture(open_checkpoint(path).config), None)
     loader = (
         known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else AutoModelForCausalLM
     )

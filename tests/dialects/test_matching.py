@@ -13,7 +13,8 @@ from compressed_tensors.utils.match import match_name
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from kconvert.dialects import matches, read_quantization
+from kconvert.dialects import read_quantization
+from kconvert.dialects.base import matches
 
 LINEARS = [
     *(f"model.layers.{layer}.mlp.experts.{e}.{p}_proj" for layer in (0, 1) for e in (0, 1) for p in ("up", "down")),

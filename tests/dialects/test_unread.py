@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from kconvert import KconvertError
-from kconvert.dialects import declared_beside, read_quantization
-from kconvert.dialects.beside import DECLARING_FILES
+from kconvert.dialects import DECLARING_FILES, declared_beside, read_quantization
 
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}

@@ -9,7 +9,8 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 
 from kconvert import Recipe
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import with_quantization
 from kconvert.dialects.compressed_tensors import compressed_fp8_table, ignore_list
 from kconvert.dialects.fp8 import fp8_table

@@ -33,6 +33,18 @@ def test_buffers_that_engines_compute_are_read_past(raw, checkpoint, tmp_path):
     verify(source, tmp_path / "dst")
 
 
+@pytest.mark.parametrize("number", ["1²2", "٣", "9" * 5000], ids=["superscript", "Arabic", "endless"])
+@pytest.mark.parametrize("model_type", ["kimi_k2", "unheard_of"])
+def test_names_may_have_numbers_of_any_kind(raw, checkpoint, tmp_path, number, model_type):
+    checkpoint.config["model_type"] = model_type
+    name = f"model.layers.{number}.mlp.experts.{number}.gate_proj.weight"
+    checkpoint.put(name, raw.Tensor("BF16", [2, 2], bytes(8)))
+    source = checkpoint.save()
+    convert(plan(source, Recipe("bf16")), tmp_path / "dst")
+    verify(source, tmp_path / "dst")
+    assert name in list(raw.load(tmp_path / "dst"))
+
+
 def test_more_tensors_than_the_manifest_lists_are_copied_and_told_of(raw, checkpoint, tmp_path):
     checkpoint.put("model.layers.1.mlp.surprise.weight", raw.Tensor("BF16", [2], bytes(4)))
     checkpoint.put(f"{EXPERT}.bias", raw.Tensor("BF16", [128], bytes(256)))

@@ -111,6 +111,15 @@ def test_a_model_that_transformers_does_not_know_is_said_to_be_one(int4_copy: Pa
         compare_logits(inspect(int4_copy), inspect(int4_copy))
 
 
+@pytest.mark.parametrize("architectures", [None, [], {"a": 1}, "DeepseekV3ForCausalLM"])
+def test_a_config_json_that_names_no_architecture_is_said_to(int4_copy: Path, raw: Any, architectures: Any) -> None:
+    checkpoint = raw.load(int4_copy)
+    checkpoint.config["architectures"] = architectures
+    checkpoint.save()
+    with pytest.raises(KconvertError, match=r"its config\.json names no architecture, so no logits are compared"):
+        compare_logits(inspect(int4_copy), inspect(int4_copy))
+
+
 def test_a_text_that_cannot_be_tokenised_is_one_sentence(
     small: Path, tmp_path: Path, run: Callable[..., Result]
 ) -> None:

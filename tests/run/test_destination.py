@@ -288,7 +288,7 @@ def test_a_journal_whose_last_line_was_cut_short_costs_that_shard_only(job: Job,
     assert sum(time != before[name] for name, time in modified(job).items()) <= 1
 
 
-@pytest.mark.parametrize("rest", [bytes(100), b"\xff\xfe\x80" * 30], ids=["zeros", "garbage"])
+@pytest.mark.parametrize("rest", [bytes(100), b"\xff\xfe\x80" * 30, b"[" * 100_000], ids=["zeros", "garbage", "deep"])
 def test_a_journal_that_ends_in_rubbish_is_survived(job: Job, rest: bytes) -> None:
     """What some file systems leave after a power failure."""
     assert job.run().exit_code == 0

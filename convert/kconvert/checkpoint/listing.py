@@ -11,6 +11,7 @@ from typing import Any
 from kconvert.errors import KconvertError
 
 INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 CONFIG_NAME = "config.json"
 STATE_DIR = ".kconvert"
 

@@ -20,17 +20,6 @@ from kconvert.checkpoint.safetensors import Entry, Tensor, read_header
 from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, explain_os_error
 
-__all__ = [
-    "CONFIG_NAME",
-    "INDEX_NAME",
-    "STATE_DIR",
-    "Checkpoint",
-    "FileStat",
-    "Reader",
-    "Tensor",
-    "assemble",
-]
-
 KEPT_OPEN = 256  # descriptors; a process may have 1024
 
 

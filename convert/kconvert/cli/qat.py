@@ -91,7 +91,7 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
         from kconvert_qat.trainer import TrainRequest
         from kconvert_qat.trainer import train as run
     except ImportError as error:
-        raise KconvertError(f"{error.name} is missing; install it with `pip install kconvert-toolkit[qat]`") from None
+        raise KconvertError(f"{error.name} is missing; install it with `pip install 'kconvert-toolkit[qat]'`") from None
 
     from kconvert_qat import QATConfig
 

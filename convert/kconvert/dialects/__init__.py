@@ -1,18 +1,15 @@
 """The ways of saying in a config.json how weights are quantised: one module a dialect, read and written."""
 
-from kconvert.dialects.base import QuantizationConfig, matches
+from kconvert.dialects.base import QuantizationConfig
 from kconvert.dialects.beside import DECLARING_FILES, declared_beside
 from kconvert.dialects.registry import read_quantization
 from kconvert.dialects.tables import KEYS, quantization_tables, with_quantization, without_quantization
-from kconvert.formats.base import Scheme
 
 __all__ = [
     "DECLARING_FILES",
     "KEYS",
     "QuantizationConfig",
-    "Scheme",
     "declared_beside",
-    "matches",
     "quantization_tables",
     "read_quantization",
     "with_quantization",

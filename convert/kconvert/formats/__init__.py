@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Scheme
 
 __all__ = [
-    "COMPANIONS",
     "FAMILIES",
     "QUANTISED_SUFFIXES",
+    "SUFFIXES",
     "Format",
     "Part",
     "from_scheme",

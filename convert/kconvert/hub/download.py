@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +57,10 @@ def cache_blob(place: HubId, stat: FileStat) -> Path:
     return Path(constants.HF_HUB_CACHE, folder, "blobs", stat.stamp.partition(":")[2])
 
 
-def fetch(
-    place: HubId,
-    wanted: Fetch,
-    target: Path,
-    partial: Path,
-    stopped: threading.Event,
-    advance: Callable[[int], None] | None = None,
-) -> None:
+def fetch(place: HubId, wanted: Fetch, target: Path, partial: Path, stopped: threading.Event) -> None:
     """Bring what is wanted to `target`, which appears complete and durable, or not at all; until then it is `partial`.
 
-    `advance` is called with bytes that have arrived. KconvertError when `stopped` is set meanwhile.
+    KconvertError when `stopped` is set meanwhile.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +69,7 @@ def fetch(
             if target.exists():
                 return
             for _ in range(ATTEMPTS):
-                if _fill(place, wanted, file.fileno(), partial, stopped, advance or (lambda nbytes: None)):
+                if _fill(place, wanted, file.fileno(), partial, stopped):
                     os.fsync(file.fileno())
                     os.rename(partial, target)
                     return
@@ -89,14 +82,7 @@ def fetch(
     )
 
 
-def _fill(
-    place: HubId,
-    wanted: Fetch,
-    descriptor: int,
-    partial: Path,
-    stopped: threading.Event,
-    advance: Callable[[int], None],
-) -> bool:
+def _fill(place: HubId, wanted: Fetch, descriptor: int, partial: Path, stopped: threading.Event) -> bool:
     """Append what is missing; whether the whole is right, as far as that can be told."""
     have = os.fstat(descriptor).st_size
     digest = new_digest(wanted.stat)
@@ -112,7 +98,6 @@ def _fill(
             count = os.pwrite(descriptor, view, have)
             have, view = have + count, view[count:]
         digest.update(chunk)
-        advance(len(chunk))
 
     for start, stop in _missing(wanted.extents, have):
         have = start

@@ -17,17 +17,19 @@ from typing import Any
 
 from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.files import is_directory
-from kconvert.checkpoint.safetensors import read_header, read_metadata
-from kconvert.checkpoint.source import Checkpoint, FileStat, Reader, Tensor, open_directory
+from kconvert.checkpoint.listing import FileStat
+from kconvert.checkpoint.safetensors import Tensor, read_header, read_metadata
+from kconvert.checkpoint.source import Checkpoint, Reader, open_directory
 from kconvert.errors import KconvertError
 from kconvert.formats.amx import METHODS, Amx, Split
 from kconvert.models.model import Weight, natural_key
 
 RECORD = "kconvert.json"
 PROJECTIONS: Mapping[str, Split] = {"gate": "rows", "up": "rows", "down": "cols"}
-TENSOR = re.compile(r"(blk\.(\d+)\.ffn_(gate|up|down)_exps\.(\d+))\.(numa\.(\d+)\.(?:weight|scale))")
+N = "([0-9]{1,9})"
+TENSOR = re.compile(rf"(blk\.{N}\.ffn_(gate|up|down)_exps\.{N})\.(numa\.{N}\.(?:weight|scale))")
 KT_GLOB = "_layer_*/_numa_*/*.kt"
-KT_FILE = re.compile(r"_layer_(\d+)/_numa_(\d+)/INT([48])_(gate|up|down)_(\d+)_(\d+)Byte_(quant|scale)_\.kt")
+KT_FILE = re.compile(rf"_layer_{N}/_numa_{N}/INT([48])_(gate|up|down)_{N}_([0-9]+)Byte_(quant|scale)_\.kt")
 KT_KINDS = {"weight": "quant", "scale": "scale"}
 
 
@@ -132,13 +134,15 @@ def _kt_checkpoint(root: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     files: dict[str, FileStat] = {}
     methods = set()
-    for path in sorted(root.glob(KT_GLOB)):
+    paths = sorted(root.glob(KT_GLOB))
+    for link in (root / RECORD, *sorted({folder for path in paths for folder in path.parents[:2]}), *paths):
+        if link.is_symlink():
+            check_link(root, link)
+    for path in paths:
         file, stat = str(path.relative_to(root)), path.stat()
         match = KT_FILE.fullmatch(file)
         if match is None:
             raise KconvertError(f"{path} has another name than kt-kernel gives its files; pack the weights anew")
-        if path.is_symlink():
-            check_link(root, path)
         layer, numa, bits, projection, expert, stated, kind = match.groups()
         if stat.st_size != int(stated):
             raise KconvertError(f"{path} has {stat.st_size} bytes, its name says {stated}; pack it anew")
@@ -227,8 +231,8 @@ def _record(checkpoint: Checkpoint) -> dict[str, Any]:
     if path.is_file():
         try:
             record = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise KconvertError(f"{path} is not valid JSON ({error}); pack it anew") from None
+        except (ValueError, RecursionError):
+            raise KconvertError(f"{path} is not valid JSON; pack it anew") from None
         if not isinstance(record, dict):
             raise KconvertError(f"{path} is not a JSON object; pack it anew")
         return record

@@ -10,6 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from kconvert.checkpoint.listing import SHARD_NAME
 from kconvert.errors import KconvertError
 from kconvert.models.manifest import Index, Manifest, Rule, quant_method
 
@@ -102,7 +103,7 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
         rules=tuple(Rule(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries),
         config=table.get("config", {}),
         side_files=table.get("side_files", {}),
-        shard_name=table.get("shard_name", "model-{number:05d}-of-{total:05d}.safetensors"),
+        shard_name=table.get("shard_name", SHARD_NAME),
     )
 
 

@@ -7,9 +7,9 @@ by every engine. So whatever may be codes, or a part of a weight that no rule de
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.models.sorting import Plain
 
 # Dtypes in which models have values; codes and packed words come in none of them.
@@ -17,7 +17,7 @@ VALUE_DTYPES = frozenset({"BF16", "F16", "F32", "F64", "BOOL", "I64", "U64", "C6
 INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 # Last words of the names of tensors that are integers by nature: hash tables, positions, masks.
 INTEGER_TABLES = frozenset({"tid2eid", "position_ids", "relative_position_index", "token_type_ids", "d2t", "t2d"})
-MASKS = re.compile(r"(^|\.)(masked_bias|attn\.bias|attention_mask|causal_mask)$")
+MASKS = (".masked_bias", ".attn.bias", ".attention_mask", ".causal_mask")
 # Names of what belongs to an encoded weight and to nothing else.
 PARTS = re.compile(
     r"(_scale_inv|_packed|[._](qweight|qzeros|g_idx|SCB|absmax|quant_map)|quant_state\..+"
@@ -35,21 +35,20 @@ def is_code_dtype(tensor: Tensor) -> bool:
         return False
     if tensor.dtype not in INTEGERS:
         return True
-    known = tensor.name.rpartition(".")[2] in INTEGER_TABLES or MASKS.search(tensor.name)
+    known = tensor.name.rpartition(".")[2] in INTEGER_TABLES or f".{tensor.name}".endswith(MASKS)
     return len(tensor.shape) > 1 and not known
 
 
-def undecoded(tensors: Iterable[Plain]) -> Iterator[tuple[Tensor, str]]:
+def undecoded(tensors: Iterable[Plain]) -> list[tuple[Tensor, str]]:
     """Every one of a checkpoint's plain tensors that must not be copied, and why, in a few words; the codes come first."""
     tensors = tuple(tensors)
     names = {plain.tensor.name for plain in tensors}
-    for plain in sorted(tensors, key=_rank):
-        if reason := _reason(plain, names):
-            yield plain.tensor, reason
+    found = [(plain.tensor, reason) for plain in tensors if (reason := _reason(plain, names))]
+    return sorted(found, key=lambda pair: _rank(pair[0]))
 
 
-def _rank(plain: Plain) -> tuple[bool, bool]:
-    return SCALES.search(plain.tensor.name) is not None, not is_code_dtype(plain.tensor)
+def _rank(tensor: Tensor) -> tuple[bool, bool]:
+    return SCALES.search(tensor.name) is not None, not is_code_dtype(tensor)
 
 
 def _reason(plain: Plain, names: Collection[str]) -> str | None:

@@ -15,7 +15,9 @@ from functools import lru_cache
 from typing import NoReturn
 
 from kconvert import formats
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import QuantizationConfig, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part, parts_of
@@ -104,12 +106,14 @@ def _recognise(
     return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
 
 
-DIGITS = re.compile(r"(\d+)")
+DIGITS = re.compile("([0-9]{1,18})")
 
 
 def natural_key(name: str) -> list[str | int]:
     """Sorts layer 2 before layer 10."""
-    return [int(piece) if piece.isdigit() else piece for piece in DIGITS.split(name)]
+    pieces: list[str | int] = [*DIGITS.split(name)]
+    pieces[1::2] = map(int, pieces[1::2])
+    return pieces
 
 
 def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:

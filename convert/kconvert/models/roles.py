@@ -42,7 +42,7 @@ class Role(NamedTuple):
 def guess(weight: str) -> Role:
     """What the weight called so is in its model."""
     words = weight.split(".")
-    layer = next((int(n) for word, n in pairwise(words) if word in LAYERS and n.isdecimal()), None)
+    layer = next((int(n) for word, n in pairwise(words) if word in LAYERS and _is_number(n)), None)
     if "experts" in words and MTP.isdisjoint(words):
         return _expert(words[words.index("experts") + 1 :], layer)
     return Role(_name(words), layer)
@@ -62,9 +62,14 @@ def _name(words: list[str]) -> str:
 
 def _expert(rest: list[str], layer: int | None) -> Role:
     """`rest` is what follows `experts` in the name: number and projection in either order, or the name of a stack."""
-    numbers = [int(word) for word in rest if word.isdecimal()]
-    words = [word for word in rest if not word.isdecimal()]
+    numbers = [int(word) for word in rest if _is_number(word)]
+    words = [word for word in rest if not _is_number(word)]
     if len(words) != 1 or len(numbers) > 1:
         return Role("linear", layer)
     expert = numbers[0] if numbers else None
     return Role(f"expert.{PROJECTIONS.get(words[0], words[0])}", layer, expert)
+
+
+def _is_number(word: str) -> bool:
+    """Whether it may count layers or experts; int() refuses numbers that are too long."""
+    return word.isdecimal() and len(word) < 10

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from kconvert import formats
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.base import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
@@ -16,7 +17,8 @@ from kconvert.models.manifest import Names
 from kconvert.models.roles import guess
 
 # What engines compute by themselves and old checkpoints carry.
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)$")
+ROTARY = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+BUFFERS = (*ROTARY, ".masked_bias", ".attn.bias")
 # What training code wraps modules in, as it appears in the names of their tensors.
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -70,7 +72,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
         elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
             weight, suffix = spelling
             sorted_.modules.setdefault(weight, {})[suffix] = tensor
-        elif BUFFERS.search(name):
+        elif f".{name}".endswith(BUFFERS):
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
             sorted_.unlisted.append(tensor)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from kconvert.checkpoint.safetensors import layout
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Place, Step
 
-SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 METADATA = {"format": "pt"}
 FORMS = ("safetensors", "kt")  # of AMX weights: Safetensors, and Apart in a tree of .kt files
+Described: TypeAlias = list[tuple[str, str, tuple[int, ...]]]  # name, dtype and shape of tensors, see Step.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,17 @@ class Safetensors:
 
     def place(self, drafts: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See Container."""
-        numbers = self._numbers(drafts)
+        outputs = [draft.outputs for draft in drafts]
+        numbers = self._numbers(outputs)
         total = numbers[-1] + 1
         if self.scatter and total == 1:
             raise KconvertError(
                 "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
             )
-        contents: list[list[tuple[str, str, tuple[int, ...]]]] = [[] for _ in range(total)]
-        for draft, number in zip(drafts, numbers, strict=True):
-            for k, output in enumerate(draft.outputs):
-                contents[(number + k * self.scatter) % total].append(output)
+        contents: list[Described] = [[] for _ in range(total)]
+        for tensors, number in zip(outputs, numbers, strict=True):
+            for k, tensor in enumerate(tensors):
+                contents[(number + k * self.scatter) % total].append(tensor)
         shards = []
         places: dict[str, Place] = {}
         for number, content in enumerate(contents, start=1):
@@ -86,15 +87,18 @@ class Safetensors:
             raise KconvertError(
                 "two weights have the same name in the output; this is a fault of kconvert, please report it"
             )
-        steps = tuple(draft.placed(tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
+        steps = tuple(
+            draft.placed(tuple(places[name] for name, _, _ in tensors))
+            for draft, tensors in zip(drafts, outputs, strict=True)
+        )
         return steps, tuple(shards)
 
-    def _numbers(self, drafts: Iterable[Step]) -> list[int]:
-        """The shard of each draft, counted from 0."""
+    def _numbers(self, outputs: Iterable[Described]) -> list[int]:
+        """The shard of what each draft writes, counted from 0."""
         numbers: list[int] = []
         number = filled = 0
-        for draft in drafts:
-            size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in draft.outputs)
+        for tensors in outputs:
+            size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
             if filled and filled + size > self.shard_size:
                 number, filled = number + 1, 0
             filled += size

@@ -6,17 +6,21 @@ quantisation it asks only which modules it covers; compressed-tensors' own funct
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-from kconvert.checkpoint.source import CONFIG_NAME, Checkpoint, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 
 Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is quantised
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 NEVER_CODES = FLOATS | {"BOOL", "I64", "U64"}
 INTEGER_TABLES = ("tid2eid", "position_ids", "relative_position_index", "token_type_ids", "d2t", "t2d")
 MASKS = ("attn.bias", "masked_bias", "attention_mask", "causal_mask")
+INNER = "quantization_config"  # where transformers kept a table within a table once
 
 
 def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
@@ -28,14 +32,17 @@ def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
     for module, tensors in modules.items():
         scales = [tensor for tensor in tensors if _is_scale(tensor.name)]
         codes = [t for t in tensors if not _is_scale(t.name) and _holds_codes(t, scaled=bool(scales))]
-        names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
-        covered = any(cover(name) for cover in covers for name in names)
-        if codes and not covered:
+        if codes and not _is_covered(module, covers):
             yield _fault(checkpoint, codes[0], f"but {CONFIG_NAME} declares no quantisation of {module!r}")
         elif codes and not scales:
             yield _fault(checkpoint, codes[0], "but has no scale beside it")
         elif scales and not codes and _holds_codes(scales[0]):
             yield _fault(checkpoint, scales[0], "but there are no codes that it belongs to")
+
+
+def _is_covered(module: str, covers: Iterable[Covers]) -> bool:
+    names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
+    return any(cover(name) for cover in covers for name in names)
 
 
 def _fault(checkpoint: Checkpoint, tensor: Tensor, what: str) -> str:
@@ -66,8 +73,7 @@ def _module(tensor: str) -> str:
 
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The quantisations that engines look for."""
-    nested = config.get("text_config")
-    for table in (config, nested if isinstance(nested, dict) else {}):
+    for table in (config, _table(config.get("text_config"))):
         for key in ("quantization_config", "compression_config"):
             if isinstance(table.get(key), dict):
                 yield table[key]
@@ -75,18 +81,19 @@ def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _reader(table: Mapping[str, Any]) -> Covers | None:
     """Which modules a quantisation covers; None where that is not known."""
-    method = table.get("quant_method", "compressed-tensors" if "config_groups" in table else None)
-    reader = READERS.get(str(method))
+    method = table.get("quant_method") or ("compressed-tensors" if table.keys() & {"config_groups", INNER} else None)
+    reader = READERS.get(str(method).lower().replace("_", "-"))
     return reader(table) if reader else None
 
 
 def _compressed_tensors(table: Mapping[str, Any]) -> Covers:
     from compressed_tensors.utils.match import match_name
 
-    groups = [group for group in table.get("config_groups", {}).values() if isinstance(group, dict)]
-    targets = [target for group in groups if group.get("weights") for target in group.get("targets", ())]
+    table = {**table, **_table(table.get(INNER))}
+    groups = _table(table.get("config_groups"))
+    targets = [target for name, group in groups.items() for target in _targets(name, group)]
     by_class = any(target.isidentifier() for target in targets)
-    ignore = list(table.get("ignore") or ())
+    ignore = _names(table.get("ignore"))
 
     def covers(module: str) -> bool:
         if any(match_name(module, name) for name in ignore):
@@ -96,8 +103,35 @@ def _compressed_tensors(table: Mapping[str, Any]) -> Covers:
     return covers
 
 
+def _targets(name: str, group: Any) -> list[str]:
+    """What a group quantises: of a preset, by whose name it is called, there are the targets alone."""
+    if not isinstance(group, dict):
+        return [] if name.upper() == "UNQUANTIZED" else _names(group)
+    if not group.get("weights"):
+        return []
+    return ["Linear"] if group.get("targets") is None else _names(group["targets"])
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    """Of several tables readers look at the first, so that in the others there may be anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def _names(value: Any) -> list[str]:
+    """Names and patterns, of which one stands for a list of it alone; what is neither says nothing."""
+    names = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [name for name in names if isinstance(name, str) and _is_sound(name)]
+
+
+def _is_sound(name: str) -> bool:
+    try:
+        return not name.startswith("re:") or bool(re.compile(name.removeprefix("re:")))
+    except (re.error, ValueError, OverflowError, RecursionError):
+        return False
+
+
 def _fp8(table: Mapping[str, Any]) -> Covers:
-    left = frozenset(table.get("modules_to_not_convert") or table.get("ignored_layers") or ())
+    left = frozenset(_names(table.get("modules_to_not_convert") or table.get("ignored_layers")))
     return lambda module: module not in left
 
 

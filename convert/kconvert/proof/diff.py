@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kconvert.address import open_checkpoint
-from kconvert.checkpoint.source import Checkpoint, Reader, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.models.model import natural_key
 
 CHUNK = 4 << 20  # bytes at a time

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,12 +162,11 @@ def _load(model: Model) -> Any:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     _check_memory(model)
     config = model.manifest.section(model.checkpoint.config).maps[0]  # the language model's alone
-    names = config.get("architectures") or ["one without architectures in its config.json"]
-    network = getattr(transformers, str(names[0]), None)
+    name = architecture(config)
+    network = getattr(transformers, name, None)
     if network is None or not hasattr(network, "config_class"):
-        raise KconvertError(
-            f"{model.checkpoint.root}: transformers has no {names[0]} of its own, so no logits are compared"
-        )
+        what = f"transformers has no {name} of its own" if name else "its config.json names no architecture"
+        raise KconvertError(f"{model.checkpoint.root}: {what}, so no logits are compared")
     said = {key: value for key, value in config.items() if key not in ("model_type", "auto_map", "quantization_config")}
     try:
         loaded, report = network.from_pretrained(
@@ -185,6 +184,12 @@ def _load(model: Model) -> Any:
             f"{model.checkpoint.root}: transformers finds no {missing[0]!r} ({len(missing)} such) in it"
         )
     return loaded.eval()
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class of transformers that a config.json names, "" where it names none."""
+    listed = config.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else ""
 
 
 def _state(model: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from kconvert.checkpoint.source import Reader, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Reader
+from kconvert.errors import counted
 from kconvert.formats import Format, Part
 from kconvert.models.model import Weight
 from kconvert.planning.plan import Plan
@@ -48,8 +50,8 @@ class Parity:
         if not self.weights:
             return
         yield (
-            f"- parity: of {self.values:,} values in {self.weights:,} weights, the first rows of one of each kind in each "
-            f"shard, {self.equal:,} are exactly those that compressed-tensors and torch read from the source"
+            f"- parity: of {self.values:,} values in {counted(self.weights, 'weight')}, the first rows of one of each kind in "
+            f"each shard, {self.equal:,} are exactly those that compressed-tensors and torch read from the source"
         )
         ratio = sqnr(self.signal, self.noise)
         if ratio is not None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.address import open_checkpoint
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR, Checkpoint, Reader, Tensor
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.amx import Amx
@@ -225,7 +227,9 @@ def _declaration_faults(converted: Model) -> list[str]:
     stale = [CONFIG_NAME] if any(quantization_tables(converted.checkpoint.config)) else []
     stale += [name for name in DECLARING_FILES if name in converted.checkpoint.left_out]
     root = converted.checkpoint.root
-    faults = [f"{root / name} declares a quantisation, but no weight is quantised; remove it" for name in stale]
+    faults = [
+        f"{root / name} declares a quantisation, but no weight is quantised; remove the declaration" for name in stale
+    ]
     return faults or list(undeclared(converted.checkpoint))
 
 

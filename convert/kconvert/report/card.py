@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint, Reader
-from kconvert.errors import human
+from kconvert.errors import counted, human
 from kconvert.formats.base import FATES
 from kconvert.hub.ids import HubId, parse_hub_id
 from kconvert.planning.plan import Plan
@@ -60,8 +60,8 @@ def _body(plan: Plan, base: HubId | None, command: str, parity: Parity) -> Itera
     else:
         yield f"Synthetic weights in the shape of {plan.facts.get('like')}, made by {tool}:"
     yield f"\n    {command}\n"
-    yield f"- {human(plan.output_bytes)} in {len(plan.shards)} shards"
+    yield f"- {human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')}"
     for fate in FATES:
         for pair, count in plan.facts.get(fate, {}).items():
-            yield f"- {pair}, {count:,} weights: {fate}"
+            yield f"- {pair}, {counted(count, 'weight')}: {fate}"
     yield from parity.lines()

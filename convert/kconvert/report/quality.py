@@ -71,12 +71,14 @@ def _sample(plan: Plan) -> Iterator[tuple[str, Format, Tile]]:
     """The first rows of some weights all over the model, with their names and targets."""
     import numpy as np
 
+    from kconvert.run.engine import row_unit
+
     chosen = [step for step in plan.steps if isinstance(step, Transcode) and step.target.compares_scales]
     if plan.source is None or not chosen:
         return
     with plan.source.reader() as reader:
         for step in chosen[:: math.ceil(len(chosen) / SAMPLED_WEIGHTS)]:
-            unit = math.lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
+            unit = row_unit(step)
             rows = min(step.rows, math.ceil(SAMPLED_ROWS / unit) * unit)
             data: list[Bytes] = []
             for part, place in zip(step.source_parts, step.reads, strict=True):

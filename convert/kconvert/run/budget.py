@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 from kconvert.errors import KconvertError, human
@@ -40,7 +41,11 @@ class Schedule:
     @property
     def peak(self) -> int:
         """The smallest budget that works, in bytes."""
-        return max((sum(s.nbytes for s in self.spans if s.first <= at.first <= s.last) for at in self.spans), default=0)
+        changes: dict[int, int] = defaultdict(int)
+        for span in self.spans:
+            changes[span.first] += span.nbytes
+            changes[span.last + 1] -= span.nbytes
+        return max(accumulate(changes[step] for step in sorted(changes)), default=0)
 
     def check(self, budget: int | None) -> None:
         """KconvertError when the budget is too small."""

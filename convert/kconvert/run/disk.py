@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.files import exists
-from kconvert.checkpoint.source import STATE_DIR
+from kconvert.checkpoint.listing import STATE_DIR
 from kconvert.errors import KconvertError, human
 from kconvert.planning.plan import Plan
 from kconvert.run.budget import Schedule, make_schedule

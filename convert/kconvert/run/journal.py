@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.checkpoint.side_files import DECLARATION, why_left_out
-from kconvert.checkpoint.source import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.hub.ids import HubId, parse_hub_id
 from kconvert.planning.plan import Plan
@@ -225,7 +225,7 @@ def _read_lines(path: Path) -> list[Record]:
         for text in path.read_bytes().splitlines():
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             lines.append(line if isinstance(line, dict) else {})
     return lines

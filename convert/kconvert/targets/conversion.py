@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
@@ -24,13 +24,15 @@ HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
-    refuse_undecoded(model.select(recipe.include, recipe.exclude))
+    chosen = model.select(recipe.include, recipe.exclude)
+    refuse_undecoded(chosen)
     Conversion(model, recipe).check()
-    model = model.select(recipe.include, recipe.exclude)
-    conversion = Conversion(model, recipe)
+    conversion = Conversion(chosen, recipe)
     container, config = conversion.target.container(recipe.shard_size), conversion.config()
     drafts = conversion.drafts()
-    return Output(repr(recipe), model.checkpoint, drafts, container, config, model.parameters, conversion.facts).plan()
+    return Output(
+        repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts
+    ).plan()
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,15 @@ class Conversion:
     def _fit(self, format: Format, weight: Weight) -> Format:
         """The format for this weight."""
         try:
-            return format.fit(weight.format, weight.rows, weight.cols, mse=self.recipe.scales == "mse")
+            return self._fitted(format, weight.format, weight.rows, weight.cols)
         except ValueError as error:
             raise KconvertError(f"weight {weight.name!r} {error}") from None
+
+    @cached_property
+    def _fitted(self) -> Callable[[Format, Format, int, int], Format]:
+        """`Format.fit`, shared by weights of one shape; by this conversion alone, as equal formats may have other rules."""
+        mse = self.recipe.scales == "mse"
+        return cache(lambda format, source, rows, cols: format.fit(source, rows, cols, mse=mse))
 
     def becomes(self, weight: Weight) -> Format | None:
         """The encoding that this weight gets; None: its tensors are copied byte for byte."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kconvert import formats
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.base import Scheme

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from kconvert.formats.base import Format, Part
+from kconvert.formats import Format, Part
 from kconvert.formats.conventions import Convention
 from kconvert.formats.dense import Dense
 from kconvert.formats.packed import Packed

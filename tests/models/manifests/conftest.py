@@ -10,7 +10,8 @@ import pytest
 from sizes import SIZES
 
 from kconvert import convert, formats
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import parts_of

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from kconvert import KconvertError
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.models.catalogue import load_manifest, load_manifests, manifest_for
 from kconvert.models.manifest import evaluate
 from kconvert.models.model import Model, understand

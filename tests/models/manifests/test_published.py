@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kconvert.checkpoint.source import Tensor
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import without_quantization
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.models.catalogue import load_manifest, load_manifests

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kconvert.checkpoint.source import Checkpoint, Tensor
+from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.formats import Format
 from kconvert.formats.base import ACTIVATIONS
 from kconvert.formats.fp8 import Fp8

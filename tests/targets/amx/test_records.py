@@ -91,6 +91,27 @@ def test_a_directory_that_lacks_tensors_is_refused(
     assert words in result.stderr
 
 
+@pytest.mark.parametrize("text", [b"", b"[1, ", b"[" * 100_000, b"[]", b"\xff\xff"])
+def test_a_record_that_is_no_json_object_is_one_sentence(source: Path, tmp_path: Path, text: bytes) -> None:
+    root = repack(source, tmp_path / "out", "AMXINT8", 1)
+    (root / "kconvert.json").write_bytes(text)
+    with pytest.raises(kconvert.KconvertError, match=r"kconvert.json is not .*; pack it anew"):
+        open_amx(root)
+
+
+@pytest.mark.parametrize("name", ["kconvert.json", "_layer_1", "_layer_1/_numa_0"])
+def test_links_that_lead_out_of_a_tree_of_kt_files_are_refused(source: Path, tmp_path: Path, name: str) -> None:
+    root = repack(source, tmp_path / "out", "AMXINT8", 1, form="kt")
+    (root / name).rename(tmp_path / "elsewhere")
+    (root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        kconvert.KconvertError, match=f"{name} is a symbolic link to .*elsewhere, outside the checkpoint"
+    ):
+        open_amx(root)
+    with kconvert.links_allowed():
+        open_amx(root)
+
+
 def test_amx_weights_beside_a_model_are_named_as_such(source: Path, tmp_path: Path) -> None:
     root = repack(source, tmp_path / "out", "AMXINT8", 1)
     (shard,) = root.glob("*.safetensors")
