@@ -190,7 +190,7 @@ def test_a_weight_that_is_not_finite_is_named_and_leaves_no_checkpoint(tiny, tmp
     assert not list((tmp_path / "int4").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("group", "message"), [(64, "as pack-quantized int4 group 32, but")])
+@pytest.mark.parametrize(("group", "message"), [(64, "as int4 group 32, but")])
 def test_the_guard_refuses_another_grid(tiny, tmp_path, group, message):
     model = tiny()
     covered = prepare(model)
