@@ -9,6 +9,7 @@ import pytest
 
 from kconvert import KconvertError
 from kconvert.dialects import DECLARING_FILES, declared_beside, read_quantization
+from kconvert.dialects.registry import DIALECTS
 
 NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -81,7 +82,8 @@ def test_mlx_alone_under_its_own_key_is_found() -> None:
 
 @pytest.mark.parametrize("method", ["no_such", ""])
 def test_an_unknown_method_is_quoted_with_those_that_are_read(method: str) -> None:
-    with pytest.raises(KconvertError, match="compressed-tensors and fp8 are read"):
+    read = " and ".join(name for dialect in DIALECTS for name in dialect.METHODS)
+    with pytest.raises(KconvertError, match=f"{read} are read"):
         read_quantization({"quantization_config": {"quant_method": method, "a": 1}})
 
 

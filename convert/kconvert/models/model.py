@@ -90,7 +90,9 @@ class Model:
         weights = tuple(weight for weight in self.weights if wanted(weight.name))
         plain = tuple(plain for plain in self.plain if wanted(plain.tensor.name))
         if not weights and not plain:
-            raise KconvertError("--include and --exclude leave no tensor; `kconvert inspect` lists the names' patterns")
+            names = [weight.name for weight in self.weights] or [plain.tensor.name for plain in self.plain]
+            example = f", of which {max(names, key=len)!r} is one" if names else ""
+            raise KconvertError(f"--include and --exclude leave no tensor; they are globs of whole names{example}")
         return replace(self, weights=weights, plain=plain)
 
 
