@@ -247,5 +247,12 @@ def test_include_and_exclude_choose_weights_and_tensors_by_name(int4, include, e
 
 
 def test_a_selection_that_leaves_nothing_is_refused(int4):
-    with pytest.raises(KconvertError, match=r"leave no tensor; .* whole names, of which 'model[^']*_mqa' is one"):
-        inspect(int4).select(["nothing*"], [])
+    with pytest.raises(KconvertError, match=r"leave no tensor; .* whole names, of which 'model[^']*' is one"):
+        inspect(int4).select([], ["*"])
+
+
+@pytest.mark.parametrize("selection", [(["nothing*"], []), ([], ["*.down_proj.weight_packed"])])
+def test_a_glob_that_matches_nothing_is_refused(int4, selection):
+    """A weight goes by its own name, not by that of a tensor: who excludes the latter would exclude nothing."""
+    with pytest.raises(KconvertError, match=r"matches no weight or tensor; globs are of whole names"):
+        inspect(int4).select(*selection)

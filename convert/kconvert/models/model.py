@@ -78,10 +78,19 @@ class Model:
         return weights + sum(math.prod(plain.tensor.shape) for plain in self.plain)
 
     def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
-        """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`."""
+        """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`.
+
+        KconvertError for a glob that matches no name.
+        """
         include, exclude = tuple(include), tuple(exclude)
         if not include and not exclude:
             return self
+
+        names = [*(weight.name for weight in self.weights), *(plain.tensor.name for plain in self.plain)]
+        form = f"globs are of whole names, of which {max(names, key=len, default='')!r} is one"
+        for glob in (*include, *exclude):
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise KconvertError(f"{glob!r} matches no weight or tensor; {form}")
 
         def wanted(name: str) -> bool:
             hit = not include or any(fnmatchcase(name, glob) for glob in include)
@@ -90,9 +99,7 @@ class Model:
         weights = tuple(weight for weight in self.weights if wanted(weight.name))
         plain = tuple(plain for plain in self.plain if wanted(plain.tensor.name))
         if not weights and not plain:
-            names = [weight.name for weight in self.weights] or [plain.tensor.name for plain in self.plain]
-            example = f", of which {max(names, key=len)!r} is one" if names else ""
-            raise KconvertError(f"--include and --exclude leave no tensor; they are globs of whole names{example}")
+            raise KconvertError(f"--include and --exclude leave no tensor; {form}")
         return replace(self, weights=weights, plain=plain)
 
 
