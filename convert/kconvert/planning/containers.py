@@ -74,6 +74,7 @@ class Safetensors:
         for tensors, number in zip(outputs, numbers, strict=True):
             for k, tensor in enumerate(tensors):
                 contents[(number + k * self.scatter) % total].append(tensor)
+        del outputs  # headers and places are the peak of planning a large model
         shards = []
         places: dict[str, Place] = {}
         for number, content in enumerate(contents, start=1):
@@ -87,10 +88,7 @@ class Safetensors:
             raise KconvertError(
                 "two weights have the same name in the output; this is a fault of kconvert, please report it"
             )
-        steps = tuple(
-            draft.placed(tuple(places[name] for name, _, _ in tensors))
-            for draft, tensors in zip(drafts, outputs, strict=True)
-        )
+        steps = tuple(draft.placed(tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
         return steps, tuple(shards)
 
     def _numbers(self, outputs: Iterable[Described]) -> list[int]:
