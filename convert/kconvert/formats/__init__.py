@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
+from kconvert.formats import dense, fp8, gptq, int8, mx, nvfp4, packed, stacks
 from kconvert.formats.base import COMPANIONS, Family, Format, Found, Part, parts_of, tensor_name
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = [
     "tensor_name",
 ]
 
-FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, gptq, stacks)
 ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), dense.LEFTOVERS)
 SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
 QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
