@@ -105,7 +105,9 @@ def _wrapped(tensor: Tensor, prefix: str, wrapper: str) -> KconvertError:
 def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
     """Without names to go by, a weight is what has a tensor that only encoded weights have, or an expert's matrix."""
     split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in sorted_.unlisted]
-    encoded = {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
+    codes = {module for tensor, module, suffix in split if suffix == "weight" and tensor.dtype not in DTYPES}
+    encoded = {module for _, module, suffix in split if suffix in formats.TELLING_SUFFIXES}
+    encoded |= {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES and module in codes}
     for tensor, module, suffix in split:
         is_part = _is_part(suffix) and (module in encoded or module in sorted_.modules)
         if is_part or _is_experts_matrix(tensor, module, suffix):
