@@ -27,6 +27,7 @@ from kconvert.models.copies import undecoded
 from kconvert.models.manifest import Manifest, Match, Names
 from kconvert.models.roles import Role, guess
 from kconvert.models.sorting import Plain, shows_experts, sort_out
+from kconvert.models.stacks import Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Weight:
 class Model:
     """`weights` and `plain` in natural order of their names; `dropped` are the tensors that a conversion leaves behind.
 
+    `stacks` are tensors in which several of the weights lie, or in which models like this one have them; see models.stacks.
     `findings` say how the checkpoint's names differ from those of the model's manifest, if they do.
     """
 
@@ -69,6 +71,7 @@ class Model:
     weights: tuple[Weight, ...]
     plain: tuple[Plain, ...]
     dropped: tuple[Tensor, ...]
+    stacks: tuple[Stack, ...] = ()
     findings: tuple[str, ...] = ()
 
     @property
@@ -167,7 +170,8 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
         _refuse_undeclared(checkpoint, quantization)
         raise
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
-    model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped))
+    stacks = tuple(found.stacks.values())
+    model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped), stacks)
     known = {tensor.name: tensor for tensor in found.unlisted}
     unlisted = [w.name for w in weights if w.tensors[0].name in known]
     unlisted += [p.tensor.name for p in plain if p.tensor.name in known]
