@@ -12,7 +12,9 @@ from typing import Any
 
 from kconvert.checkpoint.listing import SHARD_NAME
 from kconvert.errors import KconvertError
-from kconvert.models.manifest import Index, Manifest, Rule, quant_method
+from kconvert.models.indices import Index
+from kconvert.models.manifest import Manifest, quant_method
+from kconvert.models.rules import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib

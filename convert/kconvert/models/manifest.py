@@ -6,90 +6,22 @@ every name that a sound checkpoint has.
 
 from __future__ import annotations
 
-import ast
 import copy
 import itertools
 import math
-import operator
 from collections import ChainMap
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from string import Formatter
 from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import spellings
-
-# Kimi-K2 has 70,000. A config.json that describes more than this is damaged, and its names would fill the memory.
-MAX_NAMES = 4_000_000
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One family of names: a Linear (`dtype` None: any encoding may spell it), or a tensor that is never quantised.
-
-    It holds for models whose config.json has a true value at key `when` and none at `unless`. An `optional` name may be
-    missing: always, or when the key that it names is true.
-    """
-
-    name: str
-    role: str
-    shape: tuple[str, ...]
-    dtype: str | None = None
-    when: str | None = None
-    unless: str | None = None
-    optional: bool | str = False
-
-    @property
-    def placeholders(self) -> list[str]:
-        return [field for _, field, _, _ in Formatter().parse(self.name) if field is not None]
-
-    def holds(self, config: Mapping[str, Any]) -> bool:
-        return (self.when is None or bool(lookup(config, self.when))) and not (
-            self.unless is not None and lookup(config, self.unless)
-        )
-
-    def may_be_missing(self, config: Mapping[str, Any]) -> bool:
-        return bool(lookup(config, self.optional)) if isinstance(self.optional, str) else self.optional
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The numbers that a placeholder stands for: a `range` of expressions, or the `list` at a key of config.json, which
-    counts from `first`; but none of those that the index `without` has."""
-
-    range: tuple[str, ...] = ()
-    list: str | None = None
-    first: int = 0
-    without: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it.
-
-    A Linear's shape is [out, in]; with three dimensions it is a stack of experts, see formats.stacks.
-    """
-
-    rule: Rule
-    shape: tuple[int, ...]
-    layer: int | None = None
-    expert: int | None = None
-    optional: bool = False
-
-    @property
-    def stack(self) -> int | None:
-        """How many matrices a Linear stacks, if it does."""
-        return self.shape[0] if len(self.shape) == 3 else None
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """A Linear's shape [out, in], with the rows of stacked matrices one after the other."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
+from kconvert.models.indices import MAX_NAMES, Index, numbers_of
+from kconvert.models.rules import Match, Rule
+from kconvert.models.sizes import assign, evaluate, limited, lookup
 
 
 @dataclass(frozen=True)
@@ -147,14 +79,14 @@ class Manifest:
         for symbol, value in sizes.items():
             if symbol not in self.dims:
                 raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
-            _assign(section, self.dims[symbol], value)
+            assign(section, self.dims[symbol], value)
         with self._explain_faults():
             known = self._sizes(section)
         for key, bound in self.limits.items():
             have = lookup(section, key)
             with suppress(KeyError):
                 if have is not None:
-                    _assign(section, key, _limited(have, evaluate(bound, known)))
+                    assign(section, key, limited(have, evaluate(bound, known)))
         return resized
 
     def bind(self, config: dict[str, Any]) -> Names:
@@ -164,7 +96,7 @@ class Manifest:
             sizes = self._sizes(section)
             numbers: dict[str, tuple[int, ...]] = {}
             for name, index in self.indices.items():
-                numbers[name] = _numbers(index, section, sizes, numbers)
+                numbers[name] = numbers_of(index, section, sizes, numbers)
             names = Names(self, numbers)
             for rule in self.rules:
                 shape = self._shape(rule, section, sizes)
@@ -286,58 +218,3 @@ class Names:
 def quant_method(config: Mapping[str, Any]) -> Any:
     """What config.json calls its quantisation; None when it has none."""
     return next(quantization_tables(config), {}).get("quant_method")
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value at `key`, which may lead into tables (`a.b`); None when there is none."""
-    value: Any = config
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
-    return value
-
-
-def _assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
-    """Set the value that `lookup` finds at `key`, or a new one in the first table."""
-    *path, last = key.split(".")
-    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config.maps[0])
-    for step in path:
-        table = table[step]
-    table[last] = value
-
-
-def _limited(have: Any, most: int) -> Any:
-    """A number no larger than `most`; of a list of numbers those no larger, of another list the first `most`."""
-    if isinstance(have, list):
-        return [number for number in have if number <= most] if all(type(n) is int for n in have) else have[:most]
-    return min(have, most) if type(have) is int else have
-
-
-def _numbers(
-    index: Index, config: Mapping[str, Any], sizes: Mapping[str, int], known: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...]:
-    numbers: Sequence[int]
-    if index.list is None:
-        numbers = range(*(evaluate(bound, sizes) for bound in index.range))
-    else:
-        numbers = lookup(config, index.list) or []
-        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{index.list} is not a list of layers")
-    if len(numbers) > MAX_NAMES:
-        raise ValueError(f"more than {MAX_NAMES:,} of one kind")
-    left_out = frozenset(known[index.without]) if index.without else frozenset()
-    return tuple(number - index.first for number in numbers if number - index.first not in left_out)
-
-
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """A shape expression such as `A*(nope+rope)` over named sizes."""
-
-    def walk(node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name):
-            return sizes[node.id]
-        if isinstance(node, ast.BinOp):
-            return int(OPERATORS[type(node.op)](walk(node.left), walk(node.right)))
-        raise ValueError(f"{expression!r} is not a shape expression")
-
-    return walk(ast.parse(expression, mode="eval").body)

@@ -24,8 +24,9 @@ from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
-from kconvert.models.manifest import Manifest, Match, Names
+from kconvert.models.manifest import Manifest, Names
 from kconvert.models.roles import Role, guess
+from kconvert.models.rules import Match
 from kconvert.models.sorting import Plain, shows_experts, sort_out
 
 

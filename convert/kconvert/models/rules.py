@@ -1,0 +1,69 @@
+"""What a manifest says of one family of names, and what is known of one name by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from kconvert.models.sizes import lookup
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One family of names: a Linear (`dtype` None: any encoding may spell it), or a tensor that is never quantised.
+
+    It holds for models whose config.json has a true value at key `when` and none at `unless`. An `optional` name may be
+    missing: always, or when the key that it names is true.
+    """
+
+    name: str
+    role: str
+    shape: tuple[str, ...]
+    dtype: str | None = None
+    when: str | None = None
+    unless: str | None = None
+    optional: bool | str = False
+
+    @property
+    def placeholders(self) -> list[str]:
+        return placeholders(self.name)
+
+    def holds(self, config: Mapping[str, Any]) -> bool:
+        return (self.when is None or bool(lookup(config, self.when))) and not (
+            self.unless is not None and lookup(config, self.unless)
+        )
+
+    def may_be_missing(self, config: Mapping[str, Any]) -> bool:
+        return bool(lookup(config, self.optional)) if isinstance(self.optional, str) else self.optional
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it.
+
+    A Linear's shape is [out, in]; with three dimensions it is a stack of experts, see formats.stacks.
+    """
+
+    rule: Rule
+    shape: tuple[int, ...]
+    layer: int | None = None
+    expert: int | None = None
+    optional: bool = False
+
+    @property
+    def stack(self) -> int | None:
+        """How many matrices a Linear stacks, if it does."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """A Linear's shape [out, in], with the rows of stacked matrices one after the other."""
+        return math.prod(self.shape[:-1]), self.shape[-1]
+
+
+def placeholders(template: str) -> list[str]:
+    """The names in braces in a template, from left to right."""
+    return [field for _, field, _, _ in Formatter().parse(template) if field is not None]
