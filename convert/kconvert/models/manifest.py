@@ -10,17 +10,17 @@ import copy
 import itertools
 import math
 from collections import ChainMap
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import spellings
-from kconvert.models.indices import MAX_NAMES, Index, numbers_of
-from kconvert.models.rules import Match, Rule
+from kconvert.formats import Format, spellings
+from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
+from kconvert.models.rules import BoundStack, Match, Rule, Stack, placeholders, respell
 from kconvert.models.sizes import assign, evaluate, limited, lookup
 
 
@@ -44,7 +44,11 @@ class Manifest:
     defaults: Mapping[str, str]
     indices: Mapping[str, Index]
     limits: Mapping[str, str]
+    per_layer: tuple[str, ...]
     rules: tuple[Rule, ...]
+    stacks: tuple[Stack, ...]
+    also: Mapping[str, str]
+    spelling: Mapping[str, Mapping[str, Any]]
     config: dict[str, Any]
     side_files: Mapping[str, str]
     shard_name: str
@@ -72,22 +76,54 @@ class Manifest:
         """Whether stacked experts are in MXFP4; see formats.stacks."""
         return self.stacked_method is not None and quant_method(config) == self.stacked_method
 
+    def spell(self, format: Format) -> Format:
+        """The format as this model's tensors are called, where not as usual."""
+        fields = self.spelling.get(format.label.partition(" ")[0])
+        return replace(format, **fields) if fields else format  # type: ignore[type-var]
+
+    def respelt(self, tensors: Collection[str]) -> Manifest:
+        """This manifest for a checkpoint with these tensors, some of which may be called as `also` says."""
+
+        def has(prefix: str) -> bool:
+            return any(name.startswith(prefix) for name in tensors)
+
+        prefixes = {usual: other for usual, other in self.also.items() if not has(usual) and has(other)}
+        if not prefixes:
+            return self
+        return replace(self, rules=tuple(replace(rule, name=respell(rule.name, prefixes)) for rule in self.rules))
+
     def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
         resized = copy.deepcopy(config)
         section = self.section(resized)
-        for symbol, value in sizes.items():
-            if symbol not in self.dims:
-                raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
-            assign(section, self.dims[symbol], value)
         with self._explain_faults():
-            known = self._sizes(section)
-        for key, bound in self.limits.items():
-            have = lookup(section, key)
-            with suppress(KeyError):
-                if have is not None:
-                    assign(section, key, limited(have, evaluate(bound, known)))
+            before = self._sizes(section).get("layers", 0)
+        for symbol, value in sizes.items():
+            assign(section, self._key(symbol, section), value)
+        with self._explain_faults():
+            for key in self.per_layer:
+                if isinstance(values := lookup(section, key), list):
+                    del values[self._sizes(section).get("layers", 0) : before]
+            for key, bound in self.limits.items():
+                have = lookup(section, key)
+                with suppress(KeyError):
+                    if have is not None:
+                        assign(section, key, self._limited(key, have, evaluate(bound, self._sizes(section))))
         return resized
+
+    def _key(self, symbol: str, section: Mapping[str, Any]) -> str:
+        """Where config.json has the size `symbol`: at its key, or at that of the size that stands in for it."""
+        if symbol not in self.dims:
+            raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
+        key, other = self.dims[symbol], self.dims.get(self.defaults.get(symbol, ""))
+        return other if other and lookup(section, key) is None else key
+
+    def _limited(self, key: str, have: Any, most: int) -> Any:
+        """`have` without what is beyond `most`: of a list of layers some numbers, of other numbers what is too much."""
+        if key not in {index.list for index in self.indices.values()}:
+            return limited(have, most)
+        kept = [number for number in layers_in(have, key) if number <= most]
+        return ",".join(map(str, kept)) if isinstance(have, str) else kept
 
     def bind(self, config: dict[str, Any]) -> Names:
         """The names and shapes that a checkpoint with this config.json has; KconvertError when a dimension is missing."""
@@ -97,10 +133,11 @@ class Manifest:
             numbers: dict[str, tuple[int, ...]] = {}
             for name, index in self.indices.items():
                 numbers[name] = numbers_of(index, section, sizes, numbers)
-            names = Names(self, numbers)
+            named_from = {name: evaluate(index.named_from, sizes) for name, index in self.indices.items()}
+            names = Names(self, numbers, named_from)
             for rule in self.rules:
                 shape = self._shape(rule, section, sizes)
-                if shape is not None:
+                if shape is not None and (rule.layer is None or numbers[rule.layer]):
                     names.add(rule, shape, rule.may_be_missing(section))
         return names
 
@@ -146,9 +183,12 @@ class Manifest:
 class Names:
     """A manifest bound to a model's dimensions."""
 
-    def __init__(self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]], named_from: Mapping[str, int]
+    ) -> None:
         self.manifest = manifest
         self._numbers = numbers
+        self._named_from = named_from
         self._families: list[tuple[Rule, tuple[int, ...], bool]] = []
         self._count = 0
 
@@ -199,20 +239,48 @@ class Names:
         ]
 
     @cached_property
+    def stacks(self) -> Mapping[str, BoundStack]:
+        """The stacks of experts that the model may have, by name."""
+        found = {}
+        for stack in self.manifest.stacks:
+            places = placeholders(stack.name)
+            (expert,) = set(placeholders(stack.of[0])) - set(places)
+            for numbers in itertools.product(*(self._numbers[place] for place in places)):
+                words = {place: self._word(place, number) for place, number in zip(places, numbers, strict=True)}
+                templates = tuple(_filled(member, {**words, expert: "%s"}) for member in stack.of)
+                found[_filled(stack.name, words)] = BoundStack(stack, templates, self._numbers[expert])
+        return found
+
+    def _word(self, place: str, number: int) -> str:
+        """The number that the placeholder stands for, as names have it."""
+        return str(number - self._named_from[place])
+
+    @cached_property
     def _known(self) -> dict[str, Match]:
         known = {}
         for rule, shape, optional in self._families:
-            placeholders = rule.placeholders
-            axes = [placeholder.partition(".")[0] for placeholder in placeholders]
+            places = rule.placeholders
+            axes = [place.partition(".")[0] for place in places]
             layer_at, expert_at = (axes.index(axis) if axis in axes else None for axis in ("layer", "expert"))
-            template = rule.name
-            for placeholder in placeholders:
-                template = template.replace(f"{{{placeholder}}}", "{}")
-            for numbers in itertools.product(*(self._numbers[placeholder] for placeholder in placeholders)):
-                layer = None if layer_at is None else numbers[layer_at]
-                expert = None if expert_at is None else numbers[expert_at]
-                known[template.format(*numbers)] = Match(rule, shape, layer, expert, optional)
+            layer = self._numbers[rule.layer][0] if rule.layer else None
+            template = _filled(rule.name, dict.fromkeys(places, "%s"))
+            spelt = itertools.product(*([self._word(place, n) for n in self._numbers[place]] for place in places))
+            for numbers in itertools.product(*(self._numbers[place] for place in places)):
+                known[template % next(spelt)] = Match(
+                    rule,
+                    shape,
+                    layer if layer_at is None else numbers[layer_at],
+                    None if expert_at is None else numbers[expert_at],
+                    optional,
+                )
         return known
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    """The template with words for its placeholders."""
+    for place, word in words.items():
+        template = template.replace(f"{{{place}}}", word)
+    return template
 
 
 def quant_method(config: Mapping[str, Any]) -> Any:

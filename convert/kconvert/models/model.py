@@ -133,7 +133,7 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
     as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
     A `partial` checkpoint may lack some of the model's weights.
     """
-    manifest = manifest_for(checkpoint.config)
+    manifest = manifest_for(checkpoint.config, checkpoint.tensors)
     names = manifest.bind(checkpoint.config)
     model, unlisted, missing = _read(checkpoint, names)
     if missing and not partial:
