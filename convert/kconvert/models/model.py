@@ -24,8 +24,9 @@ from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
-from kconvert.models.manifest import Manifest, Match, Names
+from kconvert.models.manifest import Manifest, Names
 from kconvert.models.roles import Role, guess
+from kconvert.models.rules import Match
 from kconvert.models.sorting import Plain, shows_experts, sort_out
 from kconvert.models.stacks import Stack
 
@@ -135,7 +136,7 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
     as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
     A `partial` checkpoint may lack some of the model's weights.
     """
-    manifest = manifest_for(checkpoint.config)
+    manifest = manifest_for(checkpoint.config, checkpoint.tensors)
     names = manifest.bind(checkpoint.config)
     model, unlisted, missing = _read(checkpoint, names)
     if missing and not partial:
