@@ -14,7 +14,7 @@ from kconvert.checkpoint.listing import SHARD_NAME
 from kconvert.errors import KconvertError
 from kconvert.models.indices import Index
 from kconvert.models.manifest import Manifest, quant_method
-from kconvert.models.rules import Rule, Stack, respell
+from kconvert.models.rules import Rule, StackRule, respell
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -109,7 +109,7 @@ def parse(table: Mapping[str, Any]) -> Manifest:
         limits=table.get("limits", {}),
         per_layer=tuple(table.get("per_layer", ())),
         rules=tuple(_rule(entry) for key in RULES for entry in table.get(key, ())),
-        stacks=tuple(Stack(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),
+        stacks=tuple(StackRule(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),
         also=table.get("also", {}),
         spelling=table.get("spelling", {}),
         config=table.get("config", {}),

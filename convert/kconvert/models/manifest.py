@@ -20,8 +20,9 @@ from kconvert.dialects import QuantizationConfig, quantization_tables, read_quan
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
-from kconvert.models.rules import BoundStack, Match, Rule, Stack, placeholders, respell
+from kconvert.models.rules import Match, Rule, StackRule, placeholders, respell
 from kconvert.models.sizes import assign, evaluate, limited, lookup
+from kconvert.models.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Manifest:
     limits: Mapping[str, str]
     per_layer: tuple[str, ...]
     rules: tuple[Rule, ...]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[StackRule, ...]
     also: Mapping[str, str]
     spelling: Mapping[str, Mapping[str, Any]]
     config: dict[str, Any]
@@ -90,7 +91,8 @@ class Manifest:
         prefixes = {usual: other for usual, other in self.also.items() if not has(usual) and has(other)}
         if not prefixes:
             return self
-        return replace(self, rules=tuple(replace(rule, name=respell(rule.name, prefixes)) for rule in self.rules))
+        rules = (replace(rule, name=respell(rule.name, prefixes)) for rule in self.rules)
+        return replace(self, rules=tuple(rules), stacks=tuple(stack.respelt(prefixes) for stack in self.stacks))
 
     def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
@@ -239,16 +241,18 @@ class Names:
         ]
 
     @cached_property
-    def stacks(self) -> Mapping[str, BoundStack]:
+    def stacks(self) -> Mapping[str, Stack]:
         """The stacks of experts that the model may have, by name."""
         found = {}
-        for stack in self.manifest.stacks:
-            places = placeholders(stack.name)
-            (expert,) = set(placeholders(stack.of[0])) - set(places)
+        for rule in self.manifest.stacks:
+            places = placeholders(rule.name)
+            (expert,) = set(placeholders(rule.of[0])) - set(places)
             for numbers in itertools.product(*(self._numbers[place] for place in places)):
                 words = {place: self._word(place, number) for place, number in zip(places, numbers, strict=True)}
-                templates = tuple(_filled(member, {**words, expert: "%s"}) for member in stack.of)
-                found[_filled(stack.name, words)] = BoundStack(stack, templates, self._numbers[expert])
+                templates = [_filled(member, {**words, expert: "%s"}) for member in rule.of]
+                members = tuple([template % number for number in self._numbers[expert] for template in templates])
+                name = _filled(rule.name, words)
+                found[name] = Stack(name, members, len(templates), rule.bare, rule.plain)
         return found
 
     def _word(self, place: str, number: int) -> str:

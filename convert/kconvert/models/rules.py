@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -71,8 +70,8 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """Experts' matrices in one tensor: for each expert those called `of`, one below the other, in the tensor `name`.
+class StackRule:
+    """Matrices of experts in one tensor: for each expert those called `of`, one below the other, in the tensor `name`.
 
     `bare`: the tensor is called so by itself, without `.weight`. `plain`: it is so only where the weights are not quantised.
     """
@@ -82,19 +81,9 @@ class Stack:
     bare: bool = False
     plain: bool = False
 
-
-@dataclass(frozen=True)
-class BoundStack:
-    """One stack of a model: `templates` are the names of its members, with %s for the number of the expert."""
-
-    stack: Stack
-    templates: tuple[str, ...]
-    experts: tuple[int, ...]
-
-    @cached_property
-    def members(self) -> tuple[str, ...]:
-        """The weights in it, in order."""
-        return tuple([template % expert for expert in self.experts for template in self.templates])
+    def respelt(self, prefixes: Mapping[str, str]) -> StackRule:
+        """With other names, see `respell`."""
+        return replace(self, name=respell(self.name, prefixes), of=tuple(respell(name, prefixes) for name in self.of))
 
 
 def respell(name: str, prefixes: Mapping[str, str]) -> str:

@@ -62,7 +62,7 @@ class Sorted:
 
 def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     """Sort the checkpoint's tensors; KconvertError when one has not the shape that the manifest gives it, or is wrapped."""
-    tensors, stacks = unstack(checkpoint.tensors, {})
+    tensors, stacks = unstack(checkpoint.tensors, names.stacks)
     sorted_ = Sorted(stacks=stacks)
     for name, tensor in tensors.items():
         match = names.tensor(name)

@@ -109,7 +109,7 @@ def test_stacks_are_bound_to_the_experts_in_them_one_after_the_other() -> None:
     assert list(bound) == [f"layers.{layer}.experts.both" for layer in range(4)]
     one = bound["layers.2.experts.both"]
     assert one.members == tuple(f"layers.2.experts.{expert}.{part}" for expert in range(3) for part in ("gate", "up"))
-    assert (one.stack.bare, one.stack.plain) == (True, False)
+    assert (one.bare, one.plain) == (True, False)
 
 
 def test_tensors_that_are_called_otherwise_are_spelt_as_the_manifest_says() -> None:
