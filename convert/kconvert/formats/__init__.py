@@ -15,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "QUANTISED_SUFFIXES",
     "SUFFIXES",
+    "TELLING_SUFFIXES",
     "Format",
     "Part",
     "from_scheme",
@@ -29,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, gptq, stack
 ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), dense.LEFTOVERS)
 SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
 QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
+# Words that something else than a part of an encoded weight may be called by, too: a norm has a `scale`.
+TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale"}
 # What gives away encodings that are met and not read.
 UNREAD_PARTS = {"weight_scale_2": "ModelOpt's NVFP4"}
 
