@@ -48,11 +48,13 @@ class QuantizationConfig:
     """The schemes of a checkpoint, and the modules that none applies to.
 
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
+    `in_order`: of several patterns the first scheme's counts, not the first in alphabetical order.
     """
 
     schemes: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
+    in_order: bool = False
 
     def scheme_for(self, *names: str) -> Scheme | None:
         """The scheme of the module that is called by any of these names, None when its weights are not quantised."""
@@ -67,18 +69,18 @@ class QuantizationConfig:
 
     @cached_property
     def _targets(self) -> _Targets:
-        return _Targets(self._by_target)
+        return _Targets(self._by_target if self.in_order else sorted(self._by_target))
 
     @cached_property
     def _ignored(self) -> _Targets:
-        return _Targets(self.ignore)
+        return _Targets(sorted(set(self.ignore)))
 
 
 class _Targets:
-    """Targets made ready for half a million names: patterns are compiled, whole names found by hash."""
+    """Targets, each once, made ready for half a million names: patterns are compiled, whole names found by hash."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        ordered = sorted(set(targets))
+        ordered = tuple(targets)
         # The library sorts whole names that have "re:" somewhere in the middle among the patterns.
         self._names = frozenset(target for target in ordered if PATTERN not in target)
         self._patterns = [(_matcher(target), target) for target in ordered if PATTERN in target]

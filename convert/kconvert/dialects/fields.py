@@ -91,7 +91,7 @@ class Table:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.fault(key, "a list of names")
         for name in names:
-            if name.startswith("re:") and not _is_expression(name[3:]):
+            if name.startswith("re:") and not is_expression(name[3:]):
                 path = key_path(self.path, key)
                 raise KconvertError(f"{FILE}: {path} has {brief(name)}, which is no regular expression; mend it there")
         return tuple(names)
@@ -109,7 +109,8 @@ class Table:
         return sizes[0], sizes[1]
 
 
-def _is_expression(pattern: str) -> bool:
+def is_expression(pattern: str) -> bool:
+    """Whether it can be looked for."""
     try:
         re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError):

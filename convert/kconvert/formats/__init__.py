@@ -31,7 +31,7 @@ ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), 
 SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
 QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
 # Words that something else than a part of an encoded weight may be called by, too: a norm has a `scale`.
-TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale"}
+TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale", "scales"}
 # What gives away encodings that are met and not read.
 UNREAD_PARTS = {"weight_scale_2": "ModelOpt's NVFP4"}
 

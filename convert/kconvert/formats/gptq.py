@@ -2,14 +2,15 @@
 
 | tensor | GPTQ | AWQ (`gemm`) |
 |---|---|---|
-| qweight | I32 [ceil(in * bits / 32), out]; down a column the codes are a stream, the lowest bits first | I32 [in, out / 8]; rows |
-| | | 8m to 8m + 7 of the weight are the nibbles 0, 4, 1, 5, 2, 6, 3, 7 of word m |
-| qzeros | I32 [groups, ceil(out * bits / 32)]; along a row the zero points are a stream | I32 [groups, out / 8], as qweight |
+| qweight | I32 [ceil(in * bits / 32), out]; codes are a stream down a column | I32 [in, out / 8]; rows 8m to 8m + 7 of the |
+| | | weight are the nibbles 0, 4, 1, 5, 2, 6, 3, 7 of word m |
+| qzeros | I32 [groups, ceil(out * bits / 32)]; a stream along a row | I32 [groups, out / 8], as qweight |
 | scales | F16, BF16 or F32 [groups, out] | the same |
 | g_idx | I32 [in], the group of each column of the weight; without it column j is in group j / group size | none |
 
-Codes have 2 to 8 bits in GPTQ, four in AWQ; of three, five, six and seven bits they go from one word into the next, and rows
-and columns are multiples of 32. There are ceil(in / group size) groups, of which the last may be shorter.
+In a stream the lowest bits of a word are first. Codes have two to eight bits in GPTQ, four in AWQ; of three, five, six and
+seven they go from one word into the next, and rows and columns are multiples of 32. There are ceil(in / group size) groups, of
+which the last may be shorter.
 
 Value of a weight: bf16((code - zero point) * scale), a product in f32. A scale may be negative (auto-round gives the largest
 value of a group the lowest code, and a code at the zero point then means -0).
@@ -69,7 +70,9 @@ class Gptq(Format):
     def label(self) -> str:
         group = f"group {self.group_size}" if self.group_size else "channel"
         name = "awq" if self.interleaved else "gptq"
-        return f"{name} int{self.bits} {group}" + ("" if self.symmetric else " asymmetric") + " ordered" * self.ordered
+        return (
+            f"{name} int{self.bits} {group}" + ("" if self.symmetric else " asymmetric") + " with g_idx" * self.ordered
+        )
 
     @property
     def interleaved(self) -> bool:

@@ -135,9 +135,18 @@ def _fp8(table: Mapping[str, Any]) -> Covers:
     return lambda module: module not in left
 
 
+def _all_but_rules(table: Mapping[str, Any]) -> Covers:
+    """Of GPTQ, AWQ and auto-round, which leave out what `modules_to_not_convert` has a part of the name of."""
+    left = _names(table.get("modules_to_not_convert"))
+    return lambda module: not any(name in module for name in left)
+
+
 # By quant_method; a new dialect has its reader here, which asks nothing of the room of dialects.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Covers]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "mxfp4": _fp8,
+    "gptq": _all_but_rules,
+    "awq": _all_but_rules,
+    "auto-round": _all_but_rules,
 }
