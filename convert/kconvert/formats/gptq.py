@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from kconvert.formats.base import Format, Part, check_groups, refuse_surplus, require
+from kconvert.formats.base import Format, Part, refuse_surplus, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,8 +94,8 @@ class Gptq(Format):
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         unit, groups = self.in_unit, self.groups(cols)
-        if self.interleaved:
-            check_groups(cols, self.group_size)
+        if self.interleaved and cols % (self.group_size or 1):
+            raise ValueError(f"its {cols} columns do not divide into groups of {self.group_size}")
         if (self.interleaved or self.bits not in ALIGNED) and rows % unit:
             raise ValueError(f"its {rows} rows do not divide into words of {unit} codes")
         if self.bits not in ALIGNED and cols % unit:

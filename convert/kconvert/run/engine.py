@@ -58,23 +58,19 @@ class Shared:
 
     def __init__(self, tasks: int) -> None:
         self._left = tasks
-        self._data: list[Bytes] | None = None
+        self._data: list[Bytes] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[Iterator[Bytes]]:
-        """The parts in their order, during one task; the memory goes with the last one."""
+    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
+        """The parts in their order, while one task decodes; with the last task they are gone."""
         with self._lock:
-            if self._data is None:
-                self._data = read()
-            data = iter(self._data)
-        try:
-            yield data
-        finally:
-            with self._lock:
-                self._left -= 1
-                if not self._left:
-                    self._data = None
+            self._data = self._data or read()
+        yield self._data
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._data.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,23 +203,31 @@ class Run:
         self._write(target.file, target.start + first, data)
 
     def _transcode(self, step: Transcode, first: int, last: int, shared: Shared, buffers: Buffers) -> None:
-        outputs, count, lost = self._outputs(step, first, last, buffers), _tile_rows(step), 0
-        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+        outputs = self._outputs(step, first, last, buffers)
         with shared.held(lambda: self._across(step)) as across:
-            inputs = self._inputs(step, first, last, across, buffers)
-            for row in range(first, last, count):
-                stop = min(row + count, last)
-                tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-                with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
-                    step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-                with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
-                    lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+            lost = self._fill(step, first, last, iter(across), outputs, buffers)
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
         for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
             if part.every is not None or first == 0:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+
+    def _fill(
+        self, step: Transcode, first: int, last: int, across: Iterator[Bytes], outputs: list[Bytes], buffers: Buffers
+    ) -> int:
+        """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
+        inputs = self._inputs(step, first, last, across, buffers)
+        count, lost = _tile_rows(step), 0
+        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+        for row in range(first, last, count):
+            stop = min(row + count, last)
+            tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
+            with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
+                step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
+                lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+        return lost
 
     def _across(self, step: Transcode) -> list[Bytes]:
         """All bytes of the parts that lie across, in memory of their own."""
@@ -232,8 +236,7 @@ class Run:
         return [Buffers().fetch(self.source, "across", place.file, place.start, size) for place, size in wanted]
 
     def _inputs(self, step: Transcode, first: int, last: int, across: Iterator[Bytes], buffers: Buffers) -> list[Bytes]:
-        """The bytes of every part that these rows need: of those `across`, and others read into buffers; parts of other rows
-        take none."""
+        """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
         data: list[Bytes] = []
         for part, place in zip(step.source_parts, step.reads, strict=True):
             if part.across:
