@@ -15,17 +15,7 @@ NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 SPOKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({**GPTQ, "quant_method": "gptq"}, "GPTQ (quant_method 'gptq', bits 4, group_size 128, desc_act False)"),
-    "gptq, old": (GPTQ, "GPTQ (bits 4, group_size 128, desc_act False)"),
-    "gptq without a method": (
-        {"bits": 4, "group_size": 128, "checkpoint_format": "gptq"},
-        "GPTQ (bits 4, group_size 128",
-    ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ (quant_method 'awq', bits 4, group_size 32)"),
-    "awq, old": (AWQ, "AWQ (w_bit 4, q_group_size 128)"),
-    "auto-round": ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round's"),
-    "intel/auto-round": ({"quant_method": "intel/auto-round", "bits": 4}, "auto-round's"),
-    "auto-round, old": ({"autoround_version": "0.2", "bits": 4, "group_size": 128}, "auto-round's (bits 4"),
+    "marlin": ({"quant_method": "marlin", "group_size": 128}, "Marlin's (quant_method 'marlin', group_size 128)"),
     "quark": ({"quant_method": "quark", "global_quant_config": {}}, "Quark's (quant_method 'quark')"),
     "modelopt": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"a": {"targets": ["Linear"]}}},
@@ -106,9 +96,9 @@ BESIDE: dict[str, tuple[str, Any, str]] = {
         {"producer": {"name": "modelopt"}, "quantization": NVFP4},
         "ModelOpt's (quant_a",
     ),
-    "gptq": ("quantize_config.json", GPTQ, "GPTQ (bits 4, group_size 128"),
-    "awq": ("quant_config.json", AWQ, "AWQ (w_bit 4"),
-    "auto-round": ("quantization_config.json", {"quant_method": "auto-round", "bits": 4}, "auto-round's"),
+    "gptq": ("quantize_config.json", GPTQ, "gptq, which is read from config.json only"),
+    "awq": ("quant_config.json", AWQ, "awq, which is read from config.json only"),
+    "auto-round": ("quantization_config.json", {"quant_method": "auto-round", "bits": 4}, "auto-round, which is read"),
     "compressed-tensors": (
         "quantization_config.json",
         {"quant_method": "compressed-tensors", "config_groups": {}},

@@ -40,7 +40,7 @@ def test_codes_that_any_spelling_of_a_quantisation_covers_are_declared(table: di
 @pytest.mark.parametrize(
     "table",
     [
-        {"quant_method": "gptq", "config_groups": {"g": {"weights": WEIGHTS}}},
+        {"quant_method": "hqq", "config_groups": {"g": {"weights": WEIGHTS}}},
         {"config_groups": {"g": {"targets": ["Linear"]}}},
         {"config_groups": {"g": {"targets": [], "weights": WEIGHTS}}},
         {"config_groups": {"UNQUANTIZED": ["Linear"]}},

@@ -37,11 +37,11 @@ def declared_beside(names: Collection[str], read: Callable[[str], bytes]) -> str
 
 
 def _describe(table: Table) -> str:
-    if (other := unread(table)) is not None:
-        return f"{other.describe(table)}, which is not read; {other.helps}"
     try:
         dialect = dialect_of(table)
     except KconvertError:
+        if (other := unread(table)) is not None:
+            return f"{other.describe(table)}, which is not read; {other.helps}"
         method = table.values.get("quant_method")
         return "one without a quant_method" if method is None else f"quant_method {brief(method)}, which is not known"
     return f"{dialect.METHODS[0]}, which is read from config.json only; put its content there as quantization_config"

@@ -80,6 +80,8 @@ def recognise(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None
         raise ValueError("it has nothing but what describes activations")
     if dense.holds(found) or found.keys() == dense.SUFFIXES:
         return dense.recognise(None, found, shape)
+    if found.keys() >= {"weight", "scales"}:
+        raise ValueError(f"its weight is {found['weight'][0]} with scales beside it as MLX has them, which is not read")
     if found.keys() <= stacks.SUFFIXES:
         return stacks.recognise(None, found, shape)
     if scheme is None:
