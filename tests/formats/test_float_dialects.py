@@ -11,7 +11,7 @@ import pytest
 import torch
 from spellings import BLOCKS, fp8_codes, spread
 
-from kconvert import KconvertError, Recipe, convert, inspect, plan
+from kconvert import KconvertError, inspect
 
 Write = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]

@@ -121,8 +121,9 @@ def from_scheme(scheme: Scheme) -> Mx | None:
 
 def recognise(declared: Mx, found: Found, shape: tuple[int, int] | None) -> tuple[Mx, tuple[int, int]]:
     """See formats.base.Family."""
-    codes = next((name for name in CODES_NAMES[declared.bits] if name in found), declared.codes_name)
-    scale = next((name for name in SCALES if name in found), declared.scale_name)
+    names, scales = (declared.codes_name, *CODES_NAMES[declared.bits]), (declared.scale_name, *SCALES)
+    codes = next((name for name in names if name in found), declared.codes_name)
+    scale = next((name for name in scales if name in found), declared.scale_name)
     require(found, codes, scale)
     refuse_surplus(found, {codes, scale, ZERO_POINT})
     (dtype, own_shape), scale_dtype = found[codes], found[scale][0]
