@@ -24,9 +24,11 @@ from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
-from kconvert.models.manifest import Manifest, Match, Names
+from kconvert.models.manifest import Manifest, Names
 from kconvert.models.roles import Role, guess
+from kconvert.models.rules import Match
 from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
+from kconvert.models.stacks import Stack
 
 Facts: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 Recognised: TypeAlias = "tuple[Format, int, int, tuple[Part, ...], Part | None]"
@@ -64,6 +66,7 @@ class Weight:
 class Model:
     """`weights` and `plain` in natural order of their names; `dropped` are the tensors that a conversion leaves behind.
 
+    `stacks` are tensors in which several of the weights lie, or in which models like this one have them; see models.stacks.
     `findings` say how the checkpoint's names differ from those of the model's manifest, if they do.
     """
 
@@ -73,6 +76,7 @@ class Model:
     weights: tuple[Weight, ...]
     plain: tuple[Plain, ...]
     dropped: tuple[Tensor, ...]
+    stacks: tuple[Stack, ...] = ()
     findings: tuple[str, ...] = ()
 
     @property
@@ -139,7 +143,7 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
     as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
     A `partial` checkpoint may lack some of the model's weights.
     """
-    manifest = manifest_for(checkpoint.config)
+    manifest = manifest_for(checkpoint.config, checkpoint.tensors)
     names = manifest.bind(checkpoint.config)
     model, unlisted, missing = _read(checkpoint, names)
     if missing and not partial:
@@ -171,7 +175,8 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
             raise
         quantization, weights = beside, _gather(found, names, beside)
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
-    model = Model(checkpoint, names.manifest, quantization, weights, tuple(plain), tuple(found.dropped))
+    stacks = tuple(found.stacks.values())
+    model = Model(checkpoint, names.manifest, quantization, weights, tuple(plain), tuple(found.dropped), stacks)
     known = {tensor.name: tensor for tensor in found.unlisted}
     unlisted = [w.name for w in weights if w.tensors[0].name in known]
     unlisted += [p.tensor.name for p in plain if p.tensor.name in known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from kconvert import formats
@@ -15,6 +15,7 @@ from kconvert.formats.base import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
 from kconvert.models.manifest import Names
 from kconvert.models.roles import guess
+from kconvert.models.stacks import Stack, unstack
 
 # What engines compute by themselves and old checkpoints carry.
 ROTARY = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
@@ -45,12 +46,14 @@ class Plain:
 
 @dataclass(frozen=True)
 class Sorted:
-    """`modules` maps weights to their tensors by suffix; `unlisted` are tensors that the manifest does not know."""
+    """`modules` maps weights to their tensors by suffix; `unlisted` are tensors that the manifest does not know, `stacks` those
+    in which matrices of experts lie, or may be written; see models.stacks."""
 
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     plain: dict[str, Plain] = field(default_factory=dict)
     dropped: list[Tensor] = field(default_factory=list)
     unlisted: list[Tensor] = field(default_factory=list)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a weight or a tensor that a manifest calls so, be the tensor quantised and so a weight."""
@@ -59,8 +62,9 @@ class Sorted:
 
 def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     """Sort the checkpoint's tensors; KconvertError when one has not the shape that the manifest gives it, or is wrapped."""
-    sorted_ = Sorted()
-    for name, tensor in checkpoint.tensors.items():
+    tensors, stacks = unstack(checkpoint.tensors, names.stacks)
+    sorted_ = Sorted(stacks=stacks)
+    for name, tensor in tensors.items():
         match = names.tensor(name)
         if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
             if tensor.shape != match.shape:
@@ -76,7 +80,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
             sorted_.unlisted.append(tensor)
-    _check_wrappers(sorted_.unlisted, len(checkpoint.tensors))
+    _check_wrappers(sorted_.unlisted, len(tensors))
     _sort_out_unlisted(sorted_, names)
     return sorted_
 

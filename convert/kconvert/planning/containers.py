@@ -6,19 +6,18 @@ Names, offsets and shard numbers are fixed here, so the output's bytes depend on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from kconvert.checkpoint.safetensors import layout
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
-from kconvert.planning.steps import Place, Step
+from kconvert.planning.steps import Described, Place, Step
 
 METADATA = {"format": "pt"}
 FORMS = ("safetensors", "kt")  # of AMX weights: Safetensors, and Apart in a tree of .kt files
-Described: TypeAlias = list[tuple[str, str, tuple[int, ...]]]  # name, dtype and shape of tensors, see Step.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,8 @@ class Container(Protocol):
 class Safetensors:
     """Shards of at most `shard_size` bytes, or one weight, with an index.
 
-    The tensors of one weight share a shard, unless `scatter` deals them to shards that follow one another. `metadata` goes
-    into every header.
+    The tensors of one weight share a shard, as do the matrices of a stack, unless `scatter` deals them to shards that follow
+    one another. `metadata` goes into every header.
     """
 
     shard_size: int
@@ -63,14 +62,14 @@ class Safetensors:
 
     def place(self, drafts: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See Container."""
-        outputs = [draft.outputs for draft in drafts]
+        outputs = list(_first_written(drafts))
         numbers = self._numbers(outputs)
         total = numbers[-1] + 1
         if self.scatter and total == 1:
             raise KconvertError(
                 "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
             )
-        contents: list[Described] = [[] for _ in range(total)]
+        contents: list[list[Described]] = [[] for _ in range(total)]
         for tensors, number in zip(outputs, numbers, strict=True):
             for k, tensor in enumerate(tensors):
                 contents[(number + k * self.scatter) % total].append(tensor)
@@ -88,10 +87,9 @@ class Safetensors:
             raise KconvertError(
                 "two weights have the same name in the output; this is a fault of kconvert, please report it"
             )
-        steps = tuple(draft.placed(tuple(places[name] for name, _, _ in draft.outputs)) for draft in drafts)
-        return steps, tuple(shards)
+        return tuple(draft.placed(_places_of(draft, places)) for draft in drafts), tuple(shards)
 
-    def _numbers(self, outputs: Iterable[Described]) -> list[int]:
+    def _numbers(self, outputs: Iterable[list[Described]]) -> list[int]:
         """The shard of what each draft writes, counted from 0."""
         numbers: list[int] = []
         number = filled = 0
@@ -111,6 +109,25 @@ class Safetensors:
         metadata = {"total_size": total, "total_parameters": parameters}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         return {CONFIG_NAME: json_bytes(config), INDEX_NAME: json_bytes(index)}
+
+
+def _first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
+    """The tensors that each draft writes, but for those that one before it writes another matrix of."""
+    stacks: set[str] = set()
+    for draft in drafts:
+        tensors = draft.outputs
+        if draft.slot is not None:
+            tensors = [tensor for tensor in tensors if tensor[0] not in stacks]
+            stacks.update(name for name, _, _ in tensors)
+        yield tensors
+
+
+def _places_of(draft: Step, places: Mapping[str, Place]) -> tuple[Place, ...]:
+    slot = draft.slot
+    if slot is None:
+        return tuple(places[name] for name, _, _ in draft.outputs)
+    wholes = [(places[name], tensor_bytes(dtype, shape)) for name, dtype, shape in draft.outputs]
+    return tuple(Place(place.file, place.start + nbytes // slot.count * slot.index) for place, nbytes in wholes)
 
 
 @dataclass(frozen=True, slots=True)
