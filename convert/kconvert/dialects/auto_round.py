@@ -10,9 +10,10 @@ Source: https://github.com/intel/auto-round, `export` and `inference/convert_mod
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from kconvert.dialects.base import QuantizationConfig
-from kconvert.dialects.fields import FILE, Table, brief
+from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.gptq import by_name, by_pattern, integers
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -49,7 +50,7 @@ def read(table: Table) -> QuantizationConfig:
         target = key if is_name else by_pattern(extra, key, ANYWHERE)
         own = extra.table(key)
         said = {name: value for name, value in own.values.items() if value is not None}
-        if (scheme := _scheme(Table(own.path, {**table.values, **said}), packing)) is not None:
+        if (scheme := _scheme(replace(own, values={**table.values, **said}), packing)) is not None:
             (names if is_name else patterns).append((target, scheme))
     default = _scheme(table, packing)
     schemes = (*by_name(names), *(scheme for pattern in patterns for scheme in by_name([pattern])))
@@ -86,5 +87,5 @@ def _fp8(table: Table) -> Scheme:
 
 def _unread(table: Table, what: str) -> KconvertError:
     return KconvertError(
-        f"{FILE}: {table.path} is auto-round's with {what}, which is not read; convert the checkpoint that it was made from"
+        f"{table.place} is auto-round's with {what}, which is not read; convert the checkpoint that it was made from"
     )

@@ -7,6 +7,8 @@ Source: https://github.com/casper-hansen/AutoAWQ, `awq/models/_config.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kconvert.dialects.base import QuantizationConfig
 from kconvert.dialects.fields import Table
 from kconvert.dialects.gptq import check_order, check_words, integers, with_rules
@@ -24,5 +26,5 @@ def read(table: Table) -> QuantizationConfig:
     check_order(table, name.lower(), FORMATS)
     spelt = {"bits": table.values.get("w_bit", 4), "group_size": table.values.get("q_group_size")}
     symmetric = not table.flag("zero_point", True)
-    scheme = integers(Table(table.path, {**spelt, "sym": symmetric, **table.values}), "awq", BITS)
+    scheme = integers(replace(table, values={**spelt, "sym": symmetric, **table.values}), "awq", BITS)
     return with_rules(table, scheme, BITS)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from kconvert.dialects.base import PATTERN, QuantizationConfig
-from kconvert.dialects.fields import FILE, Table, brief, is_expression
+from kconvert.dialects.fields import Table, brief, is_expression
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -51,7 +51,7 @@ def check_order(table: Table, name: str, read: Collection[str]) -> None:
     """KconvertError where codes lie in an order, called `name`, that is none of those that are read."""
     if name not in read:
         raise KconvertError(
-            f"{FILE}: {table.path} has weights in the format {brief(name)}, which is not read, only {' and '.join(read)}; "
+            f"{table.place} has weights in the format {brief(name)}, which is not read, only {' and '.join(read)}; "
             "convert the checkpoint that it was made from"
         )
 
@@ -93,7 +93,7 @@ def by_name(rules: Iterable[tuple[str, Scheme]]) -> tuple[Scheme, ...]:
 def by_pattern(table: Table, pattern: str, search: str = "") -> str:
     """The pattern as a target; KconvertError where it is none. `search`: what may come before it in a name."""
     if not is_expression(target := f"{search}(?:{pattern})" if search else pattern):
-        raise KconvertError(f"{FILE}: {table.path} has {brief(pattern)}, which is no regular expression; mend it there")
+        raise KconvertError(f"{table.place} has {brief(pattern)}, which is no regular expression; mend it there")
     return PATTERN + target
 
 
