@@ -48,14 +48,15 @@ class QuantizationConfig:
     """The schemes of a checkpoint, and the modules that none applies to.
 
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
-    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. A scheme without
-    targets is one that no module is given; a weight whose tensors can be nothing else has it all the same. `file` says so.
+    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. `implied` are
+    schemes that no module is given, but which a weight may have whose tensors can be nothing else. `file` says all this.
     """
 
     schemes: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
     inside: bool = False
+    implied: tuple[Scheme, ...] = ()
     file: str = FILE
 
     def scheme_for(self, *names: str) -> Scheme | None:
