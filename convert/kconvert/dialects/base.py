@@ -96,7 +96,7 @@ class _Targets:
 
     def first(self, names: tuple[str, ...], within: tuple[str, ...] = ()) -> str | None:
         """The target that counts for the module with these names, inside others; None when there is none."""
-        for name in (*names, *within):
+        for name in (*names, *within) if self._names else ():
             if name in self._names:
                 return name
         for match, target in self._patterns:
@@ -110,8 +110,10 @@ class _Targets:
 
 def _around(module: str) -> tuple[str, ...]:
     """The modules around this one, the nearest first."""
-    ends = [place for place, letter in enumerate(module) if letter == "."]
-    return tuple(module[:end] for end in reversed(ends))
+    around = []
+    while (end := module.rfind(".")) >= 0:
+        around.append(module := module[:end])
+    return tuple(around)
 
 
 def matches(module: str, pattern: str) -> bool:
