@@ -13,7 +13,7 @@ from kconvert.errors import KconvertError
 
 FILE = "config.json"
 # What a language model is called inside a larger model, and the module in it.
-WRAPPERS = ("language_model", "model")
+WRAPPERS = ("language_model.", "model.")
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -149,8 +149,8 @@ class Table:
 
 def bare_name(name: str) -> str:
     """A module's name without what the models around it are called."""
-    while (parts := name.split(".", 1))[0] in WRAPPERS and len(parts) == 2:
-        name = parts[1]
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
 
 
