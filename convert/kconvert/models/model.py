@@ -231,6 +231,8 @@ def _weight(
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
     if scheme is None and "weight" in found:
         scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
+    if scheme is not None and match is not None:
+        scheme = match.rule.applied(scheme)
     try:
         facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
         format, rows, cols, parts, misfit = _recognise(scheme, facts, shape)
