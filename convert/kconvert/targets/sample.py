@@ -130,7 +130,10 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
     tensors, _ = unstack(checkpoint.tensors, whole.stacks)
     found = {name: parts for name, _ in names.expected() if (parts := _tensors_of(tensors, name))}
     if missing := names.missing(found):
-        raise KconvertError(f"{checkpoint.root} has no tensor of {missing[0]!r}; fetch the rest of the checkpoint")
+        raise KconvertError(
+            f"{checkpoint.root} has no tensor of {missing[0]!r}, which a {manifest.name} of these sizes has, as its layers are "
+            "then of other kinds; choose others"
+        )
     kept = [(name, match) for name, match in names.expected() if name in found]
     slots = _slots(names.stacks.values())
     drafts: list[Step] = []
