@@ -251,6 +251,8 @@ def _weight(
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    if scheme is not None and match is not None:
+        scheme = match.rule.applied(scheme)
     try:
         facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
         format, rows, cols, parts, misfit = recognise(scheme, facts, shape)
