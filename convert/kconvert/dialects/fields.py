@@ -11,6 +11,7 @@ from typing import Any
 from kconvert.errors import KconvertError
 
 FILE = "config.json"
+SCALE_FORMAT, UE8M0 = "scale_fmt", "ue8m0"
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -115,3 +116,8 @@ def _is_expression(pattern: str) -> bool:
     except (re.error, ValueError, OverflowError, RecursionError):
         return False
     return True
+
+
+def powers_of_two(table: Table) -> bool:
+    """Whether scales are said to be powers of two, which those of activations are to be as well, then."""
+    return table.text(SCALE_FORMAT, "").lower() == UE8M0
