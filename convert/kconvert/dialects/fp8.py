@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names
-from kconvert.dialects.fields import FILE, Table, brief
+from kconvert.dialects.fields import FILE, SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -30,12 +30,21 @@ def read(table: Table) -> QuantizationConfig:
                 "not read; convert the FP8 release of the model"
             )
     block = table.block("weight_block_size")
-    scheme = Scheme("fp8", type="float", strategy="block" if block else "tensor", block=block, targets=("Module",))
+    scheme = Scheme(
+        "fp8",
+        type="float",
+        strategy="block" if block else "tensor",
+        block=block,
+        targets=("Module",),
+        powers=powers_of_two(table),
+    )
     return QuantizationConfig((scheme,), table.names("ignored_layers") or table.names("modules_to_not_convert"))
 
 
-def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:
-    """The dialect for blocks of 128x128; `unquantised` are the Linears that stay as they are.
+def fp8_table(unquantised: Iterable[str], powers: bool = False, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+    """The dialect for blocks of this size, if `powers` with scales that are powers of two.
+
+    `unquantised` are the Linears that stay as they are.
 
     vLLM compares whole names and SGLang dotted paths; neither takes patterns here, so every name is spelt out.
     """
@@ -44,6 +53,7 @@ def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        "weight_block_size": list(block),
     }
+    table |= {SCALE_FORMAT: UE8M0} if powers else {}
     return {**table, "modules_to_not_convert": names} if names else table
