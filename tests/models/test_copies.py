@@ -148,8 +148,9 @@ def test_a_quantisation_that_only_a_file_beside_config_json_declares_is_named(ra
     checkpoint.config["model_type"] = model_type
     source = checkpoint.save()
     said = '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}'
-    (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "gptq", "bits": 4}')
-    with pytest.raises(KconvertError, match=f"{file} declares a quantisation that config.json does not"):
+    (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "hqq"}')
+    named = f"while {file} says it is nvfp4" if file.startswith("hf") else f"{file} is HQQ .*, which is not read"
+    with pytest.raises(KconvertError, match=named):
         plan(source, Recipe("bf16"))
 
 
@@ -168,7 +169,7 @@ def test_a_checkpoint_without_a_config_json_is_said_to_lack_it(raw, int4_copy, c
 FOREIGN = {
     "NVFP4 of ModelOpt": (
         {"weight": ("U8", [64, 32]), "weight_scale": ("U8", [64, 4]), "weight_scale_2": ("F32", [])},
-        "weight_scale_2 is that of ModelOpt's NVFP4, which is not read",
+        "weight_scale_2 does not belong to it, while config.json says it is fp8",
     ),
     "GPTQ": (
         {"qweight": ("I32", [8, 64]), "g_idx": ("I32", [64]), "qzeros": ("I32", [2, 8]), "scales": ("F32", [2, 64])},

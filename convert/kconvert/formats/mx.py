@@ -47,8 +47,6 @@ CODES_NAMES = {4: ("weight_packed", "weight"), 8: ("weight",)}
 CODES_DTYPES = {4: ("U8", "I8"), 8: ("F8_E4M3",)}
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
 SUFFIXES = frozenset({"weight_packed", "weight", *SCALES, ZERO_POINT})
-FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
-KINDS = frozenset((format, "float") for format in FORMATS)
 READS = "MXFP4 and MXFP8, group 32"
 
 
@@ -143,18 +141,31 @@ class Mx(Format):
         return lost
 
 
+# How those who declare it by this word spell it: compressed-tensors; Quark and ModelOpt; DeepSeek-V4's experts; MiniMax-M3.
+FORMATS = {
+    "mxfp4-pack-quantized": Mx(4),
+    "mxfp8-quantized": Mx(8),
+    "mxfp4": Mx(4, codes_name="weight"),
+    "fp4": Mx(4, "F8_E8M0", codes_name="weight", codes_dtype="I8", scale_name="scale"),
+    "mxfp8": Mx(8, scale_name="weight_scale_inv"),
+}
+KINDS = frozenset((format, "float") for format in FORMATS)
+
+
 def from_scheme(scheme: Scheme) -> Mx | None:
     """See formats.base.Family."""
-    bits = FORMATS.get(scheme.format)
-    if (scheme.num_bits, scheme.type, scheme.strategy, scheme.group_size) != (bits, "float", "group", GROUP):
+    format = FORMATS.get(scheme.format)
+    if format is None or not scheme.symmetric:
         return None
-    return Mx(bits) if bits and scheme.symmetric else None
+    meant = (scheme.num_bits, scheme.type, scheme.strategy, scheme.group_size) == (format.bits, "float", "group", GROUP)
+    return format if meant else None
 
 
 def recognise(declared: Mx, found: Found, shape: tuple[int, int] | None) -> tuple[Mx, tuple[int, int]]:
     """See formats.base.Family."""
-    codes = next((name for name in CODES_NAMES[declared.bits] if name in found), declared.codes_name)
-    scale = next((name for name in SCALES if name in found), declared.scale_name)
+    names, scales = (declared.codes_name, *CODES_NAMES[declared.bits]), (declared.scale_name, *SCALES)
+    codes = next((name for name in names if name in found), declared.codes_name)
+    scale = next((name for name in scales if name in found), declared.scale_name)
     require(found, codes, scale)
     refuse_surplus(found, {codes, scale, ZERO_POINT})
     (dtype, own_shape), scale_dtype = found[codes], found[scale][0]

@@ -107,18 +107,30 @@ class Nvfp4Witness(Witness[Nvfp4]):
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         from compressed_tensors.compressors import nvfp4 as theirs
 
+        if self.format.multiplies:
+            return self._modelopt_values(state, shape)
         state = without_unused(self.format, state)
         values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
         return values
+
+    def _modelopt_values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """compressed-tensors' codes, and ModelOpt's product of them."""
+        import torch
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
+        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
+        return values.view(shape).bfloat16()
 
     def grid(self) -> tuple[float, ...]:
         return E2M1
 
     def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
-        return nibbles(count_bytes(state["weight_packed"]))
+        return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
 
     def scales(self, state: State) -> torch.Tensor:
-        return state["weight_scale"].float() / state["weight_global_scale"].float()
+        scale, other = state["weight_scale"].float(), state[nvfp4.NAMES[self.format.multiplies][1]].float()
+        return scale * other if self.format.multiplies else scale / other
 
     def group_columns(self, cols: int) -> int:
         return nvfp4.GROUP
