@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names
-from kconvert.dialects.fields import Table, brief
+from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -36,7 +36,8 @@ DEEPSEEK_V4 = "deepseek_v4"
 def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
     block = table.block("weight_block_size")
-    scheme = Scheme("fp8", type="float", strategy="block" if block else "tensor", block=block, targets=EVERYTHING)
+    strategy, powers = "block" if block else "tensor", powers_of_two(table)
+    scheme = Scheme("fp8", type="float", strategy=strategy, block=block, targets=EVERYTHING, powers=powers)
     implied = (FP4, MXFP8) if str(table.config.get("model_type")).startswith(DEEPSEEK_V4) else ()
     if block == MXFP8_BLOCK or table.text("quant_method", "").lower() == "mxfp8":
         scheme, implied = MXFP8, (*implied, scheme)
@@ -62,8 +63,10 @@ def _experts(table: Table) -> Scheme | None:
     return EXPERTS_SCHEMES[name]
 
 
-def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:
-    """The dialect for blocks of 128x128; `unquantised` are the Linears that stay as they are.
+def fp8_table(unquantised: Iterable[str], powers: bool = False, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+    """The dialect for blocks of this size, if `powers` with scales that are powers of two.
+
+    `unquantised` are the Linears that stay as they are.
 
     vLLM compares whole names and SGLang dotted paths; neither takes patterns here, so every name is spelt out.
     """
@@ -72,6 +75,7 @@ def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        "weight_block_size": list(block),
     }
+    table |= {SCALE_FORMAT: UE8M0} if powers else {}
     return {**table, "modules_to_not_convert": names} if names else table
