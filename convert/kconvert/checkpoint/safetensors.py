@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from json.encoder import encode_basestring
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -181,10 +182,12 @@ def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) ->
         )
 
 
-def _disorder(tensor: tuple[str, str, tuple[int, ...]]) -> tuple[bool, int]:
-    """How far back in its file a tensor belongs."""
-    _, dtype, shape = tensor
-    return tensor_bytes(dtype, shape) % PAGE != 0, -DTYPE_BITS[dtype]
+@lru_cache(maxsize=4096)
+def _laid_out(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[bool, int], int, str]:
+    """What tensors of one kind share: how far back in their files they belong, bytes, and the beginning of an entry's JSON."""
+    nbytes = tensor_bytes(dtype, shape)
+    sizes = ",".join(map(str, shape))
+    return (nbytes % PAGE != 0, -DTYPE_BITS[dtype]), nbytes, f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":'
 
 
 def layout(
@@ -196,14 +199,14 @@ def layout(
     and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
     otherwise the given order stays.
     """
-    ordered = sorted(tensors, key=_disorder)
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered = sorted(tensors, key=lambda tensor: _laid_out(tensor[1], tensor[2])[0])
+    lines = [f'{{"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
     position = 0
     for name, dtype, shape in ordered:
-        stop = position + tensor_bytes(dtype, shape)
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
-        position = stop
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        _, nbytes, kind = _laid_out(dtype, shape)
+        lines.append(f"{encode_basestring(name)}:{kind}[{position},{position + nbytes}]}}")
+        position += nbytes
+    text = f"{','.join(lines)}}}".encode()
     data_start = math.ceil((LENGTH.size + len(text)) / PAGE) * PAGE
     if data_start - LENGTH.size > MAX_HEADER_BYTES:
         raise KconvertError(
@@ -213,6 +216,7 @@ def layout(
     entries = []
     position = data_start
     for name, dtype, shape in ordered:
-        entries.append(Entry(name, dtype, shape, position, tensor_bytes(dtype, shape)))
-        position += entries[-1].nbytes
+        nbytes = _laid_out(dtype, shape)[1]
+        entries.append(Entry(name, dtype, shape, position, nbytes))
+        position += nbytes
     return header, entries

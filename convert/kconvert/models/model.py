@@ -115,14 +115,17 @@ def _recognise(
     return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
 
 
-DIGITS = re.compile("([0-9]{1,18})")
+DIGITS = re.compile("0*([0-9]{1,18})")
 
 
-def natural_key(name: str) -> list[str | int]:
-    """Sorts layer 2 before layer 10."""
-    pieces: list[str | int] = [*DIGITS.split(name)]
-    pieces[1::2] = map(int, pieces[1::2])
-    return pieces
+def natural_key(name: str) -> str:
+    """Sorts layer 2 before layer 10, by putting their lengths before numbers, and a sign before these that sorts first."""
+    return ".".join(map(_natural_word, name.split(".")))
+
+
+@lru_cache(maxsize=1 << 16)  # names of one model are made of the same words
+def _natural_word(word: str) -> str:
+    return DIGITS.sub(lambda match: f"\0{len(match[1]):c}{match[1]}", word)
 
 
 def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:

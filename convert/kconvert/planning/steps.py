@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.formats import Format, Part, parts_of
@@ -13,16 +12,17 @@ from kconvert.formats.base import FATES
 from kconvert.formats.dtypes import tensor_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor's bytes begin: `start` counts from the beginning of `file`."""
 
     file: str
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Transcode:
+Origin: TypeAlias = Tensor | Place  # a tensor of the source, or where its bytes begin
+
+
+class Transcode(NamedTuple):
     """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
 
     `output` is its name there where that is another one than in the source.
@@ -32,7 +32,7 @@ class Transcode:
     rows: int
     cols: int
     source: Format
-    reads: tuple[Place, ...]
+    reads: tuple[Origin, ...]
     target: Format
     writes: tuple[Place, ...] = ()
     output: str = ""
@@ -61,14 +61,13 @@ class Transcode:
         return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """A tensor keeps its name, dtype, shape and bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    reads: tuple[Place, ...]
+    reads: tuple[Origin, ...]
     writes: tuple[Place, ...] = ()
 
     @property
@@ -88,11 +87,7 @@ Step: TypeAlias = Transcode | Copy
 
 def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Copy:
     """The tensor as it is, or what of its beginning has this shape; without a place in the output."""
-    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (place_of(tensor),))
-
-
-def place_of(tensor: Tensor) -> Place:
-    return Place(tensor.file, tensor.start)
+    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,))
 
 
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:

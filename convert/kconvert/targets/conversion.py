@@ -15,7 +15,7 @@ from kconvert.formats.dense import Dense
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.models.sorting import Plain
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
+from kconvert.planning.steps import Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, Target, is_linear_role
 from kconvert.targets.recipe import Recipe
 
@@ -121,8 +121,7 @@ class Conversion:
             if format is None:
                 yield from map(copy_of, item.copied)
             else:
-                reads = tuple(map(place_of, item.tensors))
-                yield Transcode(item.name, item.rows, item.cols, item.format, reads, format)
+                yield Transcode(item.name, item.rows, item.cols, item.format, item.tensors, format)
 
     def left_behind(self) -> Iterator[Tensor]:
         """What describes activations: it goes along only where a weight's codes are copied as they are."""
