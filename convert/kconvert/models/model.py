@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from kconvert import formats
 from kconvert.checkpoint.listing import CONFIG_NAME
@@ -29,8 +29,7 @@ from kconvert.models.roles import Role, guess
 from kconvert.models.sorting import Plain, shows_experts, sort_out
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
 
     `companions` lie beside it and do not enter its values; see formats.base.

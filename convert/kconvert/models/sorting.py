@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from sys import intern
+from typing import NamedTuple
 
 from kconvert import formats
 from kconvert.checkpoint.safetensors import Tensor
@@ -33,8 +35,7 @@ WRAPPED = re.compile("|".join(map(re.escape, WRAPPERS)))
 DATA_PARALLEL = "module."
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(NamedTuple):
     """A tensor that is no Linear: it is copied as it is. `listed`: the manifest knows its name and shape."""
 
     tensor: Tensor
@@ -71,7 +72,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
             sorted_.dropped.append(tensor)
         elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
             weight, suffix = spelling
-            sorted_.modules.setdefault(weight, {})[suffix] = tensor
+            sorted_.modules.setdefault(weight, {})[intern(suffix)] = tensor
         elif f".{name}".endswith(BUFFERS):
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
@@ -104,12 +105,13 @@ def _wrapped(tensor: Tensor, prefix: str, wrapper: str) -> KconvertError:
 
 def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
     """Without names to go by, a weight is what has a tensor that only encoded weights have, or an expert's matrix."""
-    split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in sorted_.unlisted]
-    encoded = {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
-    for tensor, module, suffix in split:
+    split = (tensor.name.rpartition(".") for tensor in sorted_.unlisted)
+    encoded = {module for module, _, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
+    for tensor in sorted_.unlisted:
+        module, _, suffix = tensor.name.rpartition(".")
         is_part = _is_part(suffix) and (module in encoded or module in sorted_.modules)
         if is_part or _is_experts_matrix(tensor, module, suffix):
-            sorted_.modules.setdefault(module, {})[suffix] = tensor
+            sorted_.modules.setdefault(module, {})[intern(suffix)] = tensor
         elif suffix in COMPANIONS and _is_number(tensor):
             sorted_.dropped.append(tensor)
         else:
