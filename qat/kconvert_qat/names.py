@@ -23,7 +23,7 @@ from kconvert.formats import QUANTISED_SUFFIXES, Format, from_scheme
 from kconvert.formats.base import Scheme
 from kconvert.formats.packed import Packed
 from kconvert.models.catalogue import manifest_for
-from kconvert.models.manifest import Match
+from kconvert.models.rules import Match
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
 

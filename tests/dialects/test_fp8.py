@@ -32,8 +32,36 @@ def test_a_block_size_that_makes_no_sense_is_named(block: Any) -> None:
         read(weight_block_size=block)
 
 
-@pytest.mark.parametrize("key", ["moe_quant_algo", "routed_experts_quant_method", "expert_dtype"])
-def test_experts_in_another_encoding_are_said_to_be_in_another(key: str) -> None:
+EXPERT, SHARED = "layers.3.ffn.experts.17.w1", "layers.3.ffn.shared_experts.w1"
+
+
+@pytest.mark.parametrize("key", ["moe_quant_algo", "routed_experts_quant_method", "store_dtype", "expert_dtype"])
+@pytest.mark.parametrize("name", ["NVFP4", "mxfp4", "fp4", "MXFP8"])
+def test_experts_may_be_in_another_encoding(key: str, name: str) -> None:
     assert read(**{key: "fp8"}).schemes == read(**{key: None}).schemes == read().schemes
-    with pytest.raises(KconvertError, match=f"quant_method 'fp8', but experts with {key} 'NVFP4', which is not read"):
-        read(**{key: "NVFP4"})
+    found = read(**{key: name})
+    assert found.scheme_for(EXPERT).format == name.lower()
+    assert found.scheme_for(SHARED) == read().scheme_for(SHARED)
+    with pytest.raises(
+        KconvertError, match=rf"quantization_config\.{key} is 'IQ3', an encoding of experts that is not"
+    ):
+        read(**{key: "IQ3"})
+
+
+@pytest.mark.parametrize("place", ["", "text_config"])
+def test_the_dtype_of_experts_may_stand_elsewhere_in_config_json(place: str) -> None:
+    def config(dtype: str) -> dict[str, Any]:
+        says = {"expert_dtype": dtype}
+        return {"quantization_config": PUBLISHED, "model_type": "deepseek_v4", **({place: says} if place else says)}
+
+    assert read_quantization(config("fp4")).scheme_for(EXPERT).format == "fp4"
+    with pytest.raises(KconvertError, match=f"{place}[. ]expert_dtype is 'int3', an encoding"):
+        read_quantization(config("int3"))
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp8"])
+def test_blocks_of_one_row_and_32_columns_are_mxfp8s(method: str) -> None:
+    found = read(quant_method=method, weight_block_size=[1, 32], ignored_layers=["lm_head"])
+    assert found.scheme_for(EXPERT).format == "mxfp8"
+    assert found.scheme_for("lm_head") is None
+    assert read(quant_method="mxfp8", weight_block_size=None).scheme_for(EXPERT).format == "mxfp8"

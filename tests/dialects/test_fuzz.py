@@ -26,12 +26,16 @@ KEYS = [
     "group_size", "strategy", "type", "symmetric", "block_structure", "scale_dtype", "sparsity_config",
     "transform_config", "apply", "location", "quantization_config", "compression_config", "text_config", "llm_config",
     "quantization", "weight_block_size", "modules_to_not_convert", "ignored_layers", "expert_dtype", "W4A16",
-    "FP8_BLOCK",
+    "FP8_BLOCK", "quant_algo", "quantized_layers", "exclude_modules", "exclude", "global_quant_config", "weight",
+    "layer_quant_config", "layer_type_quant_config", "qscheme", "block_size", "scale_format", "moe_quant_algo", "store_dtype",
+    "model_type",
     *(sign for unread in UNREAD for sign in unread.signs),
 ]
 VALUES = [
     "compressed-tensors", "fp8", "pack-quantized", "mixed-precision", "group", "block", "channel", "int", "float",
-    "Linear", "re:(", "re:.*", "128x128", "-1", "32", "sparse-24-bitmask", "weight_input",
+    "Linear", "re:(", "re:.*", "128x128", "-1", "32", "sparse-24-bitmask", "weight_input", "modelopt", "quark", "mxfp8",
+    "NVFP4", "MIXED_PRECISION", "FP8_PB_WO", "fp4", "mxfp4", "per_group", "e8m0", "fp8_e4m3", "*x*", "[z-a]", "[!",
+    "deepseek_v4",
     *(method for unread in UNREAD for method in unread.methods),
 ]
 # fmt: on
@@ -53,6 +57,23 @@ values = st.recursive(
 configs = st.dictionaries(st.sampled_from(["quantization_config", "text_config", "a_config", "quantization"]), values)
 
 
+MXFP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [128, 128]}
+LAYERS = {"model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16}, "a.*": {"quant_algo": "FP8_PB_WO"}}
+OTHERS: list[dict[str, Any]] = [
+    {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head", "*self_attn*"]},
+    {"quant_method": "modelopt", "quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": LAYERS}},
+    {
+        "quant_method": "quark",
+        "global_quant_config": {"weight": MXFP4},
+        "layer_quant_config": {"*self_attn*": {"weight": FP8}, "lm_head": {"weight": None}},
+        "exclude": ["lm_head", "re:.*gate", "*router*"],
+    },
+    {"quant_method": "fp8", "weight_block_size": [32, 32], "moe_quant_algo": "NVFP4"},
+    {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": ["lm_head"]},
+]
+
+
 def real_configs() -> list[dict[str, Any]]:
     """What published models and the product's own outputs have."""
     published = [manifest.config for manifest in load_manifests().values() if manifest.config]
@@ -61,6 +82,7 @@ def real_configs() -> list[dict[str, Any]]:
     return [
         *published,
         *({"quantization_config": table, "text_config": {"quantization_config": table}} for table in tables),
+        *({"quantization_config": table, "model_type": "deepseek_v4", "expert_dtype": "fp4"} for table in OTHERS),
     ]
 
 
@@ -167,5 +189,14 @@ def test_no_damaged_config_breaks_the_reader_in_ten_thousand_cases(seed: int) ->
 def test_no_file_beside_config_json_breaks_the_reader(content: Any) -> None:
     for name in ("hf_quant_config.json", "quantize_config.json"):
         for whole in (content, {"quantization": content}):
-            sentence = declared_beside([name], {name: json.dumps(whole).encode()}.__getitem__)
-            assert sentence is None or sentence.startswith(name)
+            said = beside(name, whole)
+            assert said is None or said.startswith(name)
+
+
+def beside(name: str, content: Any) -> str | None:
+    """What a side file is refused with, or the name of it; None when it declares nothing."""
+    try:
+        found = declared_beside([name], lambda _: json.dumps(content).encode(), {})
+    except KconvertError as error:
+        return str(error)
+    return None if found is None else found.file

@@ -26,14 +26,6 @@ SPOKEN: dict[str, tuple[dict[str, Any], str]] = {
     "auto-round": ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round's"),
     "intel/auto-round": ({"quant_method": "intel/auto-round", "bits": 4}, "auto-round's"),
     "auto-round, old": ({"autoround_version": "0.2", "bits": 4, "group_size": 128}, "auto-round's (bits 4"),
-    "quark": ({"quant_method": "quark", "global_quant_config": {}}, "Quark's (quant_method 'quark')"),
-    "modelopt": (
-        {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"a": {"targets": ["Linear"]}}},
-        "ModelOpt's (quant_method 'modelopt', quant_algo 'NVFP4')",
-    ),
-    "modelopt without a method": ({"producer": {"name": "modelopt"}, **NVFP4}, "ModelOpt's (quant_algo 'NVFP4', group"),
-    "modelopt_mixed": ({"quant_method": "modelopt_mixed"}, "ModelOpt's"),
-    "mxfp8": ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, "MXFP8 with weight_scale_inv"),
     "mxfp4": ({"quant_method": "mxfp4"}, "gpt-oss's MXFP4, in stacks of experts"),
     "mlx": ({"group_size": 64, "bits": 4}, "MLX's (bits 4, group_size 64)"),
     "mlx with a mode": ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "MLX's (mode 'mxfp4', bits 4, group_size 32)"),
@@ -101,44 +93,59 @@ def test_a_table_that_says_nothing_known_is_not_taken_for_compressed_tensors() -
 
 
 BESIDE: dict[str, tuple[str, Any, str]] = {
-    "modelopt": (
-        "hf_quant_config.json",
-        {"producer": {"name": "modelopt"}, "quantization": NVFP4},
-        "ModelOpt's (quant_a",
-    ),
     "gptq": ("quantize_config.json", GPTQ, "GPTQ (bits 4, group_size 128"),
     "awq": ("quant_config.json", AWQ, "AWQ (w_bit 4"),
     "auto-round": ("quantization_config.json", {"quant_method": "auto-round", "bits": 4}, "auto-round's"),
-    "compressed-tensors": (
-        "quantization_config.json",
-        {"quant_method": "compressed-tensors", "config_groups": {}},
-        "compressed-tensors, which is read from config.json only; put its content there as quantization_config",
-    ),
-    "unknown": ("quantize_config.json", {"quant_method": "new"}, "quant_method 'new', which is not known"),
-    "nothing known": ("quantize_config.json", {"a": 1}, "one without a quant_method"),
 }
 
 
 @pytest.mark.parametrize("case", BESIDE)
-def test_what_only_a_file_beside_config_json_declares_is_said(case: str) -> None:
+def test_what_only_a_file_beside_config_json_declares_and_is_not_read_is_called_by_its_name(case: str) -> None:
     name, content, said = BESIDE[case]
-    sentence = declared_beside(["tokenizer.json", name], {name: json.dumps(content).encode()}.__getitem__)
-    assert sentence is not None
-    assert sentence.startswith(f"{name} declares a quantisation that config.json does not: {said}")
+    with pytest.raises(KconvertError) as raised:
+        declared_beside(["tokenizer.json", name], {name: json.dumps(content).encode()}.__getitem__, {})
+    assert str(raised.value).startswith(f"{name} is {said}")
+
+
+def test_a_file_beside_config_json_is_read_in_each_dialect() -> None:
+    contents: dict[str, Any] = {
+        "hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": NVFP4},
+        "quantization_config.json": {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}},
+        "quant_config.json": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    for name, content in contents.items():
+        found = declared_beside([name], {name: json.dumps(content).encode()}.__getitem__, {})
+        assert found is not None
+        assert (found.file, found.scheme_for("model.layers.0.mlp.up_proj") is None) == (name, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"quant_method": "new"}, "quantize_config.json: quant_method is 'new', which is not known"),
+        ({"a": 1}, "quantize_config.json: quant_method is missing, and nothing else there says"),
+    ],
+)
+def test_a_file_beside_config_json_in_an_unknown_dialect_is_named(content: Any, said: str) -> None:
+    with pytest.raises(KconvertError) as raised:
+        declared_beside(["quantize_config.json"], lambda name: json.dumps(content).encode(), {})
+    assert str(raised.value).startswith(said)
 
 
 def test_without_such_a_file_nothing_is_said() -> None:
-    assert declared_beside(["tokenizer.json", "sub/quantize_config.json"], lambda name: b"{}") is None
+    assert declared_beside(["tokenizer.json", "sub/quantize_config.json"], lambda name: b"{}", {}) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_file_beside_config_json_is_to_be_fetched_again(content: bytes) -> None:
-    assert declared_beside(DECLARING_FILES, lambda name: content) == f"{DECLARING_FILES[0]} is no JSON; fetch it again"
+    with pytest.raises(KconvertError, match=f"^{DECLARING_FILES[0]} is no JSON; fetch it again$"):
+        declared_beside(DECLARING_FILES, lambda name: content, {})
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{}", b"null"])
 def test_a_file_that_declares_nothing_is_read_past(content: bytes) -> None:
     contents = dict.fromkeys(DECLARING_FILES, content)
-    assert declared_beside(DECLARING_FILES, contents.__getitem__) is None
+    assert declared_beside(DECLARING_FILES, contents.__getitem__, {}) is None
     contents[DECLARING_FILES[-1]] = b'{"quant_method": "hqq"}'
-    assert "HQQ" in str(declared_beside(DECLARING_FILES, contents.__getitem__))
+    with pytest.raises(KconvertError, match="HQQ"):
+        declared_beside(DECLARING_FILES, contents.__getitem__, {})

@@ -15,8 +15,6 @@ STACK = "model.layers.1.mlp.experts.gate_up_proj"
 UNKNOWN = {
     "a stack of FP8": {STACK: ("F8_E4M3", [2, 64, 64]), f"{STACK}_scale_inv": ("F32", [2, 1, 1])},
     "packed stacks": {f"{STACK}_packed": ("I32", [2, 64, 8]), f"{STACK}_scale": ("BF16", [2, 64, 2])},
-    "DeepSeek-V4's names": {"a.wq.weight": ("F8_E4M3", [64, 64]), "a.wq.scale": ("F8_E8M0", [1, 1])},
-    "pairs in I8": {"a.w1.weight": ("I8", [64, 32]), "a.w1.scale": ("F8_E8M0", [64, 2])},
     "another name for the scale": {"a.proj.weight": ("F8_E4M3", [64, 64]), "a.proj.scale_weight": ("F32", [])},
     "no scale at all": {"a.proj.weight": ("F8_E5M2", [64, 64])},
     "a vector": {"a.norm.weight": ("F8_E4M3", [64])},
@@ -29,6 +27,11 @@ UNKNOWN = {
     "a table": {"a.embed.weight": ("F8_E4M3", [64, 64]), "a.weight_scale_all": ("F32", [])},
     "codes in a row": {"a.codes": ("U8", [64]), "a.codes_scale": ("F32", [2])},
     "sixteen bits": {"a.table": ("U16", [64, 64])},
+}
+# Tensors that spell a weight, but not in the encoding that config.json says it is in.
+ELSEWHERE = {
+    "DeepSeek-V4's names": {"a.wq.weight": ("F8_E4M3", [64, 64]), "a.wq.scale": ("F8_E8M0", [1, 1])},
+    "pairs in I8": {"a.w1.weight": ("I8", [64, 32]), "a.w1.scale": ("F8_E8M0", [64, 2])},
 }
 SOUND = {
     "a hash table": {"model.layers.1.mlp.gate.tid2eid": ("I64", [64, 6])},
@@ -75,6 +78,13 @@ def test_codes_that_no_rule_decodes_are_refused_before_a_byte_is_written(raw, un
 def test_a_manifest_lets_no_codes_pass_either(raw, int4_copy, kind):
     source = put(raw, raw.load(int4_copy), UNKNOWN[kind])
     with pytest.raises(KconvertError, match="which no rule decodes"):
+        plan(source, Recipe("bf16"))
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_codes_in_another_encoding_than_declared_are_refused(raw, unknown_family, kind):
+    source = put(raw, unknown_family, ELSEWHERE[kind])
+    with pytest.raises(KconvertError, match=r"'a\.w.' cannot be read: .* while config\.json says"):
         plan(source, Recipe("bf16"))
 
 
@@ -138,8 +148,9 @@ def test_a_quantisation_that_only_a_file_beside_config_json_declares_is_named(ra
     checkpoint.config["model_type"] = model_type
     source = checkpoint.save()
     said = '{"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}'
-    (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "gptq", "bits": 4}')
-    with pytest.raises(KconvertError, match=f"{file} declares a quantisation that config.json does not"):
+    (source / file).write_text(said if file.startswith("hf") else '{"quant_method": "hqq"}')
+    named = f"while {file} says it is nvfp4" if file.startswith("hf") else f"{file} is HQQ .*, which is not read"
+    with pytest.raises(KconvertError, match=named):
         plan(source, Recipe("bf16"))
 
 
@@ -158,7 +169,7 @@ def test_a_checkpoint_without_a_config_json_is_said_to_lack_it(raw, int4_copy, c
 FOREIGN = {
     "NVFP4 of ModelOpt": (
         {"weight": ("U8", [64, 32]), "weight_scale": ("U8", [64, 4]), "weight_scale_2": ("F32", [])},
-        "weight_scale_2 is that of ModelOpt's NVFP4, which is not read",
+        "weight_scale_2 does not belong to it, while config.json says it is fp8",
     ),
     "GPTQ": (
         {"qweight": ("I32", [8, 64]), "g_idx": ("I32", [64]), "qzeros": ("I32", [2, 8]), "scales": ("F32", [2, 64])},

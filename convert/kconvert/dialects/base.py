@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Protocol
 
-from kconvert.dialects.fields import Table
+from kconvert.dialects.fields import FILE, Table, bare_name
 from kconvert.formats.base import Scheme
 
 PATTERN = "re:"
@@ -48,17 +48,25 @@ class QuantizationConfig:
     """The schemes of a checkpoint, and the modules that none applies to.
 
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
+    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. A scheme without
+    targets is one that no module is given; a weight whose tensors can be nothing else has it all the same. `file` says so.
     """
 
     schemes: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
+    inside: bool = False
+    file: str = FILE
 
     def scheme_for(self, *names: str) -> Scheme | None:
         """The scheme of the module that is called by any of these names, None when its weights are not quantised."""
-        if self._ignored.first(names) is not None:
+        within: tuple[str, ...] = ()
+        if self.inside:
+            bare = bare_name(names[0])
+            names, within = (bare, *names), _around(bare)
+        if self._ignored.first(names, within) is not None:
             return None
-        target = self._targets.first(names)
+        target = self._targets.first(names, within)
         return None if target is None else self._by_target[target]
 
     @cached_property
@@ -85,9 +93,9 @@ class _Targets:
         self._linear = next((target for target in ordered if target in LINEAR_CLASSES), None)
         self._embedding = next((target for target in ordered if target in EMBEDDING_CLASSES), None)
 
-    def first(self, names: tuple[str, ...]) -> str | None:
-        """The target that counts for the module with these names; None when there is none."""
-        for name in names:
+    def first(self, names: tuple[str, ...], within: tuple[str, ...] = ()) -> str | None:
+        """The target that counts for the module with these names, inside others; None when there is none."""
+        for name in (*names, *within):
             if name in self._names:
                 return name
         for match, target in self._patterns:
@@ -97,6 +105,12 @@ class _Targets:
         if self._linear != self._embedding and names[0].rpartition(".")[2] in EMBEDDINGS:
             return self._embedding
         return self._linear
+
+
+def _around(module: str) -> tuple[str, ...]:
+    """The modules around this one, the nearest first."""
+    ends = [place for place, letter in enumerate(module) if letter == "."]
+    return tuple(module[:end] for end in reversed(ends))
 
 
 def matches(module: str, pattern: str) -> bool:

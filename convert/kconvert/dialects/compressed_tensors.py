@@ -8,10 +8,11 @@ left out for every Linear); keys that say nothing of the weights are not looked 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names, matches
-from kconvert.dialects.fields import FILE, Table, brief
+from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -33,7 +34,7 @@ def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
     if INNER in table:  # as transformers kept it once
         inner = table.table(INNER)
-        table = Table(inner.path, {"sparsity_config": table.values.get("sparsity_config"), **inner.values})
+        table = replace(inner, values={"sparsity_config": table.values.get("sparsity_config"), **inner.values})
     _check_storage(table)
     if "sparsity_config" in table:
         _check_storage(table.table("sparsity_config"))
@@ -61,7 +62,7 @@ def _check_storage(table: Table) -> None:
     format = table.text("format", "")
     if what := UNREAD_FORMATS.get(format):
         raise KconvertError(
-            f"{FILE}: {table.path} has format {format!r} ({what}), which is not read; convert the dense checkpoint that it "
+            f"{table.place} has format {format!r} ({what}), which is not read; convert the dense checkpoint that it "
             "was made from"
         )
 
@@ -73,7 +74,7 @@ def _check_transforms(transforms: Table) -> None:
             location = apply.text("location", "")
             if location not in ("weight_input", "weight_output"):
                 raise KconvertError(
-                    f"{FILE}: {apply.path} rotates activations while the model runs (location {brief(location)}), which no "
+                    f"{apply.place} rotates activations while the model runs (location {brief(location)}), which no "
                     "other checkpoint can say; convert the checkpoint that it was made from"
                 )
 
@@ -85,7 +86,7 @@ def _group(groups: Table, name: str) -> Table:
     preset = PRESETS.get(name.upper())
     if preset is None:
         raise groups.fault(name, "a table (a list of targets only if the group is called like a preset, as W4A16)")
-    return Table(groups.path, {**preset, "targets": list(groups.names(name))})
+    return replace(groups, values={**preset, "targets": list(groups.names(name))})
 
 
 def _scheme(group: Table, default_format: str, targets: tuple[str, ...]) -> Scheme:

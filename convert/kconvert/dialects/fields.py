@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kconvert.errors import KconvertError
 
 FILE = "config.json"
+# What a language model is called inside a larger model, and the module in it.
+WRAPPERS = ("language_model", "model")
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -29,25 +32,39 @@ def key_path(path: str, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A JSON object of config.json and the path of keys that leads to it."""
+    """A JSON object of config.json, or of the `file` that declares in its place, and the path of keys that leads to it.
+
+    `config` is the whole of config.json, whose other keys may say more.
+    """
 
     path: str
     values: Mapping[str, Any]
+    file: str = FILE
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
 
+    @property
+    def place(self) -> str:
+        """How sentences about it begin."""
+        return f"{self.file}: {self.path}" if self.path else self.file
+
     def fault(self, key: str, wanted: str) -> KconvertError:
         """The sentence for a value that is not `wanted`."""
         have = f"is {brief(self.values[key])}" if key in self.values else "is missing"
-        return KconvertError(f"{FILE}: {key_path(self.path, key)} {have}; {wanted} belongs there")
+        return KconvertError(f"{self.place_of(key)} {have}; {wanted} belongs there")
+
+    def place_of(self, key: str) -> str:
+        """`place` of the value at `key`."""
+        return f"{self.file}: {key_path(self.path, key)}"
 
     def table(self, key: str) -> Table:
         """The table at `key`, which must be there."""
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self.fault(key, "a table")
-        return Table(key_path(self.path, key), value)
+        return replace(self, path=key_path(self.path, key), values=value)
 
     def tables(self, key: str) -> Iterator[Table]:
         """The tables of the list at `key`."""
@@ -55,7 +72,7 @@ class Table:
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise self.fault(key, "a list of tables")
         for number, value in enumerate(values):
-            yield Table(f"{key_path(self.path, key)}[{number}]", value)
+            yield replace(self, path=f"{key_path(self.path, key)}[{number}]", values=value)
 
     def text(self, key: str, default: str) -> str:
         """The string at `key`; null counts as missing."""
@@ -91,10 +108,31 @@ class Table:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.fault(key, "a list of names")
         for name in names:
-            if name.startswith("re:") and not _is_expression(name[3:]):
-                path = key_path(self.path, key)
-                raise KconvertError(f"{FILE}: {path} has {brief(name)}, which is no regular expression; mend it there")
+            self._check_expression(key, name)
         return tuple(names)
+
+    def _check_expression(self, key: str, name: str) -> None:
+        if name.startswith("re:") and not _is_expression(name[3:]):
+            where = self.place_of(key)
+            raise KconvertError(f"{where} has {brief(name)}, which is no regular expression; mend it there")
+
+    def globs(self, key: str) -> tuple[str, ...]:
+        """`names`, of which those that are patterns of the shell have become one regular expression.
+
+        A language model inside a larger one is meant with and without what it is called there, see bare_name.
+        """
+        named: dict[bool, list[str]] = {False: [], True: []}
+        for name in self.names(key):
+            named[not name.startswith("re:") and _is_glob(name)].append(self.target(name))
+        one = "|".join(pattern.removeprefix("re:") for pattern in named[True])
+        return (*named[False], f"re:{one}") if one else tuple(named[False])
+
+    def target(self, name: str) -> str:
+        """What `names` would have for a module, a pattern of the shell for several, or an expression after `re:`."""
+        is_glob = not name.startswith("re:") and _is_glob(name)
+        target = f"re:{fnmatch.translate(bare_name(name))}" if is_glob else bare_name(name)
+        self._check_expression(name, target)
+        return target
 
     def block(self, key: str) -> tuple[int, int] | None:
         """Rows and columns of a block; old files of compressed-tensors write "128x128"."""
@@ -107,6 +145,17 @@ class Table:
         if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise self.fault(key, "a pair of positive numbers, rows and columns,")
         return sizes[0], sizes[1]
+
+
+def bare_name(name: str) -> str:
+    """A module's name without what the models around it are called."""
+    while (parts := name.split(".", 1))[0] in WRAPPERS and len(parts) == 2:
+        name = parts[1]
+    return name
+
+
+def _is_glob(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
 
 
 def _is_expression(pattern: str) -> bool:

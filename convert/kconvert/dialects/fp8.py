@@ -1,37 +1,66 @@
-"""DeepSeek's dialect `fp8`: `weight_block_size` and the names of the modules that stay as they are.
+"""DeepSeek's dialects `fp8` and `mxfp8`: `weight_block_size` and the names of the modules that stay as they are.
 
 Names are whole names, as vLLM reads them. There are no targets: what has the tensors of an FP8 weight is one, also lm_head
-and embeddings, which engines take for no Linear and published files have whole.
+and embeddings, which engines take for no Linear and published files have whole. A block of one row and 32 columns is MXFP8's.
+Routed experts may be in another encoding: by `moe_quant_algo` (NVIDIA's DeepSeek-V4), `routed_experts_quant_method` (Ling-3) or
+`store_dtype` (MiMo-V2), or by `expert_dtype`, which DeepSeek-V4 has beside the table and V4.1 in it. A V4 may have FP4 in any
+module (NVIDIA's keeps that of the MTP layers), V4.1 MXFP8 in its Engram tables, where nothing says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names
-from kconvert.dialects.fields import FILE, Table, brief
+from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
-METHODS: tuple[str, ...] = ("fp8",)
+METHODS: tuple[str, ...] = ("fp8", "mxfp8")
 SIGNS: frozenset[str] = frozenset()
-# Where later releases say that their experts are in another encoding than everything else.
-EXPERTS_KEYS = ("moe_quant_algo", "routed_experts_quant_method", "expert_dtype")
-FP8_NAMES = ("fp8", "float8", "f8")
+EVERYTHING, EXPERTS = ("Module",), (r"re:.*\bexperts\.\d+\.",)
+MXFP8_BLOCK = (1, 32)
+MXFP8 = Scheme("mxfp8", 8, "float", strategy="group", group_size=32, targets=())
+FP4 = Scheme("fp4", 4, "float", strategy="group", group_size=32, targets=())
+MXFP4 = replace(FP4, format="mxfp4")
+NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targets=())
+# Where a release says in which encoding its routed experts are.
+EXPERTS_KEYS = ("moe_quant_algo", "routed_experts_quant_method", "store_dtype", "expert_dtype")
+EXPERTS_SCHEMES = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp4": FP4, "mxfp8": MXFP8}
+USUAL_NAMES = ("fp8", "float8", "f8", "bf16", "bfloat16")
+DEEPSEEK_V4 = "deepseek_v4"
 
 
 def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
-    for key in EXPERTS_KEYS:
-        if not table.text(key, "fp8").lower().startswith(FP8_NAMES):
-            raise KconvertError(
-                f"{FILE}: {table.path} has quant_method 'fp8', but experts with {key} {brief(table.values[key])}, which is "
-                "not read; convert the FP8 release of the model"
-            )
     block = table.block("weight_block_size")
-    scheme = Scheme("fp8", type="float", strategy="block" if block else "tensor", block=block, targets=("Module",))
-    return QuantizationConfig((scheme,), table.names("ignored_layers") or table.names("modules_to_not_convert"))
+    scheme = Scheme("fp8", type="float", strategy="block" if block else "tensor", block=block, targets=())
+    schemes = [MXFP8, scheme] if block == MXFP8_BLOCK or table.text("quant_method", "").lower() == "mxfp8" else [scheme]
+    schemes[0] = replace(schemes[0], targets=EVERYTHING)
+    if (experts := _experts(table)) is not None:
+        schemes.append(experts)
+    if str(table.config.get("model_type")).startswith(DEEPSEEK_V4):
+        schemes += [FP4, MXFP8]
+    return QuantizationConfig(tuple(schemes), table.names("ignored_layers") or table.names("modules_to_not_convert"))
+
+
+def _experts(table: Table) -> Scheme | None:
+    """The scheme of routed experts in another encoding than everything else, by the first that says one."""
+    root = Table("", table.config)
+    around = [root, root.table("text_config")] if isinstance(root.values.get("text_config"), dict) else [root]
+    said = [*((table, key) for key in EXPERTS_KEYS), *((place, EXPERTS_KEYS[-1]) for place in around)]
+    place, key = next(((place, key) for place, key in said if key in place), said[0])
+    name = place.text(key, "").lower()
+    if not name or name.startswith(USUAL_NAMES):
+        return None
+    if name not in EXPERTS_SCHEMES:
+        raise KconvertError(
+            f"{place.place_of(key)} is {brief(place.values[key])}, an encoding of experts that is not read beside FP8; convert "
+            "the FP8 release of the model"
+        )
+    return replace(EXPERTS_SCHEMES[name], targets=EXPERTS)
 
 
 def fp8_table(unquantised: Iterable[str]) -> dict[str, Any]:

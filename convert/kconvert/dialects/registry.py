@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kconvert.dialects import compressed_tensors, fp8
+from kconvert.dialects import compressed_tensors, fp8, modelopt, quark
 from kconvert.dialects.base import Dialect, QuantizationConfig
-from kconvert.dialects.fields import FILE, Table, brief, key_path
+from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.tables import declarations
 from kconvert.dialects.unread import unread
 from kconvert.errors import KconvertError
 
-DIALECTS: tuple[Dialect, ...] = (compressed_tensors, fp8)
+# Of those with signs in common the narrower comes first: ModelOpt has config_groups too.
+DIALECTS: tuple[Dialect, ...] = (modelopt, quark, compressed_tensors, fp8)
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
@@ -28,14 +29,13 @@ def dialect_of(table: Table) -> Dialect:
     """The dialect that the table is written in."""
     # Engines take either spelling.
     method = table.text("quant_method", "").lower().replace("_", "-")
-    if (other := unread(table)) is not None:
-        raise KconvertError(f"{FILE}: {table.path} is {other.describe(table)}, which is not read; {other.helps}")
     for dialect in DIALECTS:
         if method in dialect.METHODS or (not method and any(sign in table for sign in dialect.SIGNS)):
             return dialect
+    if (other := unread(table)) is not None:
+        raise KconvertError(f"{table.place} is {other.describe(table)}, which is not read; {other.helps}")
     read = " and ".join(name for dialect in DIALECTS for name in dialect.METHODS)
-    path = key_path(table.path, "quant_method")
+    where = table.place_of("quant_method")
     if method:
-        name = brief(table.values["quant_method"])
-        raise KconvertError(f"{FILE}: {path} is {name}, which is not known; {read} are read")
-    raise KconvertError(f"{FILE}: {path} is missing, and nothing else there says what the weights are; {read} are read")
+        raise KconvertError(f"{where} is {brief(table.values['quant_method'])}, which is not known; {read} are read")
+    raise KconvertError(f"{where} is missing, and nothing else there says what the weights are; {read} are read")

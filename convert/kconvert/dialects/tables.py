@@ -23,7 +23,7 @@ TOWERS = ("vision", "visual", "image", "video", "audio", "speech")
 
 def declarations(config: Mapping[str, Any]) -> list[Table]:
     """Every quantisation table of a config.json, the one that counts first; KconvertError when one is no table."""
-    return sorted(_declared(Table("", config), DEPTH), key=lambda table: _rank(table.path))
+    return sorted(_declared(Table("", config, config=config), DEPTH), key=lambda table: _rank(table.path))
 
 
 def quantization_tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -39,14 +39,6 @@ UNREAD = (
     Unread(
         "auto-round's", ("auto-round", "auto_round", "intel/auto-round", "inc"), ("autoround_version", "packing_format")
     ),
-    Unread("Quark's", ("quark",), ("global_quant_config",), ("quant_mode",)),
-    Unread(
-        "ModelOpt's",
-        ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8"),
-        ("quant_algo", "producer"),
-        ("quant_algo", "group_size"),
-    ),
-    Unread("MXFP8 with weight_scale_inv", ("mxfp8",), (), ("weight_block_size", "scale_fmt")),
     Unread(
         "gpt-oss's MXFP4, in stacks of experts",
         ("mxfp4",),

@@ -15,10 +15,11 @@ __all__ = [
     "FAMILIES",
     "QUANTISED_SUFFIXES",
     "SUFFIXES",
+    "TELLING_SUFFIXES",
     "Format",
     "Part",
+    "fitting_scheme",
     "from_scheme",
-    "implied_scheme",
     "parts_of",
     "recognise",
     "spellings",
@@ -26,11 +27,17 @@ __all__ = [
 ]
 
 FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
+# What beside a weight enters what is computed with it, so that its codes and scales alone are not its value.
+FACTORS = {
+    "pre_quant_scale": "a factor of what goes into it (AWQ, SmoothQuant)",
+    "svdquant_lora_a": "part of a product that is added to it (SVDQuant)",
+    "svdquant_lora_b": "part of a product that is added to it (SVDQuant)",
+}
 ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), dense.LEFTOVERS)
-SUFFIXES = ENCODED_SUFFIXES | COMPANIONS
-QUANTISED_SUFFIXES = ENCODED_SUFFIXES - dense.SUFFIXES
-# What gives away encodings that are met and not read.
-UNREAD_PARTS = {"weight_scale_2": "ModelOpt's NVFP4"}
+SUFFIXES = ENCODED_SUFFIXES | FACTORS.keys() | COMPANIONS
+QUANTISED_SUFFIXES = (ENCODED_SUFFIXES | FACTORS.keys()) - dense.SUFFIXES
+# Words that something else than a part of an encoded weight may be called by, too: a norm has a `scale`.
+TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale"}
 
 
 def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
@@ -51,26 +58,44 @@ def from_scheme(scheme: Scheme) -> Format:
     raise ValueError(f"the scheme {scheme} is not supported")
 
 
-def implied_scheme(schemes: Iterable[Scheme], weight_dtype: str | None) -> Scheme | None:
-    """The scheme of a weight that config.json leaves out although it lies there in F8, as lm_head may: the only one of FP8.
+def fitting_scheme(
+    scheme: Scheme | None, schemes: Iterable[Scheme], found: Found, shape: tuple[int, int] | None
+) -> Scheme | None:
+    """The scheme that these tensors are spelt by: `scheme`, which config.json gives the weight, if they can be; else the only
+    one of its `schemes` of floats that they can be; else `scheme` all the same.
 
-    None where there is no such scheme or more than one.
+    Published configs leave out floats that are quantised (lm_head), exclude them, or name a module whose parts are in several
+    encodings; what they say of integers is right.
     """
-    if weight_dtype != "F8_E4M3":
+    if spelt_by(scheme, found, shape) is None:
+        floats = (other for other in schemes if other.type == "float")
+        spelt = {format: other for other in floats if (format := spelt_by(other, found, shape)) is not None}
+        if len(spelt) == 1:
+            return next(iter(spelt.values()))
+    return scheme
+
+
+def spelt_by(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None) -> Format | None:
+    """The format in which these tensors spell a weight by this scheme; None when they do not."""
+    try:
+        format, size = recognise(scheme, found, shape)
+        return format if all(part.fits(*found[part.suffix]) for part in parts_of(format, *size)) else None
+    except ValueError:
         return None
-    formats = {format: scheme for scheme in schemes if (format := fp8.from_scheme(scheme)) is not None}
-    return next(iter(formats.values())) if len(formats) == 1 else None
 
 
-def recognise(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None) -> tuple[Format, tuple[int, int]]:
+def recognise(
+    scheme: Scheme | None, found: Found, shape: tuple[int, int] | None, said_by: str = "config.json"
+) -> tuple[Format, tuple[int, int]]:
     """The format and shape of the weight that these tensors {suffix: (dtype, shape)} spell; see base.Family.
 
-    Companions may be among them. Raises ValueError, saying what does not fit, when they are not what the scheme makes.
+    Companions may be among them. `said_by` is the file that has the scheme. Raises ValueError, saying what does not fit, when
+    they are not what the scheme makes.
     """
     found = {suffix: facts for suffix, facts in found.items() if suffix not in COMPANIONS}
-    if unread := UNREAD_PARTS.keys() & found:
-        suffix = min(unread)
-        raise ValueError(f"its {suffix} is that of {UNREAD_PARTS[suffix]}, which is not read")
+    if factors := FACTORS.keys() & found:
+        suffix = min(factors)
+        raise ValueError(f"its {suffix} is {FACTORS[suffix]}, which is not read; convert the model that was quantised")
     if unknown := sorted(found.keys() - ENCODED_SUFFIXES):
         raise ValueError(f"no encoding has the tensors {', '.join(unknown)}")
     if not found:
@@ -80,12 +105,12 @@ def recognise(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None
     if found.keys() <= stacks.SUFFIXES:
         return stacks.recognise(None, found, shape)
     if scheme is None:
-        raise ValueError(f"it has {', '.join(sorted(found))}, but config.json declares no quantisation for it")
+        raise ValueError(f"it has {', '.join(sorted(found))}, but {said_by} declares no quantisation for it")
     family, declared = _declared(scheme)
     try:
         return family.recognise(declared, found, shape)
     except ValueError as error:
-        raise ValueError(f"{error}, while config.json says it is {scheme}") from None
+        raise ValueError(f"{error}, while {said_by} says it is {scheme}") from None
 
 
 def _declared(scheme: Scheme) -> tuple[Family, Format]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -73,7 +73,9 @@ class Part:
         return tensor_bytes(self.dtype, self.shape)
 
     def fits(self, dtype: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor is this part; [], [1] and [1, 1] are the same thing, and so are [n] and [n, 1]."""
+        """Whether a tensor is this part; [], [1] and [1, 1] are the same thing, so are [n] and [n, 1], and for a grid of blocks
+        [n, m] and ModelOpt's [n, 1, m, 1]."""
+        shape = shape[::2] if len(shape) == 4 and shape[1::2] == (1, 1) else shape
         return dtype == self.dtype and (shape == self.shape or _without_ones(shape) == _without_ones(self.shape))
 
     def tensor_of(self, weight: str) -> str:
@@ -203,7 +205,8 @@ def parts_of(format: Format, rows: int, cols: int) -> tuple[Part, ...]:
 class Scheme:
     """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
 
-    `block` is its block_structure. DeepSeek's dialect is the format `fp8`.
+    `block` is its block_structure. DeepSeek's dialect is the format `fp8`; others of another spelling are in the KINDS of the
+    families. `targets` may be thousands, which a hash of the others spares.
     """
 
     format: str
@@ -212,7 +215,7 @@ class Scheme:
     symmetric: bool = True
     strategy: str = "tensor"
     group_size: int | None = None
-    targets: tuple[str, ...] = ("Linear",)
+    targets: tuple[str, ...] = field(default=("Linear",), hash=False)
     block: tuple[int, int] | None = None
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ KINDS: frozenset[tuple[str, str]] = frozenset()
 READS = ""
 # What the tools leave beside a weight that they quantised for training only, or meant to quantise and did not.
 LEFTOVERS = frozenset(
-    f"weight_{fact}" for fact in ("scale", "scale_inv", "global_scale", "zero_point", "g_idx", "shape")
+    f"weight_{fact}" for fact in ("scale", "scale_inv", "scale_2", "global_scale", "zero_point", "g_idx", "shape")
 )
 
 

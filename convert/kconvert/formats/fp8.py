@@ -7,10 +7,10 @@
 | channel scale | [out, 1] or [out] |
 | tensor scale | [1], [] or [1, 1] |
 
-DeepSeek-V3's layout calls its F32 block scale `weight_scale_inv` (the scale all the same, nothing is inverted);
-compressed-tensors' `float-quantized` calls a scale of any shape `weight_scale`, BF16 or F32 (F16 in old files). Others use
-either name for a scale of any shape, so the shape says what it is of. A block scale may be a power of two, as F8_E8M0 or as
-such bytes in U8.
+DeepSeek-V3's layout calls its F32 block scale `weight_scale_inv` (the scale all the same, nothing is inverted), DeepSeek-V4's
+`scale`; compressed-tensors' `float-quantized` calls a scale of any shape `weight_scale`, BF16 or F32 (F16 in old files).
+Others use each name for a scale of any shape, so the shape says what it is of. A block scale may be a power of two, as
+F8_E8M0 or as such bytes in U8.
 
 Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype. A scale of zero has codes of zero.
 Quantising: scale = amax / 448, 1 where that is 0; code = e4m3(value / scale), an f32 division, half to even, saturating. A
@@ -31,7 +31,7 @@ from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, requ
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
-SCALES = ("weight_scale_inv", "weight_scale")
+SCALES = ("weight_scale_inv", "weight_scale", "scale")
 SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}

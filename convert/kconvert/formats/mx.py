@@ -6,6 +6,9 @@
 | mxfp8 (`mxfp8-quantized`) | weight | F8_E4M3 [out, in] |
 | both | weight_scale | U8 or F8_E8M0 [out, in / 32]; the exponent + 127 |
 
+Others call the codes of mxfp4 `weight`, U8 (Quark) or I8 (DeepSeek-V4), and the scale `scale` (DeepSeek-V4) or
+`weight_scale_inv` (MiniMax-M3).
+
 e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value of a weight: bf16(code * 2^(scale - 127)).
 Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
 largest code (2 or 8); code = value / scale, half to even, saturating. MX 1.0 always rounds the exponent down; this is
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 GROUP = 32
-SUFFIXES = frozenset({"weight_packed", "weight", "weight_scale", ZERO_POINT})
-FORMATS = {"mxfp4-pack-quantized": 4, "mxfp8-quantized": 8}
-KINDS = frozenset((format, "float") for format in FORMATS)
+CODES = {4: ("weight_packed", "U8"), 8: ("weight", "F8_E4M3")}  # name and dtype where nobody says otherwise
+CODES_NAMES = {4: ("weight_packed", "weight"), 8: ("weight",)}
+CODES_DTYPES = {4: ("U8", "I8"), 8: ("F8_E4M3",)}
+SCALES = ("weight_scale", "weight_scale_inv", "scale")
+SUFFIXES = frozenset({"weight_packed", "weight", *SCALES, ZERO_POINT})
 READS = "MXFP4 and MXFP8, group 32"
 
 
@@ -36,13 +41,22 @@ READS = "MXFP4 and MXFP8, group 32"
 class Mx(Format):
     """`bits` is 4 or 8. `unused`: zero points that lie beside it.
 
+    `codes_name`, `codes_dtype` and `scale_name` say how its tensors are called; the codes of no other name have CODES'.
     `mse`: of the scale by the rule, half of it and twice, the one with the least squared error; no part of the encoding.
     """
 
     bits: int
     scale_dtype: str = "U8"
     unused: tuple[Part, ...] = ()
+    codes_name: str = ""
+    codes_dtype: str = ""
+    scale_name: str = "weight_scale"
     mse: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name, dtype = CODES[self.bits]
+        object.__setattr__(self, "codes_name", self.codes_name or name)
+        object.__setattr__(self, "codes_dtype", self.codes_dtype or dtype)
 
     @property
     def label(self) -> str:
@@ -66,13 +80,9 @@ class Mx(Format):
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:
             raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
-        packed = (
-            Part("weight_packed", "U8", (rows, cols // 2))
-            if self.bits == 4
-            else Part("weight", "F8_E4M3", (rows, cols))
-        )
-        scale = Part("weight_scale", self.scale_dtype, (rows, cols // GROUP), values="positive")
-        return packed, scale, *self.unused
+        codes = Part(self.codes_name, self.codes_dtype, (rows, cols * self.bits // 8))
+        scale = Part(self.scale_name, self.scale_dtype, (rows, cols // GROUP), values="positive")
+        return codes, scale, *self.unused
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import mx as kernels
@@ -89,24 +99,40 @@ class Mx(Format):
         return 0
 
 
+# How those who declare it by this word spell it: compressed-tensors; Quark and ModelOpt; DeepSeek-V4's experts; MiniMax-M3.
+FORMATS = {
+    "mxfp4-pack-quantized": Mx(4),
+    "mxfp8-quantized": Mx(8),
+    "mxfp4": Mx(4, codes_name="weight"),
+    "fp4": Mx(4, "F8_E8M0", codes_name="weight", codes_dtype="I8", scale_name="scale"),
+    "mxfp8": Mx(8, scale_name="weight_scale_inv"),
+}
+KINDS = frozenset((format, "float") for format in FORMATS)
+
+
 def from_scheme(scheme: Scheme) -> Mx | None:
     """See formats.base.Family."""
-    bits = FORMATS.get(scheme.format)
-    if (scheme.num_bits, scheme.type, scheme.strategy, scheme.group_size) != (bits, "float", "group", GROUP):
+    format = FORMATS.get(scheme.format)
+    if format is None or not scheme.symmetric:
         return None
-    return Mx(bits) if bits and scheme.symmetric else None
+    meant = (scheme.num_bits, scheme.type, scheme.strategy, scheme.group_size) == (format.bits, "float", "group", GROUP)
+    return format if meant else None
 
 
 def recognise(declared: Mx, found: Found, shape: tuple[int, int] | None) -> tuple[Mx, tuple[int, int]]:
     """See formats.base.Family."""
-    codes = "weight_packed" if declared.bits == 4 else "weight"
-    require(found, codes, "weight_scale")
-    refuse_surplus(found, {codes, "weight_scale", ZERO_POINT})
-    own_shape = found[codes][1]
+    names, scales = (declared.codes_name, *CODES_NAMES[declared.bits]), (declared.scale_name, *SCALES)
+    codes = next((name for name in names if name in found), declared.codes_name)
+    scale = next((name for name in scales if name in found), declared.scale_name)
+    require(found, codes, scale)
+    refuse_surplus(found, {codes, scale, ZERO_POINT})
+    (dtype, own_shape), scale_dtype = found[codes], found[scale][0]
     if len(own_shape) != 2:
         raise ValueError(f"its {codes} {list(own_shape)} is not a matrix")
-    shape = shape or (own_shape[0], own_shape[1] * 8 // declared.bits)
-    scale_dtype = found["weight_scale"][0]
+    if dtype not in CODES_DTYPES[declared.bits]:
+        raise ValueError(f"its {codes} is {dtype}, not {' or '.join(CODES_DTYPES[declared.bits])}")
     if scale_dtype not in ("U8", "F8_E8M0"):
-        raise ValueError(f"its weight_scale is {scale_dtype}, not U8 or F8_E8M0")
-    return Mx(declared.bits, scale_dtype, unused_zero_points(found, own_shape[0])), shape
+        raise ValueError(f"its {scale} is {scale_dtype}, not U8 or F8_E8M0")
+    unused = unused_zero_points(found, own_shape[0])
+    format = Mx(declared.bits, scale_dtype, unused, codes_name=codes, codes_dtype=dtype, scale_name=scale)
+    return format, shape or (own_shape[0], own_shape[1] * 8 // declared.bits)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from kconvert.checkpoint.listing import SHARD_NAME
 from kconvert.errors import KconvertError
-from kconvert.models.manifest import Index, Manifest, Rule, quant_method
+from kconvert.models.indices import Index
+from kconvert.models.manifest import Manifest, quant_method
+from kconvert.models.rules import Rule, StackRule, respell
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,8 +22,9 @@ else:
     import tomli as tomllib
 
 GENERIC = "generic"
-MERGED_TABLES = ("dims", "defaults", "indices", "limits", "side_files")
-MERGED_LISTS = ("weights", "tensors")
+MERGED_TABLES = ("dims", "defaults", "indices", "limits", "also", "spelling", "side_files")
+RULES = ("weights", "tensors")
+MERGED_LISTS = (*RULES, "stacks")
 
 
 @cache
@@ -32,7 +35,7 @@ def load_manifests() -> Mapping[str, Manifest]:
     whole: dict[str, dict[str, Any]] = {}
     for name in sorted(tables):
         _inherit(name, tables, whole)
-    return {name: _parse(table) for name, table in whole.items()}
+    return {name: parse(table) for name, table in whole.items()}
 
 
 def load_manifest(name: str) -> Manifest:
@@ -43,16 +46,17 @@ def load_manifest(name: str) -> Manifest:
     return manifests[name]
 
 
-def manifest_for(config: Mapping[str, Any]) -> Manifest:
+def manifest_for(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Manifest:
     """The manifest of the model that config.json describes; the generic one when no other knows it.
 
     Models of one architecture have one model_type; the one that is published in the same quantisation is taken, else the
-    first. They differ in nothing but the name and what a sample is like.
+    first. They differ in nothing but the name and what a sample is like. `tensors` are the names of the checkpoint's, which
+    may be called in other words.
     """
     manifests = load_manifests().values()
     candidates = [manifest for manifest in manifests if config.get("model_type") in manifest.model_types]
     alike = [manifest for manifest in candidates if quant_method(manifest.config) == quant_method(config)]
-    return (alike or candidates or [load_manifest(GENERIC)])[0]
+    return (alike or candidates or [load_manifest(GENERIC)])[0].respelt(tensors)
 
 
 def _inherit(name: str, tables: Mapping[str, dict[str, Any]], whole: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -74,8 +78,11 @@ def _inherit(name: str, tables: Mapping[str, dict[str, Any]], whole: dict[str, d
 
 def _wrap(base: dict[str, Any], table: dict[str, Any]) -> None:
     """Let `base` be the part of a larger model that `table` calls `prefix` and keeps the config.json of at `config_key`."""
-    for rule in itertools.chain(*(base.get(key, ()) for key in MERGED_LISTS)):
-        rule["name"] = table.get("prefix", "") + rule["name"]
+    prefixes = {**table.get("renamed", {}), "": table.get("prefix", "")}
+    for entry in itertools.chain(*(base.get(key, ()) for key in MERGED_LISTS)):
+        entry["name"] = respell(entry["name"], prefixes)
+        if "of" in entry:
+            entry["of"] = [respell(name, prefixes) for name in entry["of"]]
     if key := table.get("config_key"):
         table["config"][key] = _merge_config(base.pop("config"), table["config"].get(key, {}))
 
@@ -85,8 +92,8 @@ def _merge_config(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     return {**own, **{key: value for key, value in base.items() if key not in own}}
 
 
-def _parse(table: Mapping[str, Any]) -> Manifest:
-    entries = itertools.chain(*(table.get(key, ()) for key in MERGED_LISTS))
+def parse(table: Mapping[str, Any]) -> Manifest:
+    """The manifest that a TOML file with this table is, its base merged into it."""
     return Manifest(
         name=table["name"],
         model_types=tuple(table.get("model_types", ())),
@@ -100,11 +107,20 @@ def _parse(table: Mapping[str, Any]) -> Manifest:
         defaults=table.get("defaults", {}),
         indices={name: Index(**{**index, "range": tuple(index.get("range", ()))}) for name, index in _indices(table)},
         limits=table.get("limits", {}),
-        rules=tuple(Rule(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries),
+        per_layer=tuple(table.get("per_layer", ())),
+        rules=tuple(_rule(entry) for key in RULES for entry in table.get(key, ())),
+        stacks=tuple(StackRule(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),
+        also=table.get("also", {}),
+        spelling=table.get("spelling", {}),
         config=table.get("config", {}),
         side_files=table.get("side_files", {}),
         shard_name=table.get("shard_name", SHARD_NAME),
     )
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    lists = {key: tuple(entry[key]) for key in ("shape", "block") if key in entry}
+    return Rule(**{**entry, **lists})
 
 
 def _indices(table: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

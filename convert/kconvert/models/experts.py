@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from kconvert.errors import KconvertError
 from kconvert.models.amx import PROJECTIONS
-from kconvert.models.manifest import lookup
 from kconvert.models.model import Model, Weight
+from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain
 
 

@@ -6,90 +6,23 @@ every name that a sound checkpoint has.
 
 from __future__ import annotations
 
-import ast
 import copy
 import itertools
 import math
-import operator
 from collections import ChainMap
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from string import Formatter
 from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import spellings
-
-# Kimi-K2 has 70,000. A config.json that describes more than this is damaged, and its names would fill the memory.
-MAX_NAMES = 4_000_000
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One family of names: a Linear (`dtype` None: any encoding may spell it), or a tensor that is never quantised.
-
-    It holds for models whose config.json has a true value at key `when` and none at `unless`. An `optional` name may be
-    missing: always, or when the key that it names is true.
-    """
-
-    name: str
-    role: str
-    shape: tuple[str, ...]
-    dtype: str | None = None
-    when: str | None = None
-    unless: str | None = None
-    optional: bool | str = False
-
-    @property
-    def placeholders(self) -> list[str]:
-        return [field for _, field, _, _ in Formatter().parse(self.name) if field is not None]
-
-    def holds(self, config: Mapping[str, Any]) -> bool:
-        return (self.when is None or bool(lookup(config, self.when))) and not (
-            self.unless is not None and lookup(config, self.unless)
-        )
-
-    def may_be_missing(self, config: Mapping[str, Any]) -> bool:
-        return bool(lookup(config, self.optional)) if isinstance(self.optional, str) else self.optional
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The numbers that a placeholder stands for: a `range` of expressions, or the `list` at a key of config.json, which
-    counts from `first`; but none of those that the index `without` has."""
-
-    range: tuple[str, ...] = ()
-    list: str | None = None
-    first: int = 0
-    without: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A name that a rule owns, the layer and expert it belongs to, and the shape that the model's dimensions give it.
-
-    A Linear's shape is [out, in]; with three dimensions it is a stack of experts, see formats.stacks.
-    """
-
-    rule: Rule
-    shape: tuple[int, ...]
-    layer: int | None = None
-    expert: int | None = None
-    optional: bool = False
-
-    @property
-    def stack(self) -> int | None:
-        """How many matrices a Linear stacks, if it does."""
-        return self.shape[0] if len(self.shape) == 3 else None
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """A Linear's shape [out, in], with the rows of stacked matrices one after the other."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
+from kconvert.formats import Format, spellings
+from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
+from kconvert.models.rules import Match, Rule, StackRule, placeholders, respell
+from kconvert.models.sizes import assign, evaluate, limited, lookup
+from kconvert.models.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -112,7 +45,11 @@ class Manifest:
     defaults: Mapping[str, str]
     indices: Mapping[str, Index]
     limits: Mapping[str, str]
+    per_layer: tuple[str, ...]
     rules: tuple[Rule, ...]
+    stacks: tuple[StackRule, ...]
+    also: Mapping[str, str]
+    spelling: Mapping[str, Mapping[str, Any]]
     config: dict[str, Any]
     side_files: Mapping[str, str]
     shard_name: str
@@ -140,22 +77,55 @@ class Manifest:
         """Whether stacked experts are in MXFP4; see formats.stacks."""
         return self.stacked_method is not None and quant_method(config) == self.stacked_method
 
+    def spell(self, format: Format) -> Format:
+        """The format as this model's tensors are called, where not as usual."""
+        fields = self.spelling.get(format.label.partition(" ")[0])
+        return replace(format, **fields) if fields else format  # type: ignore[type-var]
+
+    def respelt(self, tensors: Collection[str]) -> Manifest:
+        """This manifest for a checkpoint with these tensors, some of which may be called as `also` says."""
+
+        def has(prefix: str) -> bool:
+            return any(name.startswith(prefix) for name in tensors)
+
+        prefixes = {usual: other for usual, other in self.also.items() if not has(usual) and has(other)}
+        if not prefixes:
+            return self
+        rules = (replace(rule, name=respell(rule.name, prefixes)) for rule in self.rules)
+        return replace(self, rules=tuple(rules), stacks=tuple(stack.respelt(prefixes) for stack in self.stacks))
+
     def resize(self, config: dict[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
         """A copy of config.json in which the symbols in `sizes` have these values; for samples."""
         resized = copy.deepcopy(config)
         section = self.section(resized)
-        for symbol, value in sizes.items():
-            if symbol not in self.dims:
-                raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
-            _assign(section, self.dims[symbol], value)
         with self._explain_faults():
-            known = self._sizes(section)
-        for key, bound in self.limits.items():
-            have = lookup(section, key)
-            with suppress(KeyError):
-                if have is not None:
-                    _assign(section, key, _limited(have, evaluate(bound, known)))
+            before = self._sizes(section).get("layers", 0)
+        for symbol, value in sizes.items():
+            assign(section, self._key(symbol, section), value)
+        with self._explain_faults():
+            for key in self.per_layer:
+                if isinstance(values := lookup(section, key), list):
+                    del values[self._sizes(section).get("layers", 0) : before]
+            for key, bound in self.limits.items():
+                have = lookup(section, key)
+                with suppress(KeyError):
+                    if have is not None:
+                        assign(section, key, self._limited(key, have, evaluate(bound, self._sizes(section))))
         return resized
+
+    def _key(self, symbol: str, section: Mapping[str, Any]) -> str:
+        """Where config.json has the size `symbol`: at its key, or at that of the size that stands in for it."""
+        if symbol not in self.dims:
+            raise KconvertError(f"the manifest {self.name} has no {symbol}; it has {', '.join(self.dims)}")
+        key, other = self.dims[symbol], self.dims.get(self.defaults.get(symbol, ""))
+        return other if other and lookup(section, key) is None else key
+
+    def _limited(self, key: str, have: Any, most: int) -> Any:
+        """`have` without what is beyond `most`: of a list of layers some numbers, of other numbers what is too much."""
+        if key not in {index.list for index in self.indices.values()}:
+            return limited(have, most)
+        kept = [number for number in layers_in(have, key) if number <= most]
+        return ",".join(map(str, kept)) if isinstance(have, str) else kept
 
     def bind(self, config: dict[str, Any]) -> Names:
         """The names and shapes that a checkpoint with this config.json has; KconvertError when a dimension is missing."""
@@ -164,11 +134,12 @@ class Manifest:
             sizes = self._sizes(section)
             numbers: dict[str, tuple[int, ...]] = {}
             for name, index in self.indices.items():
-                numbers[name] = _numbers(index, section, sizes, numbers)
-            names = Names(self, numbers)
+                numbers[name] = numbers_of(index, section, sizes, numbers)
+            named_from = {name: evaluate(index.named_from, sizes) for name, index in self.indices.items()}
+            names = Names(self, numbers, named_from)
             for rule in self.rules:
                 shape = self._shape(rule, section, sizes)
-                if shape is not None:
+                if shape is not None and (rule.layer is None or numbers[rule.layer]):
                     names.add(rule, shape, rule.may_be_missing(section))
         return names
 
@@ -214,9 +185,12 @@ class Manifest:
 class Names:
     """A manifest bound to a model's dimensions."""
 
-    def __init__(self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]], named_from: Mapping[str, int]
+    ) -> None:
         self.manifest = manifest
         self._numbers = numbers
+        self._named_from = named_from
         self._families: list[tuple[Rule, tuple[int, ...], bool]] = []
         self._count = 0
 
@@ -267,77 +241,52 @@ class Names:
         ]
 
     @cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """The stacks of experts that the model may have, by name."""
+        found = {}
+        for rule in self.manifest.stacks:
+            places = placeholders(rule.name)
+            (expert,) = set(placeholders(rule.of[0])) - set(places)
+            for numbers in itertools.product(*(self._numbers[place] for place in places)):
+                words = {place: self._word(place, number) for place, number in zip(places, numbers, strict=True)}
+                templates = [_filled(member, {**words, expert: "%s"}) for member in rule.of]
+                members = tuple([template % number for number in self._numbers[expert] for template in templates])
+                name = _filled(rule.name, words)
+                found[name] = Stack(name, members, len(templates), rule.bare, rule.plain)
+        return found
+
+    def _word(self, place: str, number: int) -> str:
+        """The number that the placeholder stands for, as names have it."""
+        return str(number - self._named_from[place])
+
+    @cached_property
     def _known(self) -> dict[str, Match]:
         known = {}
         for rule, shape, optional in self._families:
-            placeholders = rule.placeholders
-            axes = [placeholder.partition(".")[0] for placeholder in placeholders]
+            places = rule.placeholders
+            axes = [place.partition(".")[0] for place in places]
             layer_at, expert_at = (axes.index(axis) if axis in axes else None for axis in ("layer", "expert"))
-            template = rule.name
-            for placeholder in placeholders:
-                template = template.replace(f"{{{placeholder}}}", "{}")
-            for numbers in itertools.product(*(self._numbers[placeholder] for placeholder in placeholders)):
-                layer = None if layer_at is None else numbers[layer_at]
-                expert = None if expert_at is None else numbers[expert_at]
-                known[template.format(*numbers)] = Match(rule, shape, layer, expert, optional)
+            layer = self._numbers[rule.layer][0] if rule.layer else None
+            template = _filled(rule.name, dict.fromkeys(places, "%s"))
+            spelt = itertools.product(*([self._word(place, n) for n in self._numbers[place]] for place in places))
+            for numbers in itertools.product(*(self._numbers[place] for place in places)):
+                known[template % next(spelt)] = Match(
+                    rule,
+                    shape,
+                    layer if layer_at is None else numbers[layer_at],
+                    None if expert_at is None else numbers[expert_at],
+                    optional,
+                )
         return known
+
+
+def _filled(template: str, words: Mapping[str, str]) -> str:
+    """The template with words for its placeholders."""
+    for place, word in words.items():
+        template = template.replace(f"{{{place}}}", word)
+    return template
 
 
 def quant_method(config: Mapping[str, Any]) -> Any:
     """What config.json calls its quantisation; None when it has none."""
     return next(quantization_tables(config), {}).get("quant_method")
-
-
-def lookup(config: Mapping[str, Any], key: str) -> Any:
-    """The value at `key`, which may lead into tables (`a.b`); None when there is none."""
-    value: Any = config
-    for step in key.split("."):
-        value = value.get(step) if isinstance(value, Mapping) else None
-    return value
-
-
-def _assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
-    """Set the value that `lookup` finds at `key`, or a new one in the first table."""
-    *path, last = key.split(".")
-    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config.maps[0])
-    for step in path:
-        table = table[step]
-    table[last] = value
-
-
-def _limited(have: Any, most: int) -> Any:
-    """A number no larger than `most`; of a list of numbers those no larger, of another list the first `most`."""
-    if isinstance(have, list):
-        return [number for number in have if number <= most] if all(type(n) is int for n in have) else have[:most]
-    return min(have, most) if type(have) is int else have
-
-
-def _numbers(
-    index: Index, config: Mapping[str, Any], sizes: Mapping[str, int], known: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...]:
-    numbers: Sequence[int]
-    if index.list is None:
-        numbers = range(*(evaluate(bound, sizes) for bound in index.range))
-    else:
-        numbers = lookup(config, index.list) or []
-        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{index.list} is not a list of layers")
-    if len(numbers) > MAX_NAMES:
-        raise ValueError(f"more than {MAX_NAMES:,} of one kind")
-    left_out = frozenset(known[index.without]) if index.without else frozenset()
-    return tuple(number - index.first for number in numbers if number - index.first not in left_out)
-
-
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """A shape expression such as `A*(nope+rope)` over named sizes."""
-
-    def walk(node: ast.expr) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return node.value
-        if isinstance(node, ast.Name):
-            return sizes[node.id]
-        if isinstance(node, ast.BinOp):
-            return int(OPERATORS[type(node.op)](walk(node.left), walk(node.right)))
-        raise ValueError(f"{expression!r} is not a shape expression")
-
-    return walk(ast.parse(expression, mode="eval").body)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from kconvert import formats
 from kconvert.checkpoint.listing import CONFIG_NAME
@@ -24,9 +24,15 @@ from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
-from kconvert.models.manifest import Manifest, Match, Names
+from kconvert.models.manifest import Manifest, Names
 from kconvert.models.roles import Role, guess
-from kconvert.models.sorting import Plain, shows_experts, sort_out
+from kconvert.models.rules import Match
+from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
+from kconvert.models.stacks import Stack
+
+Facts: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
+Recognised: TypeAlias = "tuple[Format, int, int, tuple[Part, ...], Part | None]"
+Recogniser: TypeAlias = "Callable[[Scheme | None, Facts, tuple[int, int] | None], Recognised]"
 
 
 class Weight(NamedTuple):
@@ -59,6 +65,7 @@ class Weight(NamedTuple):
 class Model:
     """`weights` and `plain` in natural order of their names; `dropped` are the tensors that a conversion leaves behind.
 
+    `stacks` are tensors in which several of the weights lie, or in which models like this one have them; see models.stacks.
     `findings` say how the checkpoint's names differ from those of the model's manifest, if they do.
     """
 
@@ -68,6 +75,7 @@ class Model:
     weights: tuple[Weight, ...]
     plain: tuple[Plain, ...]
     dropped: tuple[Tensor, ...]
+    stacks: tuple[Stack, ...] = ()
     findings: tuple[str, ...] = ()
 
     @property
@@ -102,16 +110,19 @@ class Model:
         return replace(self, weights=weights, plain=plain)
 
 
-@lru_cache(maxsize=4096)
-def _recognise(
-    scheme: Scheme | None, facts: tuple[tuple[str, str, tuple[int, ...]], ...], shape: tuple[int, int] | None
-) -> tuple[Format, int, int, tuple[Part, ...], Part | None]:
-    """`formats.recognise`, the parts and the first that is not as it must be, of (suffix, dtype, shape) triples; shared for
-    the same reason."""
-    found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
-    format, (rows, cols) = formats.recognise(scheme, found, shape)
-    parts = parts_of(format, rows, cols)
-    return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
+def _recogniser(quantization: QuantizationConfig) -> Recogniser:
+    """`formats.recognise` by a scheme or another one of the quantisation's, the parts and the first that is not as it must be,
+    of (suffix, dtype, shape) triples; shared for the same reason."""
+
+    @lru_cache(maxsize=4096)
+    def recognise(scheme: Scheme | None, facts: Facts, shape: tuple[int, int] | None) -> Recognised:
+        found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
+        scheme = formats.fitting_scheme(scheme, quantization.schemes, found, shape)
+        format, (rows, cols) = formats.recognise(scheme, found, shape, quantization.file)
+        parts = parts_of(format, rows, cols)
+        return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
+
+    return recognise
 
 
 DIGITS = re.compile("0*([0-9]{1,18})")
@@ -134,7 +145,7 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
     as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
     A `partial` checkpoint may lack some of the model's weights.
     """
-    manifest = manifest_for(checkpoint.config)
+    manifest = manifest_for(checkpoint.config, checkpoint.tensors)
     names = manifest.bind(checkpoint.config)
     model, unlisted, missing = _read(checkpoint, names)
     if missing and not partial:
@@ -159,21 +170,29 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
     """The model as read by these names; weights and tensors that they do not list; those listed that are missing."""
     found = sort_out(checkpoint, names)
     quantization = names.manifest.quantization(checkpoint.config)
-    guesses = not names.manifest.accepts_any or shows_experts(found.modules)
     try:
-        weights = [
-            _weight(name, found.modules[name], names, quantization, guesses)
-            for name in sorted(found.modules, key=natural_key)
-        ]
+        weights = _gather(found, names, quantization)
     except KconvertError:
-        _refuse_undeclared(checkpoint, quantization)
-        raise
+        if quantization.schemes or not (beside := _declared_beside(checkpoint)).schemes:
+            raise
+        quantization, weights = beside, _gather(found, names, beside)
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
-    model = Model(checkpoint, names.manifest, quantization, tuple(weights), tuple(plain), tuple(found.dropped))
+    stacks = tuple(found.stacks.values())
+    model = Model(checkpoint, names.manifest, quantization, weights, tuple(plain), tuple(found.dropped), stacks)
     known = {tensor.name: tensor for tensor in found.unlisted}
     unlisted = [w.name for w in weights if w.tensors[0].name in known]
     unlisted += [p.tensor.name for p in plain if p.tensor.name in known]
     return model, unlisted, names.missing(found)
+
+
+def _gather(found: Sorted, names: Names, quantization: QuantizationConfig) -> tuple[Weight, ...]:
+    """The weights of what is sorted out, in natural order of their names."""
+    guesses = not names.manifest.accepts_any or shows_experts(found.modules)
+    recognise = _recogniser(quantization)
+    return tuple(
+        _weight(name, found.modules[name], names, quantization, recognise, guesses)
+        for name in sorted(found.modules, key=natural_key)
+    )
 
 
 def _are_renamed(missing: list[str], unlisted: list[str], model: Model, names: Names) -> bool:
@@ -194,24 +213,27 @@ def _refuse_incomplete(model: Model, missing: list[str]) -> NoReturn:
     )
 
 
-def _refuse_undeclared(checkpoint: Checkpoint, quantization: QuantizationConfig) -> None:
-    """KconvertError when not config.json but another file declares how the checkpoint is quantised, or nothing does."""
-    if quantization.schemes:
-        return
+def _declared_beside(checkpoint: Checkpoint) -> QuantizationConfig:
+    """What another file says of a checkpoint that is quantised as config.json does not say; KconvertError when it is not read,
+    or when both are missing."""
     files = {*checkpoint.side_files, *checkpoint.left_out}
-    if sentence := declared_beside(files, lambda name: checkpoint.side_file(name).read_bytes()):
-        raise KconvertError(f"{checkpoint.root}/{sentence}")
-    if not checkpoint.config:
+    try:
+        found = declared_beside(files, lambda name: checkpoint.side_file(name).read_bytes(), checkpoint.config)
+    except KconvertError as error:
+        raise KconvertError(f"{checkpoint.root}/{error}") from None
+    if found is None and not checkpoint.config:
         path = checkpoint.root / CONFIG_NAME
         raise KconvertError(
             f"{path} is missing or empty, and only it says how weights are quantised, as these are; fetch it"
         )
+    return found or QuantizationConfig()
 
 
 def refuse_undecoded(model: Model) -> None:
     """KconvertError when a tensor that would be copied may be codes that nothing in the copy declares."""
     for tensor, reason in undecoded(model.plain):
-        _refuse_undeclared(model.checkpoint, model.quantization)
+        if not model.quantization.schemes:
+            _declared_beside(model.checkpoint)
         raise KconvertError(
             f"{tensor} {reason}, which no rule decodes; copied as it is, it would be read as values, so this checkpoint cannot "
             "be converted"
@@ -219,18 +241,21 @@ def refuse_undecoded(model: Model) -> None:
 
 
 def _weight(
-    name: str, found: Mapping[str, Tensor], names: Names, quantization: QuantizationConfig, guesses: bool
+    name: str,
+    found: Mapping[str, Tensor],
+    names: Names,
+    quantization: QuantizationConfig,
+    recognise: Recogniser,
+    guesses: bool,
 ) -> Weight:
     match = names.linear(name) or names.tensor(f"{name}.weight")
     shape = None if match is None else match.matrix
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
-    if scheme is None and "weight" in found:
-        scheme = formats.implied_scheme(quantization.schemes, found["weight"].dtype)
     try:
         facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
-        format, rows, cols, parts, misfit = _recognise(scheme, facts, shape)
+        format, rows, cols, parts, misfit = recognise(scheme, facts, shape)
     except ValueError as error:
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
     tensors = tuple([found[part.suffix] for part in parts])
@@ -238,7 +263,8 @@ def _weight(
         tensor = found[misfit.suffix]
         raise KconvertError(
             f"{tensor} is {tensor.dtype} {list(tensor.shape)}, but a weight [{rows}, {cols}] in {format.label} has "
-            f"{misfit.dtype} {list(misfit.shape)} there; the file and config.json do not belong together, or one is damaged"
+            f"{misfit.dtype} {list(misfit.shape)} there; the file and {quantization.file} do not belong together, or one is "
+            "damaged"
         )
     if match is not None and match.stack not in (None, tensors[0].shape[0]):
         raise KconvertError(

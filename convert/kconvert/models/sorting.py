@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from sys import intern
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from kconvert.formats.base import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
 from kconvert.models.manifest import Names
 from kconvert.models.roles import guess
+from kconvert.models.stacks import Stack, unstack
 
 # What engines compute by themselves and old checkpoints carry.
 ROTARY = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
@@ -46,12 +47,14 @@ class Plain(NamedTuple):
 
 @dataclass(frozen=True)
 class Sorted:
-    """`modules` maps weights to their tensors by suffix; `unlisted` are tensors that the manifest does not know."""
+    """`modules` maps weights to their tensors by suffix; `unlisted` are tensors that the manifest does not know, `stacks` those
+    in which matrices of experts lie, or may be written; see models.stacks."""
 
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     plain: dict[str, Plain] = field(default_factory=dict)
     dropped: list[Tensor] = field(default_factory=list)
     unlisted: list[Tensor] = field(default_factory=list)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a weight or a tensor that a manifest calls so, be the tensor quantised and so a weight."""
@@ -60,8 +63,9 @@ class Sorted:
 
 def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     """Sort the checkpoint's tensors; KconvertError when one has not the shape that the manifest gives it, or is wrapped."""
-    sorted_ = Sorted()
-    for name, tensor in checkpoint.tensors.items():
+    tensors, stacks = unstack(checkpoint.tensors, names.stacks)
+    sorted_ = Sorted(stacks=stacks)
+    for name, tensor in tensors.items():
         match = names.tensor(name)
         if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
             if tensor.shape != match.shape:
@@ -77,7 +81,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
             sorted_.unlisted.append(tensor)
-    _check_wrappers(sorted_.unlisted, len(checkpoint.tensors))
+    _check_wrappers(sorted_.unlisted, len(tensors))
     _sort_out_unlisted(sorted_, names)
     return sorted_
 
@@ -105,8 +109,7 @@ def _wrapped(tensor: Tensor, prefix: str, wrapper: str) -> KconvertError:
 
 def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
     """Without names to go by, a weight is what has a tensor that only encoded weights have, or an expert's matrix."""
-    split = (tensor.name.rpartition(".") for tensor in sorted_.unlisted)
-    encoded = {module for module, _, suffix in split if suffix in formats.QUANTISED_SUFFIXES}
+    encoded = _encoded(sorted_.unlisted)
     for tensor in sorted_.unlisted:
         module, _, suffix = tensor.name.rpartition(".")
         is_part = _is_part(suffix) and (module in encoded or module in sorted_.modules)
@@ -121,6 +124,22 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
         # What a manifest takes for plain may be quantised all the same: an embedding, a router.
         if (whole := sorted_.plain.pop(f"{module}.weight", None)) is not None:
             sorted_.modules[module]["weight"] = whole.tensor
+
+
+def _encoded(tensors: Iterable[Tensor]) -> set[str]:
+    """The weights among these tensors of which one is an encoded weight's and nothing else's, or may be, beside codes."""
+    encoded: set[str] = set()
+    doubtful: set[str] = set()
+    codes: set[str] = set()
+    for tensor in tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        if suffix in formats.TELLING_SUFFIXES:
+            encoded.add(module)
+        elif suffix in formats.QUANTISED_SUFFIXES:
+            doubtful.add(module)
+        if suffix == "weight" and tensor.dtype not in DTYPES:
+            codes.add(module)
+    return encoded | (doubtful & codes)
 
 
 def _is_number(tensor: Tensor) -> bool:

@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import SEEK_END, BytesIO
 from json.encoder import encode_basestring
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, SHARD_NAME
 from kconvert.checkpoint.safetensors import layout
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
-from kconvert.planning.steps import Place, Step
+from kconvert.planning.steps import Described, Place, Step
 
 METADATA = {"format": "pt"}
 FORMS = ("safetensors", "kt")  # of AMX weights: Safetensors, and Apart in a tree of .kt files
-Described: TypeAlias = list[tuple[str, str, tuple[int, ...]]]  # name, dtype and shape of tensors, see Step.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,8 @@ class Container(Protocol):
 class Safetensors:
     """Shards of at most `shard_size` bytes, or one weight, with an index.
 
-    The tensors of one weight share a shard, unless `scatter` deals them to shards that follow one another. `metadata` goes
-    into every header.
+    The tensors of one weight share a shard, as do the matrices of a stack, unless `scatter` deals them to shards that follow
+    one another. `metadata` goes into every header.
     """
 
     shard_size: int
@@ -66,14 +65,14 @@ class Safetensors:
     def place(self, drafts: Iterable[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See Container."""
         steps = list(drafts)
-        outputs = [step.outputs for step in steps]
+        outputs = list(_first_written(steps))
         numbers = self._numbers(outputs)
         total = numbers[-1] + 1
         if self.scatter and total == 1:
             raise KconvertError(
                 "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
             )
-        contents: list[Described] = [[] for _ in range(total)]
+        contents: list[list[Described]] = [[] for _ in range(total)]
         for number, tensors in zip(numbers, outputs, strict=True):
             for k, tensor in enumerate(tensors):
                 contents[(number + k * self.scatter) % total].append(tensor)
@@ -89,12 +88,13 @@ class Safetensors:
             shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))
             starts = {entry.name: entry.start for entry in entries}
             places.append(iter([Place(name, starts[tensor]) for tensor, _, _ in content]))
+        stacks: dict[str, Place] = {}
         for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
             writes = [next(places[(number + k * self.scatter) % total]) for k in range(count)]
-            steps[i] = steps[i].placed(tuple(writes))
+            steps[i] = _placed(steps[i], writes, stacks)
         return tuple(steps), tuple(shards)
 
-    def _numbers(self, outputs: Iterable[Described]) -> list[int]:
+    def _numbers(self, outputs: Iterable[list[Described]]) -> list[int]:
         """The shard of what each draft writes, counted from 0."""
         numbers: list[int] = []
         number = filled = 0
@@ -117,6 +117,27 @@ class Safetensors:
             )
         metadata = {"total_size": total, "total_parameters": parameters}
         return {CONFIG_NAME: json_bytes(config), INDEX_NAME: _index_bytes(metadata, weight_map)}
+
+
+def _first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
+    """The tensors that each draft writes, but for those that one before it writes another matrix of."""
+    stacks: set[str] = set()
+    for draft in drafts:
+        tensors = draft.outputs
+        if draft.slot is not None:
+            tensors = [tensor for tensor in tensors if tensor[0] not in stacks]
+            stacks.update(name for name, _, _ in tensors)
+        yield tensors
+
+
+def _placed(draft: Step, writes: list[Place], stacks: dict[str, Place]) -> Step:
+    """The step with its places; of a slot, `writes` are those of what it is the first to write into, which go into `stacks`."""
+    if (slot := draft.slot) is None:
+        return draft.placed(tuple(writes))
+    tensors = draft.outputs
+    stacks.update(zip((name for name, _, _ in tensors if name not in stacks), writes, strict=True))
+    wholes = [(stacks[name], tensor_bytes(dtype, shape)) for name, dtype, shape in tensors]
+    return draft.placed(tuple(Place(file, start + size // slot.count * slot.index) for (file, start), size in wholes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import FATES
 from kconvert.formats.dtypes import tensor_bytes
+
+Described: TypeAlias = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 
 
 class Place(NamedTuple):
@@ -22,10 +25,28 @@ class Place(NamedTuple):
 Origin: TypeAlias = Tensor | Place  # a tensor of the source, or where its bytes begin
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Which matrix of a stack [experts, rows, cols] a weight becomes: number `index` of `count`, `width` of them an expert's,
+    one above the other. The stack's tensors are called by `stack` as a weight's, or, if it is `bare`, by that name alone."""
+
+    stack: str
+    index: int
+    count: int
+    width: int
+    bare: bool
+
+    def whole(self, part: Part) -> Described:
+        """The tensor in which the matrices' `part`s lie."""
+        rows, *rest = part.shape
+        name = self.stack if self.bare else part.tensor_of(self.stack)
+        return name, part.dtype, (self.count // self.width, self.width * rows, *rest)
+
+
 class Transcode(NamedTuple):
     """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
 
-    `output` is its name there where that is another one than in the source.
+    `output` is its name there where that is another one than in the source, `slot` its place in a stack.
     """
 
     name: str
@@ -36,6 +57,7 @@ class Transcode(NamedTuple):
     target: Format
     writes: tuple[Place, ...] = ()
     output: str = ""
+    slot: Slot | None = None
 
     @property
     def title(self) -> str:
@@ -52,42 +74,49 @@ class Transcode(NamedTuple):
         return parts_of(self.target, self.rows, self.cols)
 
     @property
-    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, shape) of what it writes."""
+    def outputs(self) -> list[Described]:
+        """What it writes, or of a slot what it writes a part of."""
+        if self.slot is not None:
+            return [self.slot.whole(part) for part in self.target_parts]
         name = self.output or self.name
         return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
-        return Transcode(self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output)
+        return Transcode(
+            self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output, self.slot
+        )
 
 
 class Copy(NamedTuple):
-    """A tensor keeps its name, dtype, shape and bytes."""
+    """A tensor keeps its name, dtype, shape and bytes; with a `slot` it is the matrix of a stack, which has another name."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     reads: tuple[Origin, ...]
     writes: tuple[Place, ...] = ()
+    slot: Slot | None = None
 
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
 
     @property
-    def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+    def outputs(self) -> list[Described]:
+        if self.slot is not None:
+            return [self.slot.whole(Part(self.name.rpartition(".")[2], self.dtype, self.shape))]
         return [(self.name, self.dtype, self.shape)]
 
     def placed(self, writes: tuple[Place, ...]) -> Copy:
-        return Copy(self.name, self.dtype, self.shape, self.reads, writes)
+        return Copy(self.name, self.dtype, self.shape, self.reads, writes, self.slot)
 
 
 Step: TypeAlias = Transcode | Copy
 
 
-def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None) -> Copy:
+def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None, slot: Slot | None = None) -> Copy:
     """The tensor as it is, or what of its beginning has this shape; without a place in the output."""
-    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,))
+    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,), slot=slot)
 
 
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:

@@ -6,9 +6,12 @@ quantisation it asks only which modules it covers; compressed-tensors' own funct
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.listing import CONFIG_NAME
@@ -19,13 +22,19 @@ Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is qua
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 NEVER_CODES = FLOATS | {"BOOL", "I64", "U64"}
 INTEGER_TABLES = ("tid2eid", "position_ids", "relative_position_index", "token_type_ids", "d2t", "t2d")
+WRAPPERS = ("language_model", "model", "model.language_model", "language_model.model")
 MASKS = ("attn.bias", "masked_bias", "attention_mask", "causal_mask")
 INNER = "quantization_config"  # where transformers kept a table within a table once
+# What gives away a table without quant_method.
+KEYS = {"quantization": "modelopt", "quant_algo": "modelopt", "global_quant_config": "quark"}
+KEYS |= dict.fromkeys(("config_groups", INNER), "compressed-tensors")
+BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
     """A sentence for each tensor of codes that the checkpoint's config.json does not cover, or that has no scale beside it."""
-    covers = [cover for table in _tables(checkpoint.config) if (cover := _reader(table))]
+    tables = [*_tables(checkpoint.config)] or [*_beside(checkpoint)]
+    covers = [cover for table in tables if (cover := _reader(table))]
     modules: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in checkpoint.tensors.values():
         modules[_module(tensor.name)].append(tensor)
@@ -79,9 +88,17 @@ def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 yield table[key]
 
 
+def _beside(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
+    """What files beside config.json declare, which engines read where it says nothing."""
+    for name in BESIDE:
+        if name in checkpoint.side_files or name in checkpoint.left_out:
+            with suppress(ValueError, RecursionError):
+                yield _table(json.loads(checkpoint.side_file(name).read_bytes()))
+
+
 def _reader(table: Mapping[str, Any]) -> Covers | None:
     """Which modules a quantisation covers; None where that is not known."""
-    method = table.get("quant_method") or ("compressed-tensors" if table.keys() & {"config_groups", INNER} else None)
+    method = table.get("quant_method") or next((name for key, name in KEYS.items() if key in table), None)
     reader = READERS.get(str(method).lower().replace("_", "-"))
     return reader(table) if reader else None
 
@@ -135,9 +152,55 @@ def _fp8(table: Mapping[str, Any]) -> Covers:
     return lambda module: module not in left
 
 
+def _modelopt(table: Mapping[str, Any]) -> Covers:
+    """What `quantized_layers` names, or everything, but for what is excluded."""
+    table = {**table, **_table(table.get("quantization"))}
+    layers = _table(table.get("quantized_layers"))
+    if not layers and not table.get("quant_algo"):
+        return lambda module: False
+    chosen = _among(layers) if layers else lambda module: True
+    excluded = _among([*_names(table.get("ignore")), *_names(table.get("exclude_modules"))])
+    return lambda module: chosen(module) and not excluded(module)
+
+
+def _quark(table: Mapping[str, Any]) -> Covers:
+    """What has a config with a weight, a layer's own or the usual one, and is not excluded."""
+    layers = _table(table.get("layer_quant_config"))
+    usual = [table.get("global_quant_config"), *_table(table.get("layer_type_quant_config")).values()]
+    by_usual = any(_table(group).get("weight") for group in usual)
+    quantised, spared = (
+        _among(name for name, group in layers.items() if bool(_table(group).get("weight")) is has)
+        for has in (True, False)
+    )
+    excluded = _among(_names(table.get("exclude")))
+    return lambda module: not excluded(module) and (quantised(module) or (by_usual and not spared(module)))
+
+
+def _among(names: Iterable[str]) -> Covers:
+    """Whether a module is meant by one of the names and patterns, or one around it is, whatever is around a language model."""
+    whole = {name for name in names if _is_sound(name)}
+    patterns = [re.compile(name.removeprefix("re:")) for name in whole if name.startswith("re:")]
+    globs = [name for name in whole if not name.startswith("re:") and any(sign in name for sign in "*?[")]
+
+    def among(module: str) -> bool:
+        words = module.split(".")
+        around = {".".join(words[:end]) for end in range(1, len(words) + 1)}
+        around |= {f"{outer}.{name}" for outer in WRAPPERS for name in around}
+        return (
+            not whole.isdisjoint(around)
+            or any(pattern.match(module) for pattern in patterns)
+            or any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in around)
+        )
+
+    return among
+
+
 # By quant_method; a new dialect has its reader here, which asks nothing of the room of dialects.
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Covers]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
+    "mxfp8": _fp8,
     "mxfp4": _fp8,
+    **dict.fromkeys(("modelopt", "modelopt-fp4", "modelopt-mixed", "modelopt-mxfp8"), _modelopt),
+    "quark": _quark,
 }

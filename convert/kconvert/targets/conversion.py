@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import Format
+from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.models.sorting import Plain
+from kconvert.models.stacks import Stack
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Step, Transcode, copy_of, count_steps
+from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, Target, is_linear_role
 from kconvert.targets.recipe import Recipe
 
@@ -117,11 +118,41 @@ class Conversion:
             if isinstance(item, Plain):
                 yield copy_of(item.tensor)
                 continue
-            format = self.becomes(item)
+            format, slot = self.becomes(item), self._slots.get(item.name)
             if format is None:
-                yield from map(copy_of, item.copied)
+                yield from (copy_of(tensor, slot=slot) for tensor in item.copied)
             else:
-                yield Transcode(item.name, item.rows, item.cols, item.format, item.tensors, format)
+                yield Transcode(item.name, item.rows, item.cols, item.format, item.tensors, format, slot=slot)
+
+    @cached_property
+    def _slots(self) -> Mapping[str, Slot]:
+        """The place of each weight that lies in a stack of the output, by the weight's name."""
+        stacks = self.model.stacks
+        weights = {weight.name: weight for weight in self.model.weights} if stacks else {}
+        slots: dict[str, Slot] = {}
+        for stack in stacks:
+            members = [weights[name] for name in stack.members if name in weights]
+            if len(members) == len(stack.members) and self._stays_together(stack, members):
+                count, width = len(members), stack.width
+                slots.update(
+                    (name, Slot(stack.name, index, count, width, stack.bare))
+                    for index, name in enumerate(stack.members)
+                )
+        return slots
+
+    def _stays_together(self, stack: Stack, members: list[Weight]) -> bool:
+        """Whether the output has these weights in a stack: they are in one form that can be stacked, and not as they are in a
+        source that has them apart."""
+        first = members[0]
+        format = self.encoding(first)
+        if format.quantised and stack.plain:
+            return False
+        parts = parts_of(format, first.rows, first.cols)
+        if not all(len(part.shape) == 2 and part.every and part.constant is None for part in parts):
+            return False
+        alike = all((m.rows, m.cols, self.encoding(m)) == (first.rows, first.cols, format) for m in members)
+        is_apart = first.tensors[0].name in self.model.checkpoint.tensors
+        return alike and not (is_apart and all(self.becomes(member) is None for member in members))
 
     def left_behind(self) -> Iterator[Tensor]:
         """What describes activations: it goes along only where a weight's codes are copied as they are."""

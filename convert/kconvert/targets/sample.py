@@ -16,8 +16,10 @@ from kconvert.formats.base import Scheme
 from kconvert.formats.dense import Dense
 from kconvert.formats.stacks import MxStack
 from kconvert.models.catalogue import load_manifest
-from kconvert.models.manifest import Manifest, Match, lookup
+from kconvert.models.manifest import Manifest
 from kconvert.models.model import natural_key, understand
+from kconvert.models.rules import Match
+from kconvert.models.sizes import lookup
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Step, Transcode, copy_of

@@ -11,8 +11,8 @@ from kconvert import KconvertError
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.models.catalogue import load_manifest, load_manifests, manifest_for
-from kconvert.models.manifest import evaluate
 from kconvert.models.model import Model, understand
+from kconvert.models.sizes import evaluate
 
 Config = Callable[..., dict[str, Any]]
 Tensors = Callable[..., dict[str, Tensor]]

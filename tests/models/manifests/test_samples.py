@@ -13,7 +13,7 @@ from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.address import open_checkpoint
 from kconvert.formats.dense import Dense
 from kconvert.models.catalogue import load_manifest, load_manifests
-from kconvert.models.manifest import lookup
+from kconvert.models.sizes import lookup
 from kconvert.report.summary import summarise
 from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 

@@ -34,37 +34,42 @@ class MxWitness(Witness[Mx]):
         return {"num_bits": self.format.bits, "type": "float", "strategy": "group", "group_size": GROUP}
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """It knows the tensors by the names that `Mx(bits)` has."""
+        import torch
         from compressed_tensors.compressors import mxfp4, mxfp8
 
+        usual = Mx(self.format.bits)
+        codes = state[self.format.codes_name]
+        codes = codes.view(torch.uint8) if self.format.bits == 4 else codes
+        state = {usual.codes_name: codes, usual.scale_name: state[self.format.scale_name]}
         compressor: Any = mxfp4.MXFP4PackedCompressor if self.format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
-        values: torch.Tensor = compressor.decompress(without_unused(self.format, state), scheme(self))["weight"]
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values
 
     @property
     def has_reference(self) -> bool:
         return not self.format.unused
 
-    @property
-    def _codes(self) -> str:
-        return "weight_packed" if self.format.bits == 4 else "weight"
-
     def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
         """Nothing in a checkpoint says with which scales it was made."""
+        import torch
+
         from kconvert.formats.reference import mx
 
         for mse in (False, True):
             codes, scale = in_pieces(partial(mx.encode, bits=self.format.bits, mse=mse), values)
-            yield {self._codes: codes, "weight_scale": scale}
+            codes = codes.view(torch.int8) if self.format.codes_dtype == "I8" else codes
+            yield {self.format.codes_name: codes, self.format.scale_name: scale}
 
     def grid(self) -> tuple[float, ...]:
         return E2M1 if self.format.bits == 4 else e4m3_values()
 
     def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
-        counts = count_bytes(state[self._codes])
+        counts = count_bytes(state[self.format.codes_name])
         return nibbles(counts) if self.format.bits == 4 else counts.tolist()
 
     def scales(self, state: State) -> torch.Tensor:
-        return (state["weight_scale"].double() - 127).exp2()
+        return (state[self.format.scale_name].double() - 127).exp2()
 
     def group_columns(self, cols: int) -> int:
         return GROUP
@@ -100,18 +105,30 @@ class Nvfp4Witness(Witness[Nvfp4]):
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         from compressed_tensors.compressors import nvfp4 as theirs
 
+        if self.format.multiplies:
+            return self._modelopt_values(state, shape)
         state = without_unused(self.format, state)
         values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
         return values
+
+    def _modelopt_values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """compressed-tensors' codes, and ModelOpt's product of them."""
+        import torch
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
+        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
+        return values.view(shape).bfloat16()
 
     def grid(self) -> tuple[float, ...]:
         return E2M1
 
     def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
-        return nibbles(count_bytes(state["weight_packed"]))
+        return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
 
     def scales(self, state: State) -> torch.Tensor:
-        return state["weight_scale"].float() / state["weight_global_scale"].float()
+        scale, other = state["weight_scale"].float(), state[nvfp4.NAMES[self.format.multiplies][1]].float()
+        return scale * other if self.format.multiplies else scale / other
 
     def group_columns(self, cols: int) -> int:
         return nvfp4.GROUP

@@ -1,0 +1,81 @@
+"""ModelOpt: a `quant_algo` for all Linears that are not in `ignore`, or in mixed checkpoints for each of `quantized_layers`.
+
+config.json has that as quantization_config, flat or below `quantization`; hf_quant_config.json, which engines read as well,
+has it below `quantization` and calls `ignore` `exclude_modules`. Names are modules', whose insides they mean too
+(`mlp.experts` for every expert's projections), with or without those of a model around the language model; others are the
+shell's patterns. `config_groups` says the same in other words, and is not looked at.
+Sources: https://github.com/NVIDIA/Model-Optimizer, `export/quant_utils.py`, `export/convert_hf_config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from kconvert.dialects.base import QuantizationConfig
+from kconvert.dialects.fields import Table, brief
+from kconvert.errors import KconvertError
+from kconvert.formats.base import Scheme
+
+METHODS: tuple[str, ...] = ("modelopt", "modelopt-fp4", "modelopt-mixed", "modelopt-mxfp8")
+INNER = "quantization"
+SIGNS = frozenset({"quant_algo", "producer", "quantized_layers", INNER})
+MIXED = "MIXED_PRECISION"
+EVERYTHING = ("Module",)  # some exports have lm_head and embeddings quantised
+NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targets=EVERYTHING)
+MXFP4 = Scheme("mxfp4", 4, "float", strategy="group", group_size=32, targets=EVERYTHING)
+MXFP8 = replace(MXFP4, format="mxfp8-quantized", num_bits=8)
+FP8 = Scheme("float-quantized", 8, "float", targets=EVERYTHING)
+FP8_CHANNEL = replace(FP8, strategy="channel")
+FP8_BLOCK = replace(FP8, strategy="block", block=(128, 128))
+INT8 = Scheme("int-quantized", 8, "int", strategy="channel", targets=EVERYTHING)
+# What follows W4A8_ and its like is about activations. In capitals as engines know it, or as ModelOpt has no name for it.
+ALGORITHMS: Mapping[str, Scheme] = {
+    **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_STATIC"), NVFP4),
+    **dict.fromkeys(("MXFP4", "W4A8_MXFP4_FP8"), MXFP4),
+    "MXFP8": MXFP8,
+    "FP8": FP8,
+    **dict.fromkeys(("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PC_PT"), FP8_CHANNEL),
+    **dict.fromkeys(("FP8_PB_WO", "FP8_PB_REAL"), FP8_BLOCK),
+    **dict.fromkeys(("W8A16", "W8A8_SQ_PER_CHANNEL"), INT8),
+}
+
+
+def read(table: Table) -> QuantizationConfig:
+    """See base.Dialect."""
+    if INNER in table:
+        table = table.table(INNER)
+    if "quant_algo" not in table.values and "quantized_layers" not in table:
+        raise table.fault("quant_algo", "the name of an algorithm")
+    ignore = (*table.globs("ignore"), *table.globs("exclude_modules"))
+    if table.text("quant_algo", MIXED if "quantized_layers" in table else "").upper() == MIXED:
+        return QuantizationConfig(_by_layer(table.table("quantized_layers")), ignore, inside=True)
+    scheme = _scheme(table)
+    return QuantizationConfig((scheme,) if scheme else (), ignore, inside=True)
+
+
+def _by_layer(layers: Table) -> tuple[Scheme, ...]:
+    """A scheme for each algorithm, whose targets are the modules that have it."""
+    modules: dict[Scheme, list[str]] = {}
+    for name in layers.values:
+        if (scheme := _scheme(layers.table(name))) is not None:
+            modules.setdefault(scheme, []).append(layers.target(name))
+    return tuple(replace(scheme, targets=tuple(names)) for scheme, names in modules.items())
+
+
+def _scheme(table: Table) -> Scheme | None:
+    """What the table's algorithm makes of a weight; None where it leaves weights alone."""
+    name = table.text("quant_algo", "")
+    if not name:
+        return None
+    scheme = ALGORITHMS.get(name.upper())
+    if scheme is None:
+        raise KconvertError(
+            f"{table.place_of('quant_algo')} is {brief(name)}, which is not read; convert the checkpoint that it was made from"
+        )
+    size = table.integer("group_size") or 0  # 0 stands for none
+    if size < 0:
+        raise table.fault("group_size", "a positive number")
+    if size and scheme.block:
+        return replace(scheme, block=(size, size))
+    return replace(scheme, group_size=size) if size and scheme.group_size else scheme

@@ -1,0 +1,64 @@
+"""Sizes in a config.json: values at keys that lead into tables and lists, and arithmetic over them."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections import ChainMap
+from collections.abc import Mapping
+from typing import Any
+
+LENGTH = "length"
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+def lookup(config: Mapping[str, Any], key: str) -> Any:
+    """The value at `key`, which may lead into tables (`a.b`) and lists (`a.0`, `a.length`); None when there is none."""
+    value: Any = config
+    for step in key.split("."):
+        value = _entry(value, step)
+    return value
+
+
+def _entry(value: Any, step: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(step)
+    if not isinstance(value, list):
+        return None
+    if step == LENGTH:
+        return len(value)
+    return value[int(step)] if step.isdecimal() and int(step) < len(value) else None
+
+
+def assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
+    """Set the value that `lookup` finds at `key`, or a new one in the first table; a length that is set cuts the list."""
+    *path, last = key.split(".")
+    table: Any = next((table for table in config.maps if key.partition(".")[0] in table), config.maps[0])
+    for step in path:
+        table = table[step]
+    if isinstance(table, list):
+        del table[value:]
+    else:
+        table[last] = value
+
+
+def limited(have: Any, most: int) -> Any:
+    """A number no larger than `most`, or a list of such numbers."""
+    if isinstance(have, list):
+        return [limited(number, most) for number in have]
+    return min(have, most) if type(have) is int else have
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """A shape expression such as `A*(nope+rope)` over named sizes; KeyError for a name that is not among them."""
+
+    def walk(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name):
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp):
+            return int(OPERATORS[type(node.op)](walk(node.left), walk(node.right)))
+        raise ValueError(f"{expression!r} is not a shape expression")
+
+    return walk(ast.parse(expression, mode="eval").body)
