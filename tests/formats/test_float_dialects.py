@@ -215,7 +215,7 @@ V4_EXPERT, V4_MTP, V4_DENSE = "layers.0.ffn.experts.1.w2", "mtp.0.ffn.experts.1.
         (V4, {"expert_dtype": "fp4"}),
         (V4, {}),
         (V4, {"expert_dtype": "fp8"}),
-        ({**V4, "expert_dtype": "fp4"}, {"model_type": "deepseek_v41", "text_config": {}}),
+        ({**V4, "expert_dtype": "fp4"}, {"model_type": "deepseek_v41_like", "text_config": {}}),
         (V4, {"text_config": {"expert_dtype": "fp4"}}),
         ({**V4, "modules_to_not_convert": [V4_DENSE, V4_EXPERT]}, {}),
     ],
@@ -228,7 +228,7 @@ def test_deepseek_v4s_experts_are_what_their_tensors_are(
     expert, fp4 = mx(V4_EXPERT, ("weight", "scale"), 4, torch.float8_e8m0fnu)
     dense, value = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu)
     base, other = blocks("layers.1.ffn.experts.1.w2", "scale", torch.float32)
-    root = configured(write({**expert, **dense, **base}, quantization), **{"model_type": "deepseek_v4", **around})
+    root = configured(write({**expert, **dense, **base}, quantization), **{"model_type": "deepseek_v4_like", **around})
     becomes(root, {f"{V4_EXPERT}.weight": fp4, f"{V4_DENSE}.weight": value, "layers.1.ffn.experts.1.w2.weight": other})
 
 
@@ -236,7 +236,7 @@ def test_deepseek_v41s_blocks_of_32_beside_tables_of_1x32(write: Write, becomes:
     dense, value = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu, 32)
     table, embedded = mx("layers.1.engram.embed", ("weight", "scale"), 8, torch.float8_e8m0fnu)
     quantization = {**V4, "weight_block_size": [32, 32], "expert_dtype": "fp4"}
-    root = configured(write({**dense, **table}, quantization), model_type="deepseek_v41")
+    root = configured(write({**dense, **table}, quantization), model_type="deepseek_v41_like")
     becomes(root, {f"{V4_DENSE}.weight": value, "layers.1.engram.embed.weight": embedded})
 
 
@@ -245,7 +245,7 @@ def test_nvidias_deepseek_v4_has_nvfp4_experts_and_keeps_mxfp4_in_mtp(write: Wri
     mtp, fp4 = mx(V4_MTP, ("weight", "scale"), 4, torch.float8_e8m0fnu)
     dense, other = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu)
     quantization = {**V4, "moe_quant_algo": "NVFP4", "ignore": ["mtp.*"]}
-    root = configured(write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4", expert_dtype="fp4")
+    root = configured(write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4_like", expert_dtype="fp4")
     becomes(root, {f"{V4_EXPERT}.weight": value, f"{V4_MTP}.weight": fp4, f"{V4_DENSE}.weight": other})
 
 
