@@ -48,8 +48,8 @@ class QuantizationConfig:
     """The schemes of a checkpoint, and the modules that none applies to.
 
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
-    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. A scheme without
-    targets is one that no module is given; a weight whose tensors can be nothing else has it all the same. `file` says so.
+    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. `implied` are
+    schemes that no module is given, but which a weight may have whose tensors can be nothing else. `file` says all this.
     `in_order`: of several patterns the first scheme's counts, not the first in alphabetical order.
     """
 
@@ -58,6 +58,7 @@ class QuantizationConfig:
     spared: tuple[str, ...] = ()
     in_order: bool = False
     inside: bool = False
+    implied: tuple[Scheme, ...] = ()
     file: str = FILE
 
     def scheme_for(self, *names: str) -> Scheme | None:
@@ -97,7 +98,7 @@ class _Targets:
 
     def first(self, names: tuple[str, ...], within: tuple[str, ...] = ()) -> str | None:
         """The target that counts for the module with these names, inside others; None when there is none."""
-        for name in (*names, *within):
+        for name in (*names, *within) if self._names else ():
             if name in self._names:
                 return name
         for match, target in self._patterns:
@@ -111,8 +112,10 @@ class _Targets:
 
 def _around(module: str) -> tuple[str, ...]:
     """The modules around this one, the nearest first."""
-    ends = [place for place, letter in enumerate(module) if letter == "."]
-    return tuple(module[:end] for end in reversed(ends))
+    around = []
+    while (end := module.rfind(".")) >= 0:
+        around.append(module := module[:end])
+    return tuple(around)
 
 
 def matches(module: str, pattern: str) -> bool:

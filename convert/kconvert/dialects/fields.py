@@ -12,8 +12,9 @@ from typing import Any
 from kconvert.errors import KconvertError
 
 FILE = "config.json"
+SCALE_FORMAT, UE8M0 = "scale_fmt", "ue8m0"
 # What a language model is called inside a larger model, and the module in it.
-WRAPPERS = ("language_model", "model")
+WRAPPERS = ("language_model.", "model.")
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -149,8 +150,8 @@ class Table:
 
 def bare_name(name: str) -> str:
     """A module's name without what the models around it are called."""
-    while (parts := name.split(".", 1))[0] in WRAPPERS and len(parts) == 2:
-        name = parts[1]
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
 
 
@@ -165,3 +166,8 @@ def is_expression(pattern: str) -> bool:
     except (re.error, ValueError, OverflowError, RecursionError):
         return False
     return True
+
+
+def powers_of_two(table: Table) -> bool:
+    """Whether scales are said to be powers of two, which those of activations are to be as well, then."""
+    return table.text(SCALE_FORMAT, "").lower() == UE8M0

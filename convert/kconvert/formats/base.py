@@ -144,6 +144,21 @@ class Format:
         return False
 
     @property
+    def may_have_powers(self) -> bool:
+        """Whether its values may be codes times powers of two: those of an encoding with such scales are, plain ones may be."""
+        return False
+
+    @property
+    def usual(self) -> Format:
+        """This encoding by its usual names: two that are the same by these have the same bytes, however they are called."""
+        return self
+
+    @property
+    def unit(self) -> str:
+        """What people call the values that share a scale."""
+        return "group"
+
+    @property
     def matrices(self) -> int | None:
         """How many matrices [out, in] it stacks; None: it is one."""
         return None
@@ -179,6 +194,10 @@ class Format:
 
     def scaled(self, mse: bool) -> Format | None:
         """This format with scales by least squared error, or by amax; None where there is no choice."""
+        return None
+
+    def with_powers(self) -> Format | None:
+        """This format with scales that are powers of two; None where there is no choice."""
         return None
 
     @property
@@ -219,8 +238,8 @@ class Scheme:
     """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
 
     `block` is its block_structure. DeepSeek's dialect is the format `fp8`; others of another spelling are in the KINDS of the
-    families. `ordered`: a tensor says which group each column is in.
-    `targets` may be thousands, which a hash of the others spares.
+    families. `ordered`: a tensor says which group each column is in. `powers`: of two, which its scales are. `targets` may be
+    thousands, which a hash of the others spares.
     """
 
     format: str
@@ -232,6 +251,7 @@ class Scheme:
     targets: tuple[str, ...] = field(default=("Linear",), hash=False)
     block: tuple[int, int] | None = None
     ordered: bool = False
+    powers: bool = False
 
     def __str__(self) -> str:
         size = f" {self.group_size}" if self.group_size else " {}x{}".format(*self.block) if self.block else ""
