@@ -133,6 +133,26 @@ def test_modelopts_mx(write: Write, becomes: Any, algorithm: str, bits: int) -> 
     becomes(write(tensors, quantization), {f"{DENSE}.weight": value})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "int4_awq"])
+def test_modelopts_int4_has_two_rows_in_a_byte(write: Write, becomes: Any, algorithm: str, dtype: torch.dtype) -> None:
+    """Packed as its `pack_int4_in_uint8` packs."""
+    codes, scale = torch.randint(-8, 8, (130, 256)).to(torch.int8), (torch.rand(130, 2) / 50).to(dtype)
+    low, high = codes[::2] & 15, codes[1::2] & 15
+    value = (codes.view(130, 2, 128).float() * scale.float().unsqueeze(-1)).view(130, 256).bfloat16()
+    tensors = {f"{DENSE}.weight": (low | (high << 4)).view(torch.uint8), f"{DENSE}.weight_scale": scale}
+    quantization = {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": 128}
+    becomes(write(tensors, quantization), {f"{DENSE}.weight": value})
+
+
+@pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL"])
+def test_modelopts_int8(write: Write, becomes: Any, algorithm: str) -> None:
+    codes, scale = torch.randint(-128, 128, (130, 64)).to(torch.int8), torch.rand(130) / 50
+    tensors = {f"{DENSE}.weight": codes, f"{DENSE}.weight_scale": scale}
+    value = (codes.float() * scale.unsqueeze(1)).bfloat16()
+    becomes(write(tensors, {"quant_method": "modelopt", "quant_algo": algorithm}), {f"{DENSE}.weight": value})
+
+
 def test_a_mixed_model_is_read_by_names_of_parents_whatever_else_lies_below_them(write: Write, becomes: Any) -> None:
     """FP8 where NVFP4 is said, in an excluded module, and in one that nobody names; a router in BF16 inside a quantised one."""
     experts, expert = nvfp4(EXPERT)
