@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
 
 
-# What kt-kernel looks for layers behind, and what it calls the matrices of a routed expert.
-KT_PREFIXES = ("", "model.", "language_model.model.", "model.language_model.")
+# What layers stand behind wherever kt-kernel looks for them, and what it calls the matrices of a routed expert.
+KT_PREFIXES = ("", "model.")
 MATRICES = {"expert.gate": "w1", "expert.up": "w3", "expert.down": "w2"}
 
 
