@@ -23,8 +23,10 @@ V4 = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "f
 NAME = "layers.0.ffn.experts.1.w2"
 
 
-def codes(columns: int = 32, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-    return torch.full((32, columns), 0x21, dtype=torch.uint8).view(dtype)
+def codes(columns: int = 32, dtype: torch.dtype = torch.uint8, wrong: int = 0x21) -> torch.Tensor:
+    packed = torch.full((32, columns), 0x21, dtype=torch.uint8)
+    packed[3, 1] = wrong
+    return packed.view(dtype)
 
 
 def exponents(columns: int = 2, dtype: torch.dtype = torch.uint8, wrong: int = 120) -> torch.Tensor:
@@ -118,6 +120,13 @@ CASES: dict[str, tuple[dict[str, Any], Tensors, dict[str, Any], str]] = {
         FP8,
         {"weight_scale_inv": exponents(wrong=255)},
         "weight_scale_inv' is not finite at [3, 1]",
+    ),
+    "mxfp8, nan code": (MXFP8, FP8, {"weight": codes(64, wrong=0xFF).view(E4M3)}, "it has a code that is NaN in rows"),
+    "fp8, nan code": (
+        {**MODELOPT, "quant_algo": "FP8"},
+        {"weight": codes(64, wrong=0x7F).view(E4M3), "weight_scale": FULL},
+        {},
+        "it has a code that is NaN in rows",
     ),
     "mxfp8, no codes": (MXFP8, FP8, {"weight": None}, "it has no weight, but weight_scale_inv"),
     "v4, no scale": (V4, EXPERT, {"scale": None}, "weight' is I8 [32, 32], which no rule decodes"),

@@ -14,8 +14,8 @@ from click.shell_completion import CompletionItem
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import SCALES
-from kconvert.targets.registry import TARGETS
+from kconvert.targets.base import POWERS, SCALES
+from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -127,16 +127,16 @@ def conversion(function: Command) -> Command:
 
 
 def layout_option(*targets: str) -> Callable[[Command], Command]:
-    layouts = list(dict.fromkeys(layout for target in targets for layout in TARGETS[target] if layout))
+    layouts = list(dict.fromkeys(layout for target in targets for layout in layouts_of(target)))
     return click.option("--layout", type=click.Choice(layouts), help="Which weights, and in whose dialect.")
 
 
 scales_option = click.option(
     "--scales",
-    type=click.Choice(SCALES),
+    type=click.Choice((*SCALES, POWERS)),
     default="amax",
     show_default=True,
-    help="INT4, FP8 and MX: by the largest value, or the best of a few by squared error.",
+    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two.",
 )
 
 
@@ -154,6 +154,6 @@ def packed_options(function: Command) -> Command:
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
         scales_option,
-        click.option("--require-exact", is_flag=True, help="INT4: stop at values that no codes and scale reproduce."),
+        click.option("--require-exact", is_flag=True, help="Stop at values that no codes and scale reproduce."),
     ]
     return apply(options, function)

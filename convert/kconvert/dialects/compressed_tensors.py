@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names, matches
-from kconvert.dialects.fields import Table, brief
+from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -50,7 +50,8 @@ def read(table: Table) -> QuantizationConfig:
         _check_storage(group)
         targets = group.names("targets") if "targets" in group else ("Linear",)
         if "weights" in group:
-            schemes.append(_scheme(group, table.text("format", ""), targets))
+            scheme = _scheme(group, table.text("format", ""), targets)
+            schemes.append(replace(scheme, powers=powers_of_two(table)))
             spared = {target: None for target in spared if target not in targets}
         else:
             spared |= dict.fromkeys(targets)
@@ -133,8 +134,13 @@ def _inferred_format(group: Table, weights: Table, size: int | None) -> str:
     return "pack-quantized" if type == "int" and 1 <= bits <= 8 else "naive-quantized"
 
 
-def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
-    """The presets FP8_BLOCK (strategy `block`) and FP8_DYNAMIC (`channel`), for these Linears."""
+def compressed_fp8_table(
+    strategy: str, quantised: Iterable[str], unquantised: Iterable[str], powers: bool = False
+) -> dict[str, Any]:
+    """The presets FP8_BLOCK (strategy `block`) and FP8_DYNAMIC (`channel`), for these Linears.
+
+    `powers`: of two are the scales; the library has no word for it and does not look at DeepSeek's.
+    """
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     weights: dict[str, Any] = {**common, "strategy": strategy, "dynamic": False}
     inputs: dict[str, Any] = {**common, "dynamic": True}
@@ -143,9 +149,10 @@ def compressed_fp8_table(strategy: str, quantised: Iterable[str], unquantised: I
         inputs.update(strategy="group", group_size=128)
     else:
         inputs.update(strategy="token")
-    return compressed_table(
+    table = compressed_table(
         "float-quantized", {"weights": weights, "input_activations": inputs}, quantised, unquantised
     )
+    return table | ({SCALE_FORMAT: UE8M0} if powers else {})
 
 
 # What moonshotai's INT4 releases list since Kimi-K2-Thinking.

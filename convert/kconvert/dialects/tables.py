@@ -14,6 +14,8 @@ from kconvert.dialects.fields import Table
 
 KEYS = ("quantization_config", "compression_config")
 MLX_KEY = "quantization"
+# Where DeepSeek-V4 says, beside the table, in which encoding its experts are.
+EXPERTS_KEY = "expert_dtype"
 SECTION = "_config"
 DEPTH = 2
 # The order in which serving engines look; the language model's comes before what sees and hears.
@@ -62,14 +64,21 @@ def without_quantization(config: Mapping[str, Any], depth: int = DEPTH) -> dict[
     return {
         key: without_quantization(value, depth - 1) if depth and _is_section(key, value) else value
         for key, value in config.items()
-        if not _declares(key, value)
+        if not _declares(key, value) and key != EXPERTS_KEY
     }
 
 
-def with_quantization(config: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+def with_quantization(
+    config: Mapping[str, Any], table: Mapping[str, Any], experts: str | None = None
+) -> dict[str, Any]:
     """A copy of config.json that declares the quantisation `table` and no other.
+
+    `experts` is the encoding of theirs, beside the table, or in it where the source has that there (DeepSeek-V4.1).
 
     It goes to the top level also where the source keeps it in `text_config` (Kimi-K2.5): engines look there first, and a
     second, nested one would be another place to disagree.
     """
-    return {**without_quantization(config), KEYS[0]: dict(table)}
+    said = {} if experts is None else {EXPERTS_KEY: experts}
+    inside = any(EXPERTS_KEY in had for had in quantization_tables(config))
+    whole = {**without_quantization(config), KEYS[0]: {**table, **(said if inside else {})}}
+    return whole if inside else {**whole, **said}

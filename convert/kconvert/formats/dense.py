@@ -52,6 +52,10 @@ class Dense(Format):
         return True
 
     @property
+    def may_have_powers(self) -> bool:
+        return True
+
+    @property
     def matrices(self) -> int | None:
         return self.stack
 

@@ -15,7 +15,13 @@ F8_E8M0 or as such bytes in U8.
 Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype. A scale of zero has codes of zero.
 Quantising: scale = amax / 448, 1 where that is 0; code = e4m3(value / scale), an f32 division, half to even, saturating. A
 BF16 scale is rounded first and the codes belong to the rounded scale.
+With powers of two (ue8m0): the smallest that is not less than amax / 448, 2^-127 at least, 1 where amax is 0. Where any power
+of two reproduces every value of a block, this one does: a smaller scale only makes codes larger, and none is above 448. So
+MXFP4 (and whatever was) keeps its values where those of a block, as multiples of 2^-9 of it, have four bits: where the
+exponents of its groups that are not zero spread by 14 at most.
 Sources: https://github.com/deepseek-ai/DeepSeek-V3 `inference/fp8_cast_bf16.py`;
+https://github.com/deepseek-ai/DeepGEMM `deep_gemm/utils/math.py`, `per_block_cast_to_fp8` with `use_ue8m0` (which takes no amax
+below 1e-4, and so a larger scale there);
 https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`.
 """
 
@@ -26,16 +32,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
+from kconvert.formats.base import ZERO_POINT, Fate, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
+    from kconvert.formats.conventions import Convention
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
 SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
-WRITTEN_SCALES = ("F32", "BF16")
+WRITTEN_SCALES = ("F32", "BF16", *E8M0)
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
 KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
@@ -46,8 +53,12 @@ READS = "FP8 by block, channel and tensor, symmetric"
 class Fp8(Format):
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
-    `unused`: zero points that lie beside it. Written are block and channel scales, F32 or BF16. `mse`: of a few scales the one
-    with the least squared error (conventions.FP8_DIVISORS); no part of the encoding.
+    `unused`: zero points that lie beside it. `powers`: its scales are powers of two, as those in E8M0 always are. Written are
+    block and channel scales, in WRITTEN_SCALES.
+
+    How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error
+    (conventions.FP8_DIVISORS); `exact`: of powers of two, blocks that they do not reproduce are counted; `strict`: they are an
+    error.
     """
 
     strategy: str = "block"
@@ -55,11 +66,36 @@ class Fp8(Format):
     scale_name: str = "weight_scale_inv"
     scale_dtype: str = "F32"
     unused: tuple[Part, ...] = ()
+    powers: bool = False
     mse: bool = field(default=False, compare=False)
+    exact: bool = field(default=False, compare=False)
+    strict: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "powers", self.powers or self.scale_dtype in E8M0)
 
     @property
     def label(self) -> str:
         return "fp8 block {}x{}".format(*self.block) if self.strategy == "block" else f"fp8 {self.strategy}"
+
+    @property
+    def may_have_powers(self) -> bool:
+        return self.powers
+
+    @property
+    def unit(self) -> str:
+        return {"block": "block", "channel": "row"}.get(self.strategy, self.strategy)
+
+    @property
+    def usual(self) -> Fp8:
+        scale_dtype = E8M0[0] if self.scale_dtype in E8M0 else self.scale_dtype
+        return replace(self, scale_name=SCALES[0], scale_dtype=scale_dtype, unused=())
+
+    def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Fp8:
+        return replace(self, strict=strict)
+
+    def with_powers(self) -> Fp8 | None:
+        return replace(self, powers=True) if self.strategy == "block" else None
 
     def scaled(self, mse: bool) -> Fp8:
         return replace(self, mse=mse)
@@ -69,7 +105,20 @@ class Fp8(Format):
         return self.mse
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
-        return Format.fit(self.scaled(mse), source, rows, cols, mse)
+        """With powers of two also for what has such scales now: nothing else keeps its values."""
+        powers = self.powers or self.strict or (source.quantised and source.may_have_powers)
+        exact = powers and (self.strict or source.may_have_powers)
+        format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
+        return Format.fit(format, source, rows, cols, mse)
+
+    def fate(self, source: Format) -> Fate:
+        if (
+            isinstance(source, Fp8)
+            and source.scale_dtype in E8M0
+            and source.block_shape(1, 1) == self.block_shape(1, 1)
+        ):
+            return "lossless"
+        return "recovered" if self.exact else "lossy"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         every = {"block": self.block[0], "channel": 1}.get(self.strategy)
@@ -87,6 +136,8 @@ class Fp8(Format):
         scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
+        if kernels.has_nan(parts[0]):
+            raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
@@ -95,6 +146,8 @@ class Fp8(Format):
 
         if self.strategy == "tensor" or self.scale_dtype not in WRITTEN_SCALES:
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
+        if self.powers:
+            return self._encode_by_powers(tile, parts)
         block_rows, block_cols = self.block_shape(*tile.shape)
         rounded = self.scale_dtype == "BF16"
         blocks = self._grid(*tile.shape)
@@ -105,6 +158,21 @@ class Fp8(Format):
         if rounded:
             parts[1].view("u2")[:] = scale.reshape(-1).view("u4") >> 16
         return 0
+
+    def _encode_by_powers(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
+        from kconvert.formats.kernels import fp8 as kernels
+
+        block_rows, block_cols = self.block_shape(*tile.shape)
+        exponents = np.empty(self._grid(*tile.shape), np.uint8)
+        lost: int = kernels.encode_by_powers(tile, block_rows, block_cols, parts[0].reshape(tile.shape), exponents)
+        if lost < 0:
+            raise ValueError("it has a value that is not finite")
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} of its {self.unit}s have values that no codes and power of two reproduce")
+        _narrow(exponents.reshape(-1), self.scale_dtype, parts[1])
+        return lost if self.exact else 0
 
     def block_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """How many rows and columns of a weight or tile [rows, cols] share a scale."""
@@ -132,14 +200,26 @@ def _widen(scale: Bytes, dtype: str) -> Tile:
     return values.astype("f4")
 
 
+def _narrow(exponents: Bytes, dtype: str, scale: Bytes) -> None:
+    """2 ** (exponents - 127) -> the bytes of scales, exact."""
+    import numpy as np
+
+    if dtype in E8M0:
+        scale[:] = exponents
+    elif dtype == "F32":
+        scale.view("f4")[:] = np.ldexp(np.ones(len(exponents), "f4"), exponents.astype("i4") - 127)
+    else:
+        scale.view("u2")[:] = np.maximum(exponents.astype("u2") << 7, 1 << 6)
+
+
 def from_scheme(scheme: Scheme) -> Fp8 | None:
     """See formats.base.Family."""
     if (scheme.format, scheme.type) not in KINDS or scheme.num_bits != 8 or not scheme.symmetric:
         return None
     if scheme.strategy == "block" and scheme.block is not None:
         if scheme.format == "fp8":
-            return Fp8("block", scheme.block)
-        return Fp8("block", scheme.block, "weight_scale", "BF16")
+            return Fp8("block", scheme.block, powers=scheme.powers)
+        return Fp8("block", scheme.block, "weight_scale", "BF16", powers=scheme.powers)
     if scheme.strategy in ("channel", "tensor"):
         return Fp8(scheme.strategy, scale_name="weight_scale", scale_dtype="BF16")
     return None

@@ -13,6 +13,9 @@ e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value o
 Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
 largest code (2 or 8); code = value / scale, half to even, saturating. MX 1.0 always rounds the exponent down; this is
 compressed-tensors' `generate_mx_scales`. A negative value that rounds to zero is -0, and -0 itself is +0 in e2m1.
+Values that are codes times a power of two come back under that scale, whichever it was: a smaller one only makes codes larger.
+Two things are done otherwise for their sake, in groups that come back altogether: -0 stays -0, and amax may be 448 in MXFP8.
+MXFP4 always comes back, in MXFP8 too.
 Sources: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf;
 https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compressors/mxfp8`.
 """
@@ -23,10 +26,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import ZERO_POINT, Format, Part, check_groups, refuse_surplus, require, unused_zero_points
+from kconvert.formats.base import (
+    ZERO_POINT,
+    Fate,
+    Format,
+    Part,
+    check_groups,
+    refuse_surplus,
+    require,
+    unused_zero_points,
+)
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
+    from kconvert.formats.conventions import Convention
 
 GROUP = 32
 CODES = {4: ("weight_packed", "U8"), 8: ("weight", "F8_E4M3")}  # name and dtype where nobody says otherwise
@@ -42,7 +55,9 @@ class Mx(Format):
     """`bits` is 4 or 8. `unused`: zero points that lie beside it.
 
     `codes_name`, `codes_dtype` and `scale_name` say how its tensors are called; the codes of no other name have CODES'.
-    `mse`: of the scale by the rule, half of it and twice, the one with the least squared error; no part of the encoding.
+
+    How values become codes is no part of the encoding: `mse`: of the scale by the rule, half of it and twice, the one with the
+    least squared error; `exact`: groups that do not come back are counted; `strict`: they are an error.
     """
 
     bits: int
@@ -52,6 +67,8 @@ class Mx(Format):
     codes_dtype: str = ""
     scale_name: str = "weight_scale"
     mse: bool = field(default=False, compare=False)
+    exact: bool = field(default=False, compare=False)
+    strict: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         name, dtype = CODES[self.bits]
@@ -66,6 +83,17 @@ class Mx(Format):
     def group_size(self) -> int:
         return GROUP
 
+    @property
+    def may_have_powers(self) -> bool:
+        return True
+
+    @property
+    def usual(self) -> Mx:
+        return Mx(self.bits)
+
+    def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Mx:
+        return replace(self, strict=strict)
+
     def scaled(self, mse: bool) -> Mx:
         return replace(self, mse=mse)
 
@@ -75,7 +103,16 @@ class Mx(Format):
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         check_groups(cols, GROUP)
-        return Format.fit(self.scaled(mse), source, rows, cols, mse)
+        mse = mse and not self._holds(source)
+        exact = (self.strict or source.may_have_powers) and not mse
+        return Format.fit(replace(self, mse=mse, exact=exact), source, rows, cols, mse)
+
+    def fate(self, source: Format) -> Fate:
+        return "lossless" if self._holds(source) else "recovered" if self.exact else "lossy"
+
+    def _holds(self, source: Format) -> bool:
+        """Whether it has every value of such a weight."""
+        return isinstance(source, Mx) and source.bits <= self.bits
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:
@@ -86,17 +123,25 @@ class Mx(Format):
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import mx as kernels
+        from kconvert.formats.kernels.fp8 import has_nan
 
         kernel = kernels.decode_mxfp4 if self.bits == 4 else kernels.decode_mxfp8
         kernel(parts[0].reshape(-1, GROUP * self.bits // 8), parts[1], tile.reshape(-1, GROUP))
+        if self.bits == 8 and has_nan(parts[0]):
+            raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import mx as kernels
 
         kernel = kernels.encode_mxfp4 if self.bits == 4 else kernels.encode_mxfp8
-        if kernel(tile.reshape(-1, GROUP), self.mse, parts[0].reshape(-1, GROUP * self.bits // 8), parts[1]):
+        groups, codes = tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP * self.bits // 8)
+        if kernel(groups, self.mse, codes, parts[1]):
             raise ValueError("it has a value that is not finite")
-        return 0
+        mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
+        lost: int = mend(groups, codes, parts[1]) if self.exact else 0
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} of its groups have values that no codes and power of two reproduce")
+        return lost
 
 
 # How those who declare it by this word spell it: compressed-tensors; Quark and ModelOpt; DeepSeek-V4's experts; MiniMax-M3.

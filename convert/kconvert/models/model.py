@@ -117,7 +117,7 @@ def _recogniser(quantization: QuantizationConfig) -> Recogniser:
     @lru_cache(maxsize=4096)
     def recognise(scheme: Scheme | None, facts: Facts, shape: tuple[int, int] | None) -> Recognised:
         found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
-        scheme = formats.fitting_scheme(scheme, quantization.schemes, found, shape)
+        scheme = formats.fitting_scheme(scheme, (*quantization.schemes, *quantization.implied), found, shape)
         format, (rows, cols) = formats.recognise(scheme, found, shape, quantization.file)
         parts = parts_of(format, rows, cols)
         return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
@@ -253,6 +253,8 @@ def _weight(
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    if scheme is not None and match is not None:
+        scheme = match.rule.applied(scheme)
     try:
         facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
         format, rows, cols, parts, misfit = recognise(scheme, facts, shape)

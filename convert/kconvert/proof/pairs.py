@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from kconvert.formats.dense import Dense
@@ -31,15 +31,15 @@ def relate(original: Model, converted: Model) -> tuple[list[Pair], list[str]]:
     pairs = []
     for pair in every:
         ours, theirs = _spelled(pair[0]), _spelled(pair[1])
-        if ours == theirs:
+        if ours[1] == theirs[1]:
             pairs.append(pair)
         else:
-            faults.append(f"{root}: {theirs}, in the source {ours}")
+            faults.append(f"{root}: {' is '.join(theirs)}, in the source {' is '.join(ours)}")
     return pairs, faults
 
 
 def _as_in(weights: Mapping[str, Weight], converted: Model) -> tuple[dict[str, Weight], dict[str, Plain]]:
-    """The output's weights and plain tensors, told apart as in the source.
+    """The output's weights and plain tensors, told apart and called as in the source.
 
     A manifest that demands no names takes an unquantised matrix for a plain tensor.
     """
@@ -50,14 +50,32 @@ def _as_in(weights: Mapping[str, Weight], converted: Model) -> tuple[dict[str, W
             *stack, rows, cols = item.tensor.shape if len(item.tensor.shape) in (2, 3) else (0, 0)
             format = Dense(item.tensor.dtype, stack[0] if stack else None)
             found[name] = Weight(name, item.role, math.prod((*stack, rows)), cols, format, (item.tensor,))
+    for theirs, ours in _renamed(weights, found).items():
+        found[ours] = found.pop(theirs)
     return found, plain
 
 
-def _spelled(item: Weight | Plain) -> str:
-    """What must be the same on both sides: the shape, and of a plain tensor the dtype."""
+def _renamed(weights: Mapping[str, Weight], found: Mapping[str, Weight]) -> dict[str, str]:
+    """What experts of the output are called in the source, where that is something else: each is the only one at its place."""
+    ours = _by_place(weights[name] for name in weights.keys() - found.keys())
+    theirs = _by_place(found[name] for name in found.keys() - weights.keys())
+    return {theirs[place]: ours[place] for place in theirs.keys() & ours.keys()}
+
+
+def _by_place(weights: Iterable[Weight]) -> dict[tuple[str, int | None, int], str]:
+    """The names of experts by role, layer and number, without those that share theirs."""
+    names: dict[tuple[str, int | None, int], list[str]] = {}
+    for weight in weights:
+        if weight.expert is not None:
+            names.setdefault((weight.role, weight.layer, weight.expert), []).append(weight.name)
+    return {place: alike[0] for place, alike in names.items() if len(alike) == 1}
+
+
+def _spelled(item: Weight | Plain) -> tuple[str, str]:
+    """Its name, and what must be the same on both sides: the shape, and of a plain tensor the dtype."""
     if isinstance(item, Weight):
-        return f"{item.name!r} is [{item.rows}, {item.cols}]"
-    return f"{item.tensor.name!r} is {item.tensor.dtype} {list(item.tensor.shape)}"
+        return repr(item.name), f"[{item.rows}, {item.cols}]"
+    return repr(item.tensor.name), f"{item.tensor.dtype} {list(item.tensor.shape)}"
 
 
 def choose(pairs: list[Pair], sample: float) -> list[Pair]:

@@ -17,6 +17,7 @@ from kconvert.formats.base import FATES
 from kconvert.models.copies import undecoded
 from kconvert.models.model import Model, natural_key
 from kconvert.planning.plan import Plan
+from kconvert.planning.steps import Transcode
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import existing, free_bytes, survey
 
@@ -309,10 +310,11 @@ def summarise_amx(model: AmxModel) -> Summary:
 def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:
     """What a run knows of the shards that it wrote itself; those of an earlier one were counted then."""
     if inexact:
-        groups, weights = counted(sum(inexact.values()), "group"), counted(len(inexact), "weight")
+        first = min(inexact, key=natural_key)
+        unit = next(step.target.unit for step in plan.steps if isinstance(step, Transcode) and step.name == first)
+        groups, weights = counted(sum(inexact.values()), unit), counted(len(inexact), "weight")
         yield (
-            f"no codes and scale reproduce the values of {groups} in {weights}, which the convention's rule quantised; first "
-            f"in {min(inexact, key=natural_key)!r}"
+            f"no codes and scale reproduce the values of {groups} in {weights}, which the rule quantised; first in {first!r}"
         )
     elif plan.facts.get("recovered") and earlier < _shard_bytes(plan):
         yield f"every value{' of the shards written now' * bool(earlier)} was reproduced exactly"

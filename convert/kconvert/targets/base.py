@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
+POWERS = "ue8m0"  # powers of two, for FP8
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
 # which are narrower than a block. A weight that no manifest lists is `linear` where it is one that the source has quantised and
 # names tell no more, and `other` in a model whose names tell nothing at all.
@@ -26,6 +27,8 @@ LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
 
 # (format, Linears that the output has quantised, those that it has not) -> quantization_config
 Table: TypeAlias = Callable[[Any, list[str], list[str]], dict[str, Any]]
+# What a weight is called in the output
+Names: TypeAlias = Callable[["Weight"], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,9 @@ class Target:
     `roles` are the first words of the roles that are taken, except for the whole roles in `keeps`; None: every weight that
     the source has quantised. `table` writes the quantization_config; None when there is nothing to declare. `container` makes
     the files from the largest size that a shard may have.
+
+    `names` are those of the weights that are taken, where they are to have others; `experts` is what the key `expert_dtype`
+    says, if it is to be there; `spares`: what is not taken stays in the encoding that it has.
     """
 
     format: Format
@@ -42,6 +48,9 @@ class Target:
     keeps: frozenset[str] = frozenset()
     table: Table | None = None
     container: Callable[[int], Container] = Safetensors
+    names: Names | None = None
+    experts: str | None = None
+    spares: bool = False
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from kconvert.dialects import quantization_tables, with_quantization, without_qu
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Stack
@@ -25,6 +26,7 @@ HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    recipe = recipe.settled(model.manifest)
     chosen = model.select(recipe.include, recipe.exclude)
     refuse_undecoded(chosen)
     Conversion(model, recipe).check()
@@ -45,8 +47,13 @@ class Conversion:
 
     @cached_property
     def target(self) -> Target:
-        """What is written."""
-        return self.recipe.target
+        """What is written, in blocks of the size that the model has them in where it keeps its own encoding for the rest."""
+        target = self.recipe.target(self.model.manifest)
+        if target.spares and isinstance(target.format, Fp8):
+            blocks = (scheme.block for scheme in self.model.quantization.schemes if scheme.format == "fp8")
+            format = replace(target.format, block=next(filter(None, blocks), target.format.block))
+            return replace(target, format=format)
+        return target
 
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
@@ -83,14 +90,25 @@ class Conversion:
         if not any(target.takes(weight) for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
             raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose})")
-        if all(self.becomes(weight) is None for weight in model.weights):
+        if all(self.becomes(weight) is None and self.name(weight) == weight.name for weight in model.weights):
             raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
         if self.target.takes(weight):
             return self._fit(self.target.format, weight)
-        return self._fit(Dense("BF16"), weight) if weight.format.quantised else weight.format
+        if weight.format.quantised and not self.target.spares:
+            return self._fit(Dense("BF16"), weight)
+        return weight.format
+
+    def name(self, weight: Weight) -> str:
+        """What the weight is called in the output."""
+        if self.target.names is None or not self.target.takes(weight):
+            return weight.name
+        try:
+            return self.target.names(weight)
+        except ValueError as error:
+            raise KconvertError(f"weight {weight.name!r} {error}") from None
 
     def _fit(self, format: Format, weight: Weight) -> Format:
         """The format for this weight."""
@@ -118,16 +136,32 @@ class Conversion:
             if isinstance(item, Plain):
                 yield copy_of(item.tensor)
                 continue
-            format, slot = self.becomes(item), self._slots.get(item.name)
-            if format is None:
-                yield from (copy_of(tensor, slot=slot) for tensor in item.copied)
-            else:
-                yield Transcode(item.name, item.rows, item.cols, item.format, item.tensors, format, slot=slot)
+            yield from self._steps(item)
+
+    def _steps(self, weight: Weight) -> Iterator[Step]:
+        format, name, slot = self.becomes(weight), self.name(weight), self._slots.get(weight.name)
+        if format is None and name == weight.name:
+            yield from (copy_of(tensor, slot=slot) for tensor in weight.copied)
+        elif self._keeps_codes(weight):
+            parts = parts_of(format or weight.format, weight.rows, weight.cols)
+            for part, tensor in zip(parts, weight.tensors, strict=False):
+                yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
+            for tensor in weight.companions:
+                yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
+        else:
+            format, output = self.encoding(weight), name if name != weight.name else ""
+            shape = weight.rows, weight.cols
+            yield Transcode(weight.name, *shape, weight.format, weight.tensors, format, (), output, slot)
+
+    def _keeps_codes(self, weight: Weight) -> bool:
+        """Whether its codes and scales are copied, be it under other names."""
+        format = self.becomes(weight)
+        return format is None or (format.quantised and format.usual == weight.format.usual)
 
     @cached_property
     def _slots(self) -> Mapping[str, Slot]:
         """The place of each weight that lies in a stack of the output, by the weight's name."""
-        stacks = self.model.stacks
+        stacks = self.model.stacks if self.target.names is None else ()
         weights = {weight.name: weight for weight in self.model.weights} if stacks else {}
         slots: dict[str, Slot] = {}
         for stack in stacks:
@@ -158,7 +192,7 @@ class Conversion:
         """What describes activations: it goes along only where a weight's codes are copied as they are."""
         yield from self.model.dropped
         for weight in self.model.weights:
-            if weight.companions and (not weight.format.quantised or self.becomes(weight) is not None):
+            if weight.companions and not (weight.format.quantised and self._keeps_codes(weight)):
                 yield from weight.companions
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
@@ -185,13 +219,21 @@ class Conversion:
         config = self._declare_dtype()
         if self.target.table is None:
             return config
-        names: dict[bool, list[str]] = {True: [], False: []}
+        weights: dict[bool, list[Weight]] = {True: [], False: []}
         for weight in self.model.weights:
-            names[self.encoding(weight).quantised].append(weight.name)
-        if not names[True]:
+            weights[self.encoding(weight).quantised].append(weight)
+        if not weights[True]:
             return config
-        table = self.target.table(self.target.format, names[True], [*names[False], *self._plain_linears()])
-        return with_quantization(config, table)
+        quantised, others = ([*map(self.name, weights[is_quantised])] for is_quantised in (True, False))
+        format = self._declared(weights[True])
+        table = self.target.table(format, quantised, [*others, *self._plain_linears()])
+        return with_quantization(config, table, self.target.experts)
+
+    def _declared(self, weights: Sequence[Weight]) -> Format:
+        """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""
+        target = self.target.format
+        had_powers = all(type(w.format) is type(target) and w.format.may_have_powers for w in weights)
+        return (target.with_powers() if had_powers else None) or target
 
     def _declare_dtype(self) -> dict[str, Any]:
         """config.json without quantisation and, where weights become BF16 or F16, with that dtype: engines cast to it."""

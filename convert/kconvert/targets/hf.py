@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
@@ -11,29 +12,37 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
-from kconvert.targets.base import EXPERTS, LINEARS, Table, Target, Targets
+from kconvert.targets.base import EXPERTS, LINEARS, Names, Table, Target, Targets
+
+if TYPE_CHECKING:
+    from kconvert.models.manifest import Manifest
+    from kconvert.models.model import Weight
 
 # llm-compressor's recipes leave them: engines fuse the two, and 576 rows of kv_a are no whole number of blocks.
 COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
 
 
+# What kt-kernel calls the matrices of a routed expert.
+MATRICES = {"expert.gate": "w1", "expert.up": "w3", "expert.down": "w2"}
+
+
 def _fp8_experts(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.fp8 import fp8_table
 
-    return fp8_table(unquantised)
+    return fp8_table(unquantised, format.powers)
 
 
 def _fp8_all(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     """The published layout lists nothing, and no engine takes lm_head for a Linear: it needs no entry."""
     from kconvert.dialects.fp8 import fp8_table
 
-    return fp8_table(name for name in unquantised if name.rpartition(".")[2] != "lm_head")
+    return fp8_table((name for name in unquantised if name.rpartition(".")[2] != "lm_head"), format.powers)
 
 
 def _compressed_fp8(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.compressed_tensors import compressed_fp8_table
 
-    return compressed_fp8_table(format.strategy, quantised, unquantised)
+    return compressed_fp8_table(format.strategy, quantised, unquantised, format.powers)
 
 
 def _int4(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
@@ -55,6 +64,33 @@ def _mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, A
     return mx_table(format.bits, quantised, unquantised)
 
 
+def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    """The published releases list nothing: engines know by themselves what is no Linear in FP8."""
+    from kconvert.dialects.fp8 import fp8_table
+
+    return fp8_table((), powers=True, block=format.block if isinstance(format, Fp8) else (128, 128))
+
+
+def speaks_deepseek_v4(manifest: Manifest) -> bool:
+    """Whether the model calls the scales of FP8 as DeepSeek-V4 does."""
+    spelt = manifest.spell(Fp8())
+    return isinstance(spelt, Fp8) and spelt.scale_name == "scale"
+
+
+def _kt_names(before: str, within: str) -> Names:
+    """`{before}layers.L.{within}.experts.E.w1` and so on; ValueError for what is no such matrix of a routed expert."""
+
+    def name(weight: Weight) -> str:
+        matrix = MATRICES.get(weight.role)
+        if matrix is None or weight.layer is None or weight.expert is None:
+            raise ValueError(
+                f"is {weight.role}, but kt-kernel reads the gate, up and down matrix of each expert, one by one"
+            )
+        return f"{before}layers.{weight.layer}.{within}.experts.{weight.expert}.{matrix}"
+
+    return name
+
+
 def _experts_or_all(format: Format, table: Table) -> Mapping[str, Target]:
     return {"experts": Target(format, EXPERTS, table=table), "all": Target(format, LINEARS, COMPRESSED_KEEPS, table)}
 
@@ -64,6 +100,11 @@ def _llm_compressor(strategy: str) -> Target:
     format = Fp8(strategy, scale_name="weight_scale", scale_dtype="BF16")
     return Target(format, LINEARS, COMPRESSED_KEEPS, _compressed_fp8)
 
+
+# DeepSeek-V4's experts, in its FP8 and its own encoding, and MiniMax-M3's: what kt-kernel reads.
+V4_FP8 = Fp8(scale_name="scale", powers=True)
+V4_MXFP4 = Mx(4, "F8_E8M0", codes_name="weight", codes_dtype="I8", scale_name="scale")
+M3_MXFP8 = Mx(8, scale_name="weight_scale_inv")
 
 TARGETS: Targets = {
     "bf16": {"": Target(Dense("BF16"))},
@@ -76,6 +117,22 @@ TARGETS: Targets = {
     },
     "int4": {"": Target(Packed(32), EXPERTS, table=_int4)},
     "int8": _experts_or_all(Int8(), _int8),
-    "mxfp4": _experts_or_all(Mx(4), _mx),
-    "mxfp8": _experts_or_all(Mx(8), _mx),
+    "mxfp4": {
+        **_experts_or_all(Mx(4), _mx),
+        "ktransformers": Target(V4_MXFP4, EXPERTS, table=_mx, names=_kt_names("", "ffn")),
+    },
+    "mxfp8": {
+        **_experts_or_all(Mx(8), _mx),
+        "ktransformers": Target(M3_MXFP8, EXPERTS, table=_mx, names=_kt_names("model.", "block_sparse_moe")),
+    },
+}
+
+# vLLM takes the scales of FP8 experts as F32, and those of all Linears with them, if `expert_dtype` says fp8; without it, or
+# with E8M0 there, it reads them wrongly. SGLang's own FP8 releases have E8M0 everywhere, and no `expert_dtype`.
+DEEPSEEK_V4: Targets = {
+    "fp8": {
+        "vllm": Target(V4_FP8, LINEARS, table=_deepseek_v4, experts="fp8", spares=True),
+        "sglang": Target(replace(V4_FP8, scale_dtype="F8_E8M0"), LINEARS, table=_deepseek_v4, spares=True),
+    },
+    "mxfp4": {"ktransformers": Target(V4_MXFP4, EXPERTS, table=_deepseek_v4, experts="fp4", spares=True)},
 }

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES, Target
-from kconvert.targets.registry import TARGETS
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, SCALES, Target
+from kconvert.targets.registry import TARGETS, layouts_of, targets_for
+
+if TYPE_CHECKING:
+    from kconvert.models.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`to` is one of registry.TARGETS and `layout` one of its layouts, "" for the first.
+    """`to` is one of registry.TARGETS and `layout` one of its layouts for the model, "" for the first of them.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention`, `group_size` (columns to a scale, a multiple of 8) and `require_exact` are for the target `int4`, `scales`,
-    one of base.SCALES, also for `fp8`, `mxfp4` and `mxfp8`; see formats.packed, formats.fp8 and formats.mx.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
+    `fp8`, `mxfp4` and `mxfp8`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed,
+    formats.fp8 and formats.mx.
     KconvertError for a value that is not possible.
     """
 
@@ -36,12 +41,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
             raise KconvertError(f"there is no target {self.to!r}; there are {', '.join(TARGETS)}")
-        layouts = TARGETS[self.to]
-        # The default goes by its name, so that naming it makes the same plan.
-        object.__setattr__(self, "layout", self.layout or next(iter(layouts)))
-        if self.layout not in layouts:
-            known = ", ".join(name for name in layouts if name) or "none"
-            raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {known}")
+        known = layouts_of(self.to)
+        if self.layout and self.layout not in known:
+            raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {', '.join(known) or 'none'}")
         if self.shard_size <= 0:
             raise KconvertError(f"a shard size of {self.shard_size} bytes is not possible; the default is 5GB")
         if self.convention not in CONVENTIONS:
@@ -51,16 +53,37 @@ class Recipe:
         self._check_scales()
 
     def _check_scales(self) -> None:
-        if self.scales not in SCALES:
-            raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join(SCALES)}")
-        if self.scales == "mse" and TARGETS[self.to][self.layout].format.scaled(mse=True) is None:
+        if self.scales not in (*SCALES, POWERS):
+            raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS))}")
+        target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
+        if self.scales == "mse" and target.format.scaled(mse=True) is None:
             raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
+        if self.scales == POWERS and target.format.with_powers() is None:
+            what = f"{self.to} {self.layout}".strip()
+            raise KconvertError(
+                f"--scales ue8m0 is for FP8 in blocks, whose scales engines take as powers of two, not for {what}"
+            )
 
-    @property
-    def target(self) -> Target:
-        """The kind of output, its encoding by the convention that was asked for."""
-        target = TARGETS[self.to][self.layout]
-        convention = CONVENTIONS[self.convention]
-        return replace(target, format=target.format.by_rule(convention, self.group_size, self.require_exact))
+    def settled(self, manifest: Manifest) -> Recipe:
+        """This recipe with its layout by name, so that naming the first one makes the same plan.
+
+        KconvertError where a model with this manifest has no such layout.
+        """
+        layouts = targets_for(manifest)[self.to]
+        layout = self.layout or next(iter(layouts))
+        if layout not in layouts:
+            others = f"it has {', '.join(layouts)}" if any(layouts) else "it has none"
+            raise KconvertError(
+                f"{self.to} has no layout {layout!r} for {manifest.name}, where no engine looks for such names; {others}"
+            )
+        return replace(self, layout=layout)
+
+    def target(self, manifest: Manifest) -> Target:
+        """The kind of output for a model with this manifest, its encoding by the rules that were asked for."""
+        target = targets_for(manifest)[self.to][self.settled(manifest).layout]
+        format = target.format.by_rule(CONVENTIONS[self.convention], self.group_size, self.require_exact)
+        if self.scales == POWERS:
+            format = format.with_powers() or format
+        return replace(target, format=format)

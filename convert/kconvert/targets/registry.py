@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from kconvert.models.manifest import Manifest
 from kconvert.targets import hf
 from kconvert.targets.base import Targets
 
 TARGETS: Targets = {
     **hf.TARGETS,
 }
+# Those for models that call the parts of a weight as DeepSeek-V4 does, in the place of what has the same name above.
+DEEPSEEK_V4: Targets = {
+    **hf.DEEPSEEK_V4,
+}
+
+
+def targets_for(manifest: Manifest) -> Targets:
+    """The outputs that a model with this manifest can have."""
+    return {**TARGETS, **DEEPSEEK_V4} if hf.speaks_deepseek_v4(manifest) else TARGETS
+
+
+def layouts_of(to: str) -> list[str]:
+    """Every layout that follows `--to` this, for some model; none where there is no choice."""
+    return [*dict.fromkeys(layout for targets in (TARGETS, DEEPSEEK_V4) for layout in targets.get(to, ()) if layout)]

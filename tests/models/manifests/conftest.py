@@ -76,7 +76,10 @@ def small_sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             manifest = load_manifest(name)
             skip_unless_writable(manifest)
             root = tmp_path_factory.mktemp("samples") / name
-            convert(plan_synthetic(SampleRecipe(name, small_sizes(manifest), shard_size=2_000_000)), root)
+            try:
+                convert(plan_synthetic(SampleRecipe(name, small_sizes(manifest), shard_size=2_000_000)), root)
+            except NotImplementedError as error:
+                pytest.skip(f"no format of this kind is written yet: {error}")
             made[name] = root
         return made[name]
 
@@ -106,7 +109,7 @@ def full_tensors() -> Callable[[str], dict[str, Tensor]]:
                 tensors[module] = Tensor(module, match.rule.dtype, match.shape, "model.safetensors", 0, 0)
                 continue
             scheme = quantization.scheme_for(module.removeprefix(manifest.prefix))
-            format = formats.from_scheme(scheme) if scheme else Dense("BF16")
+            format = manifest.spell(formats.from_scheme(scheme) if scheme else Dense("BF16"))
             for part in parts_of(format, *match.shape):
                 whole = f"{module}.{part.suffix}"
                 tensors[whole] = Tensor(whole, part.dtype, part.shape, "model.safetensors", 0, part.nbytes)

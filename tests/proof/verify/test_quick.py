@@ -76,12 +76,13 @@ def awkward(rows: int, cols: int) -> torch.Tensor:
     return values.bfloat16()
 
 
-def encoded(format: Format, values: torch.Tensor) -> tuple[State | None, list[State]]:
-    """The parts that the quick way makes of whole weights, and those that the reference may make."""
+def encoded(format: Format, values: torch.Tensor, which: int = 0) -> tuple[State | None, State]:
+    """What the quick way makes of whole weights where it finds one of those that the reference may make, and that one."""
     rows, cols = values.shape
     weight = Weight("w", "expert.gate", rows, cols, format, ())
     witness = witness_of(format)
-    return witness.quick_encoding(values, weight, 0, Buffers()), list(witness.encodings(values, weight, 0))
+    expected = [*witness.encodings(values, weight, 0)][which]
+    return witness.quick_encoding(values, weight, 0, expected, Buffers()), expected
 
 
 FP8_FORMATS = [
@@ -89,17 +90,25 @@ FP8_FORMATS = [
     for strategy in ("block", "channel")
     for dtype, name in (("F32", "weight_scale_inv"), ("BF16", "weight_scale"))
 ]
+POWERS = [Fp8(powers=True), Fp8(scale_name="scale", scale_dtype="F8_E8M0"), Fp8(scale_dtype="U8")]
 AMX_FORMATS = [Amx(bits, 2, split, mse) for bits in (4, 8) for split in ("rows", "cols") for mse in (False, True)]
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "pieces"])
-@pytest.mark.parametrize("format", FP8_FORMATS + AMX_FORMATS, ids=str)
+@pytest.mark.parametrize("format", FP8_FORMATS + POWERS + AMX_FORMATS, ids=str)
 def test_bytes_are_those_of_the_reference(format: Format, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if small:
         monkeypatch.setattr(memory, "PIECE_ELEMENTS", 7000)
-    found, (expected, *_) = encoded(format, awkward(256, 640) if isinstance(format, Fp8) else awkward(256, 1024))
+    found, expected = encoded(format, awkward(256, 640) if isinstance(format, Fp8) else awkward(256, 1024))
     assert found is not None
     assert found.keys() == expected.keys()
+    assert all(same_bits(found[suffix], tensor) for suffix, tensor in expected.items())
+
+
+@pytest.mark.parametrize("format", FP8_FORMATS, ids=str)
+def test_scales_that_are_powers_of_two_are_seen_where_nothing_says_so(format: Format) -> None:
+    found, expected = encoded(format, awkward(256, 640), which=2)
+    assert found is not None
     assert all(same_bits(found[suffix], tensor) for suffix, tensor in expected.items())
 
 

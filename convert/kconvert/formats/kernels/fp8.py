@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kconvert.formats.conventions import FP8_DIVISORS
 from kconvert.formats.kernels.bits import (
@@ -17,6 +18,7 @@ from kconvert.formats.kernels.bits import (
     float_of,
     inline,
     kernel,
+    power,
     round_bf16,
     squared_error,
 )
@@ -25,6 +27,7 @@ U = np.uint32
 MAGNITUDE = U(0x7FFFFFFF)
 EXPONENT = U(0x7F800000)
 LARGEST = U(0x43E00000)  # 448 as f32
+BELOW_448 = U(0x1FFFFF)  # added to bits, it makes one binade more of a mantissa above that of 448
 SMALLEST_BINADE = U(121 << 23)  # 2**-6: below it the steps of e4m3 stay as they are
 TO_MAGIC = U(20 << 23)  # adding 2**20 times the binade leaves steps of an eighth of the binade
 REBIAS = np.float32(2.0**120)  # exponent bias of f32 less that of e4m3
@@ -84,6 +87,23 @@ def _are_senseless(codes: Any, scale: Any, block_rows: Any, block_cols: Any) -> 
     return False
 
 
+def has_nan(codes: NDArray[np.uint8]) -> bool:
+    """Whether one of the codes u8 [n] is NaN."""
+    rest = codes[codes.size // 8 * 8 :]
+    return bool(_has_nan(codes[: codes.size - rest.size].view(np.uint64), rest))
+
+
+@kernel
+def _has_nan(words: Any, rest: Any) -> Any:
+    """Eight codes to a word: of bytes without their signs, only NaN's gets that bit when one is added."""
+    found = np.uint64(0)
+    for i in range(words.shape[0]):
+        found |= (words[i] & np.uint64(0x7F7F7F7F7F7F7F7F)) + np.uint64(0x0101010101010101)
+    for i in range(rest.shape[0]):
+        found |= np.uint64((rest[i] & np.uint8(0x7F)) + np.uint8(1))
+    return (found & np.uint64(0x8080808080808080)) != 0
+
+
 @kernel
 def encode_fp8(
     tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, search: Any, codes: Any, scale: Any
@@ -110,6 +130,75 @@ def encode_fp8(
         for row in range(first, last):
             _quantise(tile[row], block_cols, steps, codes[row])
     return faults
+
+
+@kernel
+def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, exponents: Any) -> Any:
+    """tile f32 [rows, cols] -> codes u8 [rows, cols], exponents + 127 of the scales u8 [row blocks, col blocks].
+
+    Returns how many blocks have a value that is not code * scale, to the bit; -1 at a value that is not finite.
+    """
+    inexact = 0
+    amax = np.empty(exponents.shape[1], np.float32)
+    lost = np.empty(exponents.shape[1], np.uint32)
+    for group in range(exponents.shape[0]):
+        first, last = group * block_rows, min((group + 1) * block_rows, tile.shape[0])
+        amax[:] = np.float32(0)
+        lost[:] = U(0)
+        for row in range(first, last):
+            _raise_to_amax(tile[row], block_cols, amax)
+        for block in range(amax.shape[0]):
+            if bits_of(amax[block]) >= EXPONENT:
+                return -1
+            exponents[group, block] = _exponent(bits_of(amax[block]))
+        for row in range(first, last):
+            _quantise_by_powers(tile[row], block_cols, exponents[group], codes[row], lost)
+        for block in range(lost.shape[0]):
+            inexact += lost[block] != U(0)
+    return inexact
+
+
+@inline
+def _exponent(amax: Any) -> Any:
+    """That of the smallest power of two that is not less than amax / 448 (from its bits) + 127; of 1 for 0."""
+    rounded_up = np.int32(U(amax + BELOW_448) >> U(23)) - np.int32(8)
+    return np.uint8(max(rounded_up, np.int32(0)) if amax else np.int32(127))
+
+
+@inline
+def _quantise_by_powers(values: Any, block_cols: Any, exponents: Any, codes: Any, lost: Any) -> None:
+    """_quantise; a block's `lost` u32 becomes something else than 0 where a value is not code * scale."""
+    for block in range(exponents.shape[0]):
+        source = values[block * block_cols : (block + 1) * block_cols]
+        target = codes[block * block_cols : (block + 1) * block_cols]
+        if 7 <= exponents[block] <= 226:
+            lost[block] |= _round_in_place(source, exponents[block], target)
+        else:
+            step, inverse = power(exponents[block]), power(U(U(254) - U(exponents[block])))
+            for i in range(target.shape[0]):
+                target[i] = round_e4m3(source[i] * inverse)
+                lost[block] |= U(bits_of(widen_e4m3(target[i]) * step) ^ bits_of(source[i]))
+
+
+@inline
+def _round_in_place(values: Any, exponent: Any, codes: Any) -> Any:
+    """codes u8 = e4m3(values f32 / scale), of which none is above 448; 0 if they are the values.
+
+    As round_e4m3, without a division: the steps of e4m3 are where the scale puts them, unless that is near the ends of f32.
+    """
+    lowest = U(U(U(exponent) << U(23)) - U(6 << 23))  # the binade below which steps stay as they are
+    offset = U(TO_MAGIC + U(lowest >> U(20)))
+    differ = U(0)
+    for i in range(codes.shape[0]):
+        bits = bits_of(values[i])
+        magnitude = U(bits & MAGNITUDE)
+        binade = U(max(U(bits & EXPONENT), lowest))
+        magic = float_of(U(binade + TO_MAGIC))
+        total = float_of(magnitude) + magic
+        code = U(U(bits_of(total) - binade) + U(U(binade >> U(20)) - offset))
+        codes[i] = np.uint8(code | U(U(bits >> U(24)) & U(0x80)))
+        differ = U(differ | U(bits_of(total - magic) ^ magnitude))
+    return differ
 
 
 @inline

@@ -19,11 +19,15 @@ from kconvert.formats.kernels.bits import (
     round_bf16,
     squared_error,
 )
+from kconvert.formats.kernels.fp8 import SMALLEST_BINADE as ONE_E4M3
+from kconvert.formats.kernels.fp8 import TO_MAGIC as TO_MAGIC_E4M3
 from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
 INFINITE = U(0x7F800000)
 MAGNITUDE = U(0x7FFFFFFF)
+FRACTION = U(0x7FFFFF)
+FRACTION_OF_448 = U(0x600000)
 ONE = U(127 << 23)  # 1 as f32
 SIX = U(0x40C00000)  # 6 as f32, the largest e2m1
 TO_MAGIC = U(22 << 23)  # adding 2**22 times the binade leaves steps of half the binade
@@ -141,6 +145,61 @@ def encode_mxfp8(tile: Any, search: Any, codes: Any, scale: Any) -> Any:
         for i in range(tile.shape[1]):
             codes[group, i] = round_e4m3(tile[group, i] * inverse)
     return 0
+
+
+@inline
+def _is_lost(tile: Any, group: Any, exponent: Any, bits: Any) -> Any:
+    """Whether the group has a value that is no code of e2m1 or e4m3 times this scale, -0 aside.
+
+    The rounding is that of round_e2m1 and round_e4m3, halfway through which is what the code stands for.
+    """
+    step, inverse = power(exponent), power(U(U(254) - exponent))
+    largest = np.float32(6) if bits == 4 else np.float32(448)
+    lowest, to_magic = (ONE, TO_MAGIC) if bits == 4 else (ONE_E4M3, TO_MAGIC_E4M3)
+    differ = U(0)
+    for i in range(tile.shape[1]):
+        magnitude = U(bits_of(tile[group, i]) & MAGNITUDE)
+        quotient = min(float_of(magnitude) * inverse, largest)
+        magic = float_of(U(max(U(bits_of(quotient) & INFINITE), lowest) + to_magic))
+        differ = U(differ | U(bits_of((quotient + magic - magic) * step) ^ magnitude))
+    return differ != U(0)
+
+
+@kernel
+def mend_mxfp4(tile: Any, packed: Any, scale: Any) -> Any:
+    """How many groups of the tile do not come back from what encode_mxfp4 made of them; in the others -0 does now, too."""
+    inexact = 0
+    for group in range(tile.shape[0]):
+        if _is_lost(tile, group, U(scale[group]), 4):
+            inexact += 1
+            continue
+        for j in range(packed.shape[1]):
+            low = U(U(bits_of(tile[group, 2 * j]) >> U(28)) & U(8))
+            high = U(U(bits_of(tile[group, 2 * j + 1]) >> U(24)) & U(0x80))
+            packed[group, j] |= np.uint8(low | high)
+    return inexact
+
+
+@kernel
+def mend_mxfp8(tile: Any, codes: Any, scale: Any) -> Any:
+    """How many groups of the tile do not come back from what encode_mxfp8 made of them.
+
+    Those that do from half of the scale get that: the rule does not use the largest code, 448.
+    """
+    inexact = 0
+    for group in range(tile.shape[0]):
+        exponent = U(scale[group])
+        if not _is_lost(tile, group, exponent, 8):
+            continue
+        half = U(exponent - U(1))
+        if exponent and U(amax_bits(tile, group) & FRACTION) == FRACTION_OF_448 and not _is_lost(tile, group, half, 8):
+            scale[group] = np.uint8(half)
+            inverse = power(U(U(254) - half))
+            for i in range(tile.shape[1]):
+                codes[group, i] = round_e4m3(tile[group, i] * inverse)
+        else:
+            inexact += 1
+    return inexact
 
 
 @inline

@@ -18,20 +18,25 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> 
 
 
 def encode(
-    weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype = torch.float32, mse: bool = False
+    weight: torch.Tensor,
+    block: tuple[int, int],
+    scale_dtype: torch.dtype = torch.float32,
+    mse: bool = False,
+    powers: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 [rows, cols] -> (float8_e4m3fn [rows, cols], scale [row blocks, col blocks] in `scale_dtype`).
 
     scale = amax / 448 in f32, rounded to scale_dtype, 1 where that is 0; code = e4m3(f32(value) / f32(scale)) with values
     over 448 saturated, rounded half to even. `mse`: of amax over FP8_DIVISORS, the first with the least squared error.
+    `powers`: the scale is power_scale of amax; in uint8 it is written as its exponent + 127.
     """
     values = blocks_of(weight.float(), block)
     amax = values.abs().amax((1, 3), keepdim=True)
-    scale = rule_scale(amax, LARGEST, scale_dtype)
+    scale = power_scale(amax) if powers else rule_scale(amax, LARGEST, scale_dtype)
     if mse:
         scale = _search(values, amax, scale)
     codes = _codes(values, scale).flatten(2).flatten(0, 1)
-    return codes[: weight.shape[0], : weight.shape[1]], scale[:, 0, :, 0]
+    return codes[: weight.shape[0], : weight.shape[1]], store(scale[:, 0, :, 0], scale_dtype)
 
 
 def _search(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -49,6 +54,19 @@ def rule_scale(amax: torch.Tensor, divisor: float, dtype: torch.dtype) -> torch.
     """f32 amax -> scales of the same shape in `dtype`."""
     scale = (amax / divisor).to(dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def power_scale(amax: torch.Tensor) -> torch.Tensor:
+    """f32 amax -> f32, the smallest power of two that is not less than amax / 448, 2 ** -127 at least; 1 for 0."""
+    mantissa, exponent = torch.frexp(amax.double() / LARGEST)  # mantissa in [0.5, 1)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(min=-127)
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent).float()
+    return torch.where(amax == 0, torch.ones_like(scale), scale)
+
+
+def store(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales in `dtype`; powers of two as exponent + 127 in uint8."""
+    return (scale.double().log2() + 127).to(dtype) if dtype == torch.uint8 else scale.to(dtype)
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

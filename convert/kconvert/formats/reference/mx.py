@@ -42,11 +42,15 @@ def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.
     return (unpack_e2m1(packed).view(*scale.shape, -1) * step).flatten(-2).bfloat16()
 
 
-def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(
+    weight: torch.Tensor, bits: int, mse: bool = False, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
 
     The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those
     of the quotient value / scale, a bf16. `mse`: of that exponent, one less and one more, the first with the least error.
+    `exact`: in groups all of whose values come back, zeros keep their sign; of e4m3 half of the scale counts where only that
+    brings them back.
     """
     groups = weight.view(len(weight), -1, 32)
     mantissa, exponent = torch.frexp(groups.abs().amax(-1).double())  # mantissa in [0.5, 1), 0 for 0
@@ -54,6 +58,11 @@ def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Te
     power = torch.where(mantissa == 0, torch.full_like(power, -200), power)
     largest = 2 if bits == 4 else 8
     scale = (power.clamp(max=127) - largest).clamp(min=-127)
+    if exact:
+        half = (scale - 1).clamp(min=-127)
+        only_half = ~_come_back(weight, scale, bits) & _come_back(weight, half, bits)
+        scale = torch.where(only_half, half, scale)
+        return _quantise(weight, scale, bits, _come_back(weight, scale, bits))
     best = _quantise(weight, scale, bits)
     if not mse:
         return best
@@ -67,12 +76,24 @@ def encode(weight: torch.Tensor, bits: int, mse: bool = False) -> tuple[torch.Te
     return _quantise(weight, scale, bits)
 
 
-def _quantise(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 [rows, cols] and exponents int32 [rows, cols / 32] -> codes and biased scale, as encode."""
+def _come_back(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """bool [rows, cols / 32]: whether every value of a group is that of a code under this scale, 0 and -0 being one."""
+    groups = weight.view(*scale.shape, 32)
+    return (decode(*_quantise(weight, scale, bits)).view(groups.shape) == groups).all(-1)
+
+
+def _quantise(
+    weight: torch.Tensor, scale: torch.Tensor, bits: int, keeps: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 [rows, cols] and exponents int32 [rows, cols / 32] -> codes and biased scale, as encode; with the sign of zeros in
+    groups of `keeps`."""
     groups = weight.view(*scale.shape, 32)
     quotient = (groups.double() / torch.pow(2.0, scale.double()).unsqueeze(-1)).bfloat16().flatten(-2)
     stored = (scale + 127).to(torch.uint8)
     if bits == 8:
         return quotient.float().clamp(-448, 448).to(torch.float8_e4m3fn), stored
     codes = round_e2m1(quotient)
+    if keeps is not None:
+        signs = torch.signbit(groups) & keeps.unsqueeze(-1)
+        codes = codes | (signs.flatten(-2).to(torch.uint8) << 3)
     return codes[:, ::2] | (codes[:, 1::2] << 4), stored

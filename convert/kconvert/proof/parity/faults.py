@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def fault_of(rows: Rows, judge: str) -> str | None:
     """The first of the rows' elements or bytes that is not the one that belongs there, where it is known which does.
 
-    `judge` is what Standard.judge says. INT4 that gives back every value needs no other bytes, whichever they are.
+    `judge` is what Standard.judge says. What gives back every value needs no other bytes, whichever they are.
     """
-    if judge == "values" or (judge == "bytes" and witness_of(rows.theirs.format).has_many_spellings):
+    renamed = rows.ours.format.label == rows.theirs.format.label
+    if judge == "values" or (judge == "bytes" and (renamed or witness_of(rows.theirs.format).has_many_spellings)):
         if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found):
             return None
         if judge == "values":
@@ -40,7 +41,7 @@ def _value_fault(rows: Rows) -> str:
 
 
 def _byte_fault(rows: Rows) -> str | None:
-    """Where the tensors found are none of those that kconvert may make of the values.
+    """Where the tensors found are none of those that kconvert may make of the values, and do not give them back either.
 
     The quick way is believed once the reference has said the same of such a weight. Of several candidates of the reference
     the nearest was meant.
@@ -56,6 +57,8 @@ def _byte_fault(rows: Rows) -> str | None:
                 rows.desk.known.add(rows.kind)
             return None
         differences.append((count, fault))
+    if same_bits(rows.expected.to(rows.found.dtype), rows.found):
+        return None
     return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
 
 
@@ -66,7 +69,7 @@ def _quickly_right(rows: Rows) -> bool:
     witness, values = witness_of(rows.theirs.format), rows.expected
     if not witness.encodes_quickly or values.dtype != torch.bfloat16 or not values.is_contiguous():
         return False
-    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.desk.theirs)
+    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.output, rows.desk.theirs)
     return candidate is not None and all(same_bits(wanted, rows.output[suffix]) for suffix, wanted in candidate.items())
 
 

@@ -32,16 +32,17 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | No
 
 
 def encode(
-    values: torch.Tensor, block: tuple[int, int] | None, scale_dtype: torch.dtype, buffers: Buffers
+    values: torch.Tensor, block: tuple[int, int] | None, scale_dtype: torch.dtype, powers: bool, buffers: Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 [rows, cols] of whole blocks, else with a scale for each row -> codes, in memory of `buffers`, and scales."""
     import torch
 
-    from kconvert.formats.reference.fp8 import LARGEST, rule_scale
+    from kconvert.formats.reference.fp8 import LARGEST, power_scale, rule_scale, store
 
     rows, cols = values.shape
     count = piece_rows(cols, block[0] if block else 0)
-    scale = rule_scale(largest(values, *(block or (1, cols))).float(), LARGEST, scale_dtype)
+    amax = largest(values, *(block or (1, cols))).float()
+    scale = power_scale(amax) if powers else rule_scale(amax, LARGEST, scale_dtype)
     # Quotients are over 448 by the rounding of a scale at most, and up to 464 become 448 all the same.
     clamps = bool((scale < TINY).any())
     codes = take(buffers, "codes", torch.float8_e4m3fn, (rows, cols))
@@ -50,7 +51,7 @@ def encode(
     for piece, step, target in zip(torch.split(values, count), steps, torch.split(codes, count), strict=True):
         quotients = floats[: len(piece)].copy_(piece).div_(step)
         target.copy_(quotients.clamp_(-LARGEST, LARGEST) if clamps else quotients)
-    return codes, scale
+    return codes, store(scale, scale_dtype)
 
 
 def _steps(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None, count: int) -> Iterator[torch.Tensor]:

@@ -49,7 +49,9 @@ class AmxWitness(Witness[Amx]):
     def encodes_quickly(self) -> bool:
         return self.format.mse is not None
 
-    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
+    def quick_encoding(
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+    ) -> State | None:
         """By what is known of its scales."""
         bits, mse = self.format.bits, bool(self.format.mse)
         quantise = partial(quick.codes_and_scale, bits=bits, mse=mse, buffers=buffers)

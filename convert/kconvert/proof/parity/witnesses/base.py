@@ -64,8 +64,11 @@ class Witness(Generic[F]):
         """Whether there are `quick_encoding`s."""
         return False
 
-    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
-        """The likeliest of `encodings` in less time, in memory of `buffers`; None where only the reference knows."""
+    def quick_encoding(
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+    ) -> State | None:
+        """The likeliest of `encodings` in less time, in memory of `buffers`, by what was `found`; None where only the reference
+        knows."""
         return None
 
     def largest_step(self, state: State) -> torch.Tensor | None:

@@ -44,8 +44,9 @@ class Fp8Witness(Witness[Fp8]):
         from kconvert.formats.reference import fp8
 
         block = self.format.block_shape(*values.shape)
-        for mse in (False, True):
-            encode = partial(fp8.encode, block=block, scale_dtype=self._scale_dtype, mse=mse)
+        choices = [(False, True)] if self.format.powers else [(False, False), (True, False), (False, True)]
+        for mse, powers in choices:
+            encode = partial(fp8.encode, block=block, scale_dtype=self._scale_dtype, mse=mse, powers=powers)
             codes, scale = in_pieces(encode, values, block)
             yield {"weight": codes, self.format.scale_name: scale}
 
@@ -53,7 +54,8 @@ class Fp8Witness(Witness[Fp8]):
     def _scale_dtype(self) -> torch.dtype:
         import torch
 
-        return torch.bfloat16 if self.format.scale_dtype == "BF16" else torch.float32
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, **dict.fromkeys(E8M0, torch.uint8)}
+        return dtypes[self.format.scale_dtype]
 
     @property
     def _block(self) -> tuple[int, int] | None:
@@ -69,12 +71,17 @@ class Fp8Witness(Witness[Fp8]):
     def encodes_quickly(self) -> bool:
         return self.has_reference
 
-    def quick_encoding(self, values: torch.Tensor, weight: Weight, first: int, buffers: Buffers) -> State | None:
-        """By the usual rule."""
+    def quick_encoding(
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+    ) -> State | None:
+        """By the usual rule, or if all scales that were found are powers of two, by that."""
+        import torch
+
         block = self._block
         if block is not None and (values.shape[0] % block[0] or values.shape[1] % block[1]):
             return None
-        codes, scale = quick.encode(values, block, self._scale_dtype, buffers)
+        powers = bool((torch.frexp(self.scales(found)).mantissa == 0.5).all())
+        codes, scale = quick.encode(values, block, self._scale_dtype, powers, buffers)
         return {"weight": codes, self.format.scale_name: scale}
 
     def grid(self) -> tuple[float, ...]:

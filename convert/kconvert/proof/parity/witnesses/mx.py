@@ -30,6 +30,8 @@ E2M1 = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
 
 
 class MxWitness(Witness[Mx]):
+    has_many_spellings = True
+
     def arguments(self) -> dict[str, Any]:
         return {"num_bits": self.format.bits, "type": "float", "strategy": "group", "group_size": GROUP}
 
@@ -56,8 +58,8 @@ class MxWitness(Witness[Mx]):
 
         from kconvert.formats.reference import mx
 
-        for mse in (False, True):
-            codes, scale = in_pieces(partial(mx.encode, bits=self.format.bits, mse=mse), values)
+        for mse, exact in ((False, True), (False, False), (True, False)):
+            codes, scale = in_pieces(partial(mx.encode, bits=self.format.bits, mse=mse, exact=exact), values)
             codes = codes.view(torch.int8) if self.format.codes_dtype == "I8" else codes
             yield {self.format.codes_name: codes, self.format.scale_name: scale}
 
