@@ -9,6 +9,7 @@ from typing import Any
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
+from kconvert.dialects.tables import EXPERTS_KEY
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
@@ -17,9 +18,10 @@ from kconvert.models.model import Model, Weight, format_counts, natural_key, ref
 from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Stack
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps, place_of
-from kconvert.targets.base import EXPERTS, Target, is_linear_role
+from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
+from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
 from kconvert.targets.recipe import Recipe
+from kconvert.targets.unlisted import missing_lines
 
 HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
@@ -89,9 +91,11 @@ class Conversion:
             )
         if not any(target.takes(weight) for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
-            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose})")
+            lines = missing_lines(model) if model.manifest.accepts_any else ""
+            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose}){lines}")
         if all(self.becomes(weight) is None and self.name(weight) == weight.name for weight in model.weights):
-            raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
+            told = " (its scales are powers of two by what config.json says)" if self.recipe.scales == POWERS else ""
+            raise KconvertError(f"{root} has every weight as {what} would write it{told}; there is nothing to convert")
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
@@ -145,13 +149,13 @@ class Conversion:
         elif self._keeps_codes(weight):
             parts = parts_of(format or weight.format, weight.rows, weight.cols)
             for part, tensor in zip(parts, weight.tensors, strict=False):
-                yield copy_of(replace(tensor, name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
+                yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
             for tensor in weight.companions:
-                yield copy_of(replace(tensor, name=name + tensor.name.removeprefix(weight.name)))
+                yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
-            reads, output = tuple(map(place_of, weight.tensors)), name if name != weight.name else ""
+            target, output = self.encoding(weight), name if name != weight.name else ""
             yield Transcode(
-                weight.name, weight.rows, weight.cols, weight.format, reads, self.encoding(weight), (), output, slot
+                weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, output=output, slot=slot
             )
 
     def _keeps_codes(self, weight: Weight) -> bool:
@@ -211,9 +215,18 @@ class Conversion:
             + sum(plain.tensor.nbytes for plain in model.plain),
             **count_steps(steps),
             "dropped": [tensor.name for tensor in self.left_behind()],
+            **({"notes": notes} if (notes := self._notes(steps)) else {}),
             **({"findings": list(model.findings)} if model.findings else {}),
             "left_out": list(model.checkpoint.left_out),
         }
+
+    def _notes(self, steps: Sequence[Step]) -> list[str]:
+        """Which weights get scales that are powers of two though nobody asked for them."""
+        if self.recipe.scales == POWERS:
+            return []
+        changed = (step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Fp8))
+        labels = dict.fromkeys(step.source.label for step in changed if step.target.may_have_powers)
+        return [f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels]
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
@@ -228,7 +241,10 @@ class Conversion:
         quantised, others = ([*map(self.name, weights[is_quantised])] for is_quantised in (True, False))
         format = self._declared(weights[True])
         table = self.target.table(format, quantised, [*others, *self._plain_linears()])
-        return with_quantization(config, table, self.target.experts)
+        experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
+        if any(EXPERTS_KEY in had for had in quantization_tables(self.model.checkpoint.config)):  # as DeepSeek-V4.1
+            return with_quantization(config, {**table, **experts})
+        return {**with_quantization(config, table), **experts}
 
     def _declared(self, weights: Sequence[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""

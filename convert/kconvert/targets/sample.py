@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from kconvert import formats
@@ -62,7 +62,7 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
         else:
             drafts.append(_invent_tensor(name, match, match.rule.dtype, bound, recipe.seed))
     slots = _slots(bound.stacks.values(), {draft.name for draft in drafts if draft.target.quantised})
-    drafts = [replace(draft, slot=slots.get(draft.name)) for draft in drafts]
+    drafts = [draft._replace(slot=slots.get(draft.name)) for draft in drafts]
     container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
     side_files = {name: text.encode() for name, text in manifest.side_files.items()}
     parameters = sum(math.prod(match.shape) for _, match in names)

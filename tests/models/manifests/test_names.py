@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,7 +180,7 @@ def test_names_that_a_release_spells_otherwise_have_their_roles(
     config = small_config(name)
     tensors = tensors_of(name, config)
     spelt = {
-        (renamed := other + key.removeprefix(usual) if key.startswith(usual) else key): replace(tensor, name=renamed)
+        (renamed := other + key.removeprefix(usual) if key.startswith(usual) else key): tensor._replace(name=renamed)
         for key, tensor in tensors.items()
     }
     assert spelt.keys() != tensors.keys()
@@ -318,7 +317,7 @@ def test_a_shape_expression_is_arithmetic_and_nothing_else() -> None:
 def test_a_weight_named_as_a_tensor_is_no_tensor(small_config: Config, tensors_of: Tensors, read: Any) -> None:
     config = small_config("mixtral")
     tensors = tensors_of("mixtral", config)
-    tensors["lm_head"] = replace(tensors.pop("lm_head.weight"), name="lm_head")
+    tensors["lm_head"] = tensors.pop("lm_head.weight")._replace(name="lm_head")
     model = read(config, tensors)
     assert model.findings
     assert "lm_head" in {plain.tensor.name for plain in model.plain}
