@@ -7,6 +7,7 @@ has no fsync. Each ratio is that of a pair of neighbouring runs.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,8 @@ from common import (
 )
 
 TARGET = 1.15
-JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4")
+JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4", "gptq-to-bf16", "awq-to-bf16")
+RESPELT = ("gptq", "awq")  # which kconvert does not write
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
 LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
@@ -45,7 +47,7 @@ def main() -> None:
 
     def convert() -> Child:
         make_cold(source)
-        result = run([KCONVERT, options.job, source, converted, "-q"])
+        result = run([*command(options.job), source, converted, "-q"])
         sizes.append(nbytes(tensor_files(converted)))
         remove(converted)
         return result
@@ -77,6 +79,12 @@ def main() -> None:
     machine(options.dir)
 
 
+def command(job: str) -> list[str]:
+    """kconvert and what follows it for a job."""
+    encoding, _, target = job.partition("-to-")
+    return [KCONVERT, "convert", "--to", target] if encoding in RESPELT else [KCONVERT, job]
+
+
 def source_of(job: str, folder: Path, experts: int) -> Path:
     """A checkpoint in the encoding that the job starts from."""
     int4 = sample(folder, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
@@ -84,7 +92,9 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
     if encoding == "int4":
         return int4
     source = folder / f"disk-{experts}-experts-{encoding}"
-    if not (source / "config.json").exists():
+    if encoding in RESPELT and not source.exists():
+        run([sys.executable, Path(__file__).with_name("gptq_sample.py"), int4, source, encoding])
+    elif not (source / "config.json").exists():
         run([KCONVERT, f"int4-to-{encoding}", int4, source, "-q"])
     return source
 

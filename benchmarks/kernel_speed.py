@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch_eager
 from common import GB, machine, spread, table
+from gptq_sample import interleaved
 from torch_eager import GROUP
 
 from kconvert.formats.dense import Dense
+from kconvert.formats.gptq import Gptq
 from kconvert.formats.packed import Packed
 from kconvert.run.engine import TILE_BYTES
 from kconvert.targets.synthetic import Synthetic
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
 
 ROWS, COLS = 2048, 7168
 SIZE = ROWS * COLS
-TILE_ROWS = TILE_BYTES // (4 * COLS)
+TILE_ROWS = TILE_BYTES // (4 * COLS) // 8 * 8  # as AWQ has them
 INT4, BF16 = Packed(GROUP), Dense("BF16")
+ACROSS = {spelling: Gptq(GROUP, spelling, scale_dtype="BF16") for spelling in ("gptq", "awq")}
+ORDERED = Gptq(GROUP, scale_dtype="BF16", ordered=True)
 
 
 class Weight:
@@ -46,6 +50,10 @@ class Weight:
             INT4.encode(tile, int4)
             INT4.decode(int4, first, tile)
             BF16.encode(tile, bf16)
+        words, scale = self.packed.view("u4").reshape(ROWS, -1), self.scale.view("u2").reshape(ROWS, -1)
+        scale = np.where(scale == 0, np.uint16(0x3F80), scale)  # over zeros, which other columns are not
+        self.across = {"gptq": across(words.T, 0x77777777, scale), "awq": across(interleaved(words), 0x88888888, scale)}
+        self.groups = np.random.default_rng(seed).permutation(np.arange(COLS, dtype="i4") // GROUP).view("u1")
         self.t_packed = torch.from_numpy(self.packed).view(torch.int32).view(ROWS, -1)
         self.t_scale = torch.from_numpy(self.scale).view(torch.bfloat16).view(ROWS, -1)
         self.t_out = torch.from_numpy(self.out).view(torch.bfloat16).view(ROWS, COLS)
@@ -68,6 +76,17 @@ class Weight:
     def int4_decode(self) -> None:
         for first, tile, int4, _ in self.tiles():
             INT4.decode(int4, first, tile)
+
+    def gptq_decode(self, spelling: str = "gptq") -> None:
+        for first, tile, _, _ in self.tiles():
+            ACROSS[spelling].decode(self.across[spelling], first, tile)
+
+    def awq_decode(self) -> None:
+        self.gptq_decode("awq")
+
+    def ordered_decode(self) -> None:
+        for first, tile, _, _ in self.tiles():
+            ORDERED.decode([*self.across["gptq"], self.groups], first, tile)
 
     def bf16_encode(self) -> None:
         for _, tile, _, bf16 in self.tiles():
@@ -94,6 +113,12 @@ class Weight:
 
     def check(self) -> None:
         """All ways give the same bits."""
+        for first, tile, int4, _ in self.tiles():
+            INT4.decode(int4, first, tile)
+            expected = tile.copy()
+            for spelling, format in ACROSS.items():
+                format.decode(self.across[spelling], first, tile)
+                assert np.array_equal(tile.view("u4"), expected.view("u4")), f"{spelling} differs"
         packed, scale, out = self.t_packed.clone(), self.t_scale.clone(), self.t_out.clone()
         self.int4_to_bf16()
         self.bf16_to_int4()
@@ -104,9 +129,18 @@ class Weight:
             assert torch.equal(steps, scale), "scales differ"
 
 
+def across(words: np.ndarray[Any, Any], zero: int, scale: np.ndarray[Any, Any]) -> list[Bytes]:
+    """The tensors of a GPTQ or AWQ weight, as bytes."""
+    zeros = np.full((COLS // GROUP, ROWS // 8), zero, "u4")
+    return [np.ascontiguousarray(part).view("u1").reshape(-1) for part in (words, zeros, scale.T)]
+
+
 SIDES: dict[str, Callable[[Weight], object]] = {
     "memory copy (numpy)": Weight.copy,
     "Int4.decode": Weight.int4_decode,
+    "Gptq.decode": Weight.gptq_decode,
+    "  of AWQ": Weight.awq_decode,
+    "  ordered": Weight.ordered_decode,
     "Dense.encode": Weight.bf16_encode,
     "INT4 -> BF16": Weight.int4_to_bf16,
     "  torch eager": Weight.torch_int4_to_bf16,
@@ -129,7 +163,7 @@ def main() -> None:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 for name, side in SIDES.items():
-                    torch_divides = name.startswith(" ")
+                    torch_divides = name.strip().startswith(("torch", "compressed"))
                     started = time.perf_counter()
                     list(map(side, weights) if torch_divides else pool.map(side, weights[:threads]))
                     count = 2 if torch_divides else threads
