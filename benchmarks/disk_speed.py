@@ -29,7 +29,7 @@ from common import (
 )
 
 TARGET = 1.15
-JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4")
+JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4", "mxfp4-to-bf16", "mxfp4-to-fp8")
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
 LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
@@ -45,7 +45,7 @@ def main() -> None:
 
     def convert() -> Child:
         make_cold(source)
-        result = run([KCONVERT, options.job, source, converted, "-q"])
+        result = run([*command(options.job, source, converted), "-q"])
         sizes.append(nbytes(tensor_files(converted)))
         remove(converted)
         return result
@@ -85,8 +85,15 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
         return int4
     source = folder / f"disk-{experts}-experts-{encoding}"
     if not (source / "config.json").exists():
-        run([KCONVERT, f"int4-to-{encoding}", int4, source, "-q"])
+        run([*command(f"int4-to-{encoding}", int4, source), "-q"])
     return source
+
+
+def command(job: str, source: Path, target: Path) -> list[str | Path]:
+    """Of the pairs that have no command of their own, too."""
+    if "mxfp4" in job:
+        return [KCONVERT, "convert", source, target, "--to", job.rpartition("-")[2]]
+    return [KCONVERT, job, source, target]
 
 
 def two_dds(sources: list[Path], target: Path, size: int) -> str:
