@@ -15,17 +15,7 @@ NVFP4 = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "
 GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 SPOKEN: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({**GPTQ, "quant_method": "gptq"}, "GPTQ (quant_method 'gptq', bits 4, group_size 128, desc_act False)"),
-    "gptq, old": (GPTQ, "GPTQ (bits 4, group_size 128, desc_act False)"),
-    "gptq without a method": (
-        {"bits": 4, "group_size": 128, "checkpoint_format": "gptq"},
-        "GPTQ (bits 4, group_size 128",
-    ),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ (quant_method 'awq', bits 4, group_size 32)"),
-    "awq, old": (AWQ, "AWQ (w_bit 4, q_group_size 128)"),
-    "auto-round": ({"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}, "auto-round's"),
-    "intel/auto-round": ({"quant_method": "intel/auto-round", "bits": 4}, "auto-round's"),
-    "auto-round, old": ({"autoround_version": "0.2", "bits": 4, "group_size": 128}, "auto-round's (bits 4"),
+    "marlin": ({"quant_method": "marlin", "group_size": 128}, "Marlin's (quant_method 'marlin', group_size 128)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "gpt-oss's MXFP4, in stacks of experts"),
     "mlx": ({"group_size": 64, "bits": 4}, "MLX's (bits 4, group_size 64)"),
     "mlx with a mode": ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "MLX's (mode 'mxfp4', bits 4, group_size 32)"),
@@ -93,9 +83,8 @@ def test_a_table_that_says_nothing_known_is_not_taken_for_compressed_tensors() -
 
 
 BESIDE: dict[str, tuple[str, Any, str]] = {
-    "gptq": ("quantize_config.json", GPTQ, "GPTQ (bits 4, group_size 128"),
-    "awq": ("quant_config.json", AWQ, "AWQ (w_bit 4"),
-    "auto-round": ("quantization_config.json", {"quant_method": "auto-round", "bits": 4}, "auto-round's"),
+    "hqq": ("quantize_config.json", {"quant_method": "hqq", "bits": 4}, "HQQ (quant_method 'hqq')"),
+    "mlx": ("quant_config.json", {"bits": 4, "group_size": 64}, "MLX's (bits 4, group_size 64)"),
 }
 
 
@@ -111,7 +100,8 @@ def test_a_file_beside_config_json_is_read_in_each_dialect() -> None:
     contents: dict[str, Any] = {
         "hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": NVFP4},
         "quantization_config.json": {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}},
-        "quant_config.json": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "quant_config.json": AWQ,
+        "quantize_config.json": GPTQ,
     }
     for name, content in contents.items():
         found = declared_beside([name], {name: json.dumps(content).encode()}.__getitem__, {})

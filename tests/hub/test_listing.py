@@ -212,3 +212,14 @@ def test_verify_takes_a_repository_on_either_side(hub, remote, command, int4, bf
     result = command("verify", int4, "me/bf16")
     assert result.exit_code == 1
     assert "differs" in result.stderr
+
+
+def test_a_quantisation_that_only_a_file_beside_config_json_declares_is_read(hub, command, int4_copy):
+    path = int4_copy / "config.json"
+    config = json.loads(path.read_text())
+    (int4_copy / "quantization_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    path.write_text(json.dumps(config))
+    hub.add("org/beside", int4_copy)
+    here, there = (json.loads(command.ok("inspect", source, "--json")) for source in (int4_copy, "org/beside"))
+    assert here["schemes"] == there["schemes"] == ["pack-quantized int4 group 32"]
+    assert here["roles"] == there["roles"]

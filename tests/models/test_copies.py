@@ -21,7 +21,6 @@ UNKNOWN = {
     "FP4": {"a.proj.weight": ("F4", [64, 64]), "a.proj.weight_scales": ("F32", [64])},
     "FP6": {"a.proj.weight": ("F6_E2M3", [64, 64])},
     "MXFP4 blocks": {f"{STACK}_blocks": ("U8", [2, 64, 2, 16]), f"{STACK}_scales": ("U8", [2, 64, 2])},
-    "GPTQ": {"a.proj.qweight": ("I32", [8, 64]), "a.proj.qzeros": ("I32", [2, 8]), "a.proj.scales": ("F32", [2, 64])},
     "bitsandbytes": {"a.proj.weight": ("I8", [64, 64]), "a.proj.SCB": ("F32", [64])},
     "codes widened to BF16": {STACK: ("BF16", [2, 64, 64]), f"{STACK}_scale_inv": ("F32", [2, 1, 1])},
     "a table": {"a.embed.weight": ("F8_E4M3", [64, 64]), "a.weight_scale_all": ("F32", [])},
@@ -31,6 +30,7 @@ UNKNOWN = {
 # Tensors that spell a weight, but not in the encoding that config.json says it is in.
 ELSEWHERE = {
     "DeepSeek-V4's names": {"a.wq.weight": ("F8_E4M3", [64, 64]), "a.wq.scale": ("F8_E8M0", [1, 1])},
+    "GPTQ": {"a.wq.qweight": ("I32", [8, 64]), "a.wq.qzeros": ("I32", [2, 8]), "a.wq.scales": ("F32", [2, 64])},
     "pairs in I8": {"a.w1.weight": ("I8", [64, 32]), "a.w1.scale": ("F8_E8M0", [64, 2])},
 }
 SOUND = {
@@ -173,9 +173,9 @@ FOREIGN = {
     ),
     "GPTQ": (
         {"qweight": ("I32", [8, 64]), "g_idx": ("I32", [64]), "qzeros": ("I32", [2, 8]), "scales": ("F32", [2, 64])},
-        "qweight' is I32",
+        "it has no weight, but g_idx, qweight, qzeros, scales, while config.json says it is fp8",
     ),
-    "MLX": ({"weight": ("U32", [64, 8]), "scales": ("BF16", [64, 2]), "biases": ("BF16", [64, 2])}, "is U32"),
+    "MLX": ({"weight": ("U32", [64, 8]), "scales": ("BF16", [64, 2]), "biases": ("BF16", [64, 2])}, "weight is U32"),
 }
 
 

@@ -246,7 +246,7 @@ def test_deepseek_v4_in_bf16_no_longer_says_what_its_experts_are_in(mxfp4: Path,
 def test_renaming_needs_the_three_matrices_of_each_expert(mxfp4: Path) -> None:
     model = in_deepseek_v4s_words(mxfp4)
     plainly = replace(model, manifest=replace(model.manifest, spelling={}))
-    odd = tuple(replace(w, role="expert.gate_up") if w.name == EXPERT else w for w in plainly.weights)
+    odd = tuple(w._replace(role="expert.gate_up") if w.name == EXPERT else w for w in plainly.weights)
     with pytest.raises(
         KconvertError, match=rf"'{EXPERT}' is expert.gate_up, but kt-kernel reads the gate, up and down"
     ):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from json.encoder import encode_basestring
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
@@ -23,8 +25,7 @@ LENGTH = struct.Struct("<Q")
 (LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a header; `start` counts bytes from the beginning of the file."""
 
     name: str
@@ -34,8 +35,7 @@ class Entry:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """An entry of one of a checkpoint's files; `start` counts bytes from the beginning of `file`."""
 
     name: str
@@ -88,7 +88,7 @@ def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
     table.pop("__metadata__", None)
     data_start = LENGTH.size + len(text)
     entries = [_entry(file, name, info, data_start) for name, info in table.items()]
-    entries.sort(key=lambda entry: (entry.start, entry.nbytes))
+    entries.sort(key=attrgetter("start", "nbytes"))
     _check_cover(file, size, entries, data_start)
     return entries
 
@@ -107,23 +107,27 @@ def _is_size(value: object) -> bool:
 
 
 def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
-    """One of some 200,000 in a large checkpoint, so what is sound takes the short way through the checks."""
+    """One of some 500,000 in a large checkpoint, so what is sound takes the short way through the checks."""
     try:
         dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
-        sound = (
-            len(info) == 3
-            and type(shape) is list
-            and type(start) is type(stop) is int
-            and start >= 0
-            and name.isprintable()
-        )
-        for size in shape:
-            sound = sound and type(size) is int and size >= 0
-        if sound and _elements(shape) * DTYPE_BITS[dtype] == 8 * (stop - start):
-            return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+        if type(shape) is list and type(start) is type(stop) is int and start >= 0 and len(info) == 3:
+            dtype, shape, nbytes = _kind(dtype, *shape)
+            if nbytes == stop - start and name.isprintable():
+                return Entry(name, dtype, shape, data_start + start, nbytes)
     except (KeyError, TypeError, ValueError):
         pass
     return _doubtful_entry(file, name, info, data_start)
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: True is no size, and equal to 1
+def _kind(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and bytes, shared by all tensors that have these; ValueError where that is no sound tensor."""
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError
+    nbytes, rest = divmod(_elements(shape) * DTYPE_BITS[dtype], 8)
+    if rest:
+        raise ValueError
+    return dtype, shape, nbytes
 
 
 def _doubtful_entry(file: str, name: str, info: Any, data_start: int) -> Entry:
@@ -154,7 +158,7 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def _elements(shape: list[int]) -> int:
+def _elements(shape: Sequence[int]) -> int:
     """The product of the sizes, cut short once it is larger than any file: hostile shapes take no time."""
     count = 1
     for size in shape if 0 not in shape else ():
@@ -178,10 +182,12 @@ def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) ->
         )
 
 
-def _disorder(tensor: tuple[str, str, tuple[int, ...]]) -> tuple[bool, int]:
-    """How far back in its file a tensor belongs."""
-    _, dtype, shape = tensor
-    return tensor_bytes(dtype, shape) % PAGE != 0, -DTYPE_BITS[dtype]
+@lru_cache(maxsize=4096)
+def _laid_out(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[bool, int], int, str]:
+    """What tensors of one kind share: how far back in their files they belong, bytes, and the beginning of an entry's JSON."""
+    nbytes = tensor_bytes(dtype, shape)
+    sizes = ",".join(map(str, shape))
+    return (nbytes % PAGE != 0, -DTYPE_BITS[dtype]), nbytes, f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":'
 
 
 def layout(
@@ -193,14 +199,14 @@ def layout(
     and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
     otherwise the given order stays.
     """
-    ordered = sorted(tensors, key=_disorder)
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered = sorted(tensors, key=lambda tensor: _laid_out(tensor[1], tensor[2])[0])
+    lines = [f'{{"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
     position = 0
     for name, dtype, shape in ordered:
-        stop = position + tensor_bytes(dtype, shape)
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
-        position = stop
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        _, nbytes, kind = _laid_out(dtype, shape)
+        lines.append(f"{encode_basestring(name)}:{kind}[{position},{position + nbytes}]}}")
+        position += nbytes
+    text = f"{','.join(lines)}}}".encode()
     data_start = math.ceil((LENGTH.size + len(text)) / PAGE) * PAGE
     if data_start - LENGTH.size > MAX_HEADER_BYTES:
         raise KconvertError(
@@ -210,6 +216,7 @@ def layout(
     entries = []
     position = data_start
     for name, dtype, shape in ordered:
-        entries.append(Entry(name, dtype, shape, position, tensor_bytes(dtype, shape)))
-        position += entries[-1].nbytes
+        nbytes = _laid_out(dtype, shape)[1]
+        entries.append(Entry(name, dtype, shape, position, nbytes))
+        position += nbytes
     return header, entries

@@ -48,14 +48,17 @@ class QuantizationConfig:
     """The schemes of a checkpoint, and the modules that none applies to.
 
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
-    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. A scheme without
-    targets is one that no module is given; a weight whose tensors can be nothing else has it all the same. `file` says so.
+    With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. `implied` are
+    schemes that no module is given, but which a weight may have whose tensors can be nothing else. `file` says all this.
+    `in_order`: of several patterns the first scheme's counts, not the first in alphabetical order.
     """
 
     schemes: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
+    in_order: bool = False
     inside: bool = False
+    implied: tuple[Scheme, ...] = ()
     file: str = FILE
 
     def scheme_for(self, *names: str) -> Scheme | None:
@@ -75,18 +78,18 @@ class QuantizationConfig:
 
     @cached_property
     def _targets(self) -> _Targets:
-        return _Targets(self._by_target)
+        return _Targets(self._by_target if self.in_order else sorted(self._by_target))
 
     @cached_property
     def _ignored(self) -> _Targets:
-        return _Targets(self.ignore)
+        return _Targets(sorted(set(self.ignore)))
 
 
 class _Targets:
-    """Targets made ready for half a million names: patterns are compiled, whole names found by hash."""
+    """Targets, each once, made ready for half a million names: patterns are compiled, whole names found by hash."""
 
     def __init__(self, targets: Iterable[str]) -> None:
-        ordered = sorted(set(targets))
+        ordered = tuple(targets)
         # The library sorts whole names that have "re:" somewhere in the middle among the patterns.
         self._names = frozenset(target for target in ordered if PATTERN not in target)
         self._patterns = [(_matcher(target), target) for target in ordered if PATTERN in target]
@@ -95,7 +98,7 @@ class _Targets:
 
     def first(self, names: tuple[str, ...], within: tuple[str, ...] = ()) -> str | None:
         """The target that counts for the module with these names, inside others; None when there is none."""
-        for name in (*names, *within):
+        for name in (*names, *within) if self._names else ():
             if name in self._names:
                 return name
         for match, target in self._patterns:
@@ -109,8 +112,10 @@ class _Targets:
 
 def _around(module: str) -> tuple[str, ...]:
     """The modules around this one, the nearest first."""
-    ends = [place for place, letter in enumerate(module) if letter == "."]
-    return tuple(module[:end] for end in reversed(ends))
+    around = []
+    while (end := module.rfind(".")) >= 0:
+        around.append(module := module[:end])
+    return tuple(around)
 
 
 def matches(module: str, pattern: str) -> bool:

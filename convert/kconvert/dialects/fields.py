@@ -14,7 +14,7 @@ from kconvert.errors import KconvertError
 FILE = "config.json"
 SCALE_FORMAT, UE8M0 = "scale_fmt", "ue8m0"
 # What a language model is called inside a larger model, and the module in it.
-WRAPPERS = ("language_model", "model")
+WRAPPERS = ("language_model.", "model.")
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -113,7 +113,7 @@ class Table:
         return tuple(names)
 
     def _check_expression(self, key: str, name: str) -> None:
-        if name.startswith("re:") and not _is_expression(name[3:]):
+        if name.startswith("re:") and not is_expression(name[3:]):
             where = self.place_of(key)
             raise KconvertError(f"{where} has {brief(name)}, which is no regular expression; mend it there")
 
@@ -150,8 +150,8 @@ class Table:
 
 def bare_name(name: str) -> str:
     """A module's name without what the models around it are called."""
-    while (parts := name.split(".", 1))[0] in WRAPPERS and len(parts) == 2:
-        name = parts[1]
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     return name
 
 
@@ -159,7 +159,8 @@ def _is_glob(name: str) -> bool:
     return any(sign in name for sign in "*?[")
 
 
-def _is_expression(pattern: str) -> bool:
+def is_expression(pattern: str) -> bool:
+    """Whether it can be looked for."""
     try:
         re.compile(pattern)
     except (re.error, ValueError, OverflowError, RecursionError):

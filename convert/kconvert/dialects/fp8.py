@@ -22,13 +22,13 @@ METHODS: tuple[str, ...] = ("fp8", "mxfp8")
 SIGNS: frozenset[str] = frozenset()
 EVERYTHING, EXPERTS = ("Module",), (r"re:.*\bexperts\.\d+\.",)
 MXFP8_BLOCK = (1, 32)
-MXFP8 = Scheme("mxfp8", 8, "float", strategy="group", group_size=32, targets=())
-FP4 = Scheme("fp4", 4, "float", strategy="group", group_size=32, targets=())
+MXFP8 = Scheme("mxfp8", 8, "float", strategy="group", group_size=32, targets=EVERYTHING)
+FP4 = Scheme("fp4", 4, "float", strategy="group", group_size=32, targets=EXPERTS)
 MXFP4 = replace(FP4, format="mxfp4")
-NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targets=())
+NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targets=EXPERTS)
 # Where a release says in which encoding its routed experts are.
 EXPERTS_KEYS = ("moe_quant_algo", "routed_experts_quant_method", "store_dtype", "expert_dtype")
-EXPERTS_SCHEMES = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp4": FP4, "mxfp8": MXFP8}
+EXPERTS_SCHEMES = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp4": FP4, "mxfp8": replace(MXFP8, targets=EXPERTS)}
 USUAL_NAMES = ("fp8", "float8", "f8", "bf16", "bfloat16")
 DEEPSEEK_V4 = "deepseek_v4"
 
@@ -37,14 +37,13 @@ def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
     block = table.block("weight_block_size")
     strategy, powers = "block" if block else "tensor", powers_of_two(table)
-    scheme = Scheme("fp8", type="float", strategy=strategy, block=block, targets=(), powers=powers)
-    schemes = [MXFP8, scheme] if block == MXFP8_BLOCK or table.text("quant_method", "").lower() == "mxfp8" else [scheme]
-    schemes[0] = replace(schemes[0], targets=EVERYTHING)
-    if (experts := _experts(table)) is not None:
-        schemes.append(experts)
-    if str(table.config.get("model_type")).startswith(DEEPSEEK_V4):
-        schemes += [FP4, MXFP8]
-    return QuantizationConfig(tuple(schemes), table.names("ignored_layers") or table.names("modules_to_not_convert"))
+    scheme = Scheme("fp8", type="float", strategy=strategy, block=block, targets=EVERYTHING, powers=powers)
+    implied = (FP4, MXFP8) if str(table.config.get("model_type")).startswith(DEEPSEEK_V4) else ()
+    if block == MXFP8_BLOCK or table.text("quant_method", "").lower() == "mxfp8":
+        scheme, implied = MXFP8, (*implied, scheme)
+    experts = _experts(table)
+    ignore = table.names("ignored_layers") or table.names("modules_to_not_convert")
+    return QuantizationConfig((scheme, *([experts] if experts else [])), ignore, implied=implied)
 
 
 def _experts(table: Table) -> Scheme | None:
@@ -61,7 +60,7 @@ def _experts(table: Table) -> Scheme | None:
             f"{place.place_of(key)} is {brief(place.values[key])}, an encoding of experts that is not read beside FP8; convert "
             "the FP8 release of the model"
         )
-    return replace(EXPERTS_SCHEMES[name], targets=EXPERTS)
+    return EXPERTS_SCHEMES[name]
 
 
 def fp8_table(unquantised: Iterable[str], powers: bool = False, block: tuple[int, int] = (128, 128)) -> dict[str, Any]:

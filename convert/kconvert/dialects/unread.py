@@ -34,11 +34,7 @@ class Unread:
 
 
 UNREAD = (
-    Unread("GPTQ", ("gptq", "gptq_marlin", "marlin"), ("desc_act", "checkpoint_format"), (*BITS, "desc_act")),
-    Unread("AWQ", ("awq", "awq_marlin"), ("zero_point", "q_group_size", "w_bit"), (*BITS, "w_bit", "q_group_size")),
-    Unread(
-        "auto-round's", ("auto-round", "auto_round", "intel/auto-round", "inc"), ("autoround_version", "packing_format")
-    ),
+    Unread("Marlin's", ("marlin",)),
     Unread(
         "gpt-oss's MXFP4, in stacks of experts",
         ("mxfp4",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from kconvert.formats import dense, fp8, int8, mx, nvfp4, packed, stacks
+from kconvert.formats import dense, fp8, gptq, int8, mx, nvfp4, packed, stacks
 from kconvert.formats.base import COMPANIONS, Family, Format, Found, Part, parts_of, tensor_name
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ __all__ = [
     "tensor_name",
 ]
 
-FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, stacks)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, gptq, stacks)
 # What beside a weight enters what is computed with it, so that its codes and scales alone are not its value.
 FACTORS = {
     "pre_quant_scale": "a factor of what goes into it (AWQ, SmoothQuant)",
@@ -37,7 +37,7 @@ ENCODED_SUFFIXES = frozenset().union(*(family.SUFFIXES for family in FAMILIES), 
 SUFFIXES = ENCODED_SUFFIXES | FACTORS.keys() | COMPANIONS
 QUANTISED_SUFFIXES = (ENCODED_SUFFIXES | FACTORS.keys()) - dense.SUFFIXES
 # Words that something else than a part of an encoded weight may be called by, too: a norm has a `scale`.
-TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale"}
+TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale", "scales"}
 
 
 def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
@@ -102,6 +102,8 @@ def recognise(
         raise ValueError("it has nothing but what describes activations")
     if dense.holds(found) or found.keys() == dense.SUFFIXES:
         return dense.recognise(None, found, shape)
+    if found.keys() >= {"weight", "scales"} and "qweight" not in found:
+        raise ValueError(f"its weight is {found['weight'][0]} with scales beside it as MLX has them, which is not read")
     if found.keys() <= stacks.SUFFIXES:
         return stacks.recognise(None, found, shape)
     if scheme is None:

@@ -56,6 +56,7 @@ class Part:
     `unused`: zero points beside symmetric codes, which must all be zero to mean nothing. It is the bits of each where they are
     packed down the rows (half of the range is added to them), 0 where they are numbers by themselves.
     A part with `rows` (first, last) belongs to these rows of the weight alone; they begin at a multiple of `every`.
+    Of a part that lies `across`, a matrix, the slices are columns: every tile gets the whole of it, see `columns`.
     """
 
     suffix: str
@@ -67,6 +68,12 @@ class Part:
     below: int | None = None
     unused: int | None = None
     rows: tuple[int, int] | None = None
+    across: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every tile gets all of its bytes."""
+        return self.every is None or self.across
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +91,19 @@ class Part:
 
     def span(self, rows: int, first: int, last: int) -> tuple[int, int]:
         """Byte range, within the part of a weight of `rows` rows, that rows `first` to `last` (exclusive) need."""
-        if self.every is None:
+        if self.every is None or self.across:
             return 0, self.nbytes
         if self.rows is not None:
             begin, end = self.rows
             rows, first, last = end - begin, min(max(first, begin), end) - begin, min(max(last, begin), end) - begin
         stride = self.nbytes // max(math.ceil(rows / self.every), 1)
         return first // self.every * stride, math.ceil(last / self.every) * stride
+
+    def columns(self, rows: int, first: int, last: int) -> tuple[int, int]:
+        """Which columns of a part that lies across rows `first` to `last` (exclusive) of a weight of `rows` rows need."""
+        every = self.every or rows
+        width = self.shape[-1] // max(math.ceil(rows / every), 1)
+        return first // every * width, math.ceil(last / every) * width
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,7 +118,7 @@ class Format:
 
     A tile is a C-contiguous f32 array [rows, cols] whose values are exactly representable in the weight's own dtype.
     The arrays of parts are flat bytes, as cut by `Part.span` for the rows of the tile; `first_row` is a multiple of every
-    part's `every`. Both directions work on the caller's buffers and allocate nothing that grows with the tile.
+    part's `every`. Both directions work on the caller's buffers and allocate less than half as much as the tile has.
     """
 
     __slots__ = ()
@@ -225,7 +238,8 @@ class Scheme:
     """How the weights of one config group are quantised; field names and values are compressed-tensors' own.
 
     `block` is its block_structure. DeepSeek's dialect is the format `fp8`; others of another spelling are in the KINDS of the
-    families. `powers`: of two, which its scales are. `targets` may be thousands, which a hash of the others spares.
+    families. `ordered`: a tensor says which group each column is in. `powers`: of two, which its scales are. `targets` may be
+    thousands, which a hash of the others spares.
     """
 
     format: str
@@ -236,6 +250,7 @@ class Scheme:
     group_size: int | None = None
     targets: tuple[str, ...] = field(default=("Linear",), hash=False)
     block: tuple[int, int] | None = None
+    ordered: bool = False
     powers: bool = False
 
     def __str__(self) -> str:

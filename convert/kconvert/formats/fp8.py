@@ -136,6 +136,8 @@ class Fp8(Format):
         scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
+        if kernels.has_nan(parts[0]):
+            raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np

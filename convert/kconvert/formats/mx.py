@@ -123,9 +123,12 @@ class Mx(Format):
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import mx as kernels
+        from kconvert.formats.kernels.fp8 import has_nan
 
         kernel = kernels.decode_mxfp4 if self.bits == 4 else kernels.decode_mxfp8
         kernel(parts[0].reshape(-1, GROUP * self.bits // 8), parts[1], tile.reshape(-1, GROUP))
+        if self.bits == 8 and has_nan(parts[0]):
+            raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import mx as kernels

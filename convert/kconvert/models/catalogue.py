@@ -32,6 +32,8 @@ def load_manifests() -> Mapping[str, Manifest]:
     """All manifests of the package, by name; one that others are based on comes before them."""
     files = [file for file in (resources.files("kconvert") / "manifests").iterdir() if file.name.endswith(".toml")]
     tables = {table["name"]: table for table in (tomllib.loads(file.read_text("utf-8")) for file in files)}
+    for table in tables.values():
+        _spread(table)
     whole: dict[str, dict[str, Any]] = {}
     for name in sorted(tables):
         _inherit(name, tables, whole)
@@ -59,6 +61,14 @@ def manifest_for(config: Mapping[str, Any], tensors: Collection[str] = ()) -> Ma
     return (alike or candidates or [load_manifest(GENERIC)])[0].respelt(tensors)
 
 
+def _spread(table: dict[str, Any]) -> None:
+    """An entry with a list of names is one for each of them."""
+    for key in RULES:
+        entries = table.get(key, [])
+        names = [entry["name"] if isinstance(entry["name"], list) else [entry["name"]] for entry in entries]
+        table[key] = [{**entry, "name": name} for entry, spread in zip(entries, names, strict=True) for name in spread]
+
+
 def _inherit(name: str, tables: Mapping[str, dict[str, Any]], whole: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The table `name` with everything of its base that it does not override; puts both into `whole`, the base first."""
     if name in whole:
@@ -66,6 +76,10 @@ def _inherit(name: str, tables: Mapping[str, dict[str, Any]], whole: dict[str, d
     table = tables[name]
     if "base" in table:
         base = copy.deepcopy(_inherit(table["base"], tables, whole))
+        if table.get("own_config"):
+            base |= {"config": {}, "side_files": {}}
+        lacks = frozenset(table.get("lacks", ()))
+        base |= {key: [rule for rule in base.get(key, ()) if rule["name"] not in lacks] for key in RULES}
         _wrap(base, table)
         merged = {key: {**base.get(key, {}), **table.get(key, {})} for key in MERGED_TABLES}
         merged["config"] = _merge_config(base.get("config", {}), table.get("config", {}))

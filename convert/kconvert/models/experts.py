@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from kconvert.errors import KconvertError
 from kconvert.models.amx import PROJECTIONS
@@ -65,7 +65,7 @@ def rest_of(model: Model) -> Iterator[Plain]:
     for item in items:
         if item.role.partition(".")[0] != "expert":
             for tensor in item.copied if isinstance(item, Weight) else (item.tensor,):
-                yield Plain(replace(tensor, name=rest_name(tensor.name)), item.role, item.layer)
+                yield Plain(tensor._replace(name=rest_name(tensor.name)), item.role, item.layer)
 
 
 def rest_name(name: str) -> str:

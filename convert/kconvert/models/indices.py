@@ -58,7 +58,7 @@ def numbers_of(
 def layers_in(value: Any, key: str) -> list[int]:
     """A list of layers, which is also spelt as a text with commas; ValueError when `value` is none."""
     if isinstance(value, str):
-        value = [int(word) if word.strip().isdecimal() else word for word in value.split(",")]
+        value = [int(word) if word.strip().isdecimal() else word for word in value.split(",") if value]
     if value is not None and (not isinstance(value, list) or not all(type(number) is int for number in value)):
         raise ValueError(f"{key} is not a list of layers")
     return value or []

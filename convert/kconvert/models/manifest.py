@@ -10,10 +10,12 @@ import copy
 import itertools
 import math
 from collections import ChainMap
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
@@ -135,8 +137,7 @@ class Manifest:
             numbers: dict[str, tuple[int, ...]] = {}
             for name, index in self.indices.items():
                 numbers[name] = numbers_of(index, section, sizes, numbers)
-            named_from = {name: evaluate(index.named_from, sizes) for name, index in self.indices.items()}
-            names = Names(self, numbers, named_from)
+            names = Names(self, numbers, sizes)
             for rule in self.rules:
                 shape = self._shape(rule, section, sizes)
                 if shape is not None and (rule.layer is None or numbers[rule.layer]):
@@ -185,12 +186,11 @@ class Manifest:
 class Names:
     """A manifest bound to a model's dimensions."""
 
-    def __init__(
-        self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]], named_from: Mapping[str, int]
-    ) -> None:
+    def __init__(self, manifest: Manifest, numbers: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> None:
         self.manifest = manifest
         self._numbers = numbers
-        self._named_from = named_from
+        self._sizes = sizes
+        self._named_from = {name: self.size(index.named_from) for name, index in manifest.indices.items()}
         self._families: list[tuple[Rule, tuple[int, ...], bool]] = []
         self._count = 0
 
@@ -200,6 +200,10 @@ class Names:
         if self._count > MAX_NAMES:
             raise ValueError(f"more than {MAX_NAMES:,} names")
         self._families.append((rule, shape, optional))
+
+    def size(self, expression: str) -> int:
+        """The value of an expression over the model's sizes."""
+        return evaluate(expression, self._sizes)
 
     def match(self, name: str) -> Match | None:
         """What is known of `name`, a Linear's module or a whole tensor name."""
@@ -261,23 +265,25 @@ class Names:
 
     @cached_property
     def _known(self) -> dict[str, Match]:
-        known = {}
+        known: dict[str, Match] = {}
         for rule, shape, optional in self._families:
             places = rule.placeholders
-            axes = [place.partition(".")[0] for place in places]
-            layer_at, expert_at = (axes.index(axis) if axis in axes else None for axis in ("layer", "expert"))
-            layer = self._numbers[rule.layer][0] if rule.layer else None
             template = _filled(rule.name, dict.fromkeys(places, "%s"))
-            spelt = itertools.product(*([self._word(place, n) for n in self._numbers[place]] for place in places))
-            for numbers in itertools.product(*(self._numbers[place] for place in places)):
-                known[template % next(spelt)] = Match(
-                    rule,
-                    shape,
-                    layer if layer_at is None else numbers[layer_at],
-                    None if expert_at is None else numbers[expert_at],
-                    optional,
-                )
+            words = itertools.product(*([self._word(place, n) for n in self._numbers[place]] for place in places))
+            numbers = [*itertools.product(*(self._numbers[place] for place in places))]
+            layers = _along("layer", places, numbers, self._numbers[rule.layer][0] if rule.layer else None)
+            experts = _along("expert", places, numbers, None)
+            facts = zip(repeat(rule), repeat(shape), layers, experts, repeat(optional), strict=False)
+            known.update(zip(map(template.__mod__, words), map(Match._make, facts), strict=False))
         return known
+
+
+def _along(
+    axis: str, places: Sequence[str], numbers: Iterable[tuple[int, ...]], otherwise: int | None
+) -> Iterable[int | None]:
+    """Of the numbers that names have at `places` those on this axis; the same for all when it is none of them."""
+    axes = [place.partition(".")[0] for place in places]
+    return map(itemgetter(axes.index(axis)), numbers) if axis in axes else repeat(otherwise)
 
 
 def _filled(template: str, words: Mapping[str, str]) -> str:

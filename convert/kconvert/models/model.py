@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from kconvert import formats
 from kconvert.checkpoint.listing import CONFIG_NAME
@@ -35,8 +35,7 @@ Recognised: TypeAlias = "tuple[Format, int, int, tuple[Part, ...], Part | None]"
 Recogniser: TypeAlias = "Callable[[Scheme | None, Facts, tuple[int, int] | None], Recognised]"
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A matrix [rows, cols] = [out, in] of the model; `tensors` spell it, in the order of `format.parts(rows, cols)`.
 
     `companions` lie beside it and do not enter its values; see formats.base.
@@ -118,7 +117,7 @@ def _recogniser(quantization: QuantizationConfig) -> Recogniser:
     @lru_cache(maxsize=4096)
     def recognise(scheme: Scheme | None, facts: Facts, shape: tuple[int, int] | None) -> Recognised:
         found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
-        scheme = formats.fitting_scheme(scheme, quantization.schemes, found, shape)
+        scheme = formats.fitting_scheme(scheme, (*quantization.schemes, *quantization.implied), found, shape)
         format, (rows, cols) = formats.recognise(scheme, found, shape, quantization.file)
         parts = parts_of(format, rows, cols)
         return format, rows, cols, parts, next((part for part in parts if not part.fits(*found[part.suffix])), None)
@@ -126,14 +125,17 @@ def _recogniser(quantization: QuantizationConfig) -> Recogniser:
     return recognise
 
 
-DIGITS = re.compile("([0-9]{1,18})")
+DIGITS = re.compile("0*([0-9]{1,18})")
 
 
-def natural_key(name: str) -> list[str | int]:
-    """Sorts layer 2 before layer 10."""
-    pieces: list[str | int] = [*DIGITS.split(name)]
-    pieces[1::2] = map(int, pieces[1::2])
-    return pieces
+def natural_key(name: str) -> str:
+    """Sorts layer 2 before layer 10, by putting their lengths before numbers, and a sign before these that sorts first."""
+    return ".".join(map(_natural_word, name.split(".")))
+
+
+@lru_cache(maxsize=1 << 16)  # names of one model are made of the same words
+def _natural_word(word: str) -> str:
+    return DIGITS.sub(lambda match: f"\0{len(match[1]):c}{match[1]}", word)
 
 
 def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
@@ -251,6 +253,8 @@ def _weight(
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    if scheme is not None and match is not None:
+        scheme = match.rule.applied(scheme)
     try:
         facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
         format, rows, cols, parts, misfit = recognise(scheme, facts, shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any, NamedTuple
 
+from kconvert.formats.base import Scheme
 from kconvert.models.sizes import lookup
 
 
@@ -41,6 +42,10 @@ class Rule:
         return (self.when is None or bool(lookup(config, self.when))) and not (
             self.unless is not None and lookup(config, self.unless)
         )
+
+    def applied(self, scheme: Scheme) -> Scheme:
+        """The scheme that config.json has for the weight, with blocks of the weight's own."""
+        return replace(scheme, block=self.block) if self.block and scheme.block else scheme
 
     def may_be_missing(self, config: Mapping[str, Any]) -> bool:
         return bool(lookup(config, self.optional)) if isinstance(self.optional, str) else self.optional

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from sys import intern
+from typing import NamedTuple
 
 from kconvert import formats
 from kconvert.checkpoint.safetensors import Tensor
@@ -34,8 +36,7 @@ WRAPPED = re.compile("|".join(map(re.escape, WRAPPERS)))
 DATA_PARALLEL = "module."
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(NamedTuple):
     """A tensor that is no Linear: it is copied as it is. `listed`: the manifest knows its name and shape."""
 
     tensor: Tensor
@@ -75,7 +76,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
             sorted_.dropped.append(tensor)
         elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
             weight, suffix = spelling
-            sorted_.modules.setdefault(weight, {})[suffix] = tensor
+            sorted_.modules.setdefault(weight, {})[intern(suffix)] = tensor
         elif f".{name}".endswith(BUFFERS):
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:
@@ -108,14 +109,12 @@ def _wrapped(tensor: Tensor, prefix: str, wrapper: str) -> KconvertError:
 
 def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
     """Without names to go by, a weight is what has a tensor that only encoded weights have, or an expert's matrix."""
-    split = [(tensor, *tensor.name.rpartition(".")[::2]) for tensor in sorted_.unlisted]
-    codes = {module for tensor, module, suffix in split if suffix == "weight" and tensor.dtype not in DTYPES}
-    encoded = {module for _, module, suffix in split if suffix in formats.TELLING_SUFFIXES}
-    encoded |= {module for _, module, suffix in split if suffix in formats.QUANTISED_SUFFIXES and module in codes}
-    for tensor, module, suffix in split:
+    encoded = _encoded(sorted_.unlisted)
+    for tensor in sorted_.unlisted:
+        module, _, suffix = tensor.name.rpartition(".")
         is_part = _is_part(suffix) and (module in encoded or module in sorted_.modules)
         if is_part or _is_experts_matrix(tensor, module, suffix):
-            sorted_.modules.setdefault(module, {})[suffix] = tensor
+            sorted_.modules.setdefault(module, {})[intern(suffix)] = tensor
         elif suffix in COMPANIONS and _is_number(tensor):
             sorted_.dropped.append(tensor)
         else:
@@ -125,6 +124,22 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
         # What a manifest takes for plain may be quantised all the same: an embedding, a router.
         if (whole := sorted_.plain.pop(f"{module}.weight", None)) is not None:
             sorted_.modules[module]["weight"] = whole.tensor
+
+
+def _encoded(tensors: Iterable[Tensor]) -> set[str]:
+    """The weights among these tensors of which one is an encoded weight's and nothing else's, or may be, beside codes."""
+    encoded: set[str] = set()
+    doubtful: set[str] = set()
+    codes: set[str] = set()
+    for tensor in tensors:
+        module, _, suffix = tensor.name.rpartition(".")
+        if suffix in formats.TELLING_SUFFIXES:
+            encoded.add(module)
+        elif suffix in formats.QUANTISED_SUFFIXES:
+            doubtful.add(module)
+        if suffix == "weight" and tensor.dtype not in DTYPES:
+            codes.add(module)
+    return encoded | (doubtful & codes)
 
 
 def _is_number(tensor: Tensor) -> bool:

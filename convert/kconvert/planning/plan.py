@@ -43,7 +43,8 @@ class Plan:
         """Stable over runs and machines: equal plans write equal bytes from equal sources."""
         digest = hashlib.sha256(f"{__version__} {self.recipe}".encode())
         for shard in self.shards:
-            digest.update(f"{shard.name} {shard.nbytes}".encode() + shard.header)
+            digest.update(f"{shard.name} {shard.nbytes}".encode())
+            digest.update(shard.header)
         # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
         spelled: dict[int, str] = {}
         for step in self.steps:
@@ -51,7 +52,8 @@ class Plan:
             names = [spelled.get(id(f)) or spelled.setdefault(id(f), repr(f)) for f in formats]
             digest.update(f"{step.name} {names} {[(p.file, p.start) for p in step.reads]}".encode())
         for name, text in self.texts.items():
-            digest.update(name.encode() + text)
+            digest.update(name.encode())
+            digest.update(text)
         digest.update(repr(sorted(self.side_files.items())).encode())
         return digest.hexdigest()
 
@@ -92,6 +94,6 @@ class Output:
 
     def plan(self) -> Plan:
         """With a place for every byte; KconvertError where there is none."""
-        steps, shards = self.container.place(tuple(self.drafts))
+        steps, shards = self.container.place(self.drafts)
         texts = {**self.texts, **self.container.texts(self.config, shards, self.parameters)}
         return Plan(self.recipe, self.source, steps, shards, texts, self.facts(steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.formats import Format, Part, parts_of
@@ -15,12 +15,14 @@ from kconvert.formats.dtypes import tensor_bytes
 Described: TypeAlias = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor's bytes begin: `start` counts from the beginning of `file`."""
 
     file: str
     start: int
+
+
+Origin: TypeAlias = Tensor | Place  # a tensor of the source, or where its bytes begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,7 @@ class Slot:
         return name, part.dtype, (self.count // self.width, self.width * rows, *rest)
 
 
-@dataclass(frozen=True, slots=True)
-class Transcode:
+class Transcode(NamedTuple):
     """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
 
     `output` is its name there where that is another one than in the source, `slot` its place in a stack.
@@ -52,7 +53,7 @@ class Transcode:
     rows: int
     cols: int
     source: Format
-    reads: tuple[Place, ...]
+    reads: tuple[Origin, ...]
     target: Format
     writes: tuple[Place, ...] = ()
     output: str = ""
@@ -86,14 +87,13 @@ class Transcode:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """A tensor keeps its name, dtype, shape and bytes; with a `slot` it is the matrix of a stack, which has another name."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    reads: tuple[Place, ...]
+    reads: tuple[Origin, ...]
     writes: tuple[Place, ...] = ()
     slot: Slot | None = None
 
@@ -116,11 +116,7 @@ Step: TypeAlias = Transcode | Copy
 
 def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None, slot: Slot | None = None) -> Copy:
     """The tensor as it is, or what of its beginning has this shape; without a place in the output."""
-    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (place_of(tensor),), slot=slot)
-
-
-def place_of(tensor: Tensor) -> Place:
-    return Place(tensor.file, tensor.start)
+    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,), slot=slot)
 
 
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def open_packed(original: Model, output: Path) -> tuple[Model, Model, tuple[str,
 
 def _expected(original: Model, packed: AmxModel) -> Model:
     """The routed experts; and if there is anything besides them, all the rest with the side files that went along."""
-    weights = [replace(weight, name=_packed_name(weight)) for weight in routed_experts(original).weights]
+    weights = [weight._replace(name=_packed_name(weight)) for weight in routed_experts(original).weights]
     weights.sort(key=lambda weight: natural_key(weight.name))
     taken = packed.checkpoint.side_files if packed.rest else {}
     side_files = {name: size for name, size in original.checkpoint.side_files.items() if name in taken}
@@ -54,7 +54,7 @@ def _as_scaled(weight: Weight, packed: AmxModel) -> Weight:
     """The weight with what is known of how its scales were made."""
     assert isinstance(weight.format, Amx)
     mse = {"mse": True, "amax": False}.get(str(packed.record.get("scales")))
-    return replace(weight, format=replace(weight.format, mse=mse, pieces=packed.numa // packed.quantised_for))
+    return weight._replace(format=replace(weight.format, mse=mse, pieces=packed.numa // packed.quantised_for))
 
 
 def _notes(packed: AmxModel) -> Iterator[str]:

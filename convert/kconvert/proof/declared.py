@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import dropwhile
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.listing import CONFIG_NAME
@@ -22,7 +23,8 @@ Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is qua
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
 NEVER_CODES = FLOATS | {"BOOL", "I64", "U64"}
 INTEGER_TABLES = ("tid2eid", "position_ids", "relative_position_index", "token_type_ids", "d2t", "t2d")
-WRAPPERS = ("language_model", "model", "model.language_model", "language_model.model")
+WRAPPERS = ("language_model", "model")
+OUTER = (*WRAPPERS, "model.language_model", "language_model.model")  # what a language model is called in names
 MASKS = ("attn.bias", "masked_bias", "attention_mask", "causal_mask")
 INNER = "quantization_config"  # where transformers kept a table within a table once
 # What gives away a table without quant_method.
@@ -152,6 +154,12 @@ def _fp8(table: Mapping[str, Any]) -> Covers:
     return lambda module: module not in left
 
 
+def _all_but_rules(table: Mapping[str, Any]) -> Covers:
+    """Of GPTQ, AWQ and auto-round, which leave out what `modules_to_not_convert` has a part of the name of."""
+    left = _names(table.get("modules_to_not_convert"))
+    return lambda module: not any(name in module for name in left)
+
+
 def _modelopt(table: Mapping[str, Any]) -> Covers:
     """What `quantized_layers` names, or everything, but for what is excluded."""
     table = {**table, **_table(table.get("quantization"))}
@@ -183,9 +191,9 @@ def _among(names: Iterable[str]) -> Covers:
     globs = [name for name in whole if not name.startswith("re:") and any(sign in name for sign in "*?[")]
 
     def among(module: str) -> bool:
-        words = module.split(".")
+        words = [*dropwhile(WRAPPERS.__contains__, module.split("."))]
         around = {".".join(words[:end]) for end in range(1, len(words) + 1)}
-        around |= {f"{outer}.{name}" for outer in WRAPPERS for name in around}
+        around |= {f"{outer}.{name}" for outer in OUTER for name in around}
         return (
             not whole.isdisjoint(around)
             or any(pattern.match(module) for pattern in patterns)
@@ -201,6 +209,9 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Covers]] = {
     "fp8": _fp8,
     "mxfp8": _fp8,
     "mxfp4": _fp8,
+    "gptq": _all_but_rules,
+    "awq": _all_but_rules,
+    "auto-round": _all_but_rules,
     **dict.fromkeys(("modelopt", "modelopt-fp4", "modelopt-mixed", "modelopt-mxfp8"), _modelopt),
     "quark": _quark,
 }

@@ -18,7 +18,7 @@ from kconvert.errors import counted
 from kconvert.formats import Format, Part
 from kconvert.models.model import Weight
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Place, Step, Transcode
+from kconvert.planning.steps import Origin, Step, Transcode
 from kconvert.proof.parity.metrics import measure, sqnr
 
 ROWS = 64
@@ -105,7 +105,7 @@ def _compare(step: Transcode, source: Reader, output: Reader) -> Parity:
     return Parity(1, errors.elements, same, errors.signal, errors.noise, errors.max_abs)
 
 
-def _weight(step: Transcode, format: Format, parts: tuple[Part, ...], places: tuple[Place, ...]) -> Weight:
+def _weight(step: Transcode, format: Format, parts: tuple[Part, ...], places: tuple[Origin, ...]) -> Weight:
     tensors = tuple(
         Tensor(part.tensor_of(step.name), part.dtype, part.shape, place.file, place.start, part.nbytes)
         for part, place in zip(parts, places, strict=True)

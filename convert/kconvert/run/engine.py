@@ -1,7 +1,8 @@
 """Runs a plan: worker threads take tasks in order, each reads, decodes and encodes tile by tile, and writes.
 
 A worker does all four by itself; with more workers than cores, reading and writing overlap the arithmetic, and the only
-memory is each worker's few reused buffers. The kernels and the system calls run without the GIL.
+memory is each worker's few reused buffers. What every tile of a weight needs whole (matrices that lie across) the worker that
+comes first reads for all tasks of the weight. The kernels and the system calls run without the GIL.
 """
 
 from __future__ import annotations
@@ -52,6 +53,26 @@ class Observer(Protocol):
         """The run ends here; whoever waits must not wait any longer."""
 
 
+class Shared:
+    """The parts of a weight that lie across, which each of its `tasks` needs whole: the first reads them for all."""
+
+    def __init__(self, tasks: int) -> None:
+        self._left = tasks
+        self._data: list[Bytes] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
+        """The parts in their order, while one task decodes; with the last task they are gone."""
+        with self._lock:
+            self._data = self._data or read()
+        yield self._data
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._data.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor."""
@@ -59,6 +80,7 @@ class Task:
     step: Step
     first: int
     last: int
+    shared: Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +101,17 @@ class Limits:
 
     def peak(self, plan: Plan) -> int:
         """What a run of `plan` needs in bytes of RAM, about."""
-        footprints = [_footprint(step, self.task_bytes) for step in _kinds(plan)]
-        return BASE_MEMORY + self.threads * max(footprints, default=MAX_TASK)
+        return BASE_MEMORY + max(map(self._footprint, _kinds(plan)), default=self.threads * MAX_TASK)
+
+    def _footprint(self, step: Transcode) -> int:
+        """Of tasks of this kind. What these have in common is in memory for as many weights as they are of: tasks begin in
+        order."""
+        size, unit = _task_size(step, self.task_bytes)
+        rows, across = max(unit, size // unit * unit), [part for part in step.source_parts if part.across]
+        buffers = int(rows * (_row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
+        weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if across else 0
+        tile = 4 * _tile_rows(step) * step.cols
+        return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in across)
 
 
 @dataclass
@@ -136,8 +167,10 @@ class Run:
                 size, unit = _task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
                 count = max(unit, size // unit * unit)
-                for first in range(0, max(last, 1), count):
-                    yield Task(step, first, min(first + count, last))
+                starts = range(0, max(last, 1), count)
+                shared = Shared(len(starts))
+                for first in starts:
+                    yield Task(step, first, min(first + count, last), shared)
 
     def _work(self, tasks: Iterator[Task]) -> None:
         buffers = Buffers()
@@ -148,7 +181,7 @@ class Run:
                 if task is None:
                     return
                 if isinstance(task.step, Transcode):
-                    self._transcode(task.step, task.first, task.last, buffers)
+                    self._transcode(task.step, task.first, task.last, task.shared, buffers)
                 else:
                     self._copy(task.step, task.first, task.last, buffers)
         except BaseException as failure:
@@ -169,8 +202,22 @@ class Run:
             data = moved
         self._write(target.file, target.start + first, data)
 
-    def _transcode(self, step: Transcode, first: int, last: int, buffers: Buffers) -> None:
-        inputs, outputs = self._inputs(step, first, last, buffers), self._outputs(step, first, last, buffers)
+    def _transcode(self, step: Transcode, first: int, last: int, shared: Shared, buffers: Buffers) -> None:
+        outputs = self._outputs(step, first, last, buffers)
+        with shared.held(lambda: self._across(step)) as across:
+            lost = self._fill(step, first, last, iter(across), outputs, buffers)
+        if lost:
+            with self._lock:
+                self.inexact[step.name] += lost
+        for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
+            if part.every is not None or first == 0:
+                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+
+    def _fill(
+        self, step: Transcode, first: int, last: int, across: Iterator[Bytes], outputs: list[Bytes], buffers: Buffers
+    ) -> int:
+        """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
+        inputs = self._inputs(step, first, last, across, buffers)
         count, lost = _tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
@@ -180,17 +227,21 @@ class Run:
                 step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
             with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
                 lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
-        if lost:
-            with self._lock:
-                self.inexact[step.name] += lost
-        for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
-            if part.every is not None or first == 0:
-                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+        return lost
 
-    def _inputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
-        """The bytes of every part that these rows need, read into buffers; parts of other rows take none."""
+    def _across(self, step: Transcode) -> list[Bytes]:
+        """All bytes of the parts that lie across, in memory of their own."""
+        parts = zip(step.source_parts, step.reads, strict=True)
+        wanted = [(place, part.nbytes) for part, place in parts if part.across]
+        return [Buffers().fetch(self.source, "across", place.file, place.start, size) for place, size in wanted]
+
+    def _inputs(self, step: Transcode, first: int, last: int, across: Iterator[Bytes], buffers: Buffers) -> list[Bytes]:
+        """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
         data: list[Bytes] = []
         for part, place in zip(step.source_parts, step.reads, strict=True):
+            if part.across:
+                data.append(next(across))
+                continue
             start, stop = part.span(step.rows, first, last)
             use = f"in.{sum(map(bool, map(len, data)))}"
             data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
@@ -286,11 +337,6 @@ def _task_size(step: Step, nbytes: int) -> tuple[int, int]:
 
 def _row_bytes(step: Transcode) -> float:
     return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
-
-
-def _footprint(step: Transcode, nbytes: int) -> int:
-    size, unit = _task_size(step, nbytes)
-    return int(max(unit, size) * _row_bytes(step)) + 4 * _tile_rows(step) * step.cols
 
 
 def _cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:

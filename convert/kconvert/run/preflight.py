@@ -20,7 +20,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.formats.base import ZERO_DTYPES
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Place, Transcode
+from kconvert.planning.steps import Origin, Transcode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Doubt(NamedTuple):
 
     step: Transcode
     part: Part
-    place: Place
+    place: Origin
 
 
 def check_paths(source: Path, destination: Path) -> None:

@@ -16,7 +16,7 @@ from kconvert.models.experts import Experts, rest_of, routed_experts
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
 from kconvert.planning.containers import FORMS, METADATA, Apart, Container, Safetensors, json_bytes
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Step, Transcode, copy_of, count_steps, place_of
+from kconvert.planning.steps import Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES
 from kconvert.version import __version__
 
@@ -180,10 +180,9 @@ def _repacked(weight: Weight, recipe: AmxRecipe) -> Transcode:
     projection = weight.role.partition(".")[2]
     assert weight.layer is not None
     assert weight.expert is not None
-    reads = tuple(map(place_of, weight.tensors))
     target = Amx(recipe.bits, recipe.numa, PROJECTIONS[projection], mse=recipe.scales == "mse")
     output = weight_name(weight.layer, projection, weight.expert)
-    return Transcode(weight.name, weight.rows, weight.cols, weight.format, reads, target, output=output)
+    return Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, output=output)
 
 
 def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
@@ -191,9 +190,8 @@ def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
     ours = weight.format
     assert isinstance(ours, Amx)
     theirs = replace(ours, numa=numa)
-    reads = [place_of(tensor) for tensor in weight.tensors]
-    codes = AmxCodes(ours), tuple(reads[::2]), AmxCodes(theirs)
-    scales = AmxScales(ours, weight.cols), tuple(reads[1::2]), AmxScales(theirs, weight.cols)
+    codes = AmxCodes(ours), weight.tensors[::2], AmxCodes(theirs)
+    scales = AmxScales(ours, weight.cols), weight.tensors[1::2], AmxScales(theirs, weight.cols)
     yield Transcode(weight.name, weight.rows, weight.cols, *codes)
     yield Transcode(weight.name, weight.rows, numa if ours.split == "cols" else 1, *scales)
 

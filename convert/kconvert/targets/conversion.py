@@ -18,7 +18,7 @@ from kconvert.models.model import Model, Weight, format_counts, natural_key, ref
 from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Stack
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps, place_of
+from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
@@ -149,13 +149,13 @@ class Conversion:
         elif self._keeps_codes(weight):
             parts = parts_of(format or weight.format, weight.rows, weight.cols)
             for part, tensor in zip(parts, weight.tensors, strict=False):
-                yield copy_of(replace(tensor, name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
+                yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
             for tensor in weight.companions:
-                yield copy_of(replace(tensor, name=name + tensor.name.removeprefix(weight.name)))
+                yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
-            reads, output = tuple(map(place_of, weight.tensors)), name if name != weight.name else ""
+            target, output = self.encoding(weight), name if name != weight.name else ""
             yield Transcode(
-                weight.name, weight.rows, weight.cols, weight.format, reads, self.encoding(weight), (), output, slot
+                weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, output=output, slot=slot
             )
 
     def _keeps_codes(self, weight: Weight) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,15 +16,16 @@ from kconvert.formats.base import Scheme
 from kconvert.formats.dense import Dense
 from kconvert.formats.stacks import MxStack
 from kconvert.models.catalogue import load_manifest
-from kconvert.models.manifest import Manifest
+from kconvert.models.manifest import Manifest, Names
 from kconvert.models.model import natural_key, understand
 from kconvert.models.rules import Match
 from kconvert.models.sizes import lookup
+from kconvert.models.stacks import Stack, unstack
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Copy, Step, Transcode, copy_of
+from kconvert.planning.steps import Copy, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
-from kconvert.targets.synthetic import Dealt, Picks, Synthetic, Unquantised, can_be_dealt
+from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
         raise KconvertError(f"the manifest {manifest.name} describes no checkpoint of its own; choose another --like")
     config = manifest.resize(manifest.config, recipe.sizes)
     quantization = manifest.quantization(config)
-    drafts: list[Step] = []
-    names = sorted(manifest.bind(config).expected(), key=lambda item: natural_key(item[0]))
+    drafts: list[Transcode] = []
+    bound = manifest.bind(config)
+    names = sorted(bound.expected(), key=lambda item: natural_key(item[0]))
     for name, match in names:
         if 0 in match.shape:
             raise KconvertError(f"{name!r} would be {list(match.shape)}, without any element; choose larger sizes")
@@ -58,12 +60,24 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
             scheme = quantization.scheme_for(name.removeprefix(manifest.prefix))
             drafts.append(_invent_weight(name, match, _spelling(manifest, config, match, scheme), recipe.seed))
         else:
-            drafts.append(_invent_tensor(name, match, match.rule.dtype, recipe.seed))
+            drafts.append(_invent_tensor(name, match, match.rule.dtype, bound, recipe.seed))
+    slots = _slots(bound.stacks.values(), {draft.name for draft in drafts if draft.target.quantised})
+    drafts = [draft._replace(slot=slots.get(draft.name)) for draft in drafts]
     container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
     side_files = {name: text.encode() for name, text in manifest.side_files.items()}
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
     return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()
+
+
+def _slots(stacks: Iterable[Stack], quantised: Container[str] = ()) -> dict[str, Slot]:
+    """The place of each weight in its stack, but for those quantised ones whose stack is of plain values only."""
+    return {
+        name: Slot(stack.name, index, len(stack.members), stack.width, stack.bare)
+        for stack in stacks
+        for index, name in enumerate(stack.members)
+        if not (stack.plain and name in quantised)
+    }
 
 
 def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: Scheme | None) -> Format:
@@ -73,7 +87,7 @@ def _spelling(manifest: Manifest, config: dict[str, Any], match: Match, scheme: 
     # No engine takes lm_head for a Linear in DeepSeek's dialect, which therefore does not list it.
     if scheme is None or (scheme.format == "fp8" and match.rule.role == "lm_head"):
         return Dense("BF16")
-    return formats.from_scheme(scheme)
+    return manifest.spell(formats.from_scheme(match.rule.applied(scheme)))
 
 
 def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transcode:
@@ -87,19 +101,24 @@ def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transc
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None
 
 
-def _invent_tensor(name: str, match: Match, dtype: str, seed: int) -> Transcode:
-    module, _, suffix = name.rpartition(".")
+def _invent_tensor(name: str, match: Match, dtype: str, names: Names, seed: int) -> Transcode:
     cols = match.shape[-1]
-    # Values of F32 tensors must not be exact in bf16: who rounds them is to be found out.
-    center, gain = float(match.rule.role == "norm"), 0.7 if dtype == "F32" else 1.0
-    source = Synthetic(name, seed, center, gain)
-    return Transcode(module, math.prod(match.shape) // cols, cols, source, (), Unquantised(suffix, dtype, match.shape))
+    rule = match.rule
+    source: Invented
+    if rule.below is not None:
+        source = Integers(name, names.size(rule.below), seed)
+    else:
+        # Values of F32 tensors must not be exact in bf16: who rounds them is to be found out.
+        source = Synthetic(name, seed, float(rule.role == "norm"), 0.7 if dtype == "F32" else 1.0)
+    filled = None if rule.filled is None else names.size(rule.filled)
+    target = Unquantised(dtype, match.shape, filled)
+    return Transcode(name, math.prod(match.shape) // cols, cols, source, (), target)
 
 
 def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
     """Plan a copy of the first layers and experts of a real checkpoint; only `layers`, `dense_layers`, `experts` shrink.
 
-    Layers that follow the last one (MTP) are left out with it.
+    Layers that follow the last one (MTP) are left out with it. Where fewer experts stay, tables of them are made up.
     """
     manifest = understand(checkpoint).manifest
     _check_cut(manifest, checkpoint, recipe)
@@ -107,13 +126,25 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
     if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
         sizes["mtp"] = 0
     config = manifest.resize(checkpoint.config, sizes)
-    names = manifest.bind(config)
-    found = {name: tensors for name, _ in names.expected() if (tensors := _tensors_of(checkpoint, name))}
+    whole, names = manifest.bind(checkpoint.config), manifest.bind(config)
+    tensors, _ = unstack(checkpoint.tensors, whole.stacks)
+    found = {name: parts for name, _ in names.expected() if (parts := _tensors_of(tensors, name))}
     if missing := names.missing(found):
-        raise KconvertError(f"{checkpoint.root} has no tensor of {missing[0]!r}; fetch the rest of the checkpoint")
+        raise KconvertError(
+            f"{checkpoint.root} has no tensor of {missing[0]!r}, which a {manifest.name} of these sizes has, as its layers are "
+            "then of other kinds; choose others"
+        )
     kept = [(name, match) for name, match in names.expected() if name in found]
-    drafts = [_cut(tensor, match) for name, match in kept for tensor in found[name]]
-    drafts += [copy_of(tensor) for tensor in _free_tensors(manifest, checkpoint)]
+    slots = _slots(names.stacks.values())
+    drafts: list[Step] = []
+    for name, match in kept:
+        below = match.rule.below
+        if below is not None and names.size(below) < whole.size(below):
+            drafts.append(_invent_tensor(name, match, found[name][0].dtype, names, recipe.seed))
+            continue
+        slot = slots.get(name)
+        drafts += [_cut(part, match, None if part.name in checkpoint.tensors else slot) for part in found[name]]
+    drafts += [copy_of(tensor) for tensor in _free_tensors(checkpoint, whole)]
     drafts.sort(key=lambda draft: natural_key(draft.name))
     container = Safetensors(recipe.shard_size, scatter=recipe.scatter)
     parameters = sum(math.prod(match.shape) for _, match in kept)
@@ -138,28 +169,27 @@ def _check_cut(manifest: Manifest, checkpoint: Checkpoint, recipe: SampleRecipe)
             raise KconvertError(f"--{symbol.replace('_', '-')} {size} is more than the checkpoint's {have}")
 
 
-def _tensors_of(checkpoint: Checkpoint, name: str) -> list[Tensor]:
+def _tensors_of(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The tensor called `name`, or all of the weight called so."""
-    whole = checkpoint.tensors.get(name)
+    whole = tensors.get(name)
     if whole is not None:
         return [whole]
-    parts = (checkpoint.tensors.get(formats.tensor_name(name, suffix)) for suffix in sorted(formats.SUFFIXES))
+    parts = (tensors.get(formats.tensor_name(name, suffix)) for suffix in sorted(formats.SUFFIXES))
     return [part for part in parts if part is not None]
 
 
-def _free_tensors(manifest: Manifest, checkpoint: Checkpoint) -> list[Tensor]:
+def _free_tensors(checkpoint: Checkpoint, names: Names) -> list[Tensor]:
     """Those that the manifest lets pass without knowing them."""
-    known = manifest.bind(checkpoint.config)
     tensors = checkpoint.tensors.values()
-    return [t for t in tensors if manifest.plain_role(t.name) is not None and known.match(t.name) is None]
+    return [t for t in tensors if names.manifest.plain_role(t.name) is not None and names.match(t.name) is None]
 
 
-def _cut(tensor: Tensor, match: Match) -> Copy:
+def _cut(tensor: Tensor, match: Match, slot: Slot | None) -> Copy:
     """A weight's tensor as it is, or its first experts if it stacks them; of another tensor the first rows (of the
     router: those of the experts that stay)."""
     if match.rule.dtype is None:
         stack = () if match.stack is None else (match.stack,)
-        return copy_of(tensor, (*stack, *tensor.shape[len(stack) :]))
+        return copy_of(tensor, (*stack, *tensor.shape[len(stack) :]), slot)
     if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
         raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
     return copy_of(tensor, match.shape)

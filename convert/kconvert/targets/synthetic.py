@@ -61,24 +61,49 @@ class Synthetic(Invented):
 
 
 @dataclass(frozen=True, slots=True)
-class Unquantised(Format):
-    """A tensor that is no Linear, of any rank, as the target of synthetic values."""
+class Integers(Invented):
+    """The tensor of integers called `name`: those of a row are different and lie in [0, below)."""
 
-    suffix: str
+    name: str
+    below: int
+    seed: int = 0
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        import numpy as np
+
+        rows = np.arange(first_row, first_row + tile.shape[0], dtype=np.uint64)
+        first = (_key(self.seed, self.name) + rows * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+        np.add.outer(
+            first % np.uint64(self.below), np.arange(tile.shape[1], dtype=np.uint64), out=tile, casting="unsafe"
+        )
+        np.remainder(tile, np.float32(self.below), out=tile)
+
+
+@dataclass(frozen=True, slots=True)
+class Unquantised(Format):
+    """A tensor that is no Linear, of any rank, as the target of synthetic values; of one row only the first `filled` are not
+    zero, where that is not None."""
+
     dtype: str
     shape: tuple[int, ...]
+    filled: int | None = None
 
     @property
     def label(self) -> str:
         return self.dtype.lower()
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        return (Part(self.suffix, self.dtype, self.shape),)
+        return (Part("", self.dtype, self.shape),)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         raise NotImplementedError("nothing is read as an unquantised tensor, they are copied")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        if self.filled is not None:
+            tile[:, self.filled :] = 0
+        if self.dtype == "I64":
+            parts[0].view("<i8")[:] = tile.reshape(-1)
+            return 0
         return Dense(self.dtype).encode(tile, parts)
 
 

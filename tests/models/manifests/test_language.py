@@ -68,6 +68,7 @@ def test_a_list_of_kinds_that_is_none_is_refused(kinds: Any) -> None:
 def test_a_list_of_layers_may_be_a_text(layers: Any) -> None:
     toy = manifest(tensors=[norm("layers.{layer.moe}.norm")], indices={"layer.moe": {"list": "moe"}})
     assert set(names(toy, moe=layers).values()) == {1, 3}
+    assert names(toy, moe="") == {}
     with pytest.raises(KconvertError, match="moe is not a list of layers"):
         names(toy, moe="1,x")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from kconvert import KconvertError
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.models.catalogue import load_manifest, load_manifests, manifest_for
+from kconvert.models.manifest import Manifest
 from kconvert.models.model import Model, understand
 from kconvert.models.sizes import evaluate
 
@@ -31,7 +31,8 @@ def read(checkpoint_of: Callable[..., Checkpoint]) -> Callable[..., Model]:
 def test_a_missing_tensor_is_named(small_config: Config, tensors_of: Tensors, read: Any, name: str) -> None:
     config = small_config(name)
     tensors = tensors_of(name, config)
-    lost = next(tensor for tensor in tensors if tensor.endswith("layers.1.input_layernorm.weight"))
+    norms = ("layers.1.input_layernorm.weight", "layers.1.attn_norm.weight")
+    lost = next(tensor for tensor in tensors if tensor.endswith(norms))
     del tensors[lost]
     with pytest.raises(KconvertError, match=f"'{lost}' missing"):
         read(config, tensors)
@@ -160,6 +161,73 @@ def test_a_vision_tower_that_config_json_describes_in_other_words_or_not_at_all_
 
 
 @pytest.mark.parametrize(
+    ("name", "usual", "other"),
+    [
+        ("kimi-k2.5", "language_model.model.", "language_model."),
+        ("kimi-k2.5", "language_model.model.layers.", "language_model.layers."),
+        ("qwen3.5-moe", "model.language_model.", "model."),
+        ("qwen3.8-moe", "model.", "model.language_model."),
+        ("step-3.7", "model.", "model.language_model."),
+    ],
+)
+def test_names_that_a_release_spells_otherwise_have_their_roles(
+    small_config: Config, tensors_of: Tensors, read: Any, name: str, usual: str, other: str
+) -> None:
+    def facts(model: Model) -> list[tuple[str, int | None, int | None, int]]:
+        assert not model.findings
+        return sorted(((w.role, w.layer, w.expert, w.rows) for w in model.weights), key=repr)
+
+    config = small_config(name)
+    tensors = tensors_of(name, config)
+    spelt = {
+        (renamed := other + key.removeprefix(usual) if key.startswith(usual) else key): tensor._replace(name=renamed)
+        for key, tensor in tensors.items()
+    }
+    assert spelt.keys() != tensors.keys()
+    assert facts(read(config, spelt)) == facts(read(config, tensors))
+
+
+def test_indexers_are_absent_where_layers_share_one(small_config: Config, tensors_of: Tensors) -> None:
+    def layers(**changes: Any) -> set[int]:
+        tensors = tensors_of("glm-5", small_config("glm-5", **changes))
+        return {int(name.split(".")[2]) for name in tensors if name.endswith("indexer.wk.weight")}
+
+    assert layers() == {0, 1, 2, 3, 4}
+    assert layers(indexer_types=["full", "shared", "shared", "full"]) == {0, 3, 4}
+
+
+def test_deepseek_v4_has_layers_of_each_kind(small_config: Config, tensors_of: Tensors) -> None:
+    tensors = tensors_of("deepseek-v4", small_config("deepseek-v4"))
+    assert [f"layers.{i}.attn.compressor.ape" in tensors for i in range(4)] == [False, False, True, True]
+    assert [f"layers.{i}.attn.indexer.wq_b.weight" in tensors for i in range(4)] == [False, False, True, False]
+    assert [f"layers.{i}.ffn.gate.tid2eid" in tensors for i in range(4)] == [True, True, True, False]
+    assert [f"layers.{i}.ffn.gate.bias" in tensors for i in range(4)] == [False, False, False, True]
+    assert {"mtp.0.enorm.weight", "mtp.0.hc_head_fn", "mtp.0.norm.weight"} <= tensors.keys()
+
+
+def test_the_first_and_the_last_stage_of_dspark_have_what_the_others_lack(
+    small_config: Config, tensors_of: Tensors
+) -> None:
+    tensors = tensors_of("deepseek-v4-0731", small_config("deepseek-v4-0731"))
+    assert [f"mtp.{i}.main_proj.weight" in tensors for i in range(4)] == [True, False, False, False]
+    assert [f"mtp.{i}.markov_head.markov_w1.weight" in tensors for i in range(4)] == [False, False, True, False]
+    assert [f"mtp.{i}.attn.wkv.weight" in tensors for i in range(4)] == [True, True, True, False]
+    assert not any("enorm" in name for name in tensors)
+    assert tensors["mtp.0.main_proj.weight"].shape == (256, 3 * 256)
+
+
+def test_an_engram_table_has_rows_of_its_own(small_config: Config, tensors_of: Tensors) -> None:
+    manifest = load_manifest("deepseek-v4.1")
+    whole = {name: match for name, match in manifest.bind(manifest.config).expected() if ".engram.embed" in name}
+    assert {name: match.shape[0] for name, match in whole.items()} == {
+        "layers.1.engram.embed": 384006168,
+        "layers.14.engram.embed": 384016682,
+    }
+    small = tensors_of("deepseek-v4.1", small_config("deepseek-v4.1"))
+    assert {name for name in small if ".engram.embed" in name} == {"layers.1.engram.embed.weight"}
+
+
+@pytest.mark.parametrize(
     ("model_type", "quantised", "name"),
     [
         ("kimi_k2", INT4, "kimi-k2-thinking"),
@@ -169,6 +237,12 @@ def test_a_vision_tower_that_config_json_describes_in_other_words_or_not_at_all_
         ("kimi_k25", FP8, "kimi-k2.5"),
         ("deepseek_v3", INT4, "deepseek-v3"),
         ("gpt_oss", {}, "gpt-oss"),
+        ("deepseek_v4", FP8, "deepseek-v4"),
+        ("glm_moe_dsa", FP8, "glm-5.3"),
+        ("glm_moe_dsa", {}, "glm-5"),
+        ("qwen3_5_moe", FP8, "qwen3.5-moe-fp8"),
+        ("qwen3_5_moe", {}, "qwen3.5-moe"),
+        ("kimi_k3", INT4, "kimi-k3"),
         ("none of these", INT4, "generic"),
     ],
 )
@@ -179,8 +253,14 @@ def test_a_model_is_known_by_its_type_in_any_quantisation(
 
 
 def test_models_that_share_a_type_have_the_same_weights() -> None:
-    assert load_manifest("kimi-k2-instruct").rules == load_manifest("kimi-k2-thinking").rules
-    assert load_manifest("kimi-k2.6").rules == load_manifest("kimi-k2.5").rules
+    by_type: dict[str, list[Manifest]] = {}
+    for manifest in load_manifests().values():
+        for model_type in manifest.model_types:
+            by_type.setdefault(model_type, []).append(manifest)
+    for manifests in by_type.values():
+        assert all(
+            (manifest.rules, manifest.stacks) == (manifests[0].rules, manifests[0].stacks) for manifest in manifests
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,6 +276,10 @@ def test_models_that_share_a_type_have_the_same_weights() -> None:
         ("qwen3-moe", {"mlp_only_layers": "none"}, "mlp_only_layers is not a list"),
         ("kimi-linear", {"linear_attn_config": None}, "linear_attn_config.num_heads is missing"),
         ("kimi-k2.5", {"text_config": None}, "text_config is no table"),
+        ("deepseek-v4", {"compress_ratios": 4}, "compress_ratios is not a list"),
+        ("deepseek-v4", {"hc_mult": None}, "hc_mult is missing"),
+        ("step-3", {"moe_layers_enum": "all"}, "moe_layers_enum is not a list"),
+        ("ling-3", {"layer_group_size": 0}, "do not make a ling-3"),
     ],
 )
 def test_a_config_json_that_makes_no_model_is_refused(
@@ -207,18 +291,18 @@ def test_a_config_json_that_makes_no_model_is_refused(
 
 @pytest.mark.parametrize("name", sorted(set(load_manifests()) - {"generic"}))
 def test_every_dimension_of_a_manifest_is_used_and_found_in_its_own_config(name: str) -> None:
-    """Or stands in for one that is, where some configs have another key; or is of tensors that are there with its key only."""
+    """Or stands in for one that is, where some configs have another key; or is of tensors that such a model does not have."""
     manifest = load_manifest(name)
     section = manifest.section(manifest.config)
     users = {
         symbol: [rule for rule in manifest.rules if any(symbol in size for size in rule.shape)]
         for symbol in manifest.dims
     }
-    conditional = {symbol for symbol, key in manifest.dims.items() if all(rule.when == key for rule in users[symbol])}
-    assert set(manifest.dims) - set(manifest._sizes(section)) <= conditional | set(manifest.defaults.values())
+    absent = {symbol for symbol, rules in users.items() if not any(rule.holds(section) for rule in rules)}
+    assert set(manifest.dims) - set(manifest._sizes(section)) <= absent | set(manifest.defaults.values())
     expressions = [size for rule in manifest.rules for size in rule.shape]
     expressions += [bound for index in manifest.indices.values() for bound in index.range]
-    expressions += manifest.defaults.values()
+    expressions += [*manifest.defaults.values(), *manifest.limits.values()]
     assert all(any(symbol in expression for expression in expressions) for symbol in manifest.dims)
     placeholders = {placeholder for rule in manifest.rules for placeholder in rule.placeholders}
     assert placeholders <= set(manifest.indices)
@@ -233,7 +317,7 @@ def test_a_shape_expression_is_arithmetic_and_nothing_else() -> None:
 def test_a_weight_named_as_a_tensor_is_no_tensor(small_config: Config, tensors_of: Tensors, read: Any) -> None:
     config = small_config("mixtral")
     tensors = tensors_of("mixtral", config)
-    tensors["lm_head"] = replace(tensors.pop("lm_head.weight"), name="lm_head")
+    tensors["lm_head"] = tensors.pop("lm_head.weight")._replace(name="lm_head")
     model = read(config, tensors)
     assert model.findings
     assert "lm_head" in {plain.tensor.name for plain in model.plain}

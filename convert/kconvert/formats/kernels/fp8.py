@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kconvert.formats.conventions import FP8_DIVISORS
 from kconvert.formats.kernels.bits import (
@@ -84,6 +85,23 @@ def _are_senseless(codes: Any, scale: Any, block_rows: Any, block_cols: Any) -> 
                         if codes[row, col] & np.uint8(0x7F):
                             return True
     return False
+
+
+def has_nan(codes: NDArray[np.uint8]) -> bool:
+    """Whether one of the codes u8 [n] is NaN."""
+    rest = codes[codes.size // 8 * 8 :]
+    return bool(_has_nan(codes[: codes.size - rest.size].view(np.uint64), rest))
+
+
+@kernel
+def _has_nan(words: Any, rest: Any) -> Any:
+    """Eight codes to a word: of bytes without their signs, only NaN's gets that bit when one is added."""
+    found = np.uint64(0)
+    for i in range(words.shape[0]):
+        found |= (words[i] & np.uint64(0x7F7F7F7F7F7F7F7F)) + np.uint64(0x0101010101010101)
+    for i in range(rest.shape[0]):
+        found |= np.uint64((rest[i] & np.uint8(0x7F)) + np.uint8(1))
+    return (found & np.uint64(0x8080808080808080)) != 0
 
 
 @kernel

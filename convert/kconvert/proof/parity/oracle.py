@@ -9,8 +9,9 @@ import math
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
-from kconvert.formats import Format
+from kconvert.formats import Format, Part
 from kconvert.models.model import Weight
 from kconvert.proof.parity.witnesses.registry import witness_of
 
@@ -84,6 +85,8 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
     import torch
 
     part, tensor = weight.parts[index], weight.tensors[index]
+    if part.across:
+        return _columns(weight, part, tensor, reader, first, last, buffers)
     start, stop = part.span(weight.rows, first, last)
     data = buffers.fetch(reader, part.suffix, tensor.file, tensor.start + start, stop - start)
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
@@ -93,3 +96,16 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
         return torch.empty(0, dtype=dtype)
     aligned = (tensor.start + start) % dtype.itemsize == 0
     return torch.from_numpy(data if aligned else data.copy()).view(dtype).view(shape)
+
+
+def _columns(
+    weight: Weight, part: Part, tensor: Tensor, reader: Reader, first: int, last: int, buffers: Buffers
+) -> torch.Tensor:
+    """_rows of a part that lies across, all of which stays in memory for the next rows."""
+    import torch
+
+    dtype = getattr(torch, TORCH_DTYPES[part.dtype])
+    start, stop = (place * dtype.itemsize for place in part.columns(weight.rows, first, last))
+    data = buffers.hold(reader, f"across.{part.suffix}", tensor.file, tensor.start, part.nbytes)
+    lines = data.reshape(part.shape[0], part.shape[1] * dtype.itemsize)[:, start:stop].copy()
+    return torch.from_numpy(lines).view(dtype)

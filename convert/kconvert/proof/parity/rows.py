@@ -107,7 +107,10 @@ def _cut(weight: Weight, state: State, first: int, last: int) -> State:
     """What `state`, which begins with row `first`, has of the rows before `last`."""
     cut = dict(state)
     for part in weight.parts:
-        if part.constant is None and part.every is not None:
+        if part.constant is None and part.across:
+            start, stop = part.columns(weight.rows, first, last)
+            cut[part.suffix] = state[part.suffix][:, : stop - start]
+        elif part.constant is None and part.every is not None:
             start, stop = part.span(weight.rows, first, last)
             tensor = state[part.suffix]
             cut[part.suffix] = tensor[: (stop - start) * len(tensor) // max(tensor.nbytes, 1)]

@@ -9,6 +9,7 @@ from kconvert.formats import Format
 from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
+from kconvert.formats.gptq import Gptq
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
@@ -18,6 +19,7 @@ from kconvert.proof.parity.witnesses.amx import AmxWitness
 from kconvert.proof.parity.witnesses.base import Witness
 from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
+from kconvert.proof.parity.witnesses.gptq import GptqWitness
 from kconvert.proof.parity.witnesses.int8 import Int8Witness
 from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness, Nvfp4Witness
 from kconvert.proof.parity.witnesses.packed import PackedWitness
@@ -26,6 +28,7 @@ WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
     Amx: AmxWitness,
     Dense: DenseWitness,
     Fp8: Fp8Witness,
+    Gptq: GptqWitness,
     Int8: Int8Witness,
     Mx: MxWitness,
     MxStack: MxStackWitness,

@@ -1,0 +1,183 @@
+"""GPTQ's and AWQ's packed integers, whose matrices lie the other way round than tiles do; see formats.gptq.
+
+`bring` puts the words of a tile's rows one after the other, which costs a load and a store for each word; what a row's codes
+are is then a matter of bytes and shifts. Scales f32 and zero points f32 are [groups, rows of the tile].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kconvert.formats.kernels.bits import inline, kernel, round_bf16, widen_scale
+
+U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
+
+
+@kernel
+def bring(words: Any, first: Any, brought: Any) -> None:
+    """words u32 [lines, n], the columns from `first` on -> the rows of brought u32 [rows, >= lines]."""
+    lines, rows = words.shape[0], brought.shape[0]
+    eights, fours = rows // 8 * 8, lines // 4 * 4
+    for start in range(0, eights, 8):
+        for k in range(0, fours, 4):
+            for row in range(8):
+                brought[start + row, k] = words[k, first + start + row]
+                brought[start + row, k + 1] = words[k + 1, first + start + row]
+                brought[start + row, k + 2] = words[k + 2, first + start + row]
+                brought[start + row, k + 3] = words[k + 3, first + start + row]
+    for k in range(lines):
+        for row in range(0 if k >= fours else eights, rows):
+            brought[row, k] = words[k, first + row]
+
+
+@kernel
+def widen_scales(scale: Any, first: Any, steps: Any) -> None:
+    """scale [groups, out] -> steps f32 [groups, rows] of the rows from `first` on."""
+    for group in range(steps.shape[0]):
+        line = scale[group, first : first + steps.shape[1]]
+        for row in range(steps.shape[1]):
+            steps[group, row] = widen_scale(line[row])
+
+
+@kernel
+def unpack_zeros(words: Any, bits: Any, shifts: Any, carry: Any, plus: Any, keep: Any, zeros: Any) -> None:
+    """words u32 [groups, n], codes at `shifts` of each -> zeros f32 [groups, rows]: ((word + carry) >> shift) + plus, of which
+    the bits of `keep` are kept.
+
+    Without shifts (there are none of codes that go from one word into the next) `carry` is 0.
+    """
+    carry, plus, keep, mask = U(carry), U(plus), U(keep), U((1 << bits) - 1)
+    rows, count = zeros.shape[1], shifts.shape[0]
+    codes = np.empty((1, 0 if count else rows), np.uint8)
+    for group in range(zeros.shape[0]):
+        if count:
+            for k in range(rows // count):
+                word = U(words[group, k] + carry)
+                for j in range(count):
+                    stored = U(U(word >> shifts[j]) & mask)
+                    zeros[group, k * count + j] = np.float32(np.int32(U(U(stored + plus) & keep)))
+        else:
+            spread(words[group : group + 1], bits, codes)
+            for row in range(rows):
+                zeros[group, row] = np.float32(np.int32(U(U(U(codes[0, row]) + plus) & keep)))
+
+
+@kernel
+def spread(words: Any, bits: Any, codes: Any) -> None:
+    """words u32 [rows, n] of codes in a stream, the lowest bits first -> codes u8 [rows, cols].
+
+    Four codes at a time, which lie in one word or two.
+    """
+    mask, width, cols = U((1 << bits) - 1), U(bits), codes.shape[1]
+    for row in range(codes.shape[0]):
+        line, spelt = words[row], codes[row]
+        for four in range(cols // 4):
+            stored = _four(line, four, bits)
+            for j in range(4):
+                spelt[4 * four + j] = np.uint8(U(stored >> U(width * U(j))) & mask)
+        for col in range(cols // 4 * 4, cols):
+            spelt[col] = np.uint8(U(_four(line, col // 4, bits) >> U(width * U(col & 3))) & mask)
+
+
+@inline
+def _four(line: Any, four: Any, bits: Any) -> Any:
+    bit = np.uint64(4 * four * bits)
+    k = np.int64(bit >> np.uint64(5))
+    above = np.uint64(line[min(k + 1, line.shape[0] - 1)]) << np.uint64(32)
+    return U((np.uint64(line[k]) | above) >> (bit & np.uint64(31)))
+
+
+@kernel
+def spread_nibbles(packed: Any, codes: Any) -> None:
+    """`spread` of four bits: packed u8 [rows, >= cols / 2] -> codes u8 [rows, cols]."""
+    half = codes.shape[1] // 2
+    for row in range(codes.shape[0]):
+        line, spelt = packed[row], codes[row]
+        for j in range(half):
+            spelt[2 * j] = line[j] & np.uint8(15)
+            spelt[2 * j + 1] = line[j] >> np.uint8(4)
+        if codes.shape[1] & 1:
+            spelt[2 * half] = line[half] & np.uint8(15)
+
+
+@kernel
+def decode_nibbles(packed: Any, steps: Any, zeros: Any, tile: Any) -> Any:
+    """packed u8 [rows, n], two codes a byte -> tile f32 [rows, groups, g] = bf16((code - zero point) * scale); g is even.
+
+    Returns whether a scale is zero over codes that are not their zero point.
+    """
+    rows, groups, half = tile.shape[0], tile.shape[1], tile.shape[2] // 2
+    senseless = False
+    for row in range(rows):
+        line = packed[row, : groups * half].reshape(groups, half)
+        for group in range(groups):
+            step, zero = steps[group, row], zeros[group, row]
+            for j in range(half):
+                byte = line[group, j]
+                tile[row, group, 2 * j] = round_bf16((np.float32(np.int32(byte & 15)) - zero) * step)
+                tile[row, group, 2 * j + 1] = round_bf16((np.float32(np.int32(byte >> 4)) - zero) * step)
+            if step == np.float32(0):
+                for j in range(half):
+                    low, high = np.float32(np.int32(line[group, j] & 15)), np.float32(np.int32(line[group, j] >> 4))
+                    senseless |= low != zero or high != zero
+    return senseless
+
+
+@kernel
+def decode_bytes(codes: Any, steps: Any, zeros: Any, tile: Any) -> Any:
+    """decode_nibbles for codes u8 [rows, n], one a byte, and any g."""
+    rows, groups, size = tile.shape
+    senseless = False
+    for row in range(rows):
+        line = codes[row, : groups * size].reshape(groups, size)
+        for group in range(groups):
+            step, zero = steps[group, row], zeros[group, row]
+            for i in range(size):
+                tile[row, group, i] = round_bf16((np.float32(np.int32(line[group, i])) - zero) * step)
+            if step == np.float32(0):
+                for i in range(size):
+                    senseless |= np.float32(np.int32(line[group, i])) != zero
+    return senseless
+
+
+@kernel
+def decode_indexed(codes: Any, steps: Any, zeros: Any, index: Any, tile: Any) -> Any:
+    """decode_bytes for columns in any order: index i32 [cols] is the group of each; tile f32 [rows, cols]."""
+    groups = steps.shape[0]
+    step, zero = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    senseless = False
+    for row in range(tile.shape[0]):
+        nothing = False
+        for group in range(groups):
+            step[group], zero[group] = steps[group, row], zeros[group, row]
+            nothing |= step[group] == np.float32(0)
+        for col in range(tile.shape[1]):
+            group = index[col]
+            tile[row, col] = round_bf16((np.float32(np.int32(codes[row, col])) - zero[group]) * step[group])
+        if nothing:
+            for col in range(tile.shape[1]):
+                group = index[col]
+                code = np.float32(np.int32(codes[row, col]))
+                senseless |= step[group] == np.float32(0) and code != zero[group]
+    return senseless
+
+
+@kernel
+def decode_interleaved(words: Any, shifts: Any, steps: Any, zeros: Any, tile: Any) -> Any:
+    """words u32 [rows / 8, cols], the codes of eight rows of a column each -> tile f32 [rows, groups, g], as decode_nibbles."""
+    rows, groups, size = tile.shape
+    senseless = False
+    for eight in range((rows + 7) // 8):
+        line = words[eight, : groups * size].reshape(groups, size)
+        for group in range(groups):
+            for row in range(8 * eight, min(8 * eight + 8, rows)):
+                step, zero, shift = steps[group, row], zeros[group, row], shifts[row & 7]
+                for i in range(size):
+                    code = np.float32(np.int32(U(U(line[group, i] >> shift) & U(15))))
+                    tile[row, group, i] = round_bf16((code - zero) * step)
+                if step == np.float32(0):
+                    for i in range(size):
+                        senseless |= np.float32(np.int32(U(U(line[group, i] >> shift) & U(15)))) != zero
+    return senseless
