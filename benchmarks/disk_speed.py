@@ -30,7 +30,17 @@ from common import (
 )
 
 TARGET = 1.15
-JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4", "gptq-to-bf16", "awq-to-bf16")
+JOBS = (
+    "int4-to-bf16",
+    "int4-to-fp8",
+    "fp8-to-bf16",
+    "bf16-to-int4",
+    "fp8-to-int4",
+    "mxfp4-to-bf16",
+    "mxfp4-to-fp8",
+    "gptq-to-bf16",
+    "awq-to-bf16",
+)
 RESPELT = ("gptq", "awq")  # which kconvert does not write
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
@@ -47,7 +57,7 @@ def main() -> None:
 
     def convert() -> Child:
         make_cold(source)
-        result = run([*command(options.job), source, converted, "-q"])
+        result = run([*command(options.job, source, converted), "-q"])
         sizes.append(nbytes(tensor_files(converted)))
         remove(converted)
         return result
@@ -79,12 +89,6 @@ def main() -> None:
     machine(options.dir)
 
 
-def command(job: str) -> list[str]:
-    """kconvert and what follows it for a job."""
-    encoding, _, target = job.partition("-to-")
-    return [KCONVERT, "convert", "--to", target] if encoding in RESPELT else [KCONVERT, job]
-
-
 def source_of(job: str, folder: Path, experts: int) -> Path:
     """A checkpoint in the encoding that the job starts from."""
     int4 = sample(folder, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
@@ -95,8 +99,15 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
     if encoding in RESPELT and not source.exists():
         run([sys.executable, Path(__file__).with_name("gptq_sample.py"), int4, source, encoding])
     elif not (source / "config.json").exists():
-        run([KCONVERT, f"int4-to-{encoding}", int4, source, "-q"])
+        run([*command(f"int4-to-{encoding}", int4, source), "-q"])
     return source
+
+
+def command(job: str, source: Path, target: Path) -> list[str | Path]:
+    """Of the pairs that have no command of their own, too."""
+    if any(encoding in job for encoding in ("mxfp4", *RESPELT)):
+        return [KCONVERT, "convert", source, target, "--to", job.rpartition("-")[2]]
+    return [KCONVERT, job, source, target]
 
 
 def two_dds(sources: list[Path], target: Path, size: int) -> str:

@@ -21,13 +21,15 @@ from gptq_sample import interleaved
 from torch_eager import GROUP
 
 from kconvert.formats.dense import Dense
+from kconvert.formats.fp8 import Fp8
 from kconvert.formats.gptq import Gptq
+from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.run.engine import TILE_BYTES
 from kconvert.targets.synthetic import Synthetic
 
 if TYPE_CHECKING:
-    from kconvert.formats.base import Bytes, Tile
+    from kconvert.formats.base import Bytes, Format, Tile
 
 ROWS, COLS = 2048, 7168
 SIZE = ROWS * COLS
@@ -35,10 +37,14 @@ TILE_ROWS = TILE_BYTES // (4 * COLS) // 8 * 8  # as AWQ has them
 INT4, BF16 = Packed(GROUP), Dense("BF16")
 ACROSS = {spelling: Gptq(GROUP, spelling, scale_dtype="BF16") for spelling in ("gptq", "awq")}
 ORDERED = Gptq(GROUP, scale_dtype="BF16", ordered=True)
+MXFP4, MXFP8, FP8 = Mx(4), Mx(8), Fp8(powers=True, exact=True)
+BLOCK_ROWS = 128
 
 
 class Weight:
     """One expert in INT4 and BF16. Each method goes over the whole of it once."""
+
+    floats: Floats
 
     def __init__(self, seed: int) -> None:
         self.made = Synthetic("weight", seed)
@@ -135,6 +141,41 @@ def across(words: np.ndarray[Any, Any], zero: int, scale: np.ndarray[Any, Any]) 
     return [np.ascontiguousarray(part).view("u1").reshape(-1) for part in (words, zeros, scale.T)]
 
 
+class Floats:
+    """One expert in MXFP4, and its values in what keeps them. Each method goes over the whole of it once, in whole blocks."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.tile = np.zeros((BLOCK_ROWS, COLS), np.float32)
+        self.parts = {f: [np.zeros(p.nbytes, np.uint8) for p in f.parts(ROWS, COLS)] for f in (MXFP4, MXFP8, FP8, BF16)}
+        self.parts[BF16][0][:] = weight.out
+        self.cast(BF16, MXFP4)
+        for format in (MXFP8, FP8):
+            assert self.cast(MXFP4, format) == 0, "values are lost"
+            self.cast(format, BF16)
+            values = self.parts[BF16][0].copy()
+            self.cast(MXFP4, BF16)
+            assert np.array_equal(values, self.parts[BF16][0]), f"{format.label} differs"
+
+    def cast(self, source: Format | None, target: Format | None) -> int:
+        """From one encoding to another, or half of it: from the last tile's values, or to values."""
+        lost = 0
+        for first in range(0, ROWS, BLOCK_ROWS):
+            if source is not None:
+                source.decode(self._cut(source, first), first, self.tile)
+            if target is not None:
+                lost += target.encode(self.tile, self._cut(target, first))
+        return lost
+
+    def _cut(self, format: Format, first: int) -> list[Bytes]:
+        spans = [part.span(ROWS, first, first + BLOCK_ROWS) for part in format.parts(ROWS, COLS)]
+        return [data[slice(*span)] for data, span in zip(self.parts[format], spans, strict=True)]
+
+
+def casting(source: Format | None, target: Format | None) -> Callable[[Weight], object]:
+    """Floats.cast of the weight's floats."""
+    return lambda weight: weight.floats.cast(source, target)
+
+
 SIDES: dict[str, Callable[[Weight], object]] = {
     "memory copy (numpy)": Weight.copy,
     "Int4.decode": Weight.int4_decode,
@@ -147,6 +188,12 @@ SIDES: dict[str, Callable[[Weight], object]] = {
     "  compressed-tensors": Weight.compressed_tensors,
     "BF16 -> INT4": Weight.bf16_to_int4,
     "  torch eager ": Weight.torch_bf16_to_int4,
+    "Mx(4).decode": casting(MXFP4, None),
+    "Mx(8).decode": casting(MXFP8, None),
+    "Fp8.encode, powers of two": casting(None, FP8),
+    "MXFP4 -> BF16": casting(MXFP4, BF16),
+    "MXFP4 -> FP8, exact": casting(MXFP4, FP8),
+    "MXFP4 -> MXFP8": casting(MXFP4, MXFP8),
     "Synthetic.decode": Weight.synthetic,
 }
 
@@ -157,6 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     weights = [Weight(seed) for seed in range(2)]
     weights[0].check()
+    for weight in weights:
+        weight.floats = Floats(weight)
     speeds: dict[tuple[str, int], list[float]] = {}
     with ThreadPoolExecutor(2) as pool:
         for _ in range(options.runs):
