@@ -146,22 +146,17 @@ class Conversion:
         format, name, slot = self.becomes(weight), self.name(weight), self._slots.get(weight.name)
         if format is None and name == weight.name:
             yield from (copy_of(tensor, slot=slot) for tensor in weight.copied)
-        elif self._keeps_codes(weight):
+        elif format is None or _has_same_bytes(format, weight.format):
             parts = parts_of(format or weight.format, weight.rows, weight.cols)
             for part, tensor in zip(parts, weight.tensors, strict=False):
                 yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
             for tensor in weight.companions:
                 yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
-            target, output = self.encoding(weight), name if name != weight.name else ""
+            output = name if name != weight.name else ""
             yield Transcode(
-                weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, output=output, slot=slot
+                weight.name, weight.rows, weight.cols, weight.format, weight.tensors, format, output=output, slot=slot
             )
-
-    def _keeps_codes(self, weight: Weight) -> bool:
-        """Whether its codes and scales are copied, be it under other names."""
-        format = self.becomes(weight)
-        return format is None or (format.quantised and format.usual == weight.format.usual)
 
     @cached_property
     def _slots(self) -> Mapping[str, Slot]:
@@ -197,8 +192,10 @@ class Conversion:
         """What describes activations: it goes along only where a weight's codes are copied as they are."""
         yield from self.model.dropped
         for weight in self.model.weights:
-            if weight.companions and not (weight.format.quantised and self._keeps_codes(weight)):
-                yield from weight.companions
+            if weight.companions:
+                format = self.becomes(weight)
+                if not weight.format.quantised or not (format is None or _has_same_bytes(format, weight.format)):
+                    yield from weight.companions
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""
@@ -272,3 +269,8 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
+
+
+def _has_same_bytes(one: Format, other: Format) -> bool:
+    """Whether codes and scales of two encodings are the same, be it under other names."""
+    return one.quantised and type(one) is type(other) and one.usual == other.usual
