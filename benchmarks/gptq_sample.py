@@ -1,10 +1,11 @@
 """An INT4 checkpoint in GPTQ's or AWQ's tensors, for benchmarks: the same codes and scales, which kconvert itself writes in no
-such form. Shard by shard, as numpy has them in memory.
+such form. `gptq_sample.py SRC DST gptq` does it, in memory, shard by shard.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _tensors(header: dict[str, Any], data: Any, method: str) -> Any:
         if suffix == "weight_packed":
             words = array.view("<u4").reshape(entry["shape"])
             groups = words.shape[1] * 8 // GROUP
-            yield f"{module}.qweight", ("I32", words.T if method == "gptq" else _interleaved(words))
+            yield f"{module}.qweight", ("I32", words.T if method == "gptq" else interleaved(words))
             yield f"{module}.qzeros", ("I32", np.full((groups, len(words) // 8), STORED[method], "<u4"))
         elif suffix == "weight_scale":
             yield f"{module}.scales", ("BF16", array.view("<u2").reshape(entry["shape"]).T)
@@ -57,7 +58,7 @@ def _tensors(header: dict[str, Any], data: Any, method: str) -> Any:
             yield name, (entry["dtype"], array.view(kind).reshape(entry["shape"]))
 
 
-def _interleaved(words: Any) -> Any:
+def interleaved(words: Any) -> Any:
     """Words [out, in / 8] of eight columns -> [in, out / 8] of eight rows in AWQ's order."""
     codes = np.stack([words >> np.uint32(4 * j) & np.uint32(15) for j in range(8)], -1).reshape(len(words), -1)
     eights = codes.T.reshape(codes.shape[1], -1, 8)[..., AWQ_ORDER]
@@ -75,3 +76,7 @@ def _write(file: Path, tensors: dict[str, Any]) -> None:
         out.write(len(text).to_bytes(8, "little") + text)
         for _, array in tensors.values():
             out.write(np.ascontiguousarray(array).data)
+
+
+if __name__ == "__main__":
+    respell(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

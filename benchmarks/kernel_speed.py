@@ -11,16 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch_eager
 from common import GB, machine, spread, table
+from gptq_sample import interleaved
 from torch_eager import GROUP
 
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
+from kconvert.formats.gptq import Gptq
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.run.engine import TILE_BYTES
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 
 ROWS, COLS = 2048, 7168
 SIZE = ROWS * COLS
-TILE_ROWS = TILE_BYTES // (4 * COLS)
+TILE_ROWS = TILE_BYTES // (4 * COLS) // 8 * 8  # as AWQ has them
 INT4, BF16 = Packed(GROUP), Dense("BF16")
+ACROSS = {spelling: Gptq(GROUP, spelling, scale_dtype="BF16") for spelling in ("gptq", "awq")}
+ORDERED = Gptq(GROUP, scale_dtype="BF16", ordered=True)
 MXFP4, MXFP8, FP8 = Mx(4), Mx(8), Fp8(powers=True, exact=True)
 BLOCK_ROWS = 128
 
@@ -52,6 +56,10 @@ class Weight:
             INT4.encode(tile, int4)
             INT4.decode(int4, first, tile)
             BF16.encode(tile, bf16)
+        words, scale = self.packed.view("u4").reshape(ROWS, -1), self.scale.view("u2").reshape(ROWS, -1)
+        scale = np.where(scale == 0, np.uint16(0x3F80), scale)  # over zeros, which other columns are not
+        self.across = {"gptq": across(words.T, 0x77777777, scale), "awq": across(interleaved(words), 0x88888888, scale)}
+        self.groups = np.random.default_rng(seed).permutation(np.arange(COLS, dtype="i4") // GROUP).view("u1")
         self.t_packed = torch.from_numpy(self.packed).view(torch.int32).view(ROWS, -1)
         self.t_scale = torch.from_numpy(self.scale).view(torch.bfloat16).view(ROWS, -1)
         self.t_out = torch.from_numpy(self.out).view(torch.bfloat16).view(ROWS, COLS)
@@ -74,6 +82,17 @@ class Weight:
     def int4_decode(self) -> None:
         for first, tile, int4, _ in self.tiles():
             INT4.decode(int4, first, tile)
+
+    def gptq_decode(self, spelling: str = "gptq") -> None:
+        for first, tile, _, _ in self.tiles():
+            ACROSS[spelling].decode(self.across[spelling], first, tile)
+
+    def awq_decode(self) -> None:
+        self.gptq_decode("awq")
+
+    def ordered_decode(self) -> None:
+        for first, tile, _, _ in self.tiles():
+            ORDERED.decode([*self.across["gptq"], self.groups], first, tile)
 
     def bf16_encode(self) -> None:
         for _, tile, _, bf16 in self.tiles():
@@ -100,6 +119,12 @@ class Weight:
 
     def check(self) -> None:
         """All ways give the same bits."""
+        for first, tile, int4, _ in self.tiles():
+            INT4.decode(int4, first, tile)
+            expected = tile.copy()
+            for spelling, format in ACROSS.items():
+                format.decode(self.across[spelling], first, tile)
+                assert np.array_equal(tile.view("u4"), expected.view("u4")), f"{spelling} differs"
         packed, scale, out = self.t_packed.clone(), self.t_scale.clone(), self.t_out.clone()
         self.int4_to_bf16()
         self.bf16_to_int4()
@@ -108,6 +133,12 @@ class Weight:
         for codes, steps in ((self.t_packed, self.t_scale), self.torch_bf16_to_int4()):
             assert torch.equal(codes, packed), "codes differ"
             assert torch.equal(steps, scale), "scales differ"
+
+
+def across(words: np.ndarray[Any, Any], zero: int, scale: np.ndarray[Any, Any]) -> list[Bytes]:
+    """The tensors of a GPTQ or AWQ weight, as bytes."""
+    zeros = np.full((COLS // GROUP, ROWS // 8), zero, "u4")
+    return [np.ascontiguousarray(part).view("u1").reshape(-1) for part in (words, zeros, scale.T)]
 
 
 class Floats:
@@ -148,6 +179,9 @@ def casting(source: Format | None, target: Format | None) -> Callable[[Weight], 
 SIDES: dict[str, Callable[[Weight], object]] = {
     "memory copy (numpy)": Weight.copy,
     "Int4.decode": Weight.int4_decode,
+    "Gptq.decode": Weight.gptq_decode,
+    "  of AWQ": Weight.awq_decode,
+    "  ordered": Weight.ordered_decode,
     "Dense.encode": Weight.bf16_encode,
     "INT4 -> BF16": Weight.int4_to_bf16,
     "  torch eager": Weight.torch_int4_to_bf16,
@@ -178,7 +212,7 @@ def main() -> None:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
                 for name, side in SIDES.items():
-                    torch_divides = name.startswith(" ")
+                    torch_divides = name.strip().startswith(("torch", "compressed"))
                     started = time.perf_counter()
                     list(map(side, weights) if torch_divides else pool.map(side, weights[:threads]))
                     count = 2 if torch_divides else threads

@@ -265,7 +265,9 @@ def test_nvidias_deepseek_v4_has_nvfp4_experts_and_keeps_mxfp4_in_mtp(write: Wri
     mtp, fp4 = mx(V4_MTP, ("weight", "scale"), 4, torch.float8_e8m0fnu)
     dense, other = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu)
     quantization = {**V4, "moe_quant_algo": "NVFP4", "ignore": ["mtp.*"]}
-    root = configured(write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4_like", expert_dtype="fp4")
+    root = configured(
+        write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4_like", expert_dtype="fp4"
+    )
     becomes(root, {f"{V4_EXPERT}.weight": value, f"{V4_MTP}.weight": fp4, f"{V4_DENSE}.weight": other})
 
 

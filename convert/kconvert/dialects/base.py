@@ -17,6 +17,8 @@ from kconvert.dialects.fields import FILE, Table, bare_name
 from kconvert.formats.base import Scheme
 
 PATTERN = "re:"
+NEEDLE = re.compile(r"re:(?:\.\*)?(\w+)(?![\w?*{|])(?!.*\(\?)")
+GROUP = re.compile(r"\([^()]*\)")
 # Classes of a module, itself and what it inherits from, as torch calls them. A checkpoint knows names only: all that it has
 # quantised are Linears, or experts made of them, but for those that are called what embeddings are called.
 LINEAR_CLASSES = frozenset({"Linear", "Module"})
@@ -92,7 +94,7 @@ class _Targets:
         ordered = tuple(targets)
         # The library sorts whole names that have "re:" somewhere in the middle among the patterns.
         self._names = frozenset(target for target in ordered if PATTERN not in target)
-        self._patterns = [(_matcher(target), target) for target in ordered if PATTERN in target]
+        self._patterns = [(_needle(target), _matcher(target), target) for target in ordered if PATTERN in target]
         self._linear = next((target for target in ordered if target in LINEAR_CLASSES), None)
         self._embedding = next((target for target in ordered if target in EMBEDDING_CLASSES), None)
 
@@ -101,9 +103,9 @@ class _Targets:
         for name in (*names, *within) if self._names else ():
             if name in self._names:
                 return name
-        for match, target in self._patterns:
+        for needle, match, target in self._patterns:
             for name in names:
-                if match(name):
+                if needle in name and match(name):
                     return target
         if self._linear != self._embedding and names[0].rpartition(".")[2] in EMBEDDINGS:
             return self._embedding
@@ -127,6 +129,12 @@ def matches(module: str, pattern: str) -> bool:
 def _matcher(target: str) -> Callable[[str], re.Match[str] | None]:
     is_pattern = target.startswith(PATTERN)
     return re.compile(target.removeprefix(PATTERN) if is_pattern else rf"{re.escape(target)}\Z").match
+
+
+def _needle(target: str) -> str:
+    """A word that is in every name that the pattern matches, "" where none is plain to see: to look for it is quicker."""
+    found = NEEDLE.match(target)
+    return found[1] if found and "|" not in GROUP.sub("", target) else ""
 
 
 def both_names(modules: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ __all__ = [
     "from_scheme",
     "parts_of",
     "recognise",
-    "spellings",
+    "stack_spellings",
     "tensor_name",
 ]
 
@@ -40,13 +40,11 @@ QUANTISED_SUFFIXES = (ENCODED_SUFFIXES | FACTORS.keys()) - dense.SUFFIXES
 TELLING_SUFFIXES = QUANTISED_SUFFIXES - {"scale", "scales"}
 
 
-def spellings(tensor: str) -> Iterator[tuple[str, str, bool]]:
-    """(weight, suffix, whether it is a stack's) for each way to make a tensor's name of the two; see base.tensor_name."""
-    weight, _, suffix = tensor.rpartition(".")
-    yield weight, suffix, False
+def stack_spellings(tensor: str) -> Iterator[tuple[str, str]]:
+    """(weight, suffix) for each way to make the name of a stack's tensor of the two; see base.tensor_name."""
     for suffix in stacks.SUFFIXES:
         if tensor.endswith(suffix):
-            yield tensor.removesuffix(suffix), suffix, True
+            yield tensor.removesuffix(suffix), suffix
 
 
 def from_scheme(scheme: Scheme) -> Format:

@@ -20,7 +20,7 @@ from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
-from kconvert.formats import Format, spellings
+from kconvert.formats import Format, stack_spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
 from kconvert.models.rules import Match, Rule, StackRule, placeholders, respell
 from kconvert.models.sizes import assign, evaluate, limited, lookup
@@ -216,9 +216,11 @@ class Names:
 
     def spelling(self, tensor: str) -> tuple[str, str] | None:
         """(Linear, suffix) of a tensor that belongs to a Linear."""
-        for weight, suffix, stacked in spellings(tensor):
-            match = self.linear(weight)
-            if match is not None and stacked == (match.stack is not None):
+        weight, _, suffix = tensor.rpartition(".")
+        if (match := self.linear(weight)) is not None and match.stack is None:
+            return weight, suffix
+        for weight, suffix in stack_spellings(tensor):
+            if (match := self.linear(weight)) is not None and match.stack is not None:
                 return weight, suffix
         return None
 

@@ -88,6 +88,7 @@ class Safetensors:
             shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))
             starts = {entry.name: entry.start for entry in entries}
             places.append(iter([Place(name, starts[tensor]) for tensor, _, _ in content]))
+            content.clear()
         stacks: dict[str, Place] = {}
         for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
             writes = [next(places[(number + k * self.scatter) % total]) for k in range(count)]

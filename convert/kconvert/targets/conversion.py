@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
@@ -38,6 +38,21 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     return Output(
         repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts
     ).plan()
+
+
+class Change(NamedTuple):
+    """What becomes of the weights of one kind: they get `encoding`, which may be another than `source`, the one that they have;
+    `keeps_codes`: their codes and scales are copied, be it under other names."""
+
+    source: Format
+    encoding: Format
+    is_other: bool
+    keeps_codes: bool
+
+    @classmethod
+    def of(cls, source: Format, encoding: Format) -> Change:
+        is_other = encoding != source
+        return cls(source, encoding, is_other, not is_other or (encoding.quantised and encoding.usual == source.usual))
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,31 @@ class Conversion:
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
+        return self._change(weight).encoding
+
+    def becomes(self, weight: Weight) -> Format | None:
+        """The encoding that this weight gets; None: its tensors are copied byte for byte."""
+        change = self._change(weight)
+        return change.encoding if change.is_other else None
+
+    def _change(self, weight: Weight) -> Change:
+        """What becomes of this weight, and of all that are like it."""
+        kind = (
+            weight.role,
+            weight.rows,
+            weight.cols,
+            id(weight.format),
+        )  # to hash or compare formats would take longest of all
+        change = self._changes.get(kind)
+        if change is None:
+            change = self._changes[kind] = Change.of(weight.format, self._encoding(weight))
+        return change
+
+    @cached_property
+    def _changes(self) -> dict[tuple[str, int, int, int], Change]:
+        return {}
+
+    def _encoding(self, weight: Weight) -> Format:
         if self.target.takes(weight):
             return self._fit(self.target.format, weight)
         if weight.format.quantised and not self.target.spares:
@@ -127,11 +167,6 @@ class Conversion:
         mse = self.recipe.scales == "mse"
         return cache(lambda format, source, rows, cols: format.fit(source, rows, cols, mse=mse))
 
-    def becomes(self, weight: Weight) -> Format | None:
-        """The encoding that this weight gets; None: its tensors are copied byte for byte."""
-        encoding = self.encoding(weight)
-        return None if encoding == weight.format else encoding
-
     def drafts(self) -> Iterator[Step]:
         """A step without places for each weight and tensor, in natural order of the output's names."""
         items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
@@ -143,20 +178,18 @@ class Conversion:
             yield from self._steps(item)
 
     def _steps(self, weight: Weight) -> Iterator[Step]:
-        format, name, slot = self.becomes(weight), self.name(weight), self._slots.get(weight.name)
-        if format is None and name == weight.name:
+        change, name, slot = self._change(weight), self.name(weight), self._slots.get(weight.name)
+        if not change.is_other and name == weight.name:
             yield from (copy_of(tensor, slot=slot) for tensor in weight.copied)
-        elif format is None or _has_same_bytes(format, weight.format):
-            parts = parts_of(format or weight.format, weight.rows, weight.cols)
+        elif change.keeps_codes:
+            parts = parts_of(change.encoding, weight.rows, weight.cols)
             for part, tensor in zip(parts, weight.tensors, strict=False):
                 yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
             for tensor in weight.companions:
                 yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
-            output = name if name != weight.name else ""
-            yield Transcode(
-                weight.name, weight.rows, weight.cols, weight.format, weight.tensors, format, output=output, slot=slot
-            )
+            shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
+            yield Transcode(weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot)
 
     @cached_property
     def _slots(self) -> Mapping[str, Slot]:
@@ -192,10 +225,8 @@ class Conversion:
         """What describes activations: it goes along only where a weight's codes are copied as they are."""
         yield from self.model.dropped
         for weight in self.model.weights:
-            if weight.companions:
-                format = self.becomes(weight)
-                if not weight.format.quantised or not (format is None or _has_same_bytes(format, weight.format)):
-                    yield from weight.companions
+            if weight.companions and not (weight.format.quantised and self._change(weight).keeps_codes):
+                yield from weight.companions
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""
@@ -269,8 +300,3 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
-
-
-def _has_same_bytes(one: Format, other: Format) -> bool:
-    """Whether codes and scales of two encodings are the same, be it under other names."""
-    return one.quantised and type(one) is type(other) and one.usual == other.usual
