@@ -15,6 +15,7 @@ from kconvert.formats.mx import Mx
 from kconvert.models.model import Model
 from kconvert.report.summary import describe_plan
 from kconvert.targets.conversion import make_plan
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
@@ -321,3 +322,29 @@ def unknown(root: Path, raw: Any, name: str) -> Path:
     entries = dict.fromkeys([*names, "model.layers.0.self_attn.q_proj.weight"], tensor)
     checkpoint: Path = raw.new(root, {"model.safetensors": entries}, {"model_type": "newmoe"}).save()
     return checkpoint
+
+
+@pytest.fixture(scope="session", params=["deepseek-v4", "deepseek-v4-base", "deepseek-v4.1"])
+def v4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DeepSeek-V4 as it is published: experts in MXFP4, or (-Base) in FP8."""
+    root: Path = tmp_path_factory.mktemp("v4") / request.param
+    sizes = {"layers": 5, "experts": 2, "hidden": 256, "moe_intermediate": 128, "vocab": 128, "heads": 4, "q_rank": 128}
+    convert(plan_synthetic(SampleRecipe(request.param, sizes)), root)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["vllm", "sglang"])
+def test_deepseek_v4_as_published_goes_to_fp8_for_both_engines(v4: Path, tmp_path: Path, raw: Any, layout: str) -> None:
+    if (v4.name, layout) == ("deepseek-v4-base", "vllm"):
+        with pytest.raises(KconvertError, match="nothing to convert"):
+            plan(v4, Recipe("fp8"))
+        return
+    convert(plan(v4, Recipe("fp8", layout=layout)), tmp_path / "out")
+    written = raw.load(tmp_path / "out")
+    scales = {written[name].dtype for name in written if name.endswith(".scale") and "engram" not in name}
+    assert scales == {"F32" if layout == "vllm" else "F8_E8M0"}
+    table = written.config["quantization_config"]
+    said = {**written.config, **table}.get("expert_dtype")
+    assert said == ("fp8" if layout == "vllm" else None)
+    assert table["weight_block_size"] == ([32, 32] if v4.name == "deepseek-v4.1" else [128, 128])
+    verify(v4, tmp_path / "out")
