@@ -119,7 +119,12 @@ class Conversion:
 
     def _change(self, weight: Weight) -> Change:
         """What becomes of this weight, and of all that are like it."""
-        kind = weight.role, weight.rows, weight.cols, id(weight.format)  # to hash or compare formats would take longest of all
+        kind = (
+            weight.role,
+            weight.rows,
+            weight.cols,
+            id(weight.format),
+        )  # to hash or compare formats would take longest of all
         change = self._changes.get(kind)
         if change is None:
             change = self._changes[kind] = Change.of(weight.format, self._encoding(weight))
