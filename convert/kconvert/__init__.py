@@ -120,6 +120,9 @@ def _collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, as if they had been walked already
         if was_enabled:
             gc.enable()
 

@@ -26,13 +26,13 @@ from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
 from kconvert.models.manifest import Manifest, Names
 from kconvert.models.roles import Role, guess
-from kconvert.models.rules import Match
+from kconvert.models.rules import Match, matrix
 from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
 from kconvert.models.stacks import Stack
 
 Facts: TypeAlias = "tuple[tuple[str, str, tuple[int, ...]], ...]"
 Recognised: TypeAlias = "tuple[Format, int, int, tuple[Part, ...], Part | None]"
-Recogniser: TypeAlias = "Callable[[Scheme | None, Facts, tuple[int, int] | None], Recognised]"
+Recogniser: TypeAlias = "Callable[[Scheme | None, Facts, tuple[int, ...] | None], Recognised]"
 
 
 class Weight(NamedTuple):
@@ -115,7 +115,8 @@ def _recogniser(quantization: QuantizationConfig) -> Recogniser:
     of (suffix, dtype, shape) triples; shared for the same reason."""
 
     @lru_cache(maxsize=4096)
-    def recognise(scheme: Scheme | None, facts: Facts, shape: tuple[int, int] | None) -> Recognised:
+    def recognise(scheme: Scheme | None, facts: Facts, whole: tuple[int, ...] | None) -> Recognised:
+        shape = None if whole is None else matrix(whole)
         found = {suffix: (dtype, tensor_shape) for suffix, dtype, tensor_shape in facts}
         scheme = formats.fitting_scheme(scheme, (*quantization.schemes, *quantization.implied), found, shape)
         format, (rows, cols) = formats.recognise(scheme, found, shape, quantization.file)
@@ -249,7 +250,7 @@ def _weight(
     guesses: bool,
 ) -> Weight:
     match = names.linear(name) or names.tensor(f"{name}.weight")
-    shape = None if match is None else match.matrix
+    shape = None if match is None else match.shape
     file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
@@ -268,10 +269,8 @@ def _weight(
             f"{misfit.dtype} {list(misfit.shape)} there; the file and {quantization.file} do not belong together, or one is "
             "damaged"
         )
-    if match is not None and match.stack not in (None, tensors[0].shape[0]):
-        raise KconvertError(
-            f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {match.stack} experts"
-        )
+    if shape is not None and len(shape) == 3 and shape[0] != tensors[0].shape[0]:
+        raise KconvertError(f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {shape[0]} experts")
     companions = tuple(tensor for tensor in found.values() if tensor not in tensors) if len(found) > len(parts) else ()
     role = _role(name, match, guesses)
     return Weight(name, role.name, rows, cols, format, tensors, role.layer, role.expert, companions)
@@ -285,4 +284,9 @@ def _role(name: str, match: Match | None, guesses: bool) -> Role:
 
 def format_counts(weights: Iterable[Weight]) -> Counter[str]:
     """How many weights there are of each format's label."""
-    return Counter(weight.format.label for weight in weights)
+    found = [weight.format for weight in weights]
+    formats = dict(zip(map(id, found), found, strict=True))  # a handful, so each spells its label once
+    counts: Counter[str] = Counter()
+    for key, count in Counter(map(id, found)).items():
+        counts[formats[key].label] += count
+    return counts

@@ -71,7 +71,12 @@ class Match(NamedTuple):
     @property
     def matrix(self) -> tuple[int, int]:
         """A Linear's shape [out, in], with the rows of stacked matrices one after the other."""
-        return math.prod(self.shape[:-1]), self.shape[-1]
+        return matrix(self.shape)
+
+
+def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """See Match.matrix."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,11 +46,12 @@ class Plan:
             digest.update(f"{shard.name} {shard.nbytes}".encode())
             digest.update(shard.header)
         # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
-        spelled: dict[int, str] = {}
+        spelled: dict[tuple[int, ...], str] = {}
         for step in self.steps:
             formats = (step.source, step.target) if isinstance(step, Transcode) else ()
-            names = [spelled.get(id(f)) or spelled.setdefault(id(f), repr(f)) for f in formats]
-            digest.update(f"{step.name} {names} {[(p.file, p.start) for p in step.reads]}".encode())
+            kind = tuple(map(id, formats))
+            names = spelled.get(kind) or spelled.setdefault(kind, str(list(map(repr, formats))))
+            digest.update(f"{step.name} {names} {[(place.file, place.start) for place in step.reads]}".encode())
         for name, text in self.texts.items():
             digest.update(name.encode())
             digest.update(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -122,13 +122,13 @@ def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None, slot: Slot | N
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:
     """How many steps of each kind there are, and which conversions lose something."""
     transcoded = [step for step in steps if isinstance(step, Transcode)]
+    # By identity: formats are few, and to ask each step's for its fate and label takes longer than all else.
+    counts = Counter((id(step.source), id(step.target)) for step in transcoded)
+    fates: dict[str, Counter[str]] = {fate: Counter() for fate in FATES}
+    for pair, step in {(id(step.source), id(step.target)): step for step in transcoded}.items():
+        fates[step.target.fate(step.source)][f"{step.source.label} -> {step.target.label}"] += counts[pair]
     return {
         "transcoded": len(transcoded),
         "copied": len(steps) - len(transcoded),
-        **{fate: _pairs(step for step in transcoded if step.target.fate(step.source) == fate) for fate in FATES},
+        **{fate: dict(pairs) for fate, pairs in fates.items()},
     }
-
-
-def _pairs(steps: Iterable[Transcode]) -> dict[str, int]:
-    """How many weights go from which format to which."""
-    return dict(Counter(f"{step.source.label} -> {step.target.label}" for step in steps))

@@ -120,11 +120,12 @@ def describe_plan(
     from kconvert.run.engine import Limits
 
     limits = Limits.choose(threads, memory)
+    peak = limits.peak(plan)
     free = free_bytes(delivery.directory)
     traffic = _describe_traffic(plan, delivery, disk_budget)
     facts = {
         **plan.as_dict(),
-        "peak_memory_bytes": limits.peak(plan),
+        "peak_memory_bytes": peak,
         "threads": limits.threads,
         "free_disk_bytes": free,
         **traffic.facts,
@@ -143,7 +144,7 @@ def describe_plan(
         *(f"input: {human(plan.facts[key])}" for key in ("read_bytes",) if key in plan.facts),
         f"output: {human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')} and "
         f"{counted(len(plan.side_files), 'side file')}",
-        f"memory: about {human(limits.peak(plan))} with {counted(limits.threads, 'thread')}",
+        f"memory: about {human(peak)} with {counted(limits.threads, 'thread')}",
         f"disk: {human(free)} free at {existing(delivery.directory)}",
         *traffic.lines,
         *notes,
