@@ -40,8 +40,9 @@ JOBS = (
     "mxfp4-to-fp8",
     "gptq-to-bf16",
     "awq-to-bf16",
+    "nvfp4-to-bf16",
 )
-RESPELT = ("gptq", "awq")  # which kconvert does not write
+FOREIGN = ("gptq", "awq", "nvfp4")  # which kconvert does not write
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
 LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
@@ -96,8 +97,8 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
     if encoding == "int4":
         return int4
     source = folder / f"disk-{experts}-experts-{encoding}"
-    if encoding in RESPELT and not source.exists():
-        run([sys.executable, Path(__file__).with_name("gptq_sample.py"), int4, source, encoding])
+    if encoding in FOREIGN and not source.exists():
+        run([sys.executable, Path(__file__).with_name("foreign_sample.py"), int4, source, encoding])
     elif not (source / "config.json").exists():
         run([*command(f"int4-to-{encoding}", int4, source), "-q"])
     return source
@@ -105,7 +106,7 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
 
 def command(job: str, source: Path, target: Path) -> list[str | Path]:
     """Of the pairs that have no command of their own, too."""
-    if any(encoding in job for encoding in ("mxfp4", *RESPELT)):
+    if any(encoding in job for encoding in ("mxfp4", *FOREIGN)):
         return [KCONVERT, "convert", source, target, "--to", job.rpartition("-")[2]]
     return [KCONVERT, job, source, target]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch_eager
 from common import GB, machine, spread, table
-from gptq_sample import interleaved
+from foreign_sample import interleaved
 from torch_eager import GROUP
 
 from kconvert.formats.dense import Dense
