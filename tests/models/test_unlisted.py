@@ -189,3 +189,15 @@ def test_a_fake_quantised_checkpoint_goes_to_bf16_as_a_clean_copy(raw, bf16_copy
     assert "quantization_config" not in written.config
     assert f"{EXPERT}.weight_scale" not in list(written)
     assert written[f"{EXPERT}.weight"].data == checkpoint[f"{EXPERT}.weight"].data
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8"])
+def test_a_model_whose_config_json_lacks_a_size_is_read_by_its_names_and_says_so(raw, int4_copy, tmp_path, to):
+    checkpoint = raw.load(int4_copy)
+    del checkpoint.config["kv_lora_rank"]
+    source = checkpoint.save()
+    model = inspect(source)
+    assert model.findings[0].startswith("config.json: kv_lora_rank is missing, but the manifest kimi-k2-thinking needs")
+    assert "expert.gate" in {weight.role for weight in model.weights}
+    convert(plan(source, Recipe(to)), tmp_path / "dst")
+    verify(source, tmp_path / "dst")

@@ -27,6 +27,10 @@ from kconvert.models.sizes import assign, evaluate, limited, lookup
 from kconvert.models.stacks import Stack
 
 
+class UnknownSizeError(KconvertError):
+    """config.json does not say what the manifest must know to tell the model's names and shapes."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A model family; the fields are those of the TOML file.
@@ -62,7 +66,7 @@ class Manifest:
             return ChainMap(config)
         nested = config.get(self.config_key)
         if not isinstance(nested, dict):
-            raise KconvertError(f"config.json: {self.config_key} is no table, but the manifest {self.name} needs it")
+            raise UnknownSizeError(f"config.json: {self.config_key} is no table, but the manifest {self.name} needs it")
         return ChainMap(nested, config)
 
     def plain_role(self, name: str) -> str | None:
@@ -151,7 +155,7 @@ class Manifest:
             yield
         except KeyError as error:
             key = self.dims[error.args[0]]
-            raise KconvertError(
+            raise UnknownSizeError(
                 f"config.json: {key} is missing, but the manifest {self.name} needs a size there"
             ) from None
         except (ValueError, ZeroDivisionError, OverflowError) as error:

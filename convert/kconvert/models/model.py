@@ -24,7 +24,7 @@ from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
-from kconvert.models.manifest import Manifest, Names
+from kconvert.models.manifest import Manifest, Names, UnknownSizeError
 from kconvert.models.roles import Role, guess
 from kconvert.models.rules import Match, matrix
 from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
@@ -143,21 +143,22 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
     """Gather the checkpoint's tensors into weights; KconvertError for the first thing that does not fit.
 
     The names are those of the model's manifest. What has more names is read by its own quantization_config and dtypes as far
-    as the manifest does not know it; what has others in their place, altogether so. `findings` tell.
+    as the manifest does not know it; what has others in their place, or a config.json without the sizes that the manifest
+    needs, altogether so. `findings` tell.
     A `partial` checkpoint may lack some of the model's weights.
     """
     manifest = manifest_for(checkpoint.config, checkpoint.tensors)
-    names = manifest.bind(checkpoint.config)
+    try:
+        names = manifest.bind(checkpoint.config)
+    except UnknownSizeError as unknown:
+        return _by_names_alone(checkpoint, str(unknown))
     model, unlisted, missing = _read(checkpoint, names)
     if missing and not partial:
         if not _are_renamed(missing, unlisted, model, names):
             _refuse_incomplete(model, missing)
-        generic, _, _ = _read(checkpoint, load_manifest(GENERIC).bind(checkpoint.config))
-        finding = (
-            f"it has other names than the manifest {manifest.name} knows ({missing[0]!r} is not there, but {unlisted[0]!r}), "
-            "so what they mean is taken from the names themselves"
-        )
-        return replace(generic, findings=(finding,))
+        one, other = missing[0], unlisted[0]
+        what = f"it has other names than the manifest {manifest.name} knows ({one!r} is not there, but {other!r})"
+        return _by_names_alone(checkpoint, what)
     if unlisted and not manifest.accepts_any:
         more = f" and {len(unlisted) - 1:,} more" if len(unlisted) > 1 else ""
         finding = (
@@ -165,6 +166,12 @@ def understand(checkpoint: Checkpoint, partial: bool = False) -> Model:
         )
         return replace(model, findings=(finding,))
     return model
+
+
+def _by_names_alone(checkpoint: Checkpoint, reason: str) -> Model:
+    """The model as the generic manifest reads it, with a finding that says why no other does."""
+    model, _, _ = _read(checkpoint, load_manifest(GENERIC).bind(checkpoint.config))
+    return replace(model, findings=(f"{reason}, so what tensors mean is taken from their names alone",))
 
 
 def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[str]]:
