@@ -7,6 +7,7 @@ has no fsync. Each ratio is that of a pair of neighbouring runs.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +30,19 @@ from common import (
 )
 
 TARGET = 1.15
-JOBS = ("int4-to-bf16", "int4-to-fp8", "fp8-to-bf16", "bf16-to-int4", "fp8-to-int4")
+JOBS = (
+    "int4-to-bf16",
+    "int4-to-fp8",
+    "fp8-to-bf16",
+    "bf16-to-int4",
+    "fp8-to-int4",
+    "mxfp4-to-bf16",
+    "mxfp4-to-fp8",
+    "gptq-to-bf16",
+    "awq-to-bf16",
+    "nvfp4-to-bf16",
+)
+FOREIGN = ("gptq", "awq", "nvfp4")  # which kconvert does not write
 EXPERT_BYTES = 3 * 2048 * 7168 * 2
 # True experts; the rest of the model small, so that nearly every byte is one that needs converting.
 LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
@@ -45,7 +58,7 @@ def main() -> None:
 
     def convert() -> Child:
         make_cold(source)
-        result = run([KCONVERT, options.job, source, converted, "-q"])
+        result = run([*command(options.job, source, converted), "-q"])
         sizes.append(nbytes(tensor_files(converted)))
         remove(converted)
         return result
@@ -84,9 +97,18 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
     if encoding == "int4":
         return int4
     source = folder / f"disk-{experts}-experts-{encoding}"
-    if not (source / "config.json").exists():
-        run([KCONVERT, f"int4-to-{encoding}", int4, source, "-q"])
+    if encoding in FOREIGN and not source.exists():
+        run([sys.executable, Path(__file__).with_name("foreign_sample.py"), int4, source, encoding])
+    elif not (source / "config.json").exists():
+        run([*command(f"int4-to-{encoding}", int4, source), "-q"])
     return source
+
+
+def command(job: str, source: Path, target: Path) -> list[str | Path]:
+    """Of the pairs that have no command of their own, too."""
+    if any(encoding in job for encoding in ("mxfp4", *FOREIGN)):
+        return [KCONVERT, "convert", source, target, "--to", job.rpartition("-")[2]]
+    return [KCONVERT, job, source, target]
 
 
 def two_dds(sources: list[Path], target: Path, size: int) -> str:

@@ -133,6 +133,26 @@ def test_modelopts_mx(write: Write, becomes: Any, algorithm: str, bits: int) -> 
     becomes(write(tensors, quantization), {f"{DENSE}.weight": value})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("algorithm", ["W4A16_AWQ", "int4_awq"])
+def test_modelopts_int4_has_two_rows_in_a_byte(write: Write, becomes: Any, algorithm: str, dtype: torch.dtype) -> None:
+    """Packed as its `pack_int4_in_uint8` packs."""
+    codes, scale = torch.randint(-8, 8, (130, 256)).to(torch.int8), (torch.rand(130, 2) / 50).to(dtype)
+    low, high = codes[::2] & 15, codes[1::2] & 15
+    value = (codes.view(130, 2, 128).float() * scale.float().unsqueeze(-1)).view(130, 256).bfloat16()
+    tensors = {f"{DENSE}.weight": (low | (high << 4)).view(torch.uint8), f"{DENSE}.weight_scale": scale}
+    quantization = {"quant_method": "modelopt", "quant_algo": algorithm, "group_size": 128}
+    becomes(write(tensors, quantization), {f"{DENSE}.weight": value})
+
+
+@pytest.mark.parametrize("algorithm", ["W8A16", "W8A8_SQ_PER_CHANNEL"])
+def test_modelopts_int8(write: Write, becomes: Any, algorithm: str) -> None:
+    codes, scale = torch.randint(-128, 128, (130, 64)).to(torch.int8), torch.rand(130) / 50
+    tensors = {f"{DENSE}.weight": codes, f"{DENSE}.weight_scale": scale}
+    value = (codes.float() * scale.unsqueeze(1)).bfloat16()
+    becomes(write(tensors, {"quant_method": "modelopt", "quant_algo": algorithm}), {f"{DENSE}.weight": value})
+
+
 def test_a_mixed_model_is_read_by_names_of_parents_whatever_else_lies_below_them(write: Write, becomes: Any) -> None:
     """FP8 where NVFP4 is said, in an excluded module, and in one that nobody names; a router in BF16 inside a quantised one."""
     experts, expert = nvfp4(EXPERT)
@@ -215,7 +235,7 @@ V4_EXPERT, V4_MTP, V4_DENSE = "layers.0.ffn.experts.1.w2", "mtp.0.ffn.experts.1.
         (V4, {"expert_dtype": "fp4"}),
         (V4, {}),
         (V4, {"expert_dtype": "fp8"}),
-        ({**V4, "expert_dtype": "fp4"}, {"model_type": "deepseek_v41", "text_config": {}}),
+        ({**V4, "expert_dtype": "fp4"}, {"model_type": "deepseek_v41_like", "text_config": {}}),
         (V4, {"text_config": {"expert_dtype": "fp4"}}),
         ({**V4, "modules_to_not_convert": [V4_DENSE, V4_EXPERT]}, {}),
     ],
@@ -228,7 +248,7 @@ def test_deepseek_v4s_experts_are_what_their_tensors_are(
     expert, fp4 = mx(V4_EXPERT, ("weight", "scale"), 4, torch.float8_e8m0fnu)
     dense, value = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu)
     base, other = blocks("layers.1.ffn.experts.1.w2", "scale", torch.float32)
-    root = configured(write({**expert, **dense, **base}, quantization), **{"model_type": "deepseek_v4", **around})
+    root = configured(write({**expert, **dense, **base}, quantization), **{"model_type": "deepseek_v4_like", **around})
     becomes(root, {f"{V4_EXPERT}.weight": fp4, f"{V4_DENSE}.weight": value, "layers.1.ffn.experts.1.w2.weight": other})
 
 
@@ -236,7 +256,7 @@ def test_deepseek_v41s_blocks_of_32_beside_tables_of_1x32(write: Write, becomes:
     dense, value = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu, 32)
     table, embedded = mx("layers.1.engram.embed", ("weight", "scale"), 8, torch.float8_e8m0fnu)
     quantization = {**V4, "weight_block_size": [32, 32], "expert_dtype": "fp4"}
-    root = configured(write({**dense, **table}, quantization), model_type="deepseek_v41")
+    root = configured(write({**dense, **table}, quantization), model_type="deepseek_v41_like")
     becomes(root, {f"{V4_DENSE}.weight": value, "layers.1.engram.embed.weight": embedded})
 
 
@@ -245,7 +265,9 @@ def test_nvidias_deepseek_v4_has_nvfp4_experts_and_keeps_mxfp4_in_mtp(write: Wri
     mtp, fp4 = mx(V4_MTP, ("weight", "scale"), 4, torch.float8_e8m0fnu)
     dense, other = blocks(V4_DENSE, "scale", torch.float8_e8m0fnu)
     quantization = {**V4, "moe_quant_algo": "NVFP4", "ignore": ["mtp.*"]}
-    root = configured(write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4", expert_dtype="fp4")
+    root = configured(
+        write({**expert, **mtp, **dense}, quantization), model_type="deepseek_v4_like", expert_dtype="fp4"
+    )
     becomes(root, {f"{V4_EXPERT}.weight": value, f"{V4_MTP}.weight": fp4, f"{V4_DENSE}.weight": other})
 
 

@@ -45,6 +45,8 @@ NVFP4 = {"weight": codes(), "weight_scale": eighths(), "weight_scale_2": torch.t
 FP4 = {"weight": codes(), "weight_scale": exponents()}
 FP8 = {"weight": codes(64, E4M3), "weight_scale_inv": exponents()}
 EXPERT = {"weight": codes(32, torch.int8), "scale": exponents(dtype=E8M0)}
+INT4 = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": 32}
+PAIRED = {"weight": codes(64), "weight_scale": torch.ones(64, 2)}
 FULL = torch.full((), 1.0)
 # What is declared, the sound tensors, those that are put in their place (None: taken away), what is said.
 CASES: dict[str, tuple[dict[str, Any], Tensors, dict[str, Any], str]] = {
@@ -104,6 +106,20 @@ CASES: dict[str, tuple[dict[str, Any], Tensors, dict[str, Any], str]] = {
         {},
         "tensor_group 32 is not supported; supported: NVFP4",
     ),
+    "int4, codes in i8": (
+        INT4,
+        PAIRED,
+        {"weight": codes(64, torch.int8)},
+        "its weight is I8 [32, 64], not an U8 matrix",
+    ),
+    "int4, misshapen scale": (INT4, PAIRED, {"weight_scale": torch.ones(32, 2)}, "weight_scale' is F32 [32, 2], but"),
+    "int4, awq": (
+        INT4,
+        PAIRED,
+        {"pre_quant_scale": torch.ones(64)},
+        "its pre_quant_scale is a factor of what goes into",
+    ),
+    "w4a8": (INT4, PAIRED, {"weight_scale_2": FULL}, "of which weight_scale_2 does not belong to it"),
     "quark, no scale": (QUARK, FP4, {"weight_scale": None}, "weight' is U8 [32, 32], which no rule decodes"),
     "quark, misshapen scale": (QUARK, FP4, {"weight_scale": exponents(3)}, "weight_scale' is U8 [32, 3]"),
     "quark, scale in f32": (
@@ -155,7 +171,7 @@ def test_what_is_wrong_with_a_weight_is_said_by_name(write: Write, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("quantization", "tensors"), [(MODELOPT, NVFP4), (QUARK, FP4), (MXFP8, FP8), (V4, EXPERT)], ids=["a", "b", "c", "d"]
+    ("quantization", "tensors"), [(MODELOPT, NVFP4), (QUARK, FP4), (MXFP8, FP8), (V4, EXPERT), (INT4, PAIRED)], ids=str
 )
 def test_the_sound_ones_are_sound(write: Write, tmp_path: Path, quantization: dict[str, Any], tensors: Tensors) -> None:
     source = write({f"{NAME}.{suffix}": tensor for suffix, tensor in tensors.items()}, quantization)

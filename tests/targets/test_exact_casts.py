@@ -15,6 +15,7 @@ from kconvert.formats.mx import Mx
 from kconvert.models.model import Model
 from kconvert.report.summary import describe_plan
 from kconvert.targets.conversion import make_plan
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
 
@@ -257,3 +258,93 @@ def test_mx_and_fp8_of_other_names_hold_the_same_bytes() -> None:
     assert Mx(4, "F8_E8M0", codes_name="weight", codes_dtype="I8", scale_name="scale").usual == Mx(4).usual
     assert Fp8(scale_name="scale").usual == Fp8().usual
     assert Fp8(scale_dtype="U8").usual == Fp8(scale_dtype="F8_E8M0").usual != Fp8().usual
+
+
+def test_the_plan_says_that_scales_will_be_powers_of_two(mxfp4: Path, bf16: Path) -> None:
+    (note,) = plan(mxfp4, Recipe("fp8")).facts["notes"]
+    assert note == "mxfp4 becomes FP8 by scales that are powers of two, which keep its values"
+    assert "notes" not in plan(bf16, Recipe("fp8")).facts
+
+
+def test_what_is_exact_is_told_beside_what_is_not(mxfp4: Path, tmp_path: Path, kconvert: Any) -> None:
+    told = kconvert("convert", mxfp4, tmp_path / "out", "--to", "fp8", "--layout", "all").stdout
+    assert "lossy: bf16 -> fp8 block 128x128" in told
+    assert "every value of mxfp4 -> fp8 block 128x128 was reproduced exactly" in told
+
+
+def test_deepseek_v41_says_what_its_experts_are_in_within_the_table(mxfp4: Path, tmp_path: Path, raw: Any) -> None:
+    model = in_deepseek_v4s_words(mxfp4)
+    model.checkpoint.config["quantization_config"]["expert_dtype"] = "fp4"
+    convert(make_plan(model, Recipe("fp8", layout="vllm")), tmp_path / "out")
+    config = raw.load(tmp_path / "out").config
+    assert config["quantization_config"]["expert_dtype"] == "fp8"
+    assert "expert_dtype" not in config
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.{}.mlp.experts.{}.gate_proj",
+        "layers.{}.ffn.experts.{}.w1",
+        "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc1",
+        "transformer.h.{}.mlp.deepspeed_moe.experts.deepspeed_experts.{}.fc1",
+        "backbone.layers.{}.mixer.experts.{}.mlp.up_proj",
+        "model.layers.{}.mlp.expert_{}.up_proj",
+    ],
+)
+def test_experts_of_a_model_without_a_manifest_are_found_by_name(tmp_path: Path, raw: Any, name: str) -> None:
+    source = unknown(tmp_path / "source", raw, name)
+    made = plan(source, Recipe("fp8"))
+    assert made.facts["lossy"] == {"bf16 -> fp8 block 128x128": 4}
+    convert(made, tmp_path / "out")
+    verify(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "stack.layers.{}.parts.{}.a",
+            r'\{ role = "expert.up", name = "stack.layers.\{layer\}.parts.\{expert\}.a", shape = ',
+        ),
+        ("net.{}a.lin{}", "no manifest knows newmoe, and no matrix has the number of an expert in its name"),
+    ],
+)
+def test_where_names_show_no_experts_the_missing_lines_are_said(tmp_path: Path, raw: Any, name: str, told: str) -> None:
+    with pytest.raises(KconvertError, match=f"none is a routed expert's.*{told}"):
+        plan(unknown(tmp_path / "source", raw, name), Recipe("fp8"))
+
+
+def unknown(root: Path, raw: Any, name: str) -> Path:
+    """A BF16 checkpoint of no known model with two layers of two matrices of this name."""
+    tensor = raw.Tensor("BF16", [32, 64], bytes(range(16)) * 256)
+    names = [f"{name.format(layer, expert)}.weight" for layer in range(2) for expert in range(2)]
+    entries = dict.fromkeys([*names, "model.layers.0.self_attn.q_proj.weight"], tensor)
+    checkpoint: Path = raw.new(root, {"model.safetensors": entries}, {"model_type": "newmoe"}).save()
+    return checkpoint
+
+
+@pytest.fixture(scope="session", params=["deepseek-v4", "deepseek-v4-base", "deepseek-v4.1"])
+def v4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small DeepSeek-V4 as it is published: experts in MXFP4, or (-Base) in FP8."""
+    root: Path = tmp_path_factory.mktemp("v4") / request.param
+    sizes = {"layers": 5, "experts": 2, "hidden": 256, "moe_intermediate": 128, "vocab": 128, "heads": 4, "q_rank": 128}
+    convert(plan_synthetic(SampleRecipe(request.param, sizes)), root)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["vllm", "sglang"])
+def test_deepseek_v4_as_published_goes_to_fp8_for_both_engines(v4: Path, tmp_path: Path, raw: Any, layout: str) -> None:
+    if (v4.name, layout) == ("deepseek-v4-base", "vllm"):
+        with pytest.raises(KconvertError, match="nothing to convert"):
+            plan(v4, Recipe("fp8"))
+        return
+    convert(plan(v4, Recipe("fp8", layout=layout)), tmp_path / "out")
+    written = raw.load(tmp_path / "out")
+    scales = {written[name].dtype for name in written if name.endswith(".scale") and "engram" not in name}
+    assert scales == {"F32" if layout == "vllm" else "F8_E8M0"}
+    table = written.config["quantization_config"]
+    said = {**written.config, **table}.get("expert_dtype")
+    assert said == ("fp8" if layout == "vllm" else None)
+    assert table["weight_block_size"] == ([32, 32] if v4.name == "deepseek-v4.1" else [128, 128])
+    verify(v4, tmp_path / "out")

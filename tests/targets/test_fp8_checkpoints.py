@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_experts_of_layout_all_are_copied_and_the_rest_decoded(fp8: dict[str, Pa
     convert(again, tmp_path / "out")
     assert in_fp8(inspect(tmp_path / "out")) == in_fp8(inspect(fp8["experts"]))
     verify(fp8["all"], tmp_path / "out")
+
+
+def test_codes_under_bf16_scales_stay_as_they_are(fp8: dict[str, Path], tmp_path: Path, raw: Any) -> None:
+    """Qwen's releases have such scales, and engines read either."""
+    checkpoint = raw.load(shutil.copytree(fp8["all"], tmp_path / "src"))
+    for tensors in checkpoint.files.values():
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale_inv"):
+                scale = torch.frombuffer(bytearray(tensor.data), dtype=torch.float32).bfloat16()
+                tensor.dtype, tensor.data = "BF16", scale.view(torch.uint8).numpy().tobytes()
+    source = checkpoint.save()
+    convert(plan(source, Recipe("fp8", layout="experts")), tmp_path / "dst")
+    assert inspect(tmp_path / "dst").weights
+    written, before = raw.load(tmp_path / "dst"), raw.load(source)
+    for suffix in (".weight", ".weight_scale_inv"):
+        assert written[LAYER + suffix].data == before[LAYER + suffix].data
 
 
 def test_a_layout_that_the_source_has_already_is_refused(fp8: dict[str, Path]) -> None:

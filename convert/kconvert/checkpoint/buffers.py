@@ -23,6 +23,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
+        self._held: dict[str, tuple[tuple[str, int, int], Bytes]] = {}
 
     def take(self, use: str, nbytes: int, alignment: int = 0) -> Bytes:
         """`nbytes` bytes for `use`, whose address is `alignment` modulo PAGE."""
@@ -41,3 +42,10 @@ class Buffers:
             return np.empty(0, np.uint8)
         room = self.take(use, nbytes + 2 * PAGE)
         return np.frombuffer(source.fetch(file, start, nbytes, room.data), np.uint8)
+
+    def hold(self, source: Fetcher, use: str, file: str, start: int, nbytes: int) -> Bytes:
+        """`fetch`, but what is held for this use already is not read again; it is for nothing else, and of one source."""
+        place = (file, start, nbytes)
+        if self._held.get(use, (None,))[0] != place:
+            self._held[use] = place, self.fetch(source, use, file, start, nbytes)
+        return self._held[use][1]

@@ -35,6 +35,7 @@ def int4_to_fp8(source: str, destination: str, **options: Any) -> None:
     all                         128x128 blocks, every Linear: the layout of DeepSeek-V3 and Kimi-K2-Instruct
     compressed-tensors          128x128 blocks as llm-compressor's FP8_BLOCK
     compressed-tensors-channel  a scale for each row, as llm-compressor's FP8_DYNAMIC
+    vllm, sglang                DeepSeek-V4 as these engines want it, and nothing else
 
     \b
     Example: kconvert int4-to-fp8 ./Kimi-K2-Thinking ./Kimi-K2-Thinking-FP8

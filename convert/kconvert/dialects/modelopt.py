@@ -28,6 +28,7 @@ MXFP8 = replace(MXFP4, format="mxfp8-quantized", num_bits=8)
 FP8 = Scheme("float-quantized", 8, "float", targets=EVERYTHING)
 FP8_CHANNEL = replace(FP8, strategy="channel")
 FP8_BLOCK = replace(FP8, strategy="block", block=(128, 128))
+INT4 = Scheme("modelopt-int4", 4, "int", strategy="group", group_size=128, targets=EVERYTHING)
 INT8 = Scheme("int-quantized", 8, "int", strategy="channel", targets=EVERYTHING)
 # What follows W4A8_ and its like is about activations. In capitals as engines know it, or as ModelOpt has no name for it.
 ALGORITHMS: Mapping[str, Scheme] = {
@@ -37,6 +38,7 @@ ALGORITHMS: Mapping[str, Scheme] = {
     "FP8": FP8,
     **dict.fromkeys(("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PC_PT"), FP8_CHANNEL),
     **dict.fromkeys(("FP8_PB_WO", "FP8_PB_REAL"), FP8_BLOCK),
+    **dict.fromkeys(("W4A16_AWQ", "INT4_AWQ"), INT4),
     **dict.fromkeys(("W8A16", "W8A8_SQ_PER_CHANNEL"), INT8),
 }
 

@@ -68,17 +68,10 @@ def without_quantization(config: Mapping[str, Any], depth: int = DEPTH) -> dict[
     }
 
 
-def with_quantization(
-    config: Mapping[str, Any], table: Mapping[str, Any], experts: str | None = None
-) -> dict[str, Any]:
+def with_quantization(config: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of config.json that declares the quantisation `table` and no other.
-
-    `experts` is the encoding of theirs, beside the table, or in it where the source has that there (DeepSeek-V4.1).
 
     It goes to the top level also where the source keeps it in `text_config` (Kimi-K2.5): engines look there first, and a
     second, nested one would be another place to disagree.
     """
-    said = {} if experts is None else {EXPERTS_KEY: experts}
-    inside = any(EXPERTS_KEY in had for had in quantization_tables(config))
-    whole = {**without_quantization(config), KEYS[0]: {**table, **(said if inside else {})}}
-    return whole if inside else {**whole, **said}
+    return {**without_quantization(config), KEYS[0]: dict(table)}

@@ -105,10 +105,14 @@ class Fp8(Format):
         return self.mse
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
-        """With powers of two also for what has such scales now: nothing else keeps its values."""
+        """With powers of two also for what has such scales now: nothing else keeps its values. A float scale stays as it is, as
+        engines read either."""
         powers = self.powers or self.strict or (source.quantised and source.may_have_powers)
         exact = powers and (self.strict or source.may_have_powers)
         format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
+        if isinstance(source, Fp8) and {source.scale_dtype, self.scale_dtype} == {"F32", "BF16"}:
+            kept = replace(format, scale_dtype=source.scale_dtype)
+            format = kept if kept == source else format
         return Format.fit(format, source, rows, cols, mse)
 
     def fate(self, source: Format) -> Fate:

@@ -155,12 +155,12 @@ class Gptq(Format):
         return kernels.decode_indexed(codes, steps, zeros, groups, tile)
 
     def _steps_and_zeros(self, parts: Sequence[Bytes], first: int, rows: int, groups: int) -> tuple[Tile, Tile]:
-        """Scales and zero points of so many rows from `first` on, f32 [groups, rows] and perhaps some more."""
+        """Scales and zero points of so many rows from `first` on, f32 [rows, groups]; of the latter perhaps more."""
         import numpy as np
 
         from kconvert.formats.kernels import gptq as kernels
 
-        steps = np.empty((groups, rows), "f4")
+        steps = np.empty((rows, groups), "f4")
         kernels.widen_scales(parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1), first, steps)
         unit, mask = self.in_unit, (1 << self.bits) - 1
         by_words, plus, within = ZEROS[self.spelling]
@@ -168,7 +168,7 @@ class Gptq(Format):
         shifts = shifts_of(self.bits, order if self.bits in ALIGNED else ())
         carry = sum(1 << self.bits * place for place in range(unit)) if by_words and len(shifts) else 0
         words = parts[1].view("u4").reshape(groups, -1)[:, first // unit * (unit * self.bits // 32) :]
-        zeros = np.empty((groups, math.ceil(rows / unit) * unit), "f4")
+        zeros = np.empty((math.ceil(rows / unit) * unit, groups), "f4")
         plus = plus or int(by_words and not carry)
         kernels.unpack_zeros(words, self.bits, shifts, carry, plus, mask if within else 2 * mask + 1, zeros)
         return steps, zeros

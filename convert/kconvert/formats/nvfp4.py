@@ -8,6 +8,7 @@
 
 Value of a weight: bf16(code * step), the product rounded to f32, and so is step: f32(scale) / global scale in
 compressed-tensors' `nvfp4-pack-quantized`, f32(scale) * global scale in ModelOpt's NVFP4. The names tell which it is.
+Code 8 is -0, as in hardware; ModelOpt's dequantiser has 0 there.
 Sources: https://github.com/vllm-project/compressed-tensors, `compressors/nvfp4`;
 https://github.com/NVIDIA/Model-Optimizer, `quantization/qtensor/nvfp4_tensor.py`.
 """

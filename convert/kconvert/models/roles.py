@@ -6,6 +6,7 @@ none of these words is a Linear of which no more is known.
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ MTP = frozenset({"mtp", "nextn"})
 SHARED = frozenset({"shared_experts", "shared_expert", "share_expert", "shared_mlp"})
 ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention", "linear_attn", "cross_attn"})
 DENSE = frozenset({"mlp", "feed_forward", "ffn"})
+# What may stand between `experts` and the name of a matrix, and a way to write the number.
+WITHIN = frozenset({"local_experts", "deepspeed_experts", "mlp", "ffn"})
+NUMBERED = re.compile(r"\.experts?_([0-9]{1,9})\.")
 # Words that a name has somewhere -> the role; the first that fits.
 PLACES = ((TOWERS, "vision"), (PROJECTORS, "projector"), (MTP, "mtp"), (SHARED, "shared"), (ATTENTION, "attention"))
 WHOLE = {
@@ -41,7 +45,7 @@ class Role(NamedTuple):
 
 def guess(weight: str) -> Role:
     """What the weight called so is in its model."""
-    words = weight.split(".")
+    words = NUMBERED.sub(r".experts.\1.", weight).split(".")
     layer = next((int(n) for word, n in pairwise(words) if word in LAYERS and _is_number(n)), None)
     if "experts" in words and MTP.isdisjoint(words):
         return _expert(words[words.index("experts") + 1 :], layer)
@@ -63,7 +67,7 @@ def _name(words: list[str]) -> str:
 def _expert(rest: list[str], layer: int | None) -> Role:
     """`rest` is what follows `experts` in the name: number and projection in either order, or the name of a stack."""
     numbers = [int(word) for word in rest if _is_number(word)]
-    words = [word for word in rest if not _is_number(word)]
+    words = [word for word in rest if not _is_number(word) and word not in WITHIN]
     if len(words) != 1 or len(numbers) > 1:
         return Role("linear", layer)
     expert = numbers[0] if numbers else None

@@ -318,4 +318,5 @@ def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator
             f"no codes and scale reproduce the values of {groups} in {weights}, which the rule quantised; first in {first!r}"
         )
     elif plan.facts.get("recovered") and earlier < _shard_bytes(plan):
-        yield f"every value{' of the shards written now' * bool(earlier)} was reproduced exactly"
+        what = f" of {', '.join(plan.facts['recovered'])}" if plan.facts.get("lossy") else ""
+        yield f"every value{what}{' in the shards written now' * bool(earlier)} was reproduced exactly"

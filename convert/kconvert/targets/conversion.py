@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
+from kconvert.dialects.tables import EXPERTS_KEY
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
@@ -18,8 +19,9 @@ from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Stack
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
-from kconvert.targets.base import EXPERTS, Target, is_linear_role
+from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
 from kconvert.targets.recipe import Recipe
+from kconvert.targets.unlisted import missing_lines
 
 HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
@@ -104,9 +106,11 @@ class Conversion:
             )
         if not any(target.takes(weight) for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
-            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose})")
+            lines = missing_lines(model) if model.manifest.accepts_any else ""
+            raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose}){lines}")
         if all(self.becomes(weight) is None and self.name(weight) == weight.name for weight in model.weights):
-            raise KconvertError(f"{root} has every weight as {what} would write it; there is nothing to convert")
+            told = " (its scales are powers of two by what config.json says)" if self.recipe.scales == POWERS else ""
+            raise KconvertError(f"{root} has every weight as {what} would write it{told}; there is nothing to convert")
 
     def encoding(self, weight: Weight) -> Format:
         """What spells this weight in the output."""
@@ -239,9 +243,18 @@ class Conversion:
             + sum(plain.tensor.nbytes for plain in model.plain),
             **count_steps(steps),
             "dropped": [tensor.name for tensor in self.left_behind()],
+            **({"notes": notes} if (notes := self._notes(steps)) else {}),
             **({"findings": list(model.findings)} if model.findings else {}),
             "left_out": list(model.checkpoint.left_out),
         }
+
+    def _notes(self, steps: Sequence[Step]) -> list[str]:
+        """Which weights get scales that are powers of two though nobody asked for them."""
+        if self.recipe.scales == POWERS:
+            return []
+        changed = (step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Fp8))
+        labels = dict.fromkeys(step.source.label for step in changed if step.target.may_have_powers)
+        return [f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels]
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
@@ -256,7 +269,10 @@ class Conversion:
         quantised, others = ([*map(self.name, weights[is_quantised])] for is_quantised in (True, False))
         format = self._declared(weights[True])
         table = self.target.table(format, quantised, [*others, *self._plain_linears()])
-        return with_quantization(config, table, self.target.experts)
+        experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
+        if any(EXPERTS_KEY in had for had in quantization_tables(self.model.checkpoint.config)):  # as DeepSeek-V4.1
+            return with_quantization(config, {**table, **experts})
+        return {**with_quantization(config, table), **experts}
 
     def _declared(self, weights: Sequence[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""

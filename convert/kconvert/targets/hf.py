@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 COMPRESSED_KEEPS = frozenset({"attention.q_a", "attention.kv_a"})
 
 
-# What kt-kernel calls the matrices of a routed expert.
+# What layers stand behind wherever kt-kernel looks for them, and what it calls the matrices of a routed expert.
+KT_PREFIXES = ("", "model.")
 MATRICES = {"expert.gate": "w1", "expert.up": "w3", "expert.down": "w2"}
 
 
@@ -78,7 +79,10 @@ def speaks_deepseek_v4(manifest: Manifest) -> bool:
 
 
 def _kt_names(before: str, within: str) -> Names:
-    """`{before}layers.L.{within}.experts.E.w1` and so on; ValueError for what is no such matrix of a routed expert."""
+    """`{before}layers.L.{within}.experts.E.w1` and so on, unless kt-kernel finds the weight by the name that it has.
+
+    ValueError for what is no such matrix of a routed expert.
+    """
 
     def name(weight: Weight) -> str:
         matrix = MATRICES.get(weight.role)
@@ -86,7 +90,8 @@ def _kt_names(before: str, within: str) -> Names:
             raise ValueError(
                 f"is {weight.role}, but kt-kernel reads the gate, up and down matrix of each expert, one by one"
             )
-        return f"{before}layers.{weight.layer}.{within}.experts.{weight.expert}.{matrix}"
+        own = f"layers.{weight.layer}.{within}.experts.{weight.expert}.{matrix}"
+        return weight.name if weight.name.removesuffix(own) in KT_PREFIXES else before + own
 
     return name
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from kconvert.models.manifest import Manifest
+from typing import TYPE_CHECKING
+
 from kconvert.targets import hf
 from kconvert.targets.base import Targets
+
+if TYPE_CHECKING:
+    from kconvert.models.manifest import Manifest
 
 TARGETS: Targets = {
     **hf.TARGETS,

@@ -20,8 +20,17 @@ from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
 QUANTISED = [
-    *("deepseek-v3", "deepseek-v3.2", "deepseek-v4-base", "glm-5.3", "gpt-oss", "kimi-k2-instruct", "kimi-k2-thinking"),
-    *("kimi-k2.5", "kimi-k3", "ling-3", "minimax-m2", "minimax-m3", "qwen3.5-moe-fp8"),
+    *(
+        "deepseek-v3",
+        "deepseek-v3.2",
+        "deepseek-v4",
+        "deepseek-v4-0731",
+        "deepseek-v4-base",
+        "deepseek-v4.1",
+        "glm-5.3",
+    ),
+    *("gpt-oss", "kimi-k2-instruct", "kimi-k2-thinking", "kimi-k2.5", "kimi-k3", "ling-3", "minimax-m2", "minimax-m3"),
+    "qwen3.5-moe-fp8",
 ]
 # Config.json does not tell these apart.
 READ_AS = {

@@ -19,49 +19,51 @@ U = np.uint32  # around every operation on u32, which numba would otherwise wide
 def bring(words: Any, first: Any, brought: Any) -> None:
     """words u32 [lines, n], the columns from `first` on -> the rows of brought u32 [rows, >= lines]."""
     lines, rows = words.shape[0], brought.shape[0]
-    eights, fours = rows // 8 * 8, lines // 4 * 4
-    for start in range(0, eights, 8):
-        for k in range(0, fours, 4):
-            for row in range(8):
-                brought[start + row, k] = words[k, first + start + row]
-                brought[start + row, k + 1] = words[k + 1, first + start + row]
-                brought[start + row, k + 2] = words[k + 2, first + start + row]
-                brought[start + row, k + 3] = words[k + 3, first + start + row]
-    for k in range(lines):
-        for row in range(0 if k >= fours else eights, rows):
+    fours = lines // 4 * 4
+    for k in range(0, fours, 4):
+        for row in range(rows):
+            brought[row, k] = words[k, first + row]
+            brought[row, k + 1] = words[k + 1, first + row]
+            brought[row, k + 2] = words[k + 2, first + row]
+            brought[row, k + 3] = words[k + 3, first + row]
+    for k in range(fours, lines):
+        for row in range(rows):
             brought[row, k] = words[k, first + row]
 
 
 @kernel
 def widen_scales(scale: Any, first: Any, steps: Any) -> None:
-    """scale [groups, out] -> steps f32 [groups, rows] of the rows from `first` on."""
-    for group in range(steps.shape[0]):
-        line = scale[group, first : first + steps.shape[1]]
-        for row in range(steps.shape[1]):
-            steps[group, row] = widen_scale(line[row])
+    """scale [groups, out] -> steps f32 [rows, groups] of the rows from `first` on."""
+    rows, groups = steps.shape
+    for start in range(0, rows // 8 * 8, 8):
+        for group in range(groups):
+            for row in range(8):
+                steps[start + row, group] = widen_scale(scale[group, first + start + row])
+    for group in range(groups):
+        for row in range(rows // 8 * 8, rows):
+            steps[row, group] = widen_scale(scale[group, first + row])
 
 
 @kernel
 def unpack_zeros(words: Any, bits: Any, shifts: Any, carry: Any, plus: Any, keep: Any, zeros: Any) -> None:
-    """words u32 [groups, n], codes at `shifts` of each -> zeros f32 [groups, rows]: ((word + carry) >> shift) + plus, of which
+    """words u32 [groups, n], codes at `shifts` of each -> zeros f32 [rows, groups]: ((word + carry) >> shift) + plus, of which
     the bits of `keep` are kept.
 
     Without shifts (there are none of codes that go from one word into the next) `carry` is 0.
     """
     carry, plus, keep, mask = U(carry), U(plus), U(keep), U((1 << bits) - 1)
-    rows, count = zeros.shape[1], shifts.shape[0]
+    rows, groups, count = zeros.shape[0], zeros.shape[1], shifts.shape[0]
     codes = np.empty((1, 0 if count else rows), np.uint8)
-    for group in range(zeros.shape[0]):
-        if count:
-            for k in range(rows // count):
-                word = U(words[group, k] + carry)
-                for j in range(count):
-                    stored = U(U(word >> shifts[j]) & mask)
-                    zeros[group, k * count + j] = np.float32(np.int32(U(U(stored + plus) & keep)))
-        else:
-            spread(words[group : group + 1], bits, codes)
-            for row in range(rows):
-                zeros[group, row] = np.float32(np.int32(U(U(U(codes[0, row]) + plus) & keep)))
+    for k in range(rows // count if count else 0):
+        for group in range(groups):
+            word = U(words[group, k] + carry)
+            for j in range(count):
+                stored = U(U(word >> shifts[j]) & mask)
+                zeros[k * count + j, group] = np.float32(np.int32(U(U(stored + plus) & keep)))
+    for group in range(0 if count else groups):
+        spread(words[group : group + 1], bits, codes)
+        for row in range(rows):
+            zeros[row, group] = np.float32(np.int32(U(U(U(codes[0, row]) + plus) & keep)))
 
 
 @kernel
@@ -113,7 +115,7 @@ def decode_nibbles(packed: Any, steps: Any, zeros: Any, tile: Any) -> Any:
     for row in range(rows):
         line = packed[row, : groups * half].reshape(groups, half)
         for group in range(groups):
-            step, zero = steps[group, row], zeros[group, row]
+            step, zero = steps[row, group], zeros[row, group]
             for j in range(half):
                 byte = line[group, j]
                 tile[row, group, 2 * j] = round_bf16((np.float32(np.int32(byte & 15)) - zero) * step)
@@ -133,7 +135,7 @@ def decode_bytes(codes: Any, steps: Any, zeros: Any, tile: Any) -> Any:
     for row in range(rows):
         line = codes[row, : groups * size].reshape(groups, size)
         for group in range(groups):
-            step, zero = steps[group, row], zeros[group, row]
+            step, zero = steps[row, group], zeros[row, group]
             for i in range(size):
                 tile[row, group, i] = round_bf16((np.float32(np.int32(line[group, i])) - zero) * step)
             if step == np.float32(0):
@@ -145,22 +147,16 @@ def decode_bytes(codes: Any, steps: Any, zeros: Any, tile: Any) -> Any:
 @kernel
 def decode_indexed(codes: Any, steps: Any, zeros: Any, index: Any, tile: Any) -> Any:
     """decode_bytes for columns in any order: index i32 [cols] is the group of each; tile f32 [rows, cols]."""
-    groups = steps.shape[0]
-    step, zero = np.empty(groups, np.float32), np.empty(groups, np.float32)
     senseless = False
     for row in range(tile.shape[0]):
-        nothing = False
-        for group in range(groups):
-            step[group], zero[group] = steps[group, row], zeros[group, row]
-            nothing |= step[group] == np.float32(0)
+        line, step, zero = codes[row], steps[row], zeros[row]
         for col in range(tile.shape[1]):
             group = index[col]
-            tile[row, col] = round_bf16((np.float32(np.int32(codes[row, col])) - zero[group]) * step[group])
-        if nothing:
-            for col in range(tile.shape[1]):
-                group = index[col]
-                code = np.float32(np.int32(codes[row, col]))
-                senseless |= step[group] == np.float32(0) and code != zero[group]
+            tile[row, col] = round_bf16((np.float32(np.int32(line[col])) - zero[group]) * step[group])
+        for group in range(step.shape[0]):
+            if step[group] == np.float32(0):
+                for col in range(tile.shape[1]):
+                    senseless |= index[col] == group and np.float32(np.int32(line[col])) != zero[group]
     return senseless
 
 
@@ -173,7 +169,7 @@ def decode_interleaved(words: Any, shifts: Any, steps: Any, zeros: Any, tile: An
         line = words[eight, : groups * size].reshape(groups, size)
         for group in range(groups):
             for row in range(8 * eight, min(8 * eight + 8, rows)):
-                step, zero, shift = steps[group, row], zeros[group, row], shifts[row & 7]
+                step, zero, shift = steps[row, group], zeros[row, group], shifts[row & 7]
                 for i in range(size):
                     code = np.float32(np.int32(U(U(line[group, i] >> shift) & U(15))))
                     tile[row, group, i] = round_bf16((code - zero) * step)

@@ -44,6 +44,24 @@ def decode_int8(codes: Any, scale: Any, zero: Any, tile: Any) -> Any:
 
 
 @kernel
+def decode_pairs(packed: Any, scale: Any, tile: Any) -> Any:
+    """decode_int8 for packed u8 [n / 2, groups, g]: four-bit two's complements, of two rows the first in the low nibble."""
+    senseless = False
+    for row in range(tile.shape[0]):
+        shift = np.uint8(4 * (row & 1))
+        for group in range(tile.shape[1]):
+            stored = scale[row, group]
+            step = widen_scale(stored)
+            for i in range(tile.shape[2]):
+                code = np.int32((np.int32(packed[row >> 1, group, i] >> shift) & 15) ^ 8) - np.int32(8)
+                tile[row, group, i] = round_like(np.float32(code) * step, stored)
+            if step == np.float32(0):
+                for i in range(tile.shape[2]):
+                    senseless |= np.int32(packed[row >> 1, group, i] >> shift) & 15 != 0
+    return senseless
+
+
+@kernel
 def encode_int8(tile: Any, divisor: Any, zero_scale: Any, codes: Any, scale: Any) -> Any:
     """tile f32 [rows, cols] -> codes i8 [rows, cols], scale u16 [rows] of bf16 bits; see formats.int8 for the rule.
 

@@ -86,7 +86,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
 
     part, tensor = weight.parts[index], weight.tensors[index]
     if part.across:
-        return _columns(weight, part, tensor, reader, first, last)
+        return _columns(weight, part, tensor, reader, first, last, buffers)
     start, stop = part.span(weight.rows, first, last)
     data = buffers.fetch(reader, part.suffix, tensor.file, tensor.start + start, stop - start)
     shape = part.shape if part.every is None else (-1, *part.shape[max(1, len(part.shape) - 1) :])
@@ -98,13 +98,14 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
     return torch.from_numpy(data if aligned else data.copy()).view(dtype).view(shape)
 
 
-def _columns(weight: Weight, part: Part, tensor: Tensor, reader: Reader, first: int, last: int) -> torch.Tensor:
-    """_rows of a part that lies across, whose file the next rows will need again."""
-    import numpy as np
+def _columns(
+    weight: Weight, part: Part, tensor: Tensor, reader: Reader, first: int, last: int, buffers: Buffers
+) -> torch.Tensor:
+    """_rows of a part that lies across, all of which stays in memory for the next rows."""
     import torch
 
     dtype = getattr(torch, TORCH_DTYPES[part.dtype])
     start, stop = (place * dtype.itemsize for place in part.columns(weight.rows, first, last))
-    data = np.frombuffer(reader.read(tensor.file, tensor.start, part.nbytes), np.uint8)
+    data = buffers.hold(reader, f"across.{part.suffix}", tensor.file, tensor.start, part.nbytes)
     lines = data.reshape(part.shape[0], part.shape[1] * dtype.itemsize)[:, start:stop].copy()
     return torch.from_numpy(lines).view(dtype)

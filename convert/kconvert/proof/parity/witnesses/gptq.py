@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.formats.gptq import Gptq
+from kconvert.proof.parity.quick.memory import piece_rows
 from kconvert.proof.parity.witnesses.base import State, Witness
 
 if TYPE_CHECKING:
@@ -20,17 +23,29 @@ class GptqWitness(Witness[Gptq]):
         import torch
 
         rows, cols = shape
-        scale, groups = state["scales"].float(), state.get("g_idx")
+        groups = state.get("g_idx")
         if groups is None:
-            groups = torch.arange(cols).div(self.format.group_size or max(cols, 1), rounding_mode="floor")
-        difference = self._codes(state, shape) - self._zeros(state["qzeros"])[:, :rows][groups.long()]
-        return difference.float().mul_(scale[groups.long()]).T.bfloat16().contiguous()
+            groups = torch.arange(cols, dtype=torch.int32) // (self.format.group_size or max(cols, 1))
+        zeros = self._zeros(state["qzeros"])[:, :rows].T.contiguous()
+        steps = state["scales"].float().T.contiguous()
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        for first, codes in self._codes(state, shape):
+            last = first + len(codes)
+            difference = codes.sub_(zeros[first:last].index_select(1, groups)).float()
+            values[first:last] = difference.mul_(steps[first:last].index_select(1, groups))
+        return values
 
-    def _codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        """int32 [cols, rows], as they lie."""
-        if self.format.interleaved:
-            return _awq(state["qweight"])[:, : shape[0]]
-        return _stream(state["qweight"].T.contiguous(), self.format.bits).T[: shape[1]]
+    def _codes(self, state: State, shape: tuple[int, int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The first row and int32 [rows, cols] of some rows at a time, as many as fit into a core's cache."""
+        rows, cols = shape
+        count = math.ceil(piece_rows(cols) / 8) * 8
+        for first in range(0, rows, count):
+            last = min(first + count, rows)
+            if self.format.interleaved:
+                yield first, _awq(state["qweight"][:, first // 8 : last // 8]).T.contiguous()
+            else:
+                words = state["qweight"][:, first:last].T.contiguous()
+                yield first, _stream(words, self.format.bits)[:, :cols].contiguous()
 
     def _zeros(self, words: torch.Tensor) -> torch.Tensor:
         """int32 [groups, rows and perhaps some more]."""
@@ -54,7 +69,9 @@ class GptqWitness(Witness[Gptq]):
     def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
         import torch
 
-        return torch.bincount(self._codes(state, shape).flatten(), minlength=2**self.format.bits).tolist()
+        size = 2**self.format.bits
+        counts = [torch.bincount(codes.flatten(), minlength=size) for _, codes in self._codes(state, shape)]
+        return torch.stack(counts).sum(0).tolist()
 
     def scales(self, state: State) -> torch.Tensor:
         return state["scales"].float()

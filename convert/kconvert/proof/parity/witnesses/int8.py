@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats.int8 import Int8
 from kconvert.models.model import Weight
-from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme, signed, without_unused
+from kconvert.proof.parity.witnesses.base import (
+    State,
+    Witness,
+    count_bytes,
+    in_pieces,
+    nibbles,
+    scheme,
+    signed,
+    without_unused,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +32,8 @@ class Int8Witness(Witness[Int8]):
         from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
 
         state = without_unused(self.format, state)
+        if self.format.paired:
+            state = {**state, "weight": _unpaired(state["weight"])}
         values: torch.Tensor = IntQuantizationCompressor.decompress(state, scheme(self))["weight"]
         return values
 
@@ -43,8 +54,18 @@ class Int8Witness(Witness[Int8]):
 
     def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
         counts = count_bytes(state["weight"])
+        if self.format.paired:
+            return nibbles(counts)
         half = 2 ** (self.format.bits - 1)
         return [*counts[:half].tolist(), *counts[-half:].tolist()]
 
     def group_columns(self, cols: int) -> int:
         return self.format.group_size or cols
+
+
+def _unpaired(packed: torch.Tensor) -> torch.Tensor:
+    """u8 [rows / 2, cols], two rows to a byte -> int8 [rows, cols], by shifts that keep the sign."""
+    import torch
+
+    signed_bytes = packed.view(torch.int8)
+    return torch.stack(((signed_bytes << 4) >> 4, signed_bytes >> 4), 1).flatten(0, 1)
