@@ -267,7 +267,8 @@ def test_what_is_laid_out_is_what_safetensors_reads(tensors, random):
 
 @given(layouts)
 def test_a_layout_reads_back_as_itself_with_every_tensor_aligned(tensors):
-    head, entries = layout([(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()], {"format": "pt"})
+    described = [(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()]
+    head, entries = layout(described, {"format": "pt"}, FILE)
     assert len(head) % 4096 == 0
     assert all(entry.start % (DTYPE_BITS[entry.dtype] // 8) == 0 for entry in entries)
     size = len(head) + sum(entry.nbytes for entry in entries)

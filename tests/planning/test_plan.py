@@ -9,7 +9,8 @@ import pytest
 from kconvert import KconvertError, Recipe, inspect, plan
 from kconvert.checkpoint.safetensors import layout, read_header
 from kconvert.models.catalogue import load_manifest
-from kconvert.planning.steps import Copy, Transcode
+from kconvert.planning.containers import Safetensors
+from kconvert.planning.steps import Copy, Place, Transcode
 
 INDEX = "model.safetensors.index.json"
 
@@ -223,3 +224,18 @@ def test_an_impossible_recipe_is_refused(options):
 def test_a_source_of_another_encoding_than_the_command_names_is_refused_by_tensor(int4):
     with pytest.raises(KconvertError, match=r"tensor 'model\.layers\.1\..*' is int4 group 32, not fp8"):
         plan(int4, Recipe("bf16", source="fp8"))
+
+
+@pytest.mark.parametrize("shard_size", [8, 4])
+def test_two_weights_of_one_name_are_refused_whether_or_not_they_share_a_shard(shard_size):
+    container = Safetensors(shard_size)
+    twice = [Copy("x", "F32", (1,), (Place("a", number),)) for number in (0, 4)]
+    _, shards = container.place(twice)
+    with pytest.raises(KconvertError, match="two weights have the same name"):
+        container.texts({}, shards, 2)
+
+
+def test_an_index_is_spelt_as_json_spells_it(made):
+    text = made.texts[INDEX]
+    assert text == (json.dumps(json.loads(text), indent=2, ensure_ascii=False) + "\n").encode()
+    assert list(json.loads(text)["weight_map"]) == sorted(json.loads(text)["weight_map"])

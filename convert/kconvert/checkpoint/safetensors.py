@@ -21,18 +21,9 @@ from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+ENTRY = ("dtype", "shape", "data_offsets")
 LENGTH = struct.Struct("<Q")
 (LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
-
-
-class Entry(NamedTuple):
-    """One tensor of a header; `start` counts bytes from the beginning of the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
 
 class Tensor(NamedTuple):
@@ -49,10 +40,11 @@ class Tensor(NamedTuple):
         return f"{self.file}: tensor {self.name!r}"
 
 
-def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list[Entry]:
+def read_header(file: str, size: int, read: Callable[[int, int], bytes], inside: str | None = None) -> list[Tensor]:
     """Parse the header of `file`, `size` bytes long, whose bytes `read(start, nbytes)` delivers.
 
-    Raises KconvertError, naming the file and the tensor, for everything that is not a whole and sound safetensors file.
+    `inside` is what its tensors call the file, if that is another name, as within its checkpoint. Raises KconvertError, naming
+    the file and the tensor, for everything that is not a whole and sound safetensors file.
     """
     if size < LENGTH.size:
         raise KconvertError(f"{file}: {size} bytes are too few for a safetensors file; fetch it again")
@@ -67,7 +59,7 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> list
         raise KconvertError(
             f"{file}: its header claims {length} bytes but the file has {size}; it is truncated, fetch it again"
         )
-    return parse_header(file, size, read(LENGTH.size, length))
+    return parse_header(file, size, read(LENGTH.size, length), file if inside is None else inside)
 
 
 def read_metadata(read: Callable[[int, int], bytes]) -> dict[str, Any]:
@@ -77,20 +69,46 @@ def read_metadata(read: Callable[[int, int], bytes]) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def parse_header(file: str, size: int, text: bytes) -> list[Entry]:
+def parse_header(file: str, size: int, text: bytes, inside: str) -> list[Tensor]:
     """Parse the JSON of a header, in the order of the data; see read_header."""
     try:
-        table = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=_entry_or_table)
     except (ValueError, RecursionError) as error:
         raise KconvertError(f"{file}: its header is not valid JSON ({error}); fetch it again") from None
     if not isinstance(table, dict):
-        raise KconvertError(f"{file}: its header is not a JSON object; this is no safetensors file")
+        raise KconvertError(f"{file}: its header is not a JSON object of tensors; this is no safetensors file")
     table.pop("__metadata__", None)
     data_start = LENGTH.size + len(text)
-    entries = [_entry(file, name, info, data_start) for name, info in table.items()]
-    entries.sort(key=attrgetter("start", "nbytes"))
-    _check_cover(file, size, entries, data_start)
-    return entries
+    tensors = []
+    for name, info in table.items():
+        sound = type(info) is _Entry and name.isprintable()
+        dtype, shape, start, nbytes = info if sound else _doubtful_entry(file, name, info)
+        tensors.append(Tensor(name, dtype, shape, inside, data_start + start, nbytes))
+    tensors.sort(key=attrgetter("start", "nbytes"))
+    _check_cover(file, size, tensors, data_start)
+    return tensors
+
+
+class _Entry(NamedTuple):
+    """What a header says of a tensor; `start` counts bytes from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def _entry_or_table(pairs: list[tuple[str, Any]]) -> _Entry | dict[str, Any]:
+    """Of some 500,000 entries in a large checkpoint those that are sound take this short way through the checks."""
+    try:
+        (first, dtype), (second, shape), (third, (start, stop)) = pairs
+        if (first, second, third) == ENTRY and type(shape) is list and type(start) is type(stop) is int and start >= 0:
+            dtype, shape, nbytes = _kind(dtype, *shape)
+            if nbytes == stop - start:
+                return _Entry(dtype, shape, start, nbytes)
+    except (KeyError, TypeError, ValueError):
+        pass
+    return _unique_keys(pairs)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,19 +124,6 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _entry(file: str, name: str, info: Any, data_start: int) -> Entry:
-    """One of some 500,000 in a large checkpoint, so what is sound takes the short way through the checks."""
-    try:
-        dtype, shape, (start, stop) = info["dtype"], info["shape"], info["data_offsets"]
-        if type(shape) is list and type(start) is type(stop) is int and start >= 0 and len(info) == 3:
-            dtype, shape, nbytes = _kind(dtype, *shape)
-            if nbytes == stop - start and name.isprintable():
-                return Entry(name, dtype, shape, data_start + start, nbytes)
-    except (KeyError, TypeError, ValueError):
-        pass
-    return _doubtful_entry(file, name, info, data_start)
-
-
 @lru_cache(maxsize=4096, typed=True)  # typed: True is no size, and equal to 1
 def _kind(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], int]:
     """dtype, shape and bytes, shared by all tensors that have these; ValueError where that is no sound tensor."""
@@ -130,11 +135,13 @@ def _kind(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], int]:
     return dtype, shape, nbytes
 
 
-def _doubtful_entry(file: str, name: str, info: Any, data_start: int) -> Entry:
+def _doubtful_entry(file: str, name: str, info: Any) -> _Entry:
     """The same with every check by itself, to say what is wrong."""
     where = f"{file}: tensor {name!r}"
     if not name.isprintable() and not _is_unicode(name):
         raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
+    if type(info) is _Entry:
+        return info
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
@@ -147,7 +154,7 @@ def _doubtful_entry(file: str, name: str, info: Any, data_start: int) -> Entry:
     start, stop = offsets
     if _elements(shape) * DTYPE_BITS[dtype] != 8 * (stop - start):
         raise KconvertError(f"{where} is {dtype} {shape[:8]}, but its data_offsets span {stop - start} bytes")
-    return Entry(name, dtype, tuple(shape), data_start + start, stop - start)
+    return _Entry(dtype, tuple(shape), start, stop - start)
 
 
 def _is_unicode(name: str) -> bool:
@@ -168,13 +175,13 @@ def _elements(shape: Sequence[int]) -> int:
     return 0 if 0 in shape else count
 
 
-def _check_cover(file: str, size: int, entries: list[Entry], data_start: int) -> None:
+def _check_cover(file: str, size: int, tensors: list[Tensor], data_start: int) -> None:
     position = data_start
-    for entry in entries:
-        if entry.start != position:
-            fault = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise KconvertError(f"{file}: tensor {entry.name!r} {fault}; the file is damaged, fetch it again")
-        position += entry.nbytes
+    for tensor in tensors:
+        if tensor.start != position:
+            fault = "overlaps the tensor before it" if tensor.start < position else "leaves a gap before it"
+            raise KconvertError(f"{file}: tensor {tensor.name!r} {fault}; the file is damaged, fetch it again")
+        position += tensor.nbytes
     if position != size:
         fault = "is truncated" if position > size else "has bytes that no tensor owns"
         raise KconvertError(
@@ -191,9 +198,9 @@ def _laid_out(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[bool, int], int
 
 
 def layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[Entry]]:
-    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the entries in file order.
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], file: str = ""
+) -> tuple[bytes, list[Tensor]]:
+    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the tensors in its order.
 
     The header is padded with spaces to a page and tensors of whole pages come first, so that these begin on page boundaries
     and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
@@ -213,10 +220,10 @@ def layout(
             f"a shard of {len(ordered)} tensors needs a header over {MAX_HEADER_BYTES} bytes; choose a smaller --shard-size"
         )
     header = LENGTH.pack(data_start - LENGTH.size) + text.ljust(data_start - LENGTH.size)
-    entries = []
+    placed = []
     position = data_start
     for name, dtype, shape in ordered:
         nbytes = _laid_out(dtype, shape)[1]
-        entries.append(Entry(name, dtype, shape, position, nbytes))
+        placed.append(Tensor(name, dtype, shape, file, position, nbytes))
         position += nbytes
-    return header, entries
+    return header, placed

@@ -16,7 +16,7 @@ from kconvert.checkpoint.files import PAGE, is_directory, open_direct, read_at
 from kconvert.checkpoint.index import choose_files, compare_index, is_one_set, read_weight_map
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
 from kconvert.checkpoint.lookalikes import check_no_adapter
-from kconvert.checkpoint.safetensors import Entry, Tensor, read_header
+from kconvert.checkpoint.safetensors import Tensor, read_header
 from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, explain_os_error
 
@@ -167,9 +167,9 @@ def open_directory(path: str | os.PathLike[str], revision: str | None = None) ->
         listing = Listing(root, list_directory(root), lambda file: (root / file).read_bytes())
         with Reader(root) as reader:
 
-            def headers(files: list[str]) -> Iterator[list[Entry]]:
+            def headers(files: list[str]) -> Iterator[list[Tensor]]:
                 for file in files:
-                    yield read_header(str(root / file), listing.files[file].nbytes, partial(reader.read, file))
+                    yield read_header(str(root / file), listing.files[file].nbytes, partial(reader.read, file), file)
 
             return assemble(listing, headers)
     except OSError as error:
@@ -177,7 +177,7 @@ def open_directory(path: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def assemble(
-    listing: Listing, headers: Callable[[list[str]], Iterable[list[Entry]]], spare_index: bool = False
+    listing: Listing, headers: Callable[[list[str]], Iterable[list[Tensor]]], spare_index: bool = False
 ) -> Checkpoint:
     """A checkpoint from the list of its files; `headers` reads those of safetensors files.
 
@@ -191,8 +191,8 @@ def assemble(
         shards = sorted(set(weight_map.values()))
     _check_fetched(listing, shards)
     tensors: dict[str, Tensor] = {}
-    for file, entries in zip(shards, headers(shards), strict=True):
-        _add_tensors(root, file, entries, tensors)
+    for found in headers(shards):
+        _add_tensors(root, found, tensors)
     check_no_adapter(listing, tensors)
     if weight_map is not None:
         compare_index(listing, tensors, weight_map)
@@ -215,12 +215,10 @@ def _check_fetched(listing: Listing, shards: Iterable[str]) -> None:
             raise KconvertError(f"{listing.root / file} is not all there, {file}.aria2 says; let its download finish")
 
 
-def _add_tensors(root: Path, file: str, entries: Iterable[Entry], tensors: dict[str, Tensor]) -> None:
-    for entry in entries:
-        if entry.name in tensors:
-            other = tensors[entry.name].file
+def _add_tensors(root: Path, found: Iterable[Tensor], tensors: dict[str, Tensor]) -> None:
+    for tensor in found:
+        if (other := tensors.setdefault(tensor.name, tensor)) is not tensor:
             raise KconvertError(
-                f"{root / file}: tensor {entry.name!r} is here and in {other}; they are not files of one checkpoint, put those "
-                "that are into a directory of their own"
+                f"{root / tensor.file}: tensor {tensor.name!r} is here and in {other.file}; they are not files of one "
+                "checkpoint, put those that are into a directory of their own"
             )
-        tensors[entry.name] = Tensor(entry.name, entry.dtype, entry.shape, file, entry.start, entry.nbytes)

@@ -16,7 +16,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from kconvert.checkpoint.index import compare_index, read_weight_map
 from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
-from kconvert.checkpoint.safetensors import Entry, read_header
+from kconvert.checkpoint.safetensors import Tensor, read_header
 from kconvert.checkpoint.source import Checkpoint, Reader, assemble
 from kconvert.errors import KconvertError
 from kconvert.hub.client import api, into_cache, patiently, transfer
@@ -92,7 +92,7 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
     place = HubId(asked.repo, info.sha)
     inventory = list_files(place)
 
-    def headers(files: list[str]) -> Iterable[list[Entry]]:
+    def headers(files: list[str]) -> Iterable[list[Tensor]]:
         guess = _header_bytes(inventory, len(files))
         return pool.map(lambda file: _header(place, file, inventory[file].nbytes, guess), files)
 
@@ -148,7 +148,7 @@ def _header_bytes(inventory: Mapping[str, FileStat], shards: int) -> int:
     return min(most, max(least, int(index / shards * HEADER_TO_INDEX)))
 
 
-def _header(place: HubId, file: str, size: int, guess: int) -> list[Entry]:
+def _header(place: HubId, file: str, size: int, guess: int) -> list[Tensor]:
     head = bytearray()
 
     def read(start: int, nbytes: int) -> bytes:
@@ -157,4 +157,4 @@ def _header(place: HubId, file: str, size: int, guess: int) -> list[Entry]:
             transfer(place, file, len(head), min(size, max(stop, guess)), head.extend)
         return bytes(head[start:stop])
 
-    return read_header(f"{place}/{file}", size, read)
+    return read_header(f"{place}/{file}", size, read, file)

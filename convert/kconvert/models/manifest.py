@@ -211,12 +211,11 @@ class Names:
 
     def match(self, name: str) -> Match | None:
         """What is known of `name`, a Linear's module or a whole tensor name."""
-        return self._known.get(name)
+        return self._tensors.get(name) or self._linears.get(name)
 
     def linear(self, module: str) -> Match | None:
         """What is known of the Linear called `module`."""
-        match = self._known.get(module)
-        return match if match is not None and match.rule.dtype is None else None
+        return self._linears.get(module)
 
     def spelling(self, tensor: str) -> tuple[str, str] | None:
         """(Linear, suffix) of a tensor that belongs to a Linear."""
@@ -230,12 +229,12 @@ class Names:
 
     def tensor(self, name: str) -> Match | None:
         """What is known of the tensor called `name`, which is part of no Linear."""
-        match = self._known.get(name)
-        return match if match is not None and match.rule.dtype is not None else None
+        return self._tensors.get(name)
 
     def expected(self) -> Iterator[tuple[str, Match]]:
         """Every name that the model has: modules of Linears and whole names of the other tensors."""
-        yield from self._known.items()
+        yield from self._linears.items()
+        yield from self._tensors.items()
 
     def missing(self, found: Container[str]) -> list[str]:
         """The expected names that a checkpoint with the names `found` lacks.
@@ -243,10 +242,10 @@ class Names:
         Of the manifest's optional layers all names are there or none.
         """
         spare = set(self._numbers.get(self.manifest.optional_layers or "", ()))
-        begun = {match.layer for name, match in self._known.items() if match.layer in spare and name in found}
+        begun = {match.layer for name, match in self.expected() if match.layer in spare and name in found}
         return [
             name
-            for name, match in self._known.items()
+            for name, match in self.expected()
             if name not in found and not match.optional and (match.layer not in spare or match.layer in begun)
         ]
 
@@ -270,9 +269,17 @@ class Names:
         return str(number - self._named_from[place])
 
     @cached_property
-    def _known(self) -> dict[str, Match]:
+    def _linears(self) -> dict[str, Match]:
+        return self._named(family for family in self._families if family[0].dtype is None)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Match]:
+        """Apart from the Linears, as they are few, and every tensor is looked for among them."""
+        return self._named(family for family in self._families if family[0].dtype is not None)
+
+    def _named(self, families: Iterable[tuple[Rule, tuple[int, ...], bool]]) -> dict[str, Match]:
         known: dict[str, Match] = {}
-        for rule, shape, optional in self._families:
+        for rule, shape, optional in families:
             places = rule.placeholders
             template = _filled(rule.name, dict.fromkeys(places, "%s"))
             words = itertools.product(*([self._word(place, n) for n in self._numbers[place]] for place in places))

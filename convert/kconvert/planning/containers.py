@@ -78,22 +78,28 @@ class Safetensors:
                 contents[(number + k * self.scatter) % total].append(tensor)
         counts = [len(tensors) for tensors in outputs]
         del outputs  # headers and places are the peak of planning a large model
-        shards = []
+        shards: list[Shard] = []
         places: list[Iterator[Place]] = []  # of what is in a shard, in the order in which it was put there
         for number, content in enumerate(contents, start=1):
             if not content:
                 raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
-            name = self.shard_name.format(number=number, total=total)
-            header, entries = layout(content, self.metadata)
-            shards.append(Shard(name, header, entries[-1].start + entries[-1].nbytes, tuple(e.name for e in entries)))
-            starts = {entry.name: entry.start for entry in entries}
-            places.append(iter([Place(name, starts[tensor]) for tensor, _, _ in content]))
+            shard, found = self._shard(self.shard_name.format(number=number, total=total), content)
+            shards.append(shard)
+            places.append(iter(found))
             content.clear()
         stacks: dict[str, Place] = {}
         for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
             writes = [next(places[(number + k * self.scatter) % total]) for k in range(count)]
             steps[i] = _placed(steps[i], writes, stacks)
         return tuple(steps), tuple(shards)
+
+    def _shard(self, name: str, content: list[Described]) -> tuple[Shard, list[Place]]:
+        """The shard of these tensors, and the place of each of them."""
+        header, tensors = layout(content, self.metadata)
+        starts = {tensor.name: tensor.start for tensor in tensors}
+        names = tuple([tensor.name for tensor in tensors])
+        shard = Shard(name, header, tensors[-1].start + tensors[-1].nbytes, names)
+        return shard, [Place(name, starts[tensor]) for tensor, _, _ in content]
 
     def _numbers(self, outputs: Iterable[list[Described]]) -> list[int]:
         """The shard of what each draft writes, counted from 0."""

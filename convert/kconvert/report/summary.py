@@ -15,7 +15,7 @@ from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import counted, human
 from kconvert.formats.base import FATES
 from kconvert.models.copies import undecoded
-from kconvert.models.model import Model, natural_key
+from kconvert.models.model import Model, Weight, natural_key
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.run.delivery import Delivery
@@ -46,12 +46,16 @@ def summarise(model: Model) -> Summary:
     """`kconvert inspect`: family, sizes, formats, roles, findings."""
     checkpoint = model.checkpoint
     roles: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    alike: dict[tuple[str, int, int, int], list[Weight]] = defaultdict(list)
     for weight in model.weights:
-        roles[weight.role, weight.format.label].update(
-            tensors=len(weight.tensors),
-            parameters=weight.rows * weight.cols,
-            bytes=sum(tensor.nbytes for tensor in weight.tensors),
-            count=1,
+        alike[weight.role, weight.rows, weight.cols, id(weight.format)].append(weight)
+    for weights in alike.values():
+        first, count = weights[0], len(weights)
+        roles[first.role, first.format.label].update(
+            tensors=count * len(first.tensors),
+            parameters=count * first.rows * first.cols,
+            bytes=count * sum(tensor.nbytes for tensor in first.tensors),
+            count=count,
         )
     for plain in model.plain:
         tensor = plain.tensor

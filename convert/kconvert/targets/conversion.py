@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
@@ -15,7 +17,6 @@ from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
-from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Stack
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
@@ -169,13 +170,14 @@ class Conversion:
 
     def drafts(self) -> Iterator[Step]:
         """A step without places for each weight and tensor, in natural order of the output's names."""
-        items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
-        items.sort(key=lambda item: natural_key(item.name if isinstance(item, Weight) else item.tensor.name))
-        for item in items:
-            if isinstance(item, Plain):
-                yield copy_of(item.tensor)
-                continue
-            yield from self._steps(item)
+        weights, begin = self.model.weights, 0
+        for plain in self.model.plain:  # few, and both are in natural order by themselves
+            place = natural_key(plain.tensor.name)
+            end = bisect(weights, place, lo=begin, key=lambda weight: natural_key(weight.name))
+            yield from chain.from_iterable(map(self._steps, weights[begin:end]))
+            yield copy_of(plain.tensor)
+            begin = end
+        yield from chain.from_iterable(map(self._steps, weights[begin:]))
 
     def _steps(self, weight: Weight) -> Iterator[Step]:
         change, name, slot = self._change(weight), self.name(weight), self._slots.get(weight.name)
