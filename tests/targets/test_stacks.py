@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from kconvert import KconvertError, Recipe, convert, plan, verify
 from kconvert.address import open_checkpoint
 from kconvert.models.model import understand
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 EXPERTS, WIDTH, HIDDEN = 3, 128, 256
 PREFIX = "model.layers.1.mlp.experts"
@@ -178,3 +179,63 @@ def test_a_matrix_in_a_stack_and_apart_is_refused(tmp_path, fused):
         KconvertError, match=r"down_proj' has '.*0.down_proj.weight' in it, which is also a tensor of its"
     ):
         plan(source, Recipe("fp8"))
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+SCALE = f"{PREFIX}.gate_up_proj_scale_inv"
+
+
+@pytest.mark.parametrize("width", [96, 200])
+def test_blocks_that_reach_from_gate_into_up_are_refused(tmp_path, width):
+    """Whoever quantised the whole stack has other scales there than who quantised gate and up."""
+    tensors = {f"{PREFIX}.gate_up_proj": random(EXPERTS, 2 * width, HIDDEN, dtype=torch.float8_e4m3fn)}
+    tensors |= {f"{PREFIX}.down_proj": random(EXPERTS, HIDDEN, width, dtype=torch.float8_e4m3fn)}
+    tensors |= {SCALE: torch.ones(EXPERTS, -(-2 * width // 128), 2)}
+    tensors |= {f"{PREFIX}.down_proj_scale_inv": torch.ones(EXPERTS, 2, -(-width // 128))}
+    source = checkpoint(tmp_path / "src", tensors, quantization_config=FP8)
+    with pytest.raises(KconvertError, match=f"gate_up_proj' have {width} rows, which are no whole blocks of 128, so"):
+        plan(source, Recipe("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({SCALE: torch.tensor(1.0)}, r"_scale_inv' stacks 1 matrices, but there are 3 experts"),
+        ({f"{PREFIX}.gate_up_proj.weight": torch.ones(3, 256, 256)}, r"gate_up_proj' are two names for the same matr"),
+        (
+            {f"{PREFIX}.gate_up_proj.weight_scale_inv": torch.ones(3)},
+            r"_scale_inv' are two names for the same matrices",
+        ),
+        (
+            {f"{PREFIX}.up_proj": torch.ones(3, 128, 256)},
+            r"has '.*0.up_proj.weight' in it, which is also in another st",
+        ),
+    ],
+    ids=["one scale", "codes twice", "scales twice", "up twice"],
+)
+def test_a_stack_that_is_not_whole_is_refused(tmp_path, fused, changes, said):
+    tensors = {}
+    for word in ("gate_up_proj", "down_proj"):
+        tensors |= quantised(f"{PREFIX}.{word}", fused[f"{PREFIX}.{word}"], "_scale_inv")
+    source = checkpoint(tmp_path / "src", {**tensors, **changes}, quantization_config=FP8)
+    with pytest.raises(KconvertError, match=said):
+        plan(source, Recipe("bf16"))
+
+
+def test_matrices_of_one_number_stay_matrices(tmp_path):
+    tensors = {f"{PREFIX}.gate_up_proj": random(1, 2, 1), f"{PREFIX}.down_proj": random(1, 1, 1)}
+    source = checkpoint(tmp_path / "src", tensors)
+    convert(plan(source, Recipe("fp8")), tmp_path / "dst")
+    assert tensors_of(tmp_path / "dst")[f"{PREFIX}.0.down_proj.weight"].shape == (1, 1)
+
+
+def test_a_stack_without_matrices_is_refused_where_the_manifest_knows_it(tmp_path, raw):
+    convert(
+        plan_synthetic(SampleRecipe("step-3", {"layers": 4, "experts": 2, "hidden": 128, "vocab": 128})), tmp_path / "s"
+    )
+    damaged = raw.load(tmp_path / "s")
+    name = next(name for name in damaged if name.endswith("moe.down_proj.weight"))
+    damaged[name].shape = [damaged[name].shape[0], damaged[name].shape[1] * damaged[name].shape[2]]
+    damaged.put(f"{name}_scale_inv", raw.Tensor("F32", [2, 1, 1], bytes(8)))
+    with pytest.raises(KconvertError, match=r"down_proj.weight' is BF16 \[2, .*\], which is no stack of matrices"):
+        plan(damaged.save(), Recipe("bf16"))

@@ -186,6 +186,7 @@ def _read(checkpoint: Checkpoint, names: Names) -> tuple[Model, list[str], list[
         quantization, weights = beside, _gather(found, names, beside)
     plain = sorted(found.plain.values(), key=lambda p: natural_key(p.tensor.name))
     stacks = tuple(found.stacks.values())
+    _check_blocks(checkpoint, stacks, weights)
     model = Model(checkpoint, names.manifest, quantization, weights, tuple(plain), tuple(found.dropped), stacks)
     known = {tensor.name: tensor for tensor in found.unlisted}
     unlisted = [w.name for w in weights if w.tensors[0].name in known]
@@ -201,6 +202,23 @@ def _gather(found: Sorted, names: Names, quantization: QuantizationConfig) -> tu
         _weight(name, found.modules[name], names, quantization, recognise, guesses)
         for name in sorted(found.modules, key=natural_key)
     )
+
+
+def _check_blocks(checkpoint: Checkpoint, stacks: Iterable[Stack], weights: Iterable[Weight]) -> None:
+    """KconvertError where matrices lie one above the other in a stack and do not begin with a block that has a scale: some
+    quantise them together, others one by one, and nothing says which."""
+    firsts = {stack.members[0]: stack for stack in stacks if stack.width > 1 and stack.members}
+    for weight in weights if firsts else ():
+        stack = firsts.get(weight.name)
+        if stack is None or weight.tensors[0].name in checkpoint.tensors:
+            continue
+        for part, tensor in zip(weight.parts, weight.tensors, strict=True):
+            if part.every and weight.rows % part.every and len(tensor.shape) > 1:
+                raise KconvertError(
+                    f"{tensor.file}: the {stack.width} matrices of each expert in {stack.name!r} have {weight.rows} rows, "
+                    f"which are no whole blocks of {part.every}, so which scales are whose is not known; convert the "
+                    "checkpoint that was quantised"
+                )
 
 
 def _are_renamed(missing: list[str], unlisted: list[str], model: Model, names: Names) -> bool:

@@ -75,8 +75,9 @@ def unstack(
         for suffix, tensor in parts.items():
             del whole[tensor.name]
             for view in _views(stack, suffix, tensor):
-                if view.name in tensors:
-                    raise KconvertError(f"{tensor} has {view.name!r} in it, which is also a tensor of its own")
+                if (other := whole.get(view.name)) is not None:
+                    where = "a tensor of its own" if view.name in tensors else f"in another stack of {other.file}"
+                    raise KconvertError(f"{tensor} has {view.name!r} in it, which is also {where}")
                 whole[view.name] = view
     return whole, stacks
 
@@ -90,7 +91,14 @@ def _candidates(tensors: Mapping[str, Tensor], known: Container[str]) -> dict[st
             names |= dict.fromkeys(name for name in possible if name in known or NAMES.fullmatch(name))
     found = {}
     for name in names:
-        found[name] = {SUFFIXES[tail]: tensors[name + tail] for tail in SUFFIXES if name + tail in tensors}
+        parts: dict[str, Tensor] = {}
+        for tail, suffix in SUFFIXES.items():
+            if (part := tensors.get(name + tail)) is None:
+                continue
+            if suffix in parts:
+                raise KconvertError(f"{part} and {parts[suffix].name!r} are two names for the same matrices")
+            parts[suffix] = part
+        found[name] = parts
     return found
 
 
@@ -129,12 +137,14 @@ def _stands_upright(experts: str, last: str, codes: Tensor, tensors: Mapping[str
 def _views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
     """The part of each matrix as a tensor; one number for an expert is one for each of its matrices."""
     experts = len(stack.members) // stack.width
-    count, *rest = tensor.shape
+    count, *rest = tensor.shape or (1,)
+    if suffix == "weight" and len(rest) != 2:
+        raise KconvertError(f"{tensor} is {tensor.dtype} {list(tensor.shape)}, which is no stack of matrices")
     if count != experts:
         raise KconvertError(f"{tensor} stacks {count} matrices, but there are {experts} experts")
     shape: tuple[int, ...] = (1,)
     shared = 1
-    if math.prod(rest) == 1:
+    if math.prod(rest) == 1 and suffix != "weight":
         shared = stack.width
     elif rest[0] % stack.width:
         raise KconvertError(

@@ -91,7 +91,7 @@ def _error(tile: Any, group: Any, exponent: Any, bits: Any, unit: Any) -> Any:
     error, places = np.int32(0), error_places(tile.shape[1])
     for i in range(tile.shape[1]):
         value = tile[group, i]
-        quotient = round_bf16(value * inverse)
+        quotient = value * inverse
         served = widen_e2m1(round_e2m1(quotient)) if bits == 4 else widen_e4m3(round_e4m3(quotient))
         error = np.int32(error + squared_error(value, round_bf16(served * step), unit, places))
     return error
@@ -127,7 +127,7 @@ def encode_mxfp4(tile: Any, search: Any, packed: Any, scale: Any) -> Any:
         scale[group] = np.uint8(exponent)
         inverse = power(U(U(254) - exponent))
         for i in range(tile.shape[1]):
-            codes[i] = round_e2m1(round_bf16(tile[group, i] * inverse))
+            codes[i] = round_e2m1(tile[group, i] * inverse)
         pack_pairs(pairs, group, packed)
     return 0
 

@@ -45,10 +45,10 @@ def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.
 def encode(
     weight: torch.Tensor, bits: int, mse: bool = False, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
+    """bf16, f16 or f32 [rows, cols] -> (u8 packed e2m1 or float8_e4m3fn codes, scale u8 [rows, cols / 32]).
 
     The scale's exponent is that of amax, one more from a mantissa of 1.75 (but 127 at most), less 2 or 8. Codes are those
-    of the quotient value / scale, a bf16. `mse`: of that exponent, one less and one more, the first with the least error.
+    of the quotient value / scale, an f32. `mse`: of that exponent, one less and one more, the first with the least error.
     `exact`: in groups all of whose values come back, zeros keep their sign; of e4m3 half of the scale counts where only that
     brings them back.
     """
@@ -85,13 +85,13 @@ def _come_back(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Te
 def _quantise(
     weight: torch.Tensor, scale: torch.Tensor, bits: int, keeps: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """bf16 [rows, cols] and exponents int32 [rows, cols / 32] -> codes and biased scale, as encode; with the sign of zeros in
+    """Values [rows, cols] and exponents int32 [rows, cols / 32] -> codes and biased scale, as encode; with the sign of zeros in
     groups of `keeps`."""
     groups = weight.view(*scale.shape, 32)
-    quotient = (groups.double() / torch.pow(2.0, scale.double()).unsqueeze(-1)).bfloat16().flatten(-2)
+    quotient = (groups.double() / torch.pow(2.0, scale.double()).unsqueeze(-1)).float().flatten(-2)
     stored = (scale + 127).to(torch.uint8)
     if bits == 8:
-        return quotient.float().clamp(-448, 448).to(torch.float8_e4m3fn), stored
+        return quotient.clamp(-448, 448).to(torch.float8_e4m3fn), stored
     codes = round_e2m1(quotient)
     if keeps is not None:
         signs = torch.signbit(groups) & keeps.unsqueeze(-1)
