@@ -175,7 +175,7 @@ class Conversion:
             place = natural_key(plain.tensor.name)
             end = bisect(weights, place, lo=begin, key=lambda weight: natural_key(weight.name))
             yield from chain.from_iterable(map(self._steps, weights[begin:end]))
-            yield copy_of(plain.tensor)
+            yield copy_of(plain.tensor, below=plain.below)
             begin = end
         yield from chain.from_iterable(map(self._steps, weights[begin:]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kconvert.formats.dense import Dense
 from kconvert.models.catalogue import load_manifest, load_manifests
 from kconvert.models.sizes import lookup
 from kconvert.report.summary import summarise
+from kconvert.targets.amx import AmxRecipe, plan_repack
 from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
@@ -92,6 +94,25 @@ def test_a_table_of_experts_names_those_that_there_are_also_in_a_cut(
             rows = torch.frombuffer(bytearray(table.data), dtype=torch.int64).view(*table.shape)
             assert (list(rows.shape), set(rows.unique().tolist())) == ([512, experts], set(range(experts)))
             assert all(len(row.unique()) == experts for row in rows)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("I64", 8), ("I32", 4)])
+@pytest.mark.parametrize("expert", [-1, 4, 1 << 30])
+def test_a_table_that_names_an_expert_that_there_is_not_is_refused(
+    small_sample: Callable[[str], Path], tmp_path: Path, raw: Any, dtype: str, size: int, expert: int
+) -> None:
+    damaged = raw.load(small_sample("deepseek-v4"))
+    name = "layers.1.ffn.gate.tid2eid"
+    table = damaged[name]
+    numbers = [0] * (table.shape[0] * table.shape[1])
+    numbers[table.shape[1] + 1] = expert
+    table.dtype, table.data = dtype, b"".join(n.to_bytes(size, "little", signed=True) for n in numbers)
+    source = damaged.save(tmp_path / "damaged")
+    said = re.escape(f"tensor '{name}' is {expert} at [1, 1], but there are experts 0 to 3; the file is damaged")
+    for made in (plan(source, Recipe("bf16")), plan_repack(inspect(source), AmxRecipe("AMXINT8", 1, with_rest=True))):
+        with pytest.raises(KconvertError, match=rf"/model-0.*safetensors: {said}"):
+            convert(made, tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_numbers_of_heads_that_there_are_not_are_zero(small_sample: Callable[[str], Path], raw: Any) -> None:
