@@ -29,6 +29,7 @@ SUFFIXES = {
     ".weight_scale": "weight_scale",
     ".scale": "scale",
 }
+STACKED = frozenset(SUFFIXES.values())
 NAMES = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)", re.DOTALL)
 GATE_UP = ("gate_proj", "up_proj")
 # What stands on the other side of the activation: its rows are the columns of this, and its columns these rows.

@@ -141,6 +141,16 @@ def test_experts_lie_as_they_are_published(
             assert all((f"{member}.weight" in checkpoint.tensors) != stacked for member in stack.members)
 
 
+@pytest.mark.parametrize("to", ["fp8", "int4", "int8", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("name", ["qwen3.5-moe", "step-3"])
+def test_experts_of_a_stack_can_be_read_in_every_encoding_that_is_written(
+    small_sample: Callable[[str], Path], tmp_path: Path, name: str, to: str
+) -> None:
+    source = small_sample(name)
+    convert(plan(source, Recipe(to)), tmp_path / "out")
+    verify(source, tmp_path / "out")
+
+
 def test_an_mtp_layer_is_cut_with_its_model_whole_or_left_out_with_its_last_layers(
     small_sample: Callable[[str], Path], tmp_path: Path
 ) -> None:
