@@ -182,7 +182,9 @@ class Manifest:
                 value = evaluate(self.defaults[symbol], sizes)
             if value is None:
                 continue
-            if type(value) is not int or not 0 <= value < MOST:
+            if type(value) is int and value >= MOST:
+                raise ValueError(f"{key} is {brief(value)}")
+            if type(value) is not int or value < 0:
                 raise KconvertError(
                     f"config.json: {key} is {brief(value)}, but the manifest {self.name} needs a size there"
                 )
