@@ -193,6 +193,8 @@ def test_the_sound_ones_are_sound(write: Write, tmp_path: Path, quantization: di
         ),
         ({"quant_method": "modelopt", "quantized_layers": {"a": 3}}, "quantized_layers.a is 3; a table belongs there"),
         ({**MODELOPT, "group_size": -16}, "group_size is -16; a positive number belongs there"),
+        ({**MODELOPT, "group_size": 10**60}, "...0000000000000000000; a number of fewer digits belongs there"),
+        ({**MXFP8, "weight_block_size": [1, 10**60]}, "0000]; a pair of positive numbers"),
         ({**MODELOPT, "ignore": 3}, "ignore is 3; a list of names belongs there"),
         ({"quant_method": "quark", "global_quant_config": 3}, "global_quant_config is 3; a table belongs there"),
         ({**QUARK, "exclude": ["re:("]}, "exclude has 're:(', which is no regular expression"),

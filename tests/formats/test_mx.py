@@ -106,6 +106,23 @@ def test_kernels_reference_and_compressed_tensors_quantise_alike(
 
 
 @BITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rule", [{}, {"mse": True}, {"exact": True}], ids=str)
+def test_values_finer_than_bf16_are_rounded_once(
+    codec: Any, bits: int, dtype: torch.dtype, rule: dict[str, bool]
+) -> None:
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(bits)) * 0.02).to(dtype)
+    tensors, _ = codec.encode(Mx(bits, **rule), weight)
+    codes, scale = reference.encode(weight, bits, **rule)
+    name = "weight_packed" if bits == 4 else "weight"
+    assert torch.equal(tensors["weight_scale"], scale)
+    assert torch.equal(bits_of(tensors[name]), bits_of(codes))
+    if bits == 8:
+        step = torch.pow(2.0, scale.float() - 127).repeat_interleave(32, 1)
+        assert torch.equal(bits_of(codes), bits_of((weight.float() / step).clamp(-448, 448).to(torch.float8_e4m3fn)))
+
+
+@BITS
 def test_the_largest_values_saturate_and_stay_finite(codec: Any, bits: int) -> None:
     largest = torch.full((8, 32), 3.3895314e38).bfloat16()
     tensors, _ = codec.encode(Mx(bits), largest)

@@ -140,6 +140,17 @@ def test_scales_in_a_stack_belong_to_codes_that_lie_apart(tmp_path, fused):
     assert torch.equal(written[f"{PREFIX}.2.up_proj.weight"], expected)
 
 
+@pytest.mark.parametrize("lost", ["0.gate_proj", "2.up_proj"])
+def test_a_matrix_that_is_missing_beside_scales_in_a_stack_is_named(tmp_path, lost):
+    names = [f"{expert}.{word}" for expert in range(EXPERTS) for word in ("gate_proj", "up_proj")]
+    codes = random(WIDTH, HIDDEN, dtype=torch.float8_e4m3fn)
+    tensors = {f"{PREFIX}.{name}.weight": codes.clone() for name in names if name != lost}
+    tensors[SCALE] = torch.ones(EXPERTS, 2, 2)
+    source = checkpoint(tmp_path / "src", tensors, quantization_config=FP8)
+    with pytest.raises(KconvertError, match=f"experts.{lost}' cannot be read: it has no weight, but weight_scale_inv"):
+        plan(source, Recipe("bf16"))
+
+
 def test_a_scale_for_each_expert_is_that_of_gate_and_up(tmp_path, fused):
     tensors = {name: values.to(torch.float8_e4m3fn) for name, values in fused.items()}
     scales = {f"{name}_scale": torch.arange(1.0, EXPERTS + 1) / 4 for name in fused}

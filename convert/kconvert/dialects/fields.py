@@ -15,6 +15,7 @@ FILE = "config.json"
 SCALE_FORMAT, UE8M0 = "scale_fmt", "ue8m0"
 # What a language model is called inside a larger model, and the module in it.
 WRAPPERS = ("language_model.", "model.")
+MOST = 1 << 62  # no size of a model is larger; a file may claim any
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
 
@@ -90,9 +91,11 @@ class Table:
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value):
             return int(value)
         if isinstance(value, float) and value.is_integer():
-            return int(value)
+            value = int(value)
         if value is not None and type(value) is not int:
             raise self.fault(key, "a whole number")
+        if value is not None and abs(value) >= MOST:
+            raise self.fault(key, "a number of fewer digits")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
@@ -143,7 +146,11 @@ class Table:
         sizes = value
         if isinstance(value, str):
             sizes = [int(size) for size in value.split("x")] if re.fullmatch("[0-9]{1,9}x[0-9]{1,9}", value) else []
-        if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        if (
+            not isinstance(sizes, list)
+            or len(sizes) != 2
+            or not all(type(size) is int and 0 < size < MOST for size in sizes)
+        ):
             raise self.fault(key, "a pair of positive numbers, rows and columns,")
         return sizes[0], sizes[1]
 

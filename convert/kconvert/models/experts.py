@@ -64,8 +64,9 @@ def rest_of(model: Model) -> Iterator[Plain]:
     items: Iterable[Weight | Plain] = (*model.weights, *model.plain)
     for item in items:
         if item.role.partition(".")[0] != "expert":
+            below = None if isinstance(item, Weight) else item.below
             for tensor in item.copied if isinstance(item, Weight) else (item.tensor,):
-                yield Plain(tensor._replace(name=rest_name(tensor.name)), item.role, item.layer)
+                yield Plain(tensor._replace(name=rest_name(tensor.name)), item.role, item.layer, below=below)
 
 
 def rest_name(name: str) -> str:

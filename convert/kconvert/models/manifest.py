@@ -19,6 +19,7 @@ from operator import itemgetter
 from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
+from kconvert.dialects.fields import MOST, brief
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, stack_spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
@@ -181,8 +182,12 @@ class Manifest:
                 value = evaluate(self.defaults[symbol], sizes)
             if value is None:
                 continue
+            if type(value) is int and value >= MOST:
+                raise ValueError(f"{key} is {brief(value)}")
             if type(value) is not int or value < 0:
-                raise KconvertError(f"config.json: {key} is {value!r}, but the manifest {self.name} needs a size there")
+                raise KconvertError(
+                    f"config.json: {key} is {brief(value)}, but the manifest {self.name} needs a size there"
+                )
             sizes[symbol] = value
         return sizes
 
@@ -230,6 +235,11 @@ class Names:
     def tensor(self, name: str) -> Match | None:
         """What is known of the tensor called `name`, which is part of no Linear."""
         return self._tensors.get(name)
+
+    def below(self, name: str) -> int | None:
+        """What the integers of the tensor called `name` are below; None where they may be any, or it has others."""
+        match = self.tensor(name)
+        return None if match is None or match.rule.below is None else self.size(match.rule.below)
 
     def expected(self) -> Iterator[tuple[str, Match]]:
         """Every name that the model has: modules of Linears and whole names of the other tensors."""

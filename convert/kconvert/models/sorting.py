@@ -37,12 +37,14 @@ DATA_PARALLEL = "module."
 
 
 class Plain(NamedTuple):
-    """A tensor that is no Linear: it is copied as it is. `listed`: the manifest knows its name and shape."""
+    """A tensor that is no Linear: it is copied as it is. `listed`: the manifest knows its name and shape; `below`: and that its
+    integers lie in [0, below)."""
 
     tensor: Tensor
     role: str
     layer: int | None = None
     listed: bool = False
+    below: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
         if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
             if tensor.shape != match.shape:
                 raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
-            sorted_.plain[name] = Plain(tensor, match.rule.role, match.layer, listed=True)
+            sorted_.plain[name] = Plain(tensor, match.rule.role, match.layer, True, names.below(name))
         elif name.rpartition(".")[2] in CACHE:
             # They describe activations, not weights, and lose their meaning with the quantisation.
             sorted_.dropped.append(tensor)
@@ -119,7 +121,7 @@ def _sort_out_unlisted(sorted_: Sorted, names: Names) -> None:
             sorted_.dropped.append(tensor)
         else:
             role = names.manifest.plain_role(tensor.name) or "other"
-            sorted_.plain[tensor.name] = Plain(tensor, role)
+            sorted_.plain[tensor.name] = Plain(tensor, role, below=names.below(tensor.name))
     for module in encoded:
         # What a manifest takes for plain may be quantised all the same: an embedding, a router.
         if (whole := sorted_.plain.pop(f"{module}.weight", None)) is not None:

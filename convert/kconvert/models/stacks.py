@@ -29,6 +29,7 @@ SUFFIXES = {
     ".weight_scale": "weight_scale",
     ".scale": "scale",
 }
+STACKED = frozenset(SUFFIXES.values())
 NAMES = re.compile(r"((?:.+\.)?experts)\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)", re.DOTALL)
 GATE_UP = ("gate_proj", "up_proj")
 # What stands on the other side of the activation: its rows are the columns of this, and its columns these rows.
@@ -112,12 +113,12 @@ def _named(name: str, parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     count = first.shape[0] if 0 not in first.shape else 0
     if not 0 < count <= MAX_EXPERTS:
         return None
+    members = tuple(f"{experts}.{expert}.{word}" for expert in range(count) for word in projections)
     codes = parts.get("weight")
     if codes is None:  # as transformers saves the scales of matrices that lie apart, also of some that it left alone
-        is_stack = "weight_scale_inv" in parts and f"{experts}.0.{projections[0]}.weight" in tensors
+        is_stack = "weight_scale_inv" in parts and any(f"{member}.weight" in tensors for member in members)
     else:
         is_stack = codes.dtype in CODES and _stands_upright(experts, last, codes, tensors)
-    members = tuple(f"{experts}.{expert}.{word}" for expert in range(count) for word in projections)
     bare = codes is not None and codes.name == name
     return Stack(name, members, len(projections), bare, plain=True) if is_stack else None
 

@@ -88,7 +88,10 @@ class Transcode(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A tensor keeps its name, dtype, shape and bytes; with a `slot` it is the matrix of a stack, which has another name."""
+    """A tensor keeps its name, dtype, shape and bytes; with a `slot` it is the matrix of a stack, which has another name.
+
+    The integers of one with `below` must lie in [0, below).
+    """
 
     name: str
     dtype: str
@@ -96,6 +99,7 @@ class Copy(NamedTuple):
     reads: tuple[Origin, ...]
     writes: tuple[Place, ...] = ()
     slot: Slot | None = None
+    below: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -108,15 +112,17 @@ class Copy(NamedTuple):
         return [(self.name, self.dtype, self.shape)]
 
     def placed(self, writes: tuple[Place, ...]) -> Copy:
-        return Copy(self.name, self.dtype, self.shape, self.reads, writes, self.slot)
+        return Copy(self.name, self.dtype, self.shape, self.reads, writes, self.slot, self.below)
 
 
 Step: TypeAlias = Transcode | Copy
 
 
-def copy_of(tensor: Tensor, shape: tuple[int, ...] | None = None, slot: Slot | None = None) -> Copy:
+def copy_of(
+    tensor: Tensor, shape: tuple[int, ...] | None = None, slot: Slot | None = None, below: int | None = None
+) -> Copy:
     """The tensor as it is, or what of its beginning has this shape; without a place in the output."""
-    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,), slot=slot)
+    return Copy(tensor.name, tensor.dtype, tensor.shape if shape is None else shape, (tensor,), (), slot, below)
 
 
 def count_steps(steps: Sequence[Step]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.formats.base import ZERO_DTYPES
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Origin, Transcode
+from kconvert.planning.steps import Copy, Origin
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,12 +36,15 @@ SCALE_BITS = {
     "F8_E8M0": ("u1", 0, 0xFF),
     "U8": ("u1", 0, 0xFF),  # E8M0 by another name: a power of two, never zero
 }
+INTEGER_CODES = {f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
 
 
 class Doubt(NamedTuple):
-    """A part of a weight whose values a header cannot vouch for."""
+    """A part of the weight [rows, cols] called `name`, or the tensor called so, whose values a header cannot vouch for."""
 
-    step: Transcode
+    name: str
+    rows: int
+    cols: int
     part: Part
     place: Origin
 
@@ -74,20 +77,24 @@ def check_values(plan: Plan, finished: Collection[str], reader: Reader, source: 
 
 
 def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
-    """The parts of the weights still to be converted that must be looked at."""
+    """The parts of the weights still to be converted that must be looked at, and the tables still to be copied."""
     for step in plan.steps:
-        if isinstance(step, Transcode) and any(place.file not in finished for place in step.writes):
+        if isinstance(step, Copy):
+            if step.below is not None and step.dtype in INTEGER_CODES and step.writes[0].file not in finished:
+                part = Part("", step.dtype, step.shape, below=step.below)
+                yield Doubt(step.name, 0, 0, part, step.reads[0])
+        elif any(place.file not in finished for place in step.writes):
             for part, place in zip(step.source_parts, step.reads, strict=True):
                 checks = (part.constant, part.below, part.unused)
                 if part.values != "any" or any(check is not None for check in checks):
-                    yield Doubt(step, part, place)
+                    yield Doubt(step.name, step.rows, step.cols, part, place)
 
 
 def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
     buffers = Buffers()
-    for step, part, place in doubts:
-        where = f"{root / place.file}: tensor {part.tensor_of(step.name)!r}"
+    for name, rows, cols, part, place in doubts:
+        where = f"{root / place.file}: tensor {part.tensor_of(name)!r}"
         if part.nbytes < LARGE:
             data = memoryview(reader.read(place.file, place.start, part.nbytes))
         else:
@@ -96,14 +103,14 @@ def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
             code = {"I32": "i", "I64": "q"}[part.dtype]
             values = list(struct.unpack(f"<{len(data) // struct.calcsize(code)}{code}", data))
             raise KconvertError(
-                f"{where} says {values}, but the weight beside it is [{step.rows}, {step.cols}]; the file is damaged, or was "
+                f"{where} says {values}, but the weight beside it is [{rows}, {cols}]; the file is damaged, or was "
                 "written wrongly"
             )
         if part.values != "any":
             _check_scale(where, part, data)
         if part.below is not None:
-            _check_index(where, part.below, data)
-        if part.unused is not None and not _are_zero(part, part.unused, step.rows, data):
+            _check_index(where, part, part.below, data)
+        if part.unused is not None and not _are_zero(part, part.unused, rows, data):
             raise KconvertError(
                 f"{where} has zero points other than zero, but config.json says that the codes beside it are symmetric; one "
                 "of the two is wrong"
@@ -158,14 +165,16 @@ def _are_zero(part: Part, bits: int, rows: int, data: memoryview) -> bool:
     return True
 
 
-def _check_index(where: str, below: int, data: memoryview) -> None:
+def _check_index(where: str, part: Part, below: int, data: memoryview) -> None:
+    """A part of a weight has the numbers of groups, a table those of experts."""
     import numpy as np
 
-    index = np.frombuffer(data, "i4")
+    index = np.frombuffer(data, INTEGER_CODES[part.dtype])
     bad = (index < 0) | (index >= below)
     if bad.any():
-        at = int(bad.argmax())
+        first = int(bad.argmax())
+        at, what = [int(i) for i in np.unravel_index(first, part.shape)], "groups" if part.suffix else "experts"
         raise KconvertError(
-            f"{where} is {index[at]} at [{at}], but there are groups 0 to {below - 1}; the file is damaged, or was written "
+            f"{where} is {index[first]} at {at}, but there are {what} 0 to {below - 1}; the file is damaged, or was written "
             "wrongly"
         )

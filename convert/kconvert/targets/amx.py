@@ -68,7 +68,7 @@ def plan_repack(model: Model, recipe: AmxRecipe) -> Plan:
     drafts.sort(key=lambda draft: natural_key(draft.outputs[0][0]))
     if recipe.with_rest:
         refuse_undecoded(model)
-        drafts += [copy_of(item.tensor) for item in rest_of(model)]
+        drafts += [copy_of(item.tensor, below=item.below) for item in rest_of(model)]
     record = _record(recipe, experts, model.checkpoint.name)
     sources = [tensor for weight in experts.weights for tensor in weight.tensors]
     facts = {

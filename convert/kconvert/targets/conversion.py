@@ -17,7 +17,7 @@ from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
-from kconvert.models.stacks import Stack
+from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
@@ -175,7 +175,7 @@ class Conversion:
             place = natural_key(plain.tensor.name)
             end = bisect(weights, place, lo=begin, key=lambda weight: natural_key(weight.name))
             yield from chain.from_iterable(map(self._steps, weights[begin:end]))
-            yield copy_of(plain.tensor)
+            yield copy_of(plain.tensor, below=plain.below)
             begin = end
         yield from chain.from_iterable(map(self._steps, weights[begin:]))
 
@@ -217,7 +217,7 @@ class Conversion:
         if format.quantised and stack.plain:
             return False
         parts = parts_of(format, first.rows, first.cols)
-        if not all(len(part.shape) == 2 and part.every and part.constant is None for part in parts):
+        if not all(part.suffix in STACKED and len(part.shape) == 2 and part.every for part in parts):
             return False
         alike = all((m.rows, m.cols, self.encoding(m)) == (first.rows, first.cols, format) for m in members)
         is_apart = first.tensors[0].name in self.model.checkpoint.tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kconvert.formats.dense import Dense
 from kconvert.models.catalogue import load_manifest, load_manifests
 from kconvert.models.sizes import lookup
 from kconvert.report.summary import summarise
+from kconvert.targets.amx import AmxRecipe, plan_repack
 from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
@@ -94,6 +96,25 @@ def test_a_table_of_experts_names_those_that_there_are_also_in_a_cut(
             assert all(len(row.unique()) == experts for row in rows)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("I64", 8), ("I32", 4)])
+@pytest.mark.parametrize("expert", [-1, 4, 1 << 30])
+def test_a_table_that_names_an_expert_that_there_is_not_is_refused(
+    small_sample: Callable[[str], Path], tmp_path: Path, raw: Any, dtype: str, size: int, expert: int
+) -> None:
+    damaged = raw.load(small_sample("deepseek-v4"))
+    name = "layers.1.ffn.gate.tid2eid"
+    table = damaged[name]
+    numbers = [0] * (table.shape[0] * table.shape[1])
+    numbers[table.shape[1] + 1] = expert
+    table.dtype, table.data = dtype, b"".join(n.to_bytes(size, "little", signed=True) for n in numbers)
+    source = damaged.save(tmp_path / "damaged")
+    said = re.escape(f"tensor '{name}' is {expert} at [1, 1], but there are experts 0 to 3; the file is damaged")
+    for made in (plan(source, Recipe("bf16")), plan_repack(inspect(source), AmxRecipe("AMXINT8", 1, with_rest=True))):
+        with pytest.raises(KconvertError, match=rf"/model-0.*safetensors: {said}"):
+            convert(made, tmp_path / "out")
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_numbers_of_heads_that_there_are_not_are_zero(small_sample: Callable[[str], Path], raw: Any) -> None:
     decay = raw.load(small_sample("kimi-k3"))["language_model.model.layers.0.self_attn.A_log"]
     values = torch.frombuffer(bytearray(decay.data), dtype=torch.float32)
@@ -118,6 +139,16 @@ def test_experts_lie_as_they_are_published(
             if tensor is not None:
                 assert tensor.shape[0] == experts
             assert all((f"{member}.weight" in checkpoint.tensors) != stacked for member in stack.members)
+
+
+@pytest.mark.parametrize("to", ["fp8", "int4", "int8", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("name", ["qwen3.5-moe", "step-3"])
+def test_experts_of_a_stack_can_be_read_in_every_encoding_that_is_written(
+    small_sample: Callable[[str], Path], tmp_path: Path, name: str, to: str
+) -> None:
+    source = small_sample(name)
+    convert(plan(source, Recipe(to)), tmp_path / "out")
+    verify(source, tmp_path / "out")
 
 
 def test_an_mtp_layer_is_cut_with_its_model_whole_or_left_out_with_its_last_layers(
