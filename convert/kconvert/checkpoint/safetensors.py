@@ -142,7 +142,7 @@ def _doubtful_entry(file: str, name: str, info: Any) -> _Entry:
         raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
     if type(info) is _Entry:
         return info
-    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(info, dict) or info.keys() != set(ENTRY):
         raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -198,9 +198,9 @@ def _laid_out(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[bool, int], int
 
 
 def layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], file: str = ""
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[Tensor]]:
-    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the tensors in its order.
+    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the tensors in its order, of no file yet.
 
     The header is padded with spaces to a page and tensors of whole pages come first, so that these begin on page boundaries
     and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
@@ -224,6 +224,6 @@ def layout(
     position = data_start
     for name, dtype, shape in ordered:
         nbytes = _laid_out(dtype, shape)[1]
-        placed.append(Tensor(name, dtype, shape, file, position, nbytes))
+        placed.append(Tensor(name, dtype, shape, "", position, nbytes))
         position += nbytes
     return header, placed

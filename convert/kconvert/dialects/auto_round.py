@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from kconvert.dialects.base import QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig
 from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.gptq import by_name, by_pattern, integers
 from kconvert.errors import KconvertError
@@ -25,11 +25,12 @@ UNREAD_PACKINGS = ("mlx", "e5m3", "gguf", "svdquant")
 ROTATIONS = ("rotation_config", "rotation_configs", "spinquant_config")
 NAME = re.compile(r"[\w.-]+")
 ANYWHERE = ".*?"
-FLOATS = {
-    "mx_fp4": Scheme("mxfp4-pack-quantized", 4, "float", strategy="group", group_size=32, targets=("Module",)),
-    "mx_fp8": Scheme("mxfp8-quantized", 8, "float", strategy="group", group_size=32, targets=("Module",)),
-    "nv_fp4": Scheme("nvfp4-pack-quantized", 4, "float", strategy="tensor_group", group_size=16, targets=("Module",)),
-}
+# How data_type begins; `bits` says how many they are of.
+FLOATS = (
+    ("mx_fp", Scheme("mxfp4-pack-quantized", 4, "float", strategy="group", group_size=32, targets=EVERYTHING)),
+    ("mx_fp", Scheme("mxfp8-quantized", 8, "float", strategy="group", group_size=32, targets=EVERYTHING)),
+    ("nv_fp", Scheme("nvfp4-pack-quantized", 4, "float", strategy="tensor_group", group_size=16, targets=EVERYTHING)),
+)
 
 
 def read(table: Table) -> QuantizationConfig:
@@ -42,7 +43,7 @@ def read(table: Table) -> QuantizationConfig:
             raise _unread(table, f"{key}, activations that are rotated while the model runs")
     if packing.endswith(f":{PLAIN}"):
         return QuantizationConfig()
-    extra = table.table("extra_config") if table.values.get("extra_config") else Table("", {})
+    extra = table.table_if_any("extra_config")
     names: list[tuple[str, Scheme]] = []
     patterns: list[tuple[str, Scheme]] = []
     for key in extra.values:
@@ -62,8 +63,8 @@ def _scheme(table: Table, packing: str) -> Scheme | None:
     bits, kind = table.integer("bits"), table.text("data_type", "int").lower()
     if bits is not None and bits >= 16:
         return None
-    for name, scheme in FLOATS.items():
-        if kind.startswith(name[:5]) and bits == scheme.num_bits:
+    for beginning, scheme in FLOATS:
+        if kind.startswith(beginning) and bits == scheme.num_bits:
             return scheme
     if kind.startswith(("fp", "float")) and bits == 8:
         return _fp8(table)
@@ -81,8 +82,8 @@ def _fp8(table: Table) -> Scheme:
     """Of E4M3; what a scale is of its shape says."""
     if isinstance(table.values.get("group_size"), list):
         block = table.block("group_size")
-        return Scheme("fp8", type="float", strategy="block", block=block, targets=("Module",))
-    return Scheme("float-quantized", type="float", strategy="channel", targets=("Module",))
+        return Scheme("fp8", type="float", strategy="block", block=block, targets=EVERYTHING)
+    return Scheme("float-quantized", type="float", strategy="channel", targets=EVERYTHING)
 
 
 def _unread(table: Table, what: str) -> KconvertError:

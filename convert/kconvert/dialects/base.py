@@ -13,27 +13,26 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Protocol
 
-from kconvert.dialects.fields import FILE, Table, bare_name
+from kconvert.dialects.fields import FILE, LANGUAGE_MODEL, PATTERN, Table, bare_name
 from kconvert.formats.base import Scheme
 
-PATTERN = "re:"
 NEEDLE = re.compile(r"re:(?:\.\*)?(\w+)(?![\w?*{|])(?!.*\(\?)")
 GROUP = re.compile(r"\([^()]*\)")
 # Classes of a module, itself and what it inherits from, as torch calls them. A checkpoint knows names only: all that it has
 # quantised are Linears, or experts made of them, but for those that are called what embeddings are called.
-LINEAR_CLASSES = frozenset({"Linear", "Module"})
-EMBEDDING_CLASSES = frozenset({"Embedding", "Module"})
+EVERYTHING = ("Module",)  # as targets: also embeddings and lm_head, which some releases have quantised
+LINEAR_CLASSES = frozenset({"Linear", *EVERYTHING})
+EMBEDDING_CLASSES = frozenset({"Embedding", *EVERYTHING})
 EMBEDDINGS = frozenset(
     {"embed_tokens", "embed_tokens_per_layer", "word_embeddings", "tok_embeddings", "embed_in", "wte"}
 )
-# Multimodal checkpoints keep the language model below this name; engines know its modules with and without.
-LANGUAGE_MODEL = "language_model."
 
 
 class Dialect(Protocol):
     """What a module of this package offers: to read the table of a config.json that is written in it.
 
-    `METHODS` are its names in quant_method, in lower case; a table without one that has a key of `SIGNS` is in it as well.
+    `METHODS` are its names in quant_method, in lower case and with hyphens, whichever of `-` and `_` a file has; a table
+    without one that has a key of `SIGNS` is in it as well.
     Functions `…_table` write the table for an output.
     """
 

@@ -12,9 +12,11 @@ from typing import Any
 from kconvert.errors import KconvertError
 
 FILE = "config.json"
+PATTERN = "re:"  # before what is an expression and no name
 SCALE_FORMAT, UE8M0 = "scale_fmt", "ue8m0"
-# What a language model is called inside a larger model, and the module in it.
-WRAPPERS = ("language_model.", "model.")
+# What multimodal checkpoints keep the language model below, and that its modules; engines know them with and without.
+LANGUAGE_MODEL = "language_model."
+WRAPPERS = (LANGUAGE_MODEL, "model.")
 MOST = 1 << 62  # no size of a model is larger; a file may claim any
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
@@ -68,6 +70,10 @@ class Table:
             raise self.fault(key, "a table")
         return replace(self, path=key_path(self.path, key), values=value)
 
+    def table_if_any(self, key: str) -> Table:
+        """The table at `key`, one without entries where there is none."""
+        return self.table(key) if self.values.get(key) else replace(self, path=key_path(self.path, key), values={})
+
     def tables(self, key: str) -> Iterator[Table]:
         """The tables of the list at `key`."""
         values = self.values.get(key)
@@ -112,13 +118,9 @@ class Table:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.fault(key, "a list of names")
         for name in names:
-            self._check_expression(key, name)
+            if name.startswith(PATTERN):
+                check_expression(self.place_of(key), name.removeprefix(PATTERN), name)
         return tuple(names)
-
-    def _check_expression(self, key: str, name: str) -> None:
-        if name.startswith("re:") and not is_expression(name[3:]):
-            where = self.place_of(key)
-            raise KconvertError(f"{where} has {brief(name)}, which is no regular expression; mend it there")
 
     def globs(self, key: str) -> tuple[str, ...]:
         """`names`, of which those that are patterns of the shell have become one regular expression.
@@ -127,15 +129,15 @@ class Table:
         """
         named: dict[bool, list[str]] = {False: [], True: []}
         for name in self.names(key):
-            named[not name.startswith("re:") and _is_glob(name)].append(self.target(name))
-        one = "|".join(pattern.removeprefix("re:") for pattern in named[True])
-        return (*named[False], f"re:{one}") if one else tuple(named[False])
+            named[_is_glob(name)].append(self.target(name))
+        one = "|".join(pattern.removeprefix(PATTERN) for pattern in named[True])
+        return (*named[False], PATTERN + one) if one else tuple(named[False])
 
     def target(self, name: str) -> str:
         """What `names` would have for a module, a pattern of the shell for several, or an expression after `re:`."""
-        is_glob = not name.startswith("re:") and _is_glob(name)
-        target = f"re:{fnmatch.translate(bare_name(name))}" if is_glob else bare_name(name)
-        self._check_expression(name, target)
+        target = PATTERN + fnmatch.translate(bare_name(name)) if _is_glob(name) else bare_name(name)
+        if target.startswith(PATTERN):
+            check_expression(self.place_of(name), target.removeprefix(PATTERN), name)
         return target
 
     def block(self, key: str) -> tuple[int, int] | None:
@@ -163,16 +165,15 @@ def bare_name(name: str) -> str:
 
 
 def _is_glob(name: str) -> bool:
-    return any(sign in name for sign in "*?[")
+    return not name.startswith(PATTERN) and any(sign in name for sign in "*?[")
 
 
-def is_expression(pattern: str) -> bool:
-    """Whether it can be looked for."""
+def check_expression(place: str, expression: str, written: str) -> None:
+    """KconvertError where a name cannot be looked for by the expression; `written` is what the file has for it at `place`."""
     try:
-        re.compile(pattern)
+        re.compile(expression)
     except (re.error, ValueError, OverflowError, RecursionError):
-        return False
-    return True
+        raise KconvertError(f"{place} has {brief(written)}, which is no regular expression; mend it there") from None
 
 
 def powers_of_two(table: Table) -> bool:

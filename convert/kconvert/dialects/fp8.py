@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from kconvert.dialects.base import QuantizationConfig, both_names
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names
 from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
 METHODS: tuple[str, ...] = ("fp8", "mxfp8")
 SIGNS: frozenset[str] = frozenset()
-EVERYTHING, EXPERTS = ("Module",), (r"re:.*\bexperts\.\d+\.",)
+EXPERTS = (r"re:.*\bexperts\.\d+\.",)
 MXFP8_BLOCK = (1, 32)
 MXFP8 = Scheme("mxfp8", 8, "float", strategy="group", group_size=32, targets=EVERYTHING)
 FP4 = Scheme("fp4", 4, "float", strategy="group", group_size=32, targets=EXPERTS)

@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from kconvert.dialects.base import PATTERN, QuantizationConfig
-from kconvert.dialects.fields import Table, brief, is_expression
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.fields import PATTERN, Table, brief, check_expression
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -63,7 +63,7 @@ def integers(table: Table, format: str, bits: Collection[int], default: Scheme |
     """
     count, size = table.integer("bits"), table.integer("group_size")
     if default is None:
-        default = Scheme(format, strategy="group", group_size=128, targets=("Module",))
+        default = Scheme(format, strategy="group", group_size=128, targets=EVERYTHING)
     elif "bits" not in table:
         count = default.num_bits
     if count is None or count not in bits:
@@ -92,14 +92,14 @@ def by_name(rules: Iterable[tuple[str, Scheme]]) -> tuple[Scheme, ...]:
 
 def by_pattern(table: Table, pattern: str, search: str = "") -> str:
     """The pattern as a target; KconvertError where it is none. `search`: what may come before it in a name."""
-    if not is_expression(target := f"{search}(?:{pattern})" if search else pattern):
-        raise KconvertError(f"{table.place} has {brief(pattern)}, which is no regular expression; mend it there")
+    target = f"{search}(?:{pattern})" if search else pattern
+    check_expression(table.place, target, pattern)
     return PATTERN + target
 
 
 def with_rules(table: Table, scheme: Scheme, bits: Collection[int]) -> QuantizationConfig:
     """What the table says of all modules, and in `dynamic` of some: the first pattern that matches a name counts."""
-    rules = table.table("dynamic") if table.values.get("dynamic") else Table("", {})
+    rules = table.table_if_any("dynamic")
     found: list[tuple[str, Scheme]] = []
     for key in rules.values:
         pattern = by_pattern(rules, key.removeprefix(SPARED).removeprefix(QUANTISED))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kconvert.dialects.base import QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -21,7 +21,6 @@ METHODS: tuple[str, ...] = ("modelopt", "modelopt-fp4", "modelopt-mixed", "model
 INNER = "quantization"
 SIGNS = frozenset({"quant_algo", "producer", "quantized_layers", INNER})
 MIXED = "MIXED_PRECISION"
-EVERYTHING = ("Module",)  # some exports have lm_head and embeddings quantised
 NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targets=EVERYTHING)
 MXFP4 = Scheme("mxfp4", 4, "float", strategy="group", group_size=32, targets=EVERYTHING)
 MXFP8 = replace(MXFP4, format="mxfp8-quantized", num_bits=8)

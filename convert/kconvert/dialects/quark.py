@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kconvert.dialects.base import QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -17,7 +17,6 @@ from kconvert.formats.base import Scheme
 METHODS: tuple[str, ...] = ("quark",)
 GLOBAL, LAYERS, TYPES = "global_quant_config", "layer_quant_config", "layer_type_quant_config"
 SIGNS = frozenset({GLOBAL, LAYERS})
-EVERYTHING = ("Module",)
 BYTES = {"fp8_e4m3": "float", "int8": "int"}
 STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "group", "per_block": "block"}
 
@@ -36,15 +35,13 @@ def read(table: Table) -> QuantizationConfig:
 def _groups(table: Table) -> list[tuple[Table, tuple[str, ...]]]:
     """The configs that there are, and the modules that each is for."""
     groups: list[tuple[Table, tuple[str, ...]]] = []
-    types = table.table(TYPES) if table.values.get(TYPES) else Table("", {})
+    types = table.table_if_any(TYPES)
     if linear := next((name for name in types.values if "Linear" in name), None):
         groups.append((types.table(linear), EVERYTHING))
     elif GLOBAL in table:
         groups.append((table.table(GLOBAL), EVERYTHING))
-    if table.values.get(LAYERS):
-        layers = table.table(LAYERS)
-        groups += [(layers.table(name), (layers.target(name),)) for name in layers.values if name in layers]
-    return groups
+    layers = table.table_if_any(LAYERS)
+    return groups + [(layers.table(name), (layers.target(name),)) for name in layers.values if name in layers]
 
 
 def _scheme(weight: Table) -> Scheme:

@@ -49,11 +49,7 @@ def stack_spellings(tensor: str) -> Iterator[tuple[str, str]]:
 
 def from_scheme(scheme: Scheme) -> Format:
     """The format in which a scheme of config.json spells a weight; ValueError when no family knows it."""
-    for family in FAMILIES:
-        format = family.from_scheme(scheme)
-        if format is not None:
-            return format
-    raise ValueError(f"the scheme {scheme} is not supported")
+    return _declared(scheme)[1]
 
 
 def fitting_scheme(
@@ -65,15 +61,15 @@ def fitting_scheme(
     Published configs leave out floats that are quantised (lm_head), exclude them, or name a module whose parts are in several
     encodings; what they say of integers is right.
     """
-    if spelt_by(scheme, found, shape) is None:
+    if _spelt_by(scheme, found, shape) is None:
         floats = (other for other in schemes if other.type == "float")
-        spelt = {format: other for other in floats if (format := spelt_by(other, found, shape)) is not None}
+        spelt = {format: other for other in floats if (format := _spelt_by(other, found, shape)) is not None}
         if len(spelt) == 1:
             return next(iter(spelt.values()))
     return scheme
 
 
-def spelt_by(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None) -> Format | None:
+def _spelt_by(scheme: Scheme | None, found: Found, shape: tuple[int, int] | None) -> Format | None:
     """The format in which these tensors spell a weight by this scheme; None when they do not."""
     try:
         format, size = recognise(scheme, found, shape)

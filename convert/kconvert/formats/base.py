@@ -71,11 +71,6 @@ class Part:
     across: bool = False
 
     @property
-    def whole(self) -> bool:
-        """Whether every tile gets all of its bytes."""
-        return self.every is None or self.across
-
-    @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
 

@@ -116,6 +116,7 @@ class Fp8(Format):
         return Format.fit(format, source, rows, cols, mse)
 
     def fate(self, source: Format) -> Fate:
+        """The rule's powers of two for the same blocks are never larger than the source's, and smaller ones lose nothing."""
         if (
             isinstance(source, Fp8)
             and source.scale_dtype in E8M0

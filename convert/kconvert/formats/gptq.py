@@ -28,6 +28,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kconvert.formats.base import Format, Part, refuse_surplus, require
+from kconvert.formats.packed import SCALE_CODES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,6 @@ ZEROS = {
 }
 KINDS = frozenset((format, "int") for format in ZEROS)
 READS = "GPTQ's integers of two to eight bits and AWQ's of four, by group"
-SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
 ALIGNED = (2, 4, 8)  # bits of codes of which a word has a whole number
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 PADDING = 16  # words behind each row, so that rows of a power of two words do not share their place in the cache
@@ -140,7 +140,7 @@ class Gptq(Format):
         regular = cols % size == 0 and (not index or np.array_equal(groups, _groups_of_columns(cols, size)))
         grouped = tile.reshape(rows, -1, size) if regular else tile
         if self.interleaved:
-            return kernels.decode_interleaved(brought, shifts_of(4, ORDER), steps, zeros, grouped)
+            return kernels.decode_interleaved(brought, _shifts_of(4, ORDER), steps, zeros, grouped)
         if self.bits == 4 and regular and size % 2 == 0:
             return kernels.decode_nibbles(brought.view("u1"), steps, zeros, grouped)
         codes = brought.view("u1")
@@ -165,17 +165,20 @@ class Gptq(Format):
         unit, mask = self.in_unit, (1 << self.bits) - 1
         by_words, plus, within = ZEROS[self.spelling]
         order = ORDER if self.interleaved else range(unit)
-        shifts = shifts_of(self.bits, order if self.bits in ALIGNED else ())
-        carry = sum(1 << self.bits * place for place in range(unit)) if by_words and len(shifts) else 0
+        shifts = _shifts_of(self.bits, order if self.bits in ALIGNED else ())
+        carry = 0
+        if by_words and self.bits in ALIGNED:
+            carry = sum(1 << self.bits * place for place in range(unit))
+        elif by_words:  # a word has no whole number of codes: gptqmodel takes one off each
+            plus = 1
         words = parts[1].view("u4").reshape(groups, -1)[:, first // unit * (unit * self.bits // 32) :]
         zeros = np.empty((math.ceil(rows / unit) * unit, groups), "f4")
-        plus = plus or int(by_words and not carry)
         kernels.unpack_zeros(words, self.bits, shifts, carry, plus, mask if within else 2 * mask + 1, zeros)
         return steps, zeros
 
 
 @cache
-def shifts_of(bits: int, order: Sequence[int]) -> Words:
+def _shifts_of(bits: int, order: Sequence[int]) -> Words:
     """Where in a word its codes begin, as u32."""
     import numpy as np
 

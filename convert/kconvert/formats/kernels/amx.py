@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from kconvert.formats.conventions import AMX_FACTORS, AMX_START, AMX_STRIDES
-from kconvert.formats.kernels.bits import bits_of, float_of, inline, kernel, round_bf16
+from kconvert.formats.kernels.bits import INFINITE, MAGNITUDE, bits_of, float_of, inline, kernel, round_bf16
 
 TINY = np.uint32(0x00800000)  # bits of 2^-126: what is below counts as zero
-INFINITE = np.uint32(0x7F800000)
 SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
 SHIFTED = np.int32(0x4B400000)  # the bits of SHIFT
 LANES = 64  # sums of squared errors, each over the columns that are equal modulo LANES
@@ -21,7 +20,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 
 @inline
 def _magnitude(value: Any) -> Any:
-    return np.uint32(bits_of(value) & np.uint32(0x7FFFFFFF))
+    return np.uint32(bits_of(value) & MAGNITUDE)
 
 
 @inline

@@ -13,6 +13,8 @@ from numba.extending import intrinsic, overload
 from kconvert.formats.conventions import LARGEST_ERROR
 
 F = TypeVar("F", bound=Callable[..., Any])
+INFINITE = np.uint32(0x7F800000)  # as f32, and the bits of its exponent
+MAGNITUDE = np.uint32(0x7FFFFFFF)  # all bits but the sign
 
 
 def kernel(function: F) -> F:
@@ -67,7 +69,7 @@ def amax_bits(tile: Any, group: Any) -> Any:
     """Bits of the largest magnitude of tile[group]; in the order of bits NaN lies above infinity, above every number."""
     amax = np.uint32(0)
     for i in range(tile.shape[1]):
-        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        magnitude = np.uint32(bits_of(tile[group, i]) & MAGNITUDE)
         amax = magnitude if magnitude > amax else amax
     return amax
 
@@ -85,12 +87,12 @@ def largest_bits(tile: Any, group: Any) -> Any:
 @inline
 def smallest_bits(tile: Any, group: Any) -> Any:
     """Bits of the smallest magnitude of tile[group] that is not zero; of NaN if there is none."""
-    smallest = np.uint32(0x7FFFFFFF)
+    smallest = MAGNITUDE
     for i in range(tile.shape[1]):
-        magnitude = np.uint32(bits_of(tile[group, i]) & np.uint32(0x7FFFFFFF))
+        magnitude = np.uint32(bits_of(tile[group, i]) & MAGNITUDE)
         below = np.uint32(magnitude - np.uint32(1))  # zero becomes the largest of all
         smallest = below if below < smallest else smallest
-    return np.uint32(smallest + np.uint32(1)) if smallest < np.uint32(0x7FFFFFFF) else np.uint32(0x7FFFFFFF)
+    return np.uint32(smallest + np.uint32(1)) if smallest < MAGNITUDE else MAGNITUDE
 
 
 @inline
@@ -144,9 +146,9 @@ def widen_f16(f16: Any) -> Any:
 def round_f16(value: Any) -> Any:
     """f32 -> the nearest f16, half to even, as f32; 65520 and more are infinite; not for NaN."""
     bits = bits_of(value)
-    magnitude = float_of(bits & np.uint32(0x7FFFFFFF))
+    magnitude = float_of(bits & MAGNITUDE)
     # A number 2^13 times larger has its last place in f32 where this one has it in f16, which below 2^-14 is fixed point.
-    exponent = max(bits & np.uint32(0x7F800000), np.uint32(0x38800000))
+    exponent = max(bits & INFINITE, np.uint32(0x38800000))
     large = float_of(exponent + np.uint32(13 << 23))
     rounded = (magnitude + large) - large
     rounded = np.float32(np.inf) if magnitude >= np.float32(65520) else rounded
@@ -217,5 +219,5 @@ def _store_bf16(array: Any, row: Any, col: Any, value: Any) -> Any:
 def _round_finite(value: Any) -> Any:
     """round_bf16, but infinity and NaN stay what they are."""
     bits = bits_of(value)
-    special = np.uint32(bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000)
+    special = np.uint32(bits & MAGNITUDE) >= INFINITE
     return float_of(bits if special else np.uint32(round_bits(value) & np.uint32(0xFFFF0000)))

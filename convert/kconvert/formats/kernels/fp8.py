@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from kconvert.formats.conventions import FP8_DIVISORS
 from kconvert.formats.kernels.bits import (
+    INFINITE,
+    MAGNITUDE,
     bits_of,
     error_places,
     error_unit,
@@ -24,8 +26,6 @@ from kconvert.formats.kernels.bits import (
 )
 
 U = np.uint32
-MAGNITUDE = U(0x7FFFFFFF)
-EXPONENT = U(0x7F800000)
 LARGEST = U(0x43E00000)  # 448 as f32
 BELOW_448 = U(0x1FFFFF)  # added to bits, it makes one binade more of a mantissa above that of 448
 SMALLEST_BINADE = U(121 << 23)  # 2**-6: below it the steps of e4m3 stay as they are
@@ -39,7 +39,7 @@ def widen_e4m3(code: Any) -> Any:
     """u8 -> f32, exact; 0x7F and 0xFF are NaN. Read as f32, the shifted bits are the value times 2**-120."""
     magnitude = U(code & np.uint8(0x7F))
     bits = bits_of(float_of(U(magnitude << U(20))) * REBIAS)
-    bits = U(bits | EXPONENT) if magnitude == U(0x7F) else bits
+    bits = U(bits | INFINITE) if magnitude == U(0x7F) else bits
     return float_of(U(bits | U(U(code & np.uint8(0x80)) << U(24))))
 
 
@@ -51,7 +51,7 @@ def round_e4m3(value: Any) -> Any:
     """
     bits = bits_of(value)
     magnitude = U(min(U(bits & MAGNITUDE), LARGEST))
-    binade = U(max(U(magnitude & EXPONENT), SMALLEST_BINADE))
+    binade = U(max(U(magnitude & INFINITE), SMALLEST_BINADE))
     magic = U(binade + TO_MAGIC)
     steps = U(bits_of(float_of(magnitude) + float_of(magic)) - magic)
     code = U(steps + U(U(binade - SMALLEST_BINADE) >> U(20)))
@@ -125,7 +125,7 @@ def encode_fp8(
         if search:
             _choose_divisors(tile[first:last], block_cols, bf16_scale, steps, divisors)
         for block in range(steps.shape[0]):
-            faults += bits_of(steps[block]) >= EXPONENT
+            faults += bits_of(steps[block]) >= INFINITE
             steps[block] = _step(steps[block], divisors[block], bf16_scale)
         for row in range(first, last):
             _quantise(tile[row], block_cols, steps, codes[row])
@@ -148,7 +148,7 @@ def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, ex
         for row in range(first, last):
             _raise_to_amax(tile[row], block_cols, amax)
         for block in range(amax.shape[0]):
-            if bits_of(amax[block]) >= EXPONENT:
+            if bits_of(amax[block]) >= INFINITE:
                 return -1
             exponents[group, block] = _exponent(bits_of(amax[block]))
         for row in range(first, last):
@@ -192,7 +192,7 @@ def _round_in_place(values: Any, exponent: Any, codes: Any) -> Any:
     for i in range(codes.shape[0]):
         bits = bits_of(values[i])
         magnitude = U(bits & MAGNITUDE)
-        binade = U(max(U(bits & EXPONENT), lowest))
+        binade = U(max(U(bits & INFINITE), lowest))
         magic = float_of(U(binade + TO_MAGIC))
         total = float_of(magnitude) + magic
         code = U(U(bits_of(total) - binade) + U(U(binade >> U(20)) - offset))

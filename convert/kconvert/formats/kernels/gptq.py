@@ -1,7 +1,8 @@
 """GPTQ's and AWQ's packed integers, whose matrices lie the other way round than tiles do; see formats.gptq.
 
 `bring` puts the words of a tile's rows one after the other, which costs a load and a store for each word; what a row's codes
-are is then a matter of bytes and shifts. Scales f32 and zero points f32 are [groups, rows of the tile].
+are is then a matter of bytes and shifts. `steps` and `zeros` are scales and zero points f32 [rows, groups]; of the latter there
+may be more rows than the tile has.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def decode_bytes(codes: Any, steps: Any, zeros: Any, tile: Any) -> Any:
 
 @kernel
 def decode_indexed(codes: Any, steps: Any, zeros: Any, index: Any, tile: Any) -> Any:
-    """decode_bytes for columns in any order: index i32 [cols] is the group of each; tile f32 [rows, cols]."""
+    """decode_bytes for columns in any order: index u32 [cols] is the group of each; tile f32 [rows, cols]."""
     senseless = False
     for row in range(tile.shape[0]):
         line, step, zero = codes[row], steps[row], zeros[row]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kconvert.formats.kernels.bits import (
+    INFINITE,
     amax_bits,
     bits_of,
     float_of,
@@ -18,7 +19,6 @@ from kconvert.formats.kernels.bits import (
     widen_scale,
 )
 
-INFINITE = np.uint32(0x7F800000)
 SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
 
 

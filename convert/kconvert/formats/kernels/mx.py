@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from kconvert.formats.kernels.bits import (
+    INFINITE,
+    MAGNITUDE,
     amax_bits,
     bits_of,
     error_places,
@@ -24,8 +26,6 @@ from kconvert.formats.kernels.fp8 import TO_MAGIC as TO_MAGIC_E4M3
 from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
-INFINITE = U(0x7F800000)
-MAGNITUDE = U(0x7FFFFFFF)
 FRACTION = U(0x7FFFFF)
 FRACTION_OF_448 = U(0x600000)
 ONE = U(127 << 23)  # 1 as f32

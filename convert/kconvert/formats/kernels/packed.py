@@ -14,6 +14,8 @@ from numba.extending import overload
 
 from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
+    INFINITE,
+    MAGNITUDE,
     amax_bits,
     bits_of,
     error_places,
@@ -35,7 +37,6 @@ from kconvert.formats.kernels.bits import (
 )
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
-INFINITE = U(0x7F800000)
 LOW_NIBBLE = U(15)
 HIGHEST = np.float32(7)
 SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1, and the last nibble of this one is 8
@@ -330,7 +331,7 @@ def _extremes(values: Any, group: Any) -> Any:
     """amax_bits and smallest_bits in one pass over stored values; the second is 0 if there is none."""
     largest, before = U(0), U(0xFFFFFFFF)  # zeros come last in the order of what is one less
     for i in range(values.shape[1]):
-        magnitude = U(bits_of(load_bf16(values[group, i])) & U(0x7FFFFFFF))
+        magnitude = U(bits_of(load_bf16(values[group, i])) & MAGNITUDE)
         less = U(magnitude - U(1))
         largest = magnitude if magnitude > largest else largest
         before = less if less < before else before
