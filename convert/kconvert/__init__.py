@@ -98,7 +98,7 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     """
     from kconvert.address import open_checkpoint
     from kconvert.models.model import understand
-    from kconvert.targets.conversion import make_plan
+    from kconvert.targets.planner import make_plan
 
     with _collector_paused():
         return make_plan(understand(open_checkpoint(source, revision)), recipe)

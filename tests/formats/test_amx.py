@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kconvert.formats.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.conventions import AMX_FACTORS
+from kconvert.formats.engines.amx import Amx, AmxCodes, AmxScales
 from kconvert.formats.reference import amx as reference
 
 BITS = [4, 8]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from kconvert.formats.amx import METHODS, Amx
+from kconvert.formats.engines.amx import METHODS, Amx
 from kconvert.formats.reference import amx as reference
 from kconvert.models.amx import PROJECTIONS
 

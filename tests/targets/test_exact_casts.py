@@ -14,7 +14,7 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.models.model import Model
 from kconvert.report.summary import describe_plan
-from kconvert.targets.conversion import make_plan
+from kconvert.targets.planner import make_plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"

@@ -9,7 +9,7 @@ import click
 
 from kconvert.cli.options import links_option, location, output_options, revision_option
 from kconvert.cli.running import carry_out, pinned
-from kconvert.formats.amx import METHODS
+from kconvert.formats.engines.amx import METHODS
 from kconvert.planning.containers import FORMS
 from kconvert.targets.base import SCALES
 

@@ -42,7 +42,7 @@ FP8_DIVISORS = (448.0, 480.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0)
 LARGEST_ERROR = 1.9375
 CONVENTIONS = {convention.name: convention for convention in (KIMI, COMPRESSED_TENSORS)}
 # AMX scales by least squared error are the rule's times one of these, powers of two an eighth of an octave apart; see
-# formats.amx for the search, which begins at AMX_START (1.0) and goes in these strides.
+# formats.engines.amx for the search, which begins at AMX_START (1.0) and goes in these strides.
 AMX_STRIDES = (4, 2, 1)
 AMX_START = 3
 AMX_FACTORS = tuple(2.0 ** ((AMX_START - place) / 8) for place in range(AMX_START + 44))

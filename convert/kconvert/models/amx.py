@@ -21,7 +21,7 @@ from kconvert.checkpoint.listing import FileStat
 from kconvert.checkpoint.safetensors import Tensor, read_header, read_metadata
 from kconvert.checkpoint.source import Checkpoint, Reader, open_directory
 from kconvert.errors import KconvertError
-from kconvert.formats.amx import METHODS, Amx, Split
+from kconvert.formats.engines.amx import METHODS, Amx, Split
 from kconvert.models.model import Weight, natural_key
 
 RECORD = "kconvert.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kconvert.dialects import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError
-from kconvert.formats.amx import Amx
+from kconvert.formats.engines.amx import Amx
 from kconvert.models.amx import AmxModel, open_amx, weight_name
 from kconvert.models.experts import rest_of, routed_experts
 from kconvert.models.model import Model, Weight, natural_key

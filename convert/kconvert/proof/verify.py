@@ -20,7 +20,7 @@ from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
-from kconvert.formats.amx import Amx
+from kconvert.formats.engines.amx import Amx
 from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand

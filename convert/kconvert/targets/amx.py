@@ -9,7 +9,7 @@ from typing import Any
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
-from kconvert.formats.amx import METHODS, Amx, AmxCodes, AmxScales
+from kconvert.formats.engines.amx import METHODS, Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
 from kconvert.models.amx import PROJECTIONS, RECORD, AmxModel, kt_path, weight_name
 from kconvert.models.experts import Experts, rest_of, routed_experts

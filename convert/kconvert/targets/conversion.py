@@ -16,7 +16,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.fp8 import Fp8
-from kconvert.models.model import Model, Weight, format_counts, natural_key, refuse_undecoded
+from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
@@ -27,11 +27,8 @@ from kconvert.targets.unlisted import missing_lines
 HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
 
-def make_plan(model: Model, recipe: Recipe) -> Plan:
-    """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
-    recipe = recipe.settled(model.manifest)
-    chosen = model.select(recipe.include, recipe.exclude)
-    refuse_undecoded(chosen)
+def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
+    """The plan of an output that has the `chosen` weights of the model one by one; see targets.planner."""
     Conversion(model, recipe).check()
     conversion = Conversion(chosen, recipe)
     container, config = conversion.target.container(recipe.shard_size), conversion.config()

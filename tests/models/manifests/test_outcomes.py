@@ -21,7 +21,7 @@ from kconvert.models.model import Model
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.targets.amx import AmxRecipe, plan_repack
-from kconvert.targets.conversion import make_plan
+from kconvert.targets.planner import make_plan
 from kconvert.targets.registry import TARGETS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "MODELS.md"

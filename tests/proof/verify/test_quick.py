@@ -16,7 +16,7 @@ from click.testing import Result
 from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
-from kconvert.formats.amx import Amx
+from kconvert.formats.engines.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight

@@ -1,4 +1,4 @@
-"""Rows with one scale each, in the order in which AMX tiles are read; see formats.amx for the order and the rules."""
+"""Rows with one scale each, in the order in which AMX tiles are read; see formats.engines.amx for the order and the rules."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _error(values: Any, rule: Any, factor: Any, bits: Any, sums: Any) -> Any:
 
 @inline
 def _search(values: Any, rule: Any, bits: Any, sums: Any) -> Any:
-    """The scale rule * FACTORS[i] with the least squared error, as far as the search of formats.amx finds it."""
+    """The scale rule * FACTORS[i] with the least squared error, as far as the search of formats.engines.amx finds it."""
     best, least = AMX_START, _error(values, rule, FACTORS[AMX_START], bits, sums)
     for place in range(AMX_START + AMX_STRIDES[0], FACTORS.shape[0], AMX_STRIDES[0]):
         error = _error(values, rule, FACTORS[place], bits, sums)

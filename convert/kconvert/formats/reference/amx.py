@@ -1,4 +1,4 @@
-"""Weights for AMX tiles; see formats.amx for the order of bytes and the rules of the scales."""
+"""Weights for AMX tiles; see formats.engines.amx for the order of bytes and the rules of the scales."""
 
 from __future__ import annotations
 

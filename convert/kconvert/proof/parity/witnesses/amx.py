@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
-from kconvert.formats.amx import Amx
+from kconvert.formats.engines.amx import Amx
 from kconvert.models.model import Weight
 from kconvert.proof.parity.quick import amx as quick
 from kconvert.proof.parity.witnesses.base import Encoder, State, Witness, count_bytes, in_pieces, nibbles, signed

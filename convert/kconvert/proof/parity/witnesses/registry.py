@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kconvert.formats import Format
-from kconvert.formats.amx import Amx
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.gptq import Gptq
 from kconvert.formats.int8 import Int8

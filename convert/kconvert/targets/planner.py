@@ -1,0 +1,25 @@
+"""From a model and a recipe to a plan: most outputs are weight by weight, some have ways of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from kconvert.models.model import Model, refuse_undecoded
+from kconvert.planning.plan import Plan
+from kconvert.targets.conversion import plan_conversion
+from kconvert.targets.recipe import Recipe
+
+Planner: TypeAlias = Callable[[Model, Model, Recipe], Plan]
+
+# What follows --to -> how that is planned, where it is not by its Target alone. Each takes the model, what of it was chosen
+# by --include and --exclude, and a recipe whose layout is settled.
+PLANNERS: Mapping[str, Planner] = {}
+
+
+def make_plan(model: Model, recipe: Recipe) -> Plan:
+    """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
+    recipe = recipe.settled(model.manifest)
+    chosen = model.select(recipe.include, recipe.exclude)
+    refuse_undecoded(chosen)
+    return PLANNERS.get(recipe.to, plan_conversion)(model, chosen, recipe)
