@@ -85,7 +85,7 @@ def parse_header(file: str, size: int, text: bytes, inside: str) -> list[Tensor]
         sound = type(info) is tuple and name.isprintable()
         dtype, shape, start, nbytes = info if sound else _doubtful_entry(file, name, info)
         tensors.append(Tensor(name, dtype, shape, inside, data_start + start, nbytes))
-    tensors.sort(key=itemgetter(4, 5))  # start and nbytes, quicker than by their names
+    tensors.sort(key=itemgetter(4, 5))  # start and nbytes: attributes take longer
     _check_cover(file, size, tensors, data_start)
     return tensors
 
@@ -134,7 +134,7 @@ def _doubtful_entry(file: str, name: str, info: Any) -> Entry:
         raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
     if type(info) is tuple:
         return info
-    if not isinstance(info, dict) or info.keys() != set(ENTRY):
+    if not isinstance(info, dict) or info.keys() != set(KEYS):
         raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
