@@ -21,9 +21,9 @@ class Recipe:
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
-    `fp8`, `mxfp4` and `mxfp8`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed,
-    formats.fp8 and formats.mx.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
+    `fp8`, `mxfp4` and `mxfp8`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed, formats.fp8 and
+    formats.mx. With `require_exact` an output has every value of its source, or there is none.
     KconvertError for a value that is not possible.
     """
 
