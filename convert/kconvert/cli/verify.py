@@ -87,6 +87,14 @@ def logits_options(function: Command) -> Command:
     return apply(options, function)
 
 
+certificate_option = click.option(
+    "--certificate",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Write the sha256 of each tensor and file of DST, once all have passed; for `kconvert check`.",
+)
+
+
 @click.command()
 @click.argument("source", metavar="SRC", type=location)
 @click.argument("output", metavar="DST", type=location)
@@ -94,6 +102,7 @@ def logits_options(function: Command) -> Command:
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
 @standard_options
+@certificate_option
 @logits_options
 @selection_options
 @links_option
@@ -104,6 +113,7 @@ def verify(
     source: str,
     output: str,
     sample: float,
+    certificate: Path | None,
     logits: bool,
     text: Path | None,
     tokens: int,
@@ -129,6 +139,8 @@ def verify(
         raise click.UsageError(
             "AMX weights are all the experts and no model that transformers runs: leave out --logits, --include and --exclude"
         )
+    if certificate is not None:
+        _check_certifiable(certificate, sample)
     if report is not None:
         check_report_path(report)
     total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in Path(output).glob(glob))
@@ -145,6 +157,21 @@ def verify(
     wanted = logits and not found.faults
     said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
     _tell(found, said, report, as_json, quiet)
+    if certificate is not None:
+        with progress(found.output.checkpoint.nbytes, quiet) as advance:
+            digest = kconvert.certify(found, certificate, advance)
+        if not (quiet or as_json):
+            tensors = counted(len(found.output.checkpoint.tensors), "tensor")
+            click.echo(f"certified: {tensors} of DST, read once more, in {certificate} (sha256 {digest})")
+
+
+def _check_certifiable(certificate: Path, sample: float) -> None:
+    """What would be known too late otherwise."""
+    from kconvert.proof.certificate import check_path
+
+    if sample < 1:
+        raise click.UsageError("a certificate is of every tensor: leave out --sample")
+    check_path(certificate)
 
 
 def _tell(found: Report, said: LogitsReport | None, report: Path | None, as_json: bool, quiet: bool) -> None:
