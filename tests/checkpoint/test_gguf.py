@@ -232,6 +232,20 @@ def test_a_split_model_is_read_by_any_of_its_parts(tmp_path: Path, which: int | 
     assert [tensor.file for tensor in found.tensors.values()] == list(found.files)
 
 
+def test_a_first_part_may_have_no_tensors(tmp_path: Path) -> None:
+    first, second = split(tmp_path, 2)
+    with_keys = gguf.GGUFWriter(first, "deepseek2")
+    with_keys.add_uint16("split.no", 0)
+    with_keys.add_uint16("split.count", 2)
+    with_keys.add_int32("split.tensors.count", 1)
+    with_keys.write_header_to_file()
+    with_keys.write_kv_data_to_file()
+    with_keys.write_tensors_to_file()
+    with_keys.close()
+    edit(second, key(second, "split.tensors.count") + 4, struct.pack("<i", 1))
+    assert list(open_gguf(tmp_path).tensors) == ["blk.1.attn_norm.weight"]
+
+
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_part_that_is_missing_is_named(tmp_path: Path, missing: int) -> None:
     paths = split(tmp_path)

@@ -222,7 +222,7 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
 def _placed(cursor: _Cursor, entries: list[_Entry], data_start: int, alignment: int, inside: str) -> tuple[Tensor, ...]:
     """The tensors in the order of their data, none of which overlap or leave the file."""
     entries = sorted(entries, key=lambda entry: entry.offset)
-    following = [data_start + entry.offset for entry in entries[1:]] + [cursor.size]
+    following = [*(data_start + entry.offset for entry in entries), cursor.size][1:]
     tensors: list[Tensor] = []
     names: set[str] = set()
     end = data_start

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from kconvert.cli.options import json_option, links_option, location, quiet_option
+from kconvert.cli.options import json_option, links_option, location_or_gguf, quiet_option
 from kconvert.cli.running import progress
 from kconvert.errors import counted
 
 
 @click.command()
-@click.argument("output", metavar="DIR", type=location)
+@click.argument("output", metavar="DIR", type=location_or_gguf)
 @click.argument("certificate", metavar="FILE.json", type=click.Path(path_type=Path))
 @links_option
 @json_option

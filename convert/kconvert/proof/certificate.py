@@ -6,7 +6,8 @@ A JSON object:
 - `standard` ("exact" or "limits"), `reference`: what the weights were held to, in words; `notes` of that check;
 - `source`: `name`, and the digests of its `files` (config.json, the index) and of the `headers` of its safetensors files;
 - `weights`: each weight's and plain tensor's outcome, see OUTCOMES; `not_compared`: tensors that belong to none of these;
-- `tensors`: `dtype`, `shape` and `sha256` of the bytes of each tensor; `files`: the sha256 of config.json and each side file.
+- `tensors`: `dtype`, `shape` and `sha256` of the bytes of each tensor; `files`: the sha256 of config.json and each side file;
+  of a GGUF file, that of its header.
 
 It is not signed: whoever can write it can write another.
 """
@@ -17,15 +18,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from kconvert.address import open_checkpoint
-from kconvert.checkpoint.files import is_directory, write_file
+from kconvert.address import open_checkpoint, open_stored
+from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import CheckFailed, KconvertError, counted, explain_os_error
@@ -131,20 +137,40 @@ def _outcomes(report: Report) -> tuple[dict[str, str], list[str]]:
     """How each weight and plain tensor came out; and the output's tensors that belong to none of them, or were left unread."""
     found = {comparison.name: OUTCOMES[comparison.judged_by] for comparison in report.comparisons}
     formats = {comparison.name: comparison.source_format for comparison in report.comparisons}
-    compared = set()
+    compared = [tensor for weight in report.output.weights for tensor in weight.tensors]
     for weight in report.output.weights:
-        compared |= {tensor.name for tensor in weight.tensors}
         if weight.format.quantised and formats.get(weight.name) == weight.format.label:
-            compared |= {tensor.name for tensor in weight.companions}
+            compared += weight.companions
     for plain in report.output.plain:
-        compared.add(plain.tensor.name)
+        compared.append(plain.tensor)
         if plain.tensor.name.removesuffix(".weight") not in found:
             found[plain.tensor.name] = OUTCOMES["bytes"]
-    return found, [name for name in report.output.checkpoint.tensors if name not in compared]
+    return found, _uncovered(report.output.checkpoint, compared)
+
+
+def _uncovered(checkpoint: Checkpoint, compared: Iterable[Tensor]) -> list[str]:
+    """The tensors whose bytes are not all in those that were compared, which may be matrices of a stack."""
+    places = {(tensor.file, tensor.start, tensor.nbytes) for tensor in compared}
+    covered: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for file, start, nbytes in sorted(places):
+        covered[file].append((start, nbytes))
+    ends = {file: [*accumulate((nbytes for _, nbytes in pieces), initial=0)] for file, pieces in covered.items()}
+
+    def count(tensor: Tensor) -> int:
+        pieces, sums = covered[tensor.file], ends.get(tensor.file, [0])
+        first, last = (bisect_left(pieces, (end, 0)) for end in (tensor.start, tensor.start + tensor.nbytes))
+        return sums[last] - sums[first]
+
+    return [tensor.name for tensor in checkpoint.tensors.values() if count(tensor) < tensor.nbytes]
 
 
 def _files(checkpoint: Checkpoint, certificate: Path) -> list[str]:
-    """The files besides weights and index that make a model what it is; not the certificate, if it lies there."""
+    """The files besides weights and index that make a model what it is; not the certificate, if it lies there.
+
+    Of a GGUF file the header does, which `file_digest` takes for it.
+    """
+    if isinstance(checkpoint, GgufCheckpoint):
+        return list(checkpoint.files)
     names = [*checkpoint.side_files, *(file for file in checkpoint.left_out if why_left_out(file) == DECLARATION)]
     if checkpoint.has(CONFIG_NAME):
         names.append(CONFIG_NAME)
@@ -155,7 +181,7 @@ def _files(checkpoint: Checkpoint, certificate: Path) -> list[str]:
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
-    """CheckFailed when files of a directory are not those that were opened."""
+    """CheckFailed when files are not those that were opened."""
     if checkpoint.directory is None:
         return
     for name, stat in checkpoint.files.items():
@@ -191,11 +217,11 @@ def check_certificate(
 
 def _open(output: str | os.PathLike[str]) -> Checkpoint:
     """What is there; CheckFailed where a directory is not sound."""
-    if not is_directory(output):
-        return open_checkpoint(output)
     path = Path(output)
+    if not is_directory(output) and not (is_gguf(output) and exists(output)):
+        return open_checkpoint(output)
     try:
-        found = open_amx(path).checkpoint if is_amx(path) else open_checkpoint(path)
+        found = open_amx(path).checkpoint if is_amx(path) else open_stored(path)
         found.check_index()
     except KconvertError as error:
         raise CheckFailed(f"the checkpoint is not sound: {error}") from None

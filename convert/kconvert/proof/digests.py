@@ -59,7 +59,11 @@ def _digest(reader: Reader, tensor: Tensor, buffers: Buffers) -> str:
 
 
 def file_digest(checkpoint: Checkpoint, name: str) -> str:
-    """Of a file beside the weights."""
+    """Of a file beside the weights; of one with weights, what lies before them."""
+    if (weights := checkpoint.files.get(name)) is not None:
+        starts = (tensor.start for tensor in checkpoint.tensors.values() if tensor.file == name)
+        with checkpoint.reader() as reader:
+            return hashlib.sha256(reader.read(name, 0, min(starts, default=weights.nbytes))).hexdigest()
     found = hashlib.sha256()
     feed(found, checkpoint.side_file(name))
     return found.hexdigest()
