@@ -218,6 +218,9 @@ class Run:
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
         inputs = self._inputs(step, first, last, across, buffers)
+        if step.target.takes_codes(step.source):
+            with _naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+                return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
         count, lost = _tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
@@ -309,6 +312,9 @@ def warm_up(plan: Plan) -> None:
         )
         tile = np.zeros((rows, step.cols), np.float32)
         with suppress(ValueError):  # zeros may be no values that the format can spell
+            if step.target.takes_codes(step.source):
+                step.target.recode(step.source, inputs, rows, step.cols, outputs)
+                continue
             step.source.decode(inputs, 0, tile)
             step.target.encode(tile, outputs)
 
