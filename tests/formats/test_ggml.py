@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kconvert.formats.base import Format
-from kconvert.formats.engines.ggml import Mxfp4, Q4_0, Q8_0, Turns
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Turns
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack

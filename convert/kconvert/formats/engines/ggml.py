@@ -263,5 +263,11 @@ class Whole(Format):
         (part,) = self.format.parts(rows, cols)
         return (Part("", part.dtype, self.shape, every=part.every),)
 
+    def takes_codes(self, source: Format) -> bool:
+        return self.format.takes_codes(source)
+
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         return self.format.encode(tile, parts)
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        return self.format.recode(source, inputs, rows, cols, parts)
