@@ -90,6 +90,20 @@ def test_a_scale_beyond_f16_is_refused() -> None:
         recode(Q4_0(), Packed(32), packed(torch.ones(1, 32), torch.tensor([[70000.0]]).bfloat16()), 1, 32)
 
 
+def test_every_scale_is_rounded_as_numpy_rounds_it() -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    scale = bits.view(torch.bfloat16)
+    scale = scale[scale.float().abs() < 65520][:, None]
+    more = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32))
+    ties = torch.arange(-3, 4) * 2**-25 + torch.tensor([[2.0**-24], [2.0**-14], [2.0**-13]])
+    for name, found in (("BF16", scale), ("F32", torch.cat([more[more.abs() < 65520], ties.flatten()])[:, None])):
+        codes = torch.ones(len(found), 32, dtype=torch.int64)
+        (blocks,), lost = recode(Q4_0(), Packed(32, scale_dtype=name), packed(codes * (found != 0), found), len(found), 32)
+        halves = found.half()
+        assert (blocks.reshape(-1, 18)[:, :2] == halves.view(torch.uint8).numpy()).all()
+        assert lost == (halves.float() != found.float()).sum()
+
+
 def test_a_scale_of_zero_over_codes_is_refused() -> None:
     with pytest.raises(ValueError, match="scale of zero"):
         recode(Q4_0(), Packed(32), packed(torch.ones(1, 32), torch.zeros(1, 1).bfloat16()), 1, 32)

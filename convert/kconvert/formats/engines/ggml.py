@@ -28,15 +28,11 @@ from kconvert.formats.packed import SCALE_CODES, Packed
 from kconvert.formats.stacks import MxStack
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from kconvert.formats.base import Bytes, Tile
     from kconvert.formats.conventions import Convention
 
 BLOCK = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NO_CODES = 0x88  # two codes of zero in a byte of Q4_0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +93,22 @@ class Q4_0(Blocks):
         kernels.decode_nibbles(blocks, 2, np.arange(-8, 8, dtype=np.float32), scale, tile.reshape(-1, BLOCK))
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        import numpy as np
-
         from kconvert.formats.kernels import ggml as kernels
 
         assert isinstance(source, Packed)
         if not rows * cols:
             return 0
-        blocks, codes = self._blocks(parts), inputs[0].reshape(-1, BLOCK // 2)
-        scale = _widened(inputs[1], source.scale_dtype)
-        with np.errstate(over="ignore"):
-            half = scale.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError("it has a scale that F16 cannot hold")
-        each = len(codes) // len(scale)  # blocks to a group
-        kernels.regroup(codes, 2, blocks)
-        blocks[:, :2] = np.repeat(half, each).view(np.uint8).reshape(-1, 2)
-        doubtful = np.flatnonzero((scale == 0) | (half != scale))
-        used = (codes.reshape(len(scale), -1)[doubtful] != NO_CODES).any(axis=1)
-        if (used & (scale[doubtful] == 0)).any():
+        halves = parts[0].view("u2").reshape(-1, BLOCKS[self.dtype][1] // 2)
+        scale = inputs[1].view(SCALE_CODES[source.scale_dtype])
+        codes = inputs[0].reshape(-1, BLOCK // 2)
+        lost, first, is_zero, is_beyond = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:])
+        if is_zero:
             raise ValueError("it has a scale of zero over codes that are not zero")
-        if (lost := int(used.sum())) and self.strict:
-            first = scale[doubtful[used.argmax()]]
+        if is_beyond:
+            raise ValueError("it has a scale that F16 cannot hold")
+        if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have scales that F16 has not, {first:.9g} the first,")
-        return lost
+        return int(lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,21 +165,14 @@ class Mxfp4(Blocks):
         kernels.decode_nibbles(blocks, 1, values, scale, tile.reshape(-1, BLOCK))
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
         from kconvert.formats.kernels import ggml as kernels
 
         blocks = self._blocks(parts)
-        kernels.regroup(inputs[0].reshape(-1, BLOCK // 2), 1, blocks)
-        blocks[:, 0] = inputs[1]
+        pairs = np.ndarray((len(blocks), BLOCK // 4), "u2", blocks, 1, (blocks.shape[1], 2))  # at odd addresses
+        kernels.recode_mxfp4(inputs[0].reshape(-1, BLOCK // 2), inputs[1], blocks[:, 0], pairs)
         return 0
-
-
-def _widened(scale: Bytes, dtype: str) -> NDArray[np.float32]:
-    """Scales in f32, flat."""
-    import numpy as np
-
-    if dtype == "BF16":
-        return (scale.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return scale.view("f2" if SCALE_CODES[dtype] == "i2" else "f4").astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
