@@ -15,7 +15,7 @@ from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, SCALES
+from kconvert.targets.base import POWERS, RESTS, SCALES
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -143,6 +143,11 @@ scales_option = click.option(
     default="amax",
     show_default=True,
     help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two.",
+)
+
+
+rest_option = click.option(
+    "--rest", type=click.Choice(RESTS), help="GGUF: what matrices become whose codes it does not take [default: bf16]."
 )
 
 
