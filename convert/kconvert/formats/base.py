@@ -172,6 +172,15 @@ class Format:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
         raise NotImplementedError
 
+    def takes_codes(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` becomes this by `recode`, and not by way of its values."""
+        return False
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        """The codes and scales of `rows` rows of such a weight, in another order: from its parts to these. Returns what
+        `encode` does."""
+        raise NotImplementedError
+
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """This format for a weight [rows, cols] that is spelt as `source` now, with scales by `mse` where there is a choice.
 

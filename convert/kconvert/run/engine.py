@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,10 +21,10 @@ import numpy as np
 from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
-from kconvert.formats import Part
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.run.journal import Journal
+from kconvert.run.tiles import cut, row_bytes, row_unit, task_size, tile_rows
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
 MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
 BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
-TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
 
 
 class Observer(Protocol):
@@ -106,11 +104,11 @@ class Limits:
     def _footprint(self, step: Transcode) -> int:
         """Of tasks of this kind. What these have in common is in memory for as many weights as they are of: tasks begin in
         order."""
-        size, unit = _task_size(step, self.task_bytes)
+        size, unit = task_size(step, self.task_bytes)
         rows, across = max(unit, size // unit * unit), [part for part in step.source_parts if part.across]
-        buffers = int(rows * (_row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
+        buffers = int(rows * (row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
         weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if across else 0
-        tile = 4 * _tile_rows(step) * step.cols
+        tile = 4 * tile_rows(step) * step.cols
         return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in across)
 
 
@@ -164,7 +162,7 @@ class Run:
     def _tasks(self) -> Iterator[Task]:
         for step in self.plan.steps:
             if any(place.file not in self._done for place in step.writes):
-                size, unit = _task_size(step, self.limits.task_bytes)
+                size, unit = task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
                 count = max(unit, size // unit * unit)
                 starts = range(0, max(last, 1), count)
@@ -218,15 +216,18 @@ class Run:
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
         inputs = self._inputs(step, first, last, across, buffers)
-        count, lost = _tile_rows(step), 0
+        if step.target.takes_codes(step.source):
+            with _naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+                return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
+        count, lost = tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
             with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
-                step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+                step.source.decode(cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
             with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
-                lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+                lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost
 
     def _across(self, step: Transcode) -> list[Bytes]:
@@ -275,7 +276,8 @@ class Run:
     def _begin(self, file: str) -> ShardWriter:
         shard = self._shards[file]
         path = self.journal.destination / file
-        self._writers[file] = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+        partial = self.journal.partial(file)
+        self._writers[file] = ShardWriter(path, partial, shard.header, shard.nbytes, shard.padding)
         return self._writers[file]
 
     def _finish(self, file: str) -> None:
@@ -309,6 +311,9 @@ def warm_up(plan: Plan) -> None:
         )
         tile = np.zeros((rows, step.cols), np.float32)
         with suppress(ValueError):  # zeros may be no values that the format can spell
+            if step.target.takes_codes(step.source):
+                step.target.recode(step.source, inputs, rows, step.cols, outputs)
+                continue
             step.source.decode(inputs, 0, tile)
             step.target.encode(tile, outputs)
 
@@ -316,34 +321,3 @@ def warm_up(plan: Plan) -> None:
 def _kinds(plan: Plan) -> list[Transcode]:
     """One step for each shape and pair of formats; a large plan has 70,000 steps of a handful of kinds."""
     return list({(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}.values())
-
-
-def row_unit(step: Transcode) -> int:
-    """Tiles begin at multiples of this many rows, so that no slice of a part is cut."""
-    return lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
-
-
-def _tile_rows(step: Transcode) -> int:
-    unit = row_unit(step)
-    return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
-
-
-def _task_size(step: Step, nbytes: int) -> tuple[int, int]:
-    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
-    if isinstance(step, Copy):
-        return nbytes, PAGE
-    return int(nbytes / max(_row_bytes(step), 1)), row_unit(step)
-
-
-def _row_bytes(step: Transcode) -> float:
-    return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
-
-
-def _cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
-    """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
-    cuts = []
-    for part, bytes_ in zip(parts, data, strict=True):
-        origin = part.span(rows, base, base)[0] if part.every else 0
-        start, stop = part.span(rows, first, last)
-        cuts.append(bytes_[start - origin : stop - origin])
-    return cuts
