@@ -17,6 +17,7 @@ from gguf_writing import Tensors, Types, as_type, dense, from_int4, rewritten, w
 
 from kconvert import convert, verify
 from kconvert.cli import main
+from kconvert.proof.parity.witnesses import ggml
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 Verify = Callable[..., Result]
@@ -132,7 +133,7 @@ def test_codes_by_another_rule_are_judged_by_limits_where_these_are_allowed(chec
         for name in [name for name in tensors if name.endswith("_exps.weight")]:
             as_type(Types.Q4_0)(tensors, name)
 
-    check(edit, words=("differs at", "compressed-tensors gives"))
+    check(edit, words=("differs at", "compressed-tensors gives", "judge it with --close"))
     said = check(edit, "--close", words=("q4_0: 24 weights, off by", "within limits"), code=0)
     assert "the source's value for value" not in said.stdout.partition("q4_0")[2].splitlines()[0]
     check(edit, "--fail-under", "sqnr=40", words=("SQNR", "40"))
@@ -185,6 +186,31 @@ def test_a_missing_expert_is_named(check: Callable[..., Result]) -> None:
     check(edit, words=("'model.layers.1.mlp.experts.0.up_proj' of the source is missing",))
 
 
+def test_one_row_of_another_shape_is_not_the_same_tensor(check: Callable[..., Result]) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["output_norm.weight"] = tensors["output_norm.weight"][0].reshape(2, 128), Types.F32
+
+    check(edit, words=("'output_norm.weight' is [2, 128], in the source 'model.norm.weight' is [256]",))
+
+
+def test_nvfp4_has_a_factor_of_its_own() -> None:
+    rows = np.random.default_rng(0).integers(0, 120, (3, 2 * 36), np.uint8)
+    format = ggml.Blocks("NVFP4", 64, 36, factor=True)
+    state = {"weight": torch.from_numpy(rows), "scale": torch.tensor([0.25])}
+    plain = torch.from_numpy(gguf.quants.dequantize(rows, Types.NVFP4))
+    assert torch.equal(ggml.BlocksWitness(format).values(state, (3, 128)), plain * 0.25)
+
+
+def test_logits_of_a_file_are_not_transformers(int4: Path, file: Path, run_verify: Verify) -> None:
+    result = run_verify(int4, file, "--logits")
+    assert result.exit_code == 2
+    assert "leave out --logits" in result.stderr
+
+
+def test_a_share_of_a_file_can_be_looked_at(int4: Path, file: Path, run_verify: Verify) -> None:
+    assert "not looked at (--sample)" in run_verify(int4, file, "--sample", 0.1).stdout
+
+
 def test_what_the_source_lacks_is_named(check: Callable[..., Result]) -> None:
     def add(name: str) -> Callable[[Tensors], None]:
         def edit(tensors: Tensors) -> None:
@@ -201,7 +227,10 @@ def test_a_transposed_weight_is_found(check: Callable[..., Result]) -> None:
         data, kind = tensors["blk.0.attn_q_a.weight"]
         tensors["blk.0.attn_q_a.weight"] = data.reshape(data.shape[1] // 2, -1), kind
 
-    check(edit, words=("q_a_proj' is [256, 64], in the source 'model.layers.0.self_attn.q_a_proj' is [64, 256]",))
+    check(
+        edit,
+        words=("'blk.0.attn_q_a.weight' is [256, 64], in the source 'model.layers.0.self_attn.q_a_proj' is [64, 256]",),
+    )
 
 
 def test_an_older_file_with_kv_b_as_it_is_passes(check: Callable[..., Result], int4: Path) -> None:
@@ -244,7 +273,7 @@ def test_a_file_of_another_model_fails(int4: Path, tmp_path: Path, run_verify: V
         int4, write(tmp_path / "other.gguf", {"token_embd.weight": (np.ones(4, np.float32), Types.F32)})
     )
     assert result.exit_code == 1
-    assert "is missing" in result.stderr
+    assert "'token_embd.weight' is [4], in the source 'model.embed_tokens.weight' is [512, 256]" in result.stderr
 
 
 def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
