@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kconvert.address import open_checkpoint, open_stored
-from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.files import is_directory, write_file
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
 from kconvert.checkpoint.safetensors import Tensor
@@ -218,7 +218,7 @@ def check_certificate(
 def _open(output: str | os.PathLike[str]) -> Checkpoint:
     """What is there; CheckFailed where a directory is not sound."""
     path = Path(output)
-    if not is_directory(output) and not (is_gguf(output) and exists(output)):
+    if not is_directory(output) and not is_gguf(output):
         return open_checkpoint(output)
     try:
         found = open_amx(path).checkpoint if is_amx(path) else open_stored(path)

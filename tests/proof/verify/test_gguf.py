@@ -284,6 +284,23 @@ def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Pa
     assert "truncated" in result.stderr
 
 
+def test_a_file_that_is_not_there_is_wrong_usage(int4: Path, tmp_path: Path, run_verify: Verify) -> None:
+    result = run_verify(int4, tmp_path / "nothing.gguf")
+    assert result.exit_code == 2
+    assert "nothing.gguf" in result.stderr
+
+
+def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
+    int4: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    first = write(tmp_path / "toy.gguf", from_int4(int4, 3, 4), parts=3)
+    (tmp_path / ".kconvert").mkdir()
+    first.with_name("toy-00002-of-00003.gguf").unlink()
+    result = run_verify(int4, tmp_path)
+    assert result.exit_code == 1
+    assert "run the conversion again" in result.stderr
+
+
 def test_a_file_is_certified_with_its_header(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
     def check(path: Path) -> Result:
         return CliRunner().invoke(main, ["check", str(path), str(tmp_path / "proof.json")])
