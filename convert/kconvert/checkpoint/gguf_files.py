@@ -38,6 +38,10 @@ class GgufCheckpoint(Checkpoint):
         return next(iter(self.files))
 
     @property
+    def title(self) -> Path:
+        return self.root / self.name
+
+    @property
     def architecture(self) -> str:
         found = self.metadata.get("general.architecture")
         return found if isinstance(found, str) and found.isprintable() and len(found) < 100 else "unknown"

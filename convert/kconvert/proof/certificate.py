@@ -230,14 +230,13 @@ def _open(output: str | os.PathLike[str]) -> Checkpoint:
 
 def _check_tables(checkpoint: Checkpoint, wanted: Certificate, certificate: Path) -> None:
     """CheckFailed for the first tensor or file that is missing, extra, or of another dtype or shape."""
-    root = checkpoint.root
-    _check_names(root, "tensor", wanted.tensors, checkpoint.tensors)
-    _check_names(root, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
+    _check_names(checkpoint.title, "tensor", wanted.tensors, checkpoint.tensors)
+    _check_names(checkpoint.title, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
     for name, entry in wanted.tensors.items():
         tensor = checkpoint.tensors[name]
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
             raise CheckFailed(
-                f"{root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
+                f"{checkpoint.root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
                 f"{entry.dtype} {list(entry.shape)}"
             )
 

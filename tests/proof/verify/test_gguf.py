@@ -17,6 +17,8 @@ from gguf_writing import Tensors, Types, as_type, dense, from_int4, rewritten, w
 
 from kconvert import convert, verify
 from kconvert.cli import main
+from kconvert.proof.parity.compare import Standard
+from kconvert.proof.parity.metrics import Limits
 from kconvert.proof.parity.witnesses import ggml
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
@@ -114,7 +116,7 @@ def test_swapped_experts_are_found(check: Callable[..., Result]) -> None:
         data = tensors[UP][0]
         data[[1, 2]] = data[[2, 1]]
 
-    check(edit, words=("'blk.1.ffn_up_exps.weight[1]'",))
+    check(edit, words=("/edited.gguf: tensor 'blk.1.ffn_up_exps.weight[1]'",))
 
 
 def test_keys_that_were_not_transposed_are_found(check: Callable[..., Result]) -> None:
@@ -465,6 +467,13 @@ def test_other_models_with_experts(
     assert result.exit_code == 0, result.output
     flip(next(name for name in made if "ffn_down_exps" in name), 3)(made)
     assert run_verify(source, write(tmp_path / "other.gguf", made, architecture)).exit_code == 1
+
+
+def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> None:
+    """Its blocks lie across the rows, so that a row has values of many scales."""
+    limits = Standard().limits_for("q8_0 and q2_k by head")
+    assert limits == Limits({"sqnr": 6.0})
+    assert Standard().limits_for("q8_0").ceilings == {"max_relative": 0.05}
 
 
 def test_every_architecture_is_one_that_gguf_knows() -> None:
