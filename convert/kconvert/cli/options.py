@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
+from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.targets.base import POWERS, RESTS, SCALES
 from kconvert.targets.registry import layouts_of
@@ -34,20 +35,25 @@ class Size(click.ParamType[int]):
 
 
 class Location(click.ParamType[str]):
-    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://."""
+    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://; or a GGUF file, where such
+    are read."""
 
     name = "location"
 
+    def __init__(self, gguf: bool = False) -> None:
+        self._gguf = gguf
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if exists(value) and not is_directory(value):
+        if exists(value) and not is_directory(value) and not (self._gguf and is_gguf(value)):
             self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
+        return [CompletionItem(incomplete, type="file" if self._gguf else "dir")]
 
 
 location = Location()
+location_or_gguf = Location(gguf=True)
 revision_option = click.option(
     "--revision",
     help="Branch, tag or commit of SRC: a Hub id (unless there is such a directory), or in the Hub's cache.",
