@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, by_name
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -57,11 +57,8 @@ def read(table: Table) -> QuantizationConfig:
 
 def _by_layer(layers: Table) -> tuple[Scheme, ...]:
     """A scheme for each algorithm, whose targets are the modules that have it."""
-    modules: dict[Scheme, list[str]] = {}
-    for name in layers.values:
-        if (scheme := _scheme(layers.table(name))) is not None:
-            modules.setdefault(scheme, []).append(layers.target(name))
-    return tuple(replace(scheme, targets=tuple(names)) for scheme, names in modules.items())
+    schemes = ((name, _scheme(layers.table(name))) for name in layers.values)
+    return by_name((layers.target(name), scheme) for name, scheme in schemes if scheme is not None)
 
 
 def _scheme(table: Table) -> Scheme | None:
