@@ -469,6 +469,37 @@ def test_other_models_with_experts(
     assert run_verify(source, write(tmp_path / "other.gguf", made, architecture)).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [([], "bf16: 26 weights, the source's value for value"), (["--rest", "q8_0"], "q8_0 by head: 3 weights, off by")],
+)
+def test_what_kconvert_writes_itself_is_the_sources_too(
+    int4: Path, tmp_path: Path, run_verify: Verify, options: list[str], words: str
+) -> None:
+    command = ["convert", str(int4), str(tmp_path / "out"), "--to", "gguf", "--shard-size", "1MB", "-q", *options]
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    said = run_verify(int4, tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    assert "q4_0: 24 weights, the source's value for value" in said.stdout
+    assert words in said.stdout
+
+
+def test_scales_that_f16_has_not_are_found_unless_errors_are_allowed(
+    int4_copy: Path, tmp_path: Path, raw: Any, run_verify: Verify
+) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint["model.layers.1.mlp.experts.2.up_proj.weight_scale"]
+    scale.data = b"\x01\x34" + scale.data[2:]  # 2^-23 and a bit
+    checkpoint.save()
+    command = ["convert", str(int4_copy), str(tmp_path / "out"), "--to", "gguf", "-q"]
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    refused = run_verify(int4_copy, tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "'blk.1.ffn_up_exps.weight[2]' differs at [0, " in refused.stderr
+    assert "judge it with --close" in refused.stderr
+    assert run_verify(int4_copy, tmp_path / "out", "--close").exit_code == 0
+
+
 def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> None:
     """Its blocks lie across the rows, so that a row has values of many scales."""
     limits = Standard().limits_for("q8_0 and q2_k by head")
