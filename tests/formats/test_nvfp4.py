@@ -42,7 +42,7 @@ def recoded(source: Any, target: Nvfp4, tensors: dict[str, torch.Tensor], rows: 
     parts = target.parts(rows, cols)
     outputs = [np.zeros(part.nbytes, np.uint8) for part in parts]
     target.settle(reach, outputs)
-    lost = target.recode(source, given, outputs)
+    lost = target.recode(source, given, rows, cols, outputs)
     found = {part.suffix: torch.from_numpy(data) for part, data in zip(parts, outputs, strict=True)}
     found[NAMES[target.multiplies][0]] = found[NAMES[target.multiplies][0]].view(rows, -1)
     found["weight_scale"] = found["weight_scale"].view(torch.float8_e4m3fn).view(rows, -1)

@@ -68,6 +68,10 @@ class Checkpoint:
         """Where the side file `name` can be read."""
         return self.root / name
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name, listed above or not."""
+        return (self.root / name).is_file()
+
     def check_index(self) -> None:
         """KconvertError when the index disagrees with the headers; whoever opened a directory has looked already."""
 

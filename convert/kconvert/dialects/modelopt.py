@@ -14,7 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names, by_name
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -59,11 +59,8 @@ def read(table: Table) -> QuantizationConfig:
 
 def _by_layer(layers: Table) -> tuple[Scheme, ...]:
     """A scheme for each algorithm, whose targets are the modules that have it."""
-    modules: dict[Scheme, list[str]] = {}
-    for name in layers.values:
-        if (scheme := _scheme(layers.table(name))) is not None:
-            modules.setdefault(scheme, []).append(layers.target(name))
-    return tuple(replace(scheme, targets=tuple(names)) for scheme, names in modules.items())
+    schemes = ((name, _scheme(layers.table(name))) for name in layers.values)
+    return by_name((layers.target(name), scheme) for name, scheme in schemes if scheme is not None)
 
 
 def _scheme(table: Table) -> Scheme | None:

@@ -187,13 +187,13 @@ class Format:
         """Write what depends on the largest magnitude of the weight and of those it is fused with, or a bound of it, into its
         parts; `encode` finds it there with every tile."""
 
-    def recodes(self, source: Format) -> bool:
-        """Whether there is a way from the parts of `source` to these without the values: `recode`, in the place of `decode` and
-        `encode`."""
+    def takes_codes(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` becomes this by `recode`, and not by way of its values."""
         return False
 
-    def recode(self, source: Format, given: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
-        """The parts of some rows of a weight that is spelt as `source`, as `encode` returns."""
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        """The codes and scales of `rows` rows of such a weight, in another order: from its parts to these. Returns what
+        `encode` does."""
         raise NotImplementedError
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:

@@ -94,7 +94,7 @@ class Nvfp4(Format):
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """What is spelt so already stays, with what lies beside it."""
         check_groups(cols, GROUP)
-        has_codes = isinstance(source, Nvfp4) or self.recodes(source)
+        has_codes = isinstance(source, Nvfp4) or self.takes_codes(source)
         exact = has_codes or ((self.strict or source.may_have_powers) and not mse)
         format = replace(self, mse=mse and not exact, exact=exact)
         if isinstance(source, Nvfp4) and source.multiplies == self.multiplies:
@@ -148,27 +148,27 @@ class Nvfp4(Format):
             raise ValueError("it has a value that is not finite")
         return self._counted(lost)
 
-    def recodes(self, source: Format) -> bool:
+    def takes_codes(self, source: Format) -> bool:
         return isinstance(source, Nvfp4) or (isinstance(source, Mx) and source.bits == 4)
 
-    def recode(self, source: Format, given: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import nvfp4 as kernels
 
         if isinstance(source, Nvfp4):
-            return self._respell(source, given, parts)
-        codes, packed = (side[0].reshape(-1, MX_GROUP // 2) for side in (given, parts))
-        lost = kernels.encode_mxfp4(codes, given[1], self._factor(parts), packed, parts[1].reshape(-1, 2))
+            return self._respell(source, inputs, parts)
+        codes, packed = (side[0].reshape(-1, MX_GROUP // 2) for side in (inputs, parts))
+        lost = kernels.encode_mxfp4(codes, inputs[1], self._factor(parts), packed, parts[1].reshape(-1, 2))
         return self._counted(lost)
 
-    def _respell(self, source: Nvfp4, given: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
+    def _respell(self, source: Nvfp4, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
         """The same codes and scales, and 1 / global scale; how many groups have other values by that."""
         import numpy as np
 
         from kconvert.formats.kernels import nvfp4 as kernels
 
         for k in range(2):
-            parts[k][:] = given[k]
-        before = given[2].view("f4")[0]
+            parts[k][:] = inputs[k]
+        before = inputs[2].view("f4")[0]
         with np.errstate(over="ignore", divide="ignore"):
             after = np.float32(1) / before
         if not 0 < after < math.inf:

@@ -98,8 +98,13 @@ class Transcode(NamedTuple):
         return self._replace(writes=writes)
 
     @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where what it reads begins, its mates' as well."""
+        return sum((mate.reads for mate in self.mates), ()) or self.reads
+
+    @property
     def needs(self) -> Iterator[tuple[Origin, int]]:
-        """Where what it reads begins, its mates' as well, and how many bytes that are."""
+        """`origins`, and how many bytes are read there."""
         own = Mate(self.name, self.rows, self.cols, self.source, self.reads)
         for mate in self.mates or (own,):
             for part, place in zip(parts_of(mate.source, mate.rows, mate.cols), mate.reads, strict=True):
@@ -125,9 +130,13 @@ class Copy(NamedTuple):
         return tensor_bytes(self.dtype, self.shape)
 
     @property
+    def origins(self) -> tuple[Origin, ...]:
+        return self.reads
+
+    @property
     def needs(self) -> Iterator[tuple[Origin, int]]:
-        """Where what it reads begins, and how many bytes that are."""
-        yield self.reads[0], self.nbytes
+        """`origins`, and how many bytes are read there."""
+        yield from ((place, self.nbytes) for place in self.reads)
 
     @property
     def outputs(self) -> list[Described]:

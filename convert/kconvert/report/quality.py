@@ -72,7 +72,7 @@ def _sample(plan: Plan) -> Iterator[tuple[str, Format, Tile]]:
     """The first rows of some weights all over the model, with their names and targets."""
     import numpy as np
 
-    from kconvert.run.tasks import row_unit
+    from kconvert.run.tiles import row_unit
 
     chosen = [step for step in plan.steps if isinstance(step, Transcode) and step.target.compares_scales]
     if plan.source is None or not chosen:

@@ -23,12 +23,12 @@ from kconvert.checkpoint.files import PAGE
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Transcode
 from kconvert.run.journal import Journal
-from kconvert.run.tasks import (
+from kconvert.run.tiles import (
     Once,
     Shared,
     Task,
     across_of,
-    cut_parts,
+    cut,
     decode,
     inputs_of,
     naming,
@@ -204,20 +204,17 @@ class Run:
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
         inputs = inputs_of(step, first, last, across, self.source, buffers)
+        if step.target.takes_codes(step.source):
+            with naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+                return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
         count, lost = tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
             stop = min(row + count, last)
-            given = cut_parts(step.source_parts, inputs, step.rows, first, row, stop)
-            parts = cut_parts(step.target_parts, outputs, step.rows, first, row, stop)
-            if step.target.recodes(step.source):
-                with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
-                    lost += step.target.recode(step.source, given, parts)
-                continue
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            decode(step, given, row, tile)
+            decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
             with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
-                lost += step.target.encode(tile, parts)
+                lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost
 
     def _reach(self, step: Transcode, buffers: Buffers) -> float:
@@ -253,7 +250,8 @@ class Run:
     def _begin(self, file: str) -> ShardWriter:
         shard = self._shards[file]
         path = self.journal.destination / file
-        self._writers[file] = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+        partial = self.journal.partial(file)
+        self._writers[file] = ShardWriter(path, partial, shard.header, shard.nbytes, shard.padding)
         return self._writers[file]
 
     def _finish(self, file: str) -> None:
@@ -279,11 +277,11 @@ def warm_up(plan: Plan) -> None:
         tile = np.zeros((rows, step.cols), np.float32)
         step.target.settle(0.0, outputs)
         with suppress(ValueError):  # zeros may be no values that the format can spell
-            if step.target.recodes(step.source):
-                step.target.recode(step.source, inputs, outputs)
-            else:
-                step.source.decode(inputs, 0, tile)
-                step.target.encode(tile, outputs)
+            if step.target.takes_codes(step.source):
+                step.target.recode(step.source, inputs, rows, step.cols, outputs)
+                continue
+            step.source.decode(inputs, 0, tile)
+            step.target.encode(tile, outputs)
 
 
 def _kinds(plan: Plan) -> list[Transcode]:

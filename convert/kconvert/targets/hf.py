@@ -145,13 +145,13 @@ TARGETS: Targets = {
         **_experts_or_all(Mx(4), _mx),
         "ktransformers": Target(V4_MXFP4, EXPERTS, table=_mx, names=_kt_names("", "ffn")),
     },
-    "nvfp4": {
-        "compressed-tensors": Target(Nvfp4(), EXPERTS, table=_nvfp4),
-        "modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=_nvfp4, beside=_beside_modelopt),
-    },
     "mxfp8": {
         **_experts_or_all(Mx(8), _mx),
         "ktransformers": Target(M3_MXFP8, EXPERTS, table=_mx, names=_kt_names("model.", "block_sparse_moe")),
+    },
+    "nvfp4": {
+        "compressed-tensors": Target(Nvfp4(), EXPERTS, table=_nvfp4),
+        "modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=_nvfp4, beside=_beside_modelopt),
     },
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, SCALES, Target
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, Target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Recipe:
     of names of weights and tensors.
     `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
     `fp8`, `mxfp4`, `mxfp8` and `nvfp4`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see
-    formats.packed, formats.fp8, formats.mx and formats.nvfp4.
+    formats.packed, formats.fp8, formats.mx and formats.nvfp4. `rest`, for `gguf`, is what matrices become whose codes it does
+    not take: one of base.RESTS.
     KconvertError for a value that is not possible.
     """
 
@@ -37,6 +38,7 @@ class Recipe:
     group_size: int = 32
     require_exact: bool = False
     scales: str = "amax"
+    rest: str = RESTS[0]
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -50,6 +52,10 @@ class Recipe:
             raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
         if self.group_size <= 0 or self.group_size % 8:
             raise KconvertError(f"a group size of {self.group_size} is not possible; it is a multiple of 8, mostly 32")
+        if self.rest not in RESTS or (self.rest != RESTS[0] and self.to != "gguf"):
+            raise KconvertError(
+                f"the rest as {self.rest!r} is not possible for {self.to}; for gguf it is {' or '.join(RESTS)}"
+            )
         self._check_scales()
 
     def _check_scales(self) -> None:

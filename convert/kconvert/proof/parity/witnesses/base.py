@@ -38,6 +38,19 @@ class Witness(Generic[F]):
         """The values [rows, cols] = `shape`, in the weight's own dtype."""
         raise NotImplementedError(f"no independent decoder of {self.format.label}")
 
+    @property
+    def keeps_products(self) -> bool:
+        """Whether its values are products of codes and scales that nothing rounds, as far as they are a source's."""
+        return False
+
+    def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """The values before they are rounded to the weight's own dtype, f32."""
+        return self.values(state, shape).float()
+
+    def claims(self, source: Format) -> bool:
+        """Whether every value of a weight that is spelt as `source` belongs into this encoding, though it has codes."""
+        return False
+
     def arguments(self) -> dict[str, Any]:
         """compressed-tensors' QuantizationArgs of the format."""
         raise NotImplementedError(f"compressed-tensors does not know {self.format.label}")

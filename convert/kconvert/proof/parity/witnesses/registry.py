@@ -15,6 +15,7 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
+from kconvert.proof.parity.witnesses import ggml
 from kconvert.proof.parity.witnesses.amx import AmxWitness
 from kconvert.proof.parity.witnesses.base import Witness
 from kconvert.proof.parity.witnesses.dense import DenseWitness
@@ -27,6 +28,9 @@ from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
     Amx: AmxWitness,
+    ggml.Blocks: ggml.BlocksWitness,
+    ggml.KeysAndValues: ggml.KeysAndValuesWitness,
+    ggml.Turns: ggml.TurnsWitness,
     Dense: DenseWitness,
     Fp8: Fp8Witness,
     Gptq: GptqWitness,

@@ -1,5 +1,5 @@
-"""What a worker takes at a time of a plan's steps: rows of a weight, or bytes of a tensor; how it is read; what all tasks of a
-weight share."""
+"""What a worker takes at a time of a step: tasks of about so many bytes, made of tiles that stay in a core's cache; how these
+are read, and what all tasks of a weight share."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def row_bytes(step: Transcode) -> float:
     return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
 
 
-def cut_parts(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
+def cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
     """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
     cuts = []
     for part, bytes_ in zip(parts, data, strict=True):
@@ -174,6 +174,6 @@ def _largest(
     for row in range(first, last, count):
         stop = min(row + count, last)
         tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-        decode(step, cut_parts(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+        decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
         largest = max(largest, float(tile.max(initial=0)), -float(tile.min(initial=0)))
     return largest
