@@ -134,6 +134,11 @@ class Conversion:
         change = self._changes.get(kind)
         if change is None:
             change = self._changes[kind] = Change.of(weight.format, self._encoding(weight))
+            if self.recipe.require_exact and not change.keeps_codes and change.encoding.fate(weight.format) == "lossy":
+                raise KconvertError(
+                    f"weight {weight.name!r} ({weight.format.label}) may lose values as {change.encoding.label}, which "
+                    "--require-exact forbids; leave it out"
+                )
         return change
 
     @cached_property
