@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Recipe:
     """`to` is one of registry.TARGETS and `layout` one of its layouts for the model, "" for the first of them.
 
-        `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
-        `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
-        of names of weights and tensors.
+    `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
+    `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
+    of names of weights and tensors.
     `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
-        `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed, formats.fp8,
-        formats.mx and formats.nvfp4. With `require_exact` an output has every value of its source, or there is none. `rest`, for
-        `gguf`, is what matrices become whose codes it does not take: one of base.RESTS.
-        KconvertError for a value that is not possible.
+    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed, formats.fp8,
+    formats.mx and formats.nvfp4. With `require_exact` an output has every value of its source, or there is none. `rest`, for
+    `gguf`, is what matrices become whose codes it does not take: one of base.RESTS.
+    KconvertError for a value that is not possible.
     """
 
     to: str
