@@ -28,7 +28,7 @@ https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
 WRITTEN_SCALES = ("F32", "BF16", *E8M0)
+LARGEST = 448.0
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
 KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
@@ -141,11 +142,14 @@ class Fp8(Format):
             *self.unused,
         )
 
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        return LARGEST * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
+
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import fp8 as kernels
 
         block_rows, block_cols = self.block_shape(*tile.shape)
-        scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
+        scale = widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
         if kernels.has_nan(parts[0]):
@@ -199,7 +203,7 @@ class Fp8(Format):
         return (rows if self.strategy == "channel" else 1), 1
 
 
-def _widen(scale: Bytes, dtype: str) -> Tile:
+def widen(scale: Bytes, dtype: str) -> Tile:
     """The bytes of scales -> f32, exact, aligned."""
     import numpy as np
 
@@ -210,6 +214,13 @@ def _widen(scale: Bytes, dtype: str) -> Tile:
         powers: Tile = np.ldexp(np.ones(len(values), "f4"), values.astype("i4") - 127)
         return powers
     return values.astype("f4")
+
+
+def largest_scale(scales: Iterable[Bytes], dtype: str) -> float:
+    """The largest magnitude of scales, in pieces."""
+    import numpy as np
+
+    return max((float(np.abs(widen(scale, dtype)).max(initial=0)) for scale in scales), default=0.0)
 
 
 def _narrow(exponents: Bytes, dtype: str, scale: Bytes) -> None:

@@ -8,13 +8,16 @@ from typing import TypeAlias
 from kconvert.models.model import Model, refuse_undecoded
 from kconvert.planning.plan import Plan
 from kconvert.targets.conversion import plan_conversion
+from kconvert.targets.gguf.plan import plan_gguf
 from kconvert.targets.recipe import Recipe
 
 Planner: TypeAlias = Callable[[Model, Model, Recipe], Plan]
 
 # What follows --to -> how that is planned, where it is not by its Target alone. Each takes the model, what of it was chosen
 # by --include and --exclude, and a recipe whose layout is settled.
-PLANNERS: Mapping[str, Planner] = {}
+PLANNERS: Mapping[str, Planner] = {
+    "gguf": plan_gguf,
+}
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:

@@ -15,17 +15,22 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
+from kconvert.proof.parity.witnesses import ggml
 from kconvert.proof.parity.witnesses.amx import AmxWitness
 from kconvert.proof.parity.witnesses.base import Witness
 from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
 from kconvert.proof.parity.witnesses.gptq import GptqWitness
 from kconvert.proof.parity.witnesses.int8 import Int8Witness
-from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness, Nvfp4Witness
+from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness
+from kconvert.proof.parity.witnesses.nvfp4 import Nvfp4Witness
 from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
     Amx: AmxWitness,
+    ggml.Blocks: ggml.BlocksWitness,
+    ggml.KeysAndValues: ggml.KeysAndValuesWitness,
+    ggml.Turns: ggml.TurnsWitness,
     Dense: DenseWitness,
     Fp8: Fp8Witness,
     Gptq: GptqWitness,
