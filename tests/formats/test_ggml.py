@@ -98,7 +98,9 @@ def test_every_scale_is_rounded_as_numpy_rounds_it() -> None:
     ties = torch.arange(-3, 4) * 2**-25 + torch.tensor([[2.0**-24], [2.0**-14], [2.0**-13]])
     for name, found in (("BF16", scale), ("F32", torch.cat([more[more.abs() < 65520], ties.flatten()])[:, None])):
         codes = torch.ones(len(found), 32, dtype=torch.int64)
-        (blocks,), lost = recode(Q4_0(), Packed(32, scale_dtype=name), packed(codes * (found != 0), found), len(found), 32)
+        (blocks,), lost = recode(
+            Q4_0(), Packed(32, scale_dtype=name), packed(codes * (found != 0), found), len(found), 32
+        )
         halves = found.half()
         assert (blocks.reshape(-1, 18)[:, :2] == halves.view(torch.uint8).numpy()).all()
         assert lost == (halves.float() != found.float()).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.models.model import Weight
@@ -52,7 +53,7 @@ def _byte_fault(rows: Rows) -> str | None:
     if right and rows.kind in rows.desk.known:
         return None
     differences = []
-    for candidate in witness_of(rows.theirs.format).encodings(rows.expected, rows.theirs, rows.first):
+    for candidate in _candidates(rows):
         count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)
         if not count:
             if right:
@@ -62,6 +63,14 @@ def _byte_fault(rows: Rows) -> str | None:
     if same_bits(rows.expected.to(rows.found.dtype), rows.found):
         return None
     return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
+
+
+def _candidates(rows: Rows) -> Iterator[State]:
+    witness = witness_of(rows.theirs.format)
+    if (kept := witness.respelt(rows.ours.format, rows.source)) is not None:
+        yield kept
+    else:
+        yield from witness.encodings(rows.expected, rows.theirs, rows.first, rows.output)
 
 
 def _quickly_right(rows: Rows) -> bool:

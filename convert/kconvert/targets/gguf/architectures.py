@@ -34,7 +34,7 @@ def architecture_of(model: Model) -> Architecture:
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if architecture is None:
         raise KconvertError(
-            f"{model.checkpoint.root} is a {model_type or 'model without model_type in config.json'}, whose tensors have no "
+            f"{model.checkpoint.root} is a {model.checkpoint.config.get('model_type') or 'model of no model_type'}, whose tensors have no "
             f"mapping to GGUF yet; there are those of {', '.join(ARCHITECTURES)}"
         )
     return architecture
