@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import kconvert
 from kconvert.cli import main
 from kconvert.proof import digests
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
 def run(*arguments: object) -> Result:
@@ -259,6 +260,18 @@ def test_amx_weights_are_certified_too(int4: Path, tmp_path: Path) -> None:
     content[-1] ^= 1
     shard.write_bytes(content)
     assert "sha256 differs" in one_sentence(run("check", packed, path), 1)
+
+
+@pytest.mark.parametrize("like", ["gpt-oss", "qwen3.5-moe"])
+def test_stacks_of_experts_are_compared_matrix_by_matrix_and_certified_as_they_lie(tmp_path: Path, like: str) -> None:
+    sizes = {"layers": 1, "experts": 2, "hidden": 128, "vocab": 64}
+    kconvert.convert(plan_synthetic(SampleRecipe(like, sizes)), tmp_path / "source")
+    shutil.copytree(tmp_path / "source", tmp_path / "copy", ignore=shutil.ignore_patterns(".kconvert"))
+    kconvert.certify(kconvert.verify(tmp_path / "source", tmp_path / "copy"), tmp_path / "out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["not_compared"] == []
+    assert any("experts" in name for name in document["tensors"])
+    assert run("check", tmp_path / "copy", tmp_path / "out.json").exit_code == 0
 
 
 def edit(text: str, **changes: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -171,6 +171,21 @@ class Format:
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
         raise NotImplementedError
+
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """A magnitude that no value of the weight is above, by its scales; None where only the values tell.
+
+        `read(0, 2)` has the bytes of the first and the third part of some rows, then of the next ones, and so on.
+        """
+        return None
+
+    def settles(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` now gets something that depends on all of its values; see `settle`."""
+        return False
+
+    def settle(self, reach: float, parts: Sequence[Bytes]) -> None:
+        """Write what depends on the largest magnitude of the weight and of those it is fused with, or a bound of it, into its
+        parts; `encode` finds it there with every tile."""
 
     def takes_codes(self, source: Format) -> bool:
         """Whether a weight that is spelt as `source` becomes this by `recode`, and not by way of its values."""

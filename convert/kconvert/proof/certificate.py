@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kconvert.address import open_checkpoint, open_stored
-from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.files import is_directory, write_file
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
 from kconvert.checkpoint.safetensors import Tensor
@@ -218,7 +218,7 @@ def check_certificate(
 def _open(output: str | os.PathLike[str]) -> Checkpoint:
     """What is there; CheckFailed where a directory is not sound."""
     path = Path(output)
-    if not is_directory(output) and not (is_gguf(output) and exists(output)):
+    if not is_directory(output) and not is_gguf(output):
         return open_checkpoint(output)
     try:
         found = open_amx(path).checkpoint if is_amx(path) else open_stored(path)
@@ -230,14 +230,13 @@ def _open(output: str | os.PathLike[str]) -> Checkpoint:
 
 def _check_tables(checkpoint: Checkpoint, wanted: Certificate, certificate: Path) -> None:
     """CheckFailed for the first tensor or file that is missing, extra, or of another dtype or shape."""
-    root = checkpoint.root
-    _check_names(root, "tensor", wanted.tensors, checkpoint.tensors)
-    _check_names(root, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
+    _check_names(checkpoint.title, "tensor", wanted.tensors, checkpoint.tensors)
+    _check_names(checkpoint.title, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
     for name, entry in wanted.tensors.items():
         tensor = checkpoint.tensors[name]
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
             raise CheckFailed(
-                f"{root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
+                f"{checkpoint.root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
                 f"{entry.dtype} {list(entry.shape)}"
             )
 

@@ -153,7 +153,13 @@ class _Shelf:
             return None
         if (whole := self._tensor(f"{stem}.{suffix}")) is None:
             return self._by_head(item, module) if module.endswith("kv_b_proj") else None
-        return self._taken(item, self._blocks(item, whole), [whole], math.prod(whole.shape[:-1]), _columns(whole))
+        if whole.shape != (shape := _shape(item)):
+            raise CheckFailed(
+                f"{self.checkpoint.root / whole.file}: tensor {whole.name!r} is {list(whole.shape)}, in the source "
+                f"{item.name!r} is {list(shape)}"
+            )
+        blocks, factors = self._scaled(self._blocks(item, whole), stem, 1)
+        return self._taken(item, blocks, [whole, *factors], item.rows, item.cols)
 
     def _expert(self, item: Weight) -> Weight | None:
         """One of the matrices of a stack."""
@@ -163,15 +169,18 @@ class _Shelf:
         count = self._experts[item.layer, item.role]
         if stack is None or len(stack.shape) != 3 or stack.shape[0] != count or (item.expert or 0) >= count:
             return None
-        blocks, tensors = self._blocks(item, stack), [_slab(stack, item.expert or 0)]
-        factor = self._tensor(f"{stem}.scale") if stack.dtype == "NVFP4" else None
-        if factor is not None and (factor.dtype, factor.shape) == ("F32", (count,)):
-            self.used.add(factor.name)
-            blocks, tensors = replace(blocks, factor=True), [*tensors, _slab(factor, item.expert or 0)]
         self.used.add(stack.name)
-        return Weight(
-            item.name, item.role, stack.shape[1], stack.shape[2], blocks, tuple(tensors), item.layer, item.expert
-        )
+        blocks, factors = self._scaled(self._blocks(item, stack), stem, count)
+        tensors = [_slab(tensor, item.expert or 0) for tensor in (stack, *factors)]
+        return self._taken(item, blocks, tensors, stack.shape[1], stack.shape[2])
+
+    def _scaled(self, blocks: Blocks, stem: str | None, count: int) -> tuple[Blocks, list[Tensor]]:
+        """NVFP4 with the numbers that multiply each of `count` matrices, if there are any."""
+        factor = self._tensor(f"{stem}.scale") if blocks.dtype == "NVFP4" else None
+        if factor is None or (factor.dtype, factor.shape) != ("F32", (count,)):
+            return blocks, []
+        self.used.add(factor.name)
+        return replace(blocks, factor=True), [factor]
 
     def _by_head(self, item: Weight, module: str) -> Weight | None:
         """kv_b of k_b [heads, rank, nope] and v_b [heads, value, rank]."""
@@ -210,6 +219,13 @@ class _Shelf:
     def _taken(self, item: Weight, format: Format, tensors: list[Tensor], rows: int, cols: int) -> Weight:
         self.used.update(tensor.name for tensor in tensors)
         return Weight(item.name, item.role, rows, cols, format, tuple(tensors), item.layer, item.expert)
+
+
+def _shape(item: Weight) -> tuple[int, ...]:
+    """What a tensor measures that has all of the weight, and is not transposed."""
+    if (height := item.format.height(item.rows)) is not None:
+        return item.rows // height, height, item.cols
+    return (item.rows, item.cols) if item.format.quantised else item.tensors[0].shape
 
 
 def _columns(tensor: Tensor) -> int:

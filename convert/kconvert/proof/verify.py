@@ -122,7 +122,7 @@ def verify(
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
-    tally = _Tally(converted.checkpoint.root, keep_going, faults)
+    tally = _Tally(converted.checkpoint.title, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
         for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
             tally.add(outcome)

@@ -47,6 +47,7 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
 
     parts: list[Bytes] = [np.zeros(part.nbytes, np.uint8) for part in parts_of(format, *tile.shape)]
     served = np.empty_like(tile)
+    format.settle(float(np.abs(tile).max(initial=0)), parts)
     format.encode(tile, parts)
     format.decode(parts, 0, served)
     error = np.subtract(tile, served, dtype=np.float64)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,11 +20,24 @@ import numpy as np
 
 from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
-from kconvert.errors import KconvertError
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.planning.steps import Copy, Transcode
 from kconvert.run.journal import Journal
-from kconvert.run.tiles import cut, row_bytes, row_unit, task_size, tile_rows
+from kconvert.run.tiles import (
+    Once,
+    Shared,
+    Task,
+    across_of,
+    cut,
+    decode,
+    inputs_of,
+    naming,
+    reach_of,
+    row_bytes,
+    row_unit,
+    task_size,
+    tile_rows,
+)
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -49,36 +62,6 @@ class Observer(Protocol):
 
     def stop(self, failure: BaseException) -> None:
         """The run ends here; whoever waits must not wait any longer."""
-
-
-class Shared:
-    """The parts of a weight that lie across, which each of its `tasks` needs whole: the first reads them for all."""
-
-    def __init__(self, tasks: int) -> None:
-        self._left = tasks
-        self._data: list[Bytes] = []
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
-        """The parts in their order, while one task decodes; with the last task they are gone."""
-        with self._lock:
-            self._data = self._data or read()
-        yield self._data
-        with self._lock:
-            self._left -= 1
-            if not self._left:
-                self._data.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor."""
-
-    step: Step
-    first: int
-    last: int
-    shared: Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +143,16 @@ class Run:
                 self._finish(shard.name)
 
     def _tasks(self) -> Iterator[Task]:
+        reaches: dict[int, Once] = defaultdict(Once)  # weights with the same mates have the same tuple of them
         for step in self.plan.steps:
             if any(place.file not in self._done for place in step.writes):
                 size, unit = task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
                 count = max(unit, size // unit * unit)
                 starts = range(0, max(last, 1), count)
-                shared = Shared(len(starts))
+                shared, reach = Shared(len(starts)), reaches[id(step.mates) if isinstance(step, Transcode) else 0]
                 for first in starts:
-                    yield Task(step, first, min(first + count, last), shared)
+                    yield Task(step, first, min(first + count, last), shared, reach)
 
     def _work(self, tasks: Iterator[Task]) -> None:
         buffers = Buffers()
@@ -179,7 +163,7 @@ class Run:
                 if task is None:
                     return
                 if isinstance(task.step, Transcode):
-                    self._transcode(task.step, task.first, task.last, task.shared, buffers)
+                    self._transcode(task.step, task, buffers)
                 else:
                     self._copy(task.step, task.first, task.last, buffers)
         except BaseException as failure:
@@ -200,10 +184,14 @@ class Run:
             data = moved
         self._write(target.file, target.start + first, data)
 
-    def _transcode(self, step: Transcode, first: int, last: int, shared: Shared, buffers: Buffers) -> None:
+    def _transcode(self, step: Transcode, task: Task, buffers: Buffers) -> None:
+        first, last = task.first, task.last
+        reach = task.reach.get(lambda: self._reach(step, buffers)) if step.mates else None
         outputs = self._outputs(step, first, last, buffers)
-        with shared.held(lambda: self._across(step)) as across:
-            lost = self._fill(step, first, last, iter(across), outputs, buffers)
+        if reach is not None:
+            step.target.settle(reach, outputs)
+        with task.shared.held(lambda: across_of(step, self.source)) as across:
+            lost = self._fill(step, first, last, across, outputs, buffers)
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
@@ -212,41 +200,27 @@ class Run:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
 
     def _fill(
-        self, step: Transcode, first: int, last: int, across: Iterator[Bytes], outputs: list[Bytes], buffers: Buffers
+        self, step: Transcode, first: int, last: int, across: list[Bytes], outputs: list[Bytes], buffers: Buffers
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
-        inputs = self._inputs(step, first, last, across, buffers)
+        inputs = inputs_of(step, first, last, across, self.source, buffers)
         if step.target.takes_codes(step.source):
-            with _naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+            with naming(f"{step.title} cannot be written as {step.target.label}", first, last):
                 return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
         count, lost = tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
-                step.source.decode(cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-            with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
+            decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
                 lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost
 
-    def _across(self, step: Transcode) -> list[Bytes]:
-        """All bytes of the parts that lie across, in memory of their own."""
-        parts = zip(step.source_parts, step.reads, strict=True)
-        wanted = [(place, part.nbytes) for part, place in parts if part.across]
-        return [Buffers().fetch(self.source, "across", place.file, place.start, size) for place, size in wanted]
-
-    def _inputs(self, step: Transcode, first: int, last: int, across: Iterator[Bytes], buffers: Buffers) -> list[Bytes]:
-        """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
-        data: list[Bytes] = []
-        for part, place in zip(step.source_parts, step.reads, strict=True):
-            if part.across:
-                data.append(next(across))
-                continue
-            start, stop = part.span(step.rows, first, last)
-            use = f"in.{sum(map(bool, map(len, data)))}"
-            data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
-        return data
+    def _reach(self, step: Transcode, buffers: Buffers) -> float:
+        """The largest magnitude of the values of the step's mates, or what their scales say that none is above."""
+        mates = (Transcode(*mate, step.target) for mate in step.mates)
+        return max(reach_of(mate, self.source, buffers, self.limits.task_bytes) for mate in mates)
 
     def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
         """Room for the bytes that these rows are in every part."""
@@ -289,15 +263,6 @@ class Run:
             observer.finish(file)
 
 
-@contextmanager
-def _naming(fault: str, first: int, stop: int) -> Iterator[None]:
-    """A format knows what is wrong with a tile, but not whose tile it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
-
-
 def warm_up(plan: Plan) -> None:
     """Import numba and load the compiled kernels that `plan` needs, by a tile of zeros for each pair of formats.
 
@@ -310,6 +275,7 @@ def warm_up(plan: Plan) -> None:
             for parts in (step.source_parts, step.target_parts)
         )
         tile = np.zeros((rows, step.cols), np.float32)
+        step.target.settle(0.0, outputs)
         with suppress(ValueError):  # zeros may be no values that the format can spell
             if step.target.takes_codes(step.source):
                 step.target.recode(step.source, inputs, rows, step.cols, outputs)

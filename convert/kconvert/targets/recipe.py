@@ -21,9 +21,10 @@ class Recipe:
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
-    `fp8`, `mxfp4` and `mxfp8`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed,
-    formats.fp8 and formats.mx. `rest`, for `gguf`, is what matrices become whose codes it does not take: one of base.RESTS.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
+    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed, formats.fp8,
+    formats.mx and formats.nvfp4. With `require_exact` an output has every value of its source, or there is none. `rest`, for
+    `gguf`, is what matrices become whose codes it does not take: one of base.RESTS.
     KconvertError for a value that is not possible.
     """
 
@@ -62,7 +63,7 @@ class Recipe:
             raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS))}")
         target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
         if self.scales == "mse" and target.format.scaled(mse=True) is None:
-            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
+            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
         if self.scales == POWERS and target.format.with_powers() is None:

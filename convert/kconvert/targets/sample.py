@@ -23,7 +23,7 @@ from kconvert.models.sizes import lookup
 from kconvert.models.stacks import Stack, unstack
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Copy, Slot, Step, Transcode, copy_of
+from kconvert.planning.steps import Copy, Mate, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.targets.tokens import TOKENIZERS
@@ -100,7 +100,9 @@ def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transc
         parts_of(target, rows, cols)
         if can_be_dealt(target):
             return Transcode(name, rows, cols, Picks(name, seed), (), Dealt(target, seed))
-        return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
+        values = Synthetic(name, seed)
+        alone = (Mate(name, rows, cols, values, ()),) if target.settles(values) else ()
+        return Transcode(name, rows, cols, values, (), target, mates=alone)
     except ValueError as error:
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None
 

@@ -60,9 +60,14 @@ class Witness(Generic[F]):
         """Whether it is known what kconvert writes as this format: then `encodings` are."""
         return False
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
-        """What the format may make of `values`, bf16 [rows, cols], as the rows of `weight` from `first` on."""
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
+        """What the format may make of `values`, bf16 [rows, cols], as the rows of `weight` from `first` on, by what was `found`
+        where more than the values decides."""
         raise NotImplementedError(f"no reference encoder of {self.format.label}")
+
+    def respelt(self, source: Format, state: State) -> State | None:
+        """What the tensors `state` of a weight in `source` become where their codes are kept; None where they are not."""
+        return None
 
     def is_quick(self, cols: int) -> bool:
         """Whether there are `quick_values` of a weight with so many columns."""

@@ -77,7 +77,7 @@ class PackedWitness(Witness[Packed]):
         kind = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
         return kind and not format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         """Nothing in a checkpoint says by which convention it was made, from exact values, or with which scales."""
         from kconvert.formats.reference import packed
 

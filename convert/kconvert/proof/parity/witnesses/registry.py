@@ -22,7 +22,8 @@ from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
 from kconvert.proof.parity.witnesses.gptq import GptqWitness
 from kconvert.proof.parity.witnesses.int8 import Int8Witness
-from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness, Nvfp4Witness
+from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness
+from kconvert.proof.parity.witnesses.nvfp4 import Nvfp4Witness
 from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
