@@ -147,6 +147,8 @@ def _from_json(files: Files, pre: str) -> Vocabulary:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise files.fault(TOKENIZER, "is no BPE with a vocabulary")
+    if model.get("byte_fallback"):
+        raise files.fault(TOKENIZER, "is no BPE of bytes, but of characters")
     if any(type(number) is not int or number < 0 for number in vocab.values()):
         raise files.fault(TOKENIZER, "has tokens whose ids are no numbers")
     tokens = {number: (token, NORMAL) for token, number in vocab.items()}
