@@ -154,6 +154,11 @@ class Format:
         return "group"
 
     @property
+    def shortfall(self) -> str:
+        """What a run says of the groups that it counts, `{}` of so many weights; see `encode`."""
+        return "no codes and scale reproduce the values of {}, which the rule quantised"
+
+    @property
     def matrices(self) -> int | None:
         """How many matrices [out, in] it stacks; None: it is one."""
         return None
