@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, SCALES
+from kconvert.targets.base import POWERS, SCALES, WIDE
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -133,10 +133,10 @@ def layout_option(*targets: str) -> Callable[[Command], Command]:
 
 scales_option = click.option(
     "--scales",
-    type=click.Choice((*SCALES, POWERS)),
+    type=click.Choice((*SCALES, POWERS, WIDE)),
     default="amax",
     show_default=True,
-    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two.",
+    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two; mlx: the source's in F32.",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kconvert.dialects import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark
+from kconvert.dialects import auto_round, awq, compressed_tensors, fp8, gptq, mlx, modelopt, quark
 from kconvert.dialects.base import Dialect, QuantizationConfig
 from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.tables import declarations
@@ -13,7 +13,7 @@ from kconvert.dialects.unread import unread
 from kconvert.errors import KconvertError
 
 # Of those with signs in common the narrower comes first: ModelOpt has config_groups too.
-DIALECTS: tuple[Dialect, ...] = (modelopt, quark, compressed_tensors, fp8, auto_round, gptq, awq)
+DIALECTS: tuple[Dialect, ...] = (modelopt, quark, compressed_tensors, fp8, auto_round, gptq, awq, mlx)
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:

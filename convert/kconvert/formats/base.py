@@ -196,6 +196,11 @@ class Format:
         return None
 
     @property
+    def has_wide_scales(self) -> bool:
+        """Whether its scales may be written in F32, where they have another dtype by default."""
+        return False
+
+    @property
     def compares_scales(self) -> bool:
         """Whether people are to be told what scales by least squared error gain, or would gain, over those by amax."""
         return False

@@ -37,6 +37,7 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "mlx": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
     "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.85}),
     "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.1}),
 }
@@ -58,9 +59,10 @@ class Standard:
         """What decides: "values" (equal bit for bit), "bytes" (those of the reference encoding) or "limits"."""
         if not self.exact:
             return "limits"
-        if ours.format == theirs.format or not theirs.format.quantised:
+        witness = witness_of(theirs.format)
+        if ours.format == theirs.format or not theirs.format.quantised or witness.keeps_values:
             return "values"
-        return "bytes" if witness_of(theirs.format).has_reference else "limits"
+        return "bytes" if witness.has_reference else "limits"
 
 
 @dataclass(frozen=True, slots=True)

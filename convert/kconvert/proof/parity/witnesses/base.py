@@ -32,6 +32,7 @@ class Witness(Generic[F]):
 
     by_library = True  # whether compressed-tensors decodes it
     has_many_spellings = False  # whether codes that give back every value are right, whichever they are
+    keeps_values = False  # whether kconvert writes it only where it keeps every value
     decodes_parts_of_blocks = False  # whether rows can be decoded without the others that share their scales
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
