@@ -10,8 +10,8 @@ from mlx_packing import BITS, affine, pack, value
 from kconvert.formats import recognise
 from kconvert.formats.base import Scheme
 from kconvert.formats.dense import Dense
-from kconvert.formats.engines.mlx import Affine, AffineRows
-from kconvert.formats.engines.rows import Heads, Rows, Turns
+from kconvert.formats.engines.mlx import Affine, affine_of, by_heads
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.proof.parity.oracle import decoded
@@ -60,12 +60,10 @@ def int4(rows: int, cols: int, scales: torch.Tensor, bits: int = 4) -> tuple[tor
 
 def carried(words: torch.Tensor, scales: torch.Tensor, packed: Packed, dtype: str) -> tuple[list[np.ndarray], int]:
     rows, cols = len(words), words.shape[1] * 32 // packed.bits
-    source = Rows(packed, cols)
-    target = AffineRows(Affine(packed.bits, packed.group_size or cols, dtype), cols)
-    tile = np.empty((rows, source.width), "f4")
-    source.decode([flat(words), flat(scales)], 0, tile)
-    out = [np.zeros(part.nbytes, "u1") for part in target.parts(rows, source.width)]
-    return out, target.encode(tile, out)
+    target = affine_of(packed, cols, dtype, strict=False)
+    assert target is not None
+    out = [np.zeros(part.nbytes, "u1") for part in target.parts(rows, cols)]
+    return out, target.recode(packed, [flat(words), flat(scales)], rows, cols, out)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
@@ -114,7 +112,7 @@ def test_a_scale_whose_bias_would_be_infinite_is_refused() -> None:
 
 
 def test_kv_b_goes_by_heads_and_back() -> None:
-    format = Heads(6, 4, Dense("BF16"), Dense("BF16"))
+    format = by_heads(6, 4, Dense("BF16"), Dense("BF16"))
     whole = torch.randn(3 * 10, 8).bfloat16()
     out = [np.zeros(part.nbytes, "u1") for part in format.parts(30, 8)]
     format.encode(whole.float().numpy(), out)

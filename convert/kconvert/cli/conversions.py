@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
+from kconvert.cli.options import conversion, layout_option, packed_options, rest_option, scales_option
 from kconvert.cli.running import carry_out, pinned
 from kconvert.targets.registry import TARGETS
 
@@ -86,13 +86,15 @@ def fp8_to_int4(source: str, destination: str, **options: Any) -> None:
 @packed_options
 @click.option("--to", required=True, type=click.Choice(list(TARGETS)), help="The encoding to write.")
 @layout_option(*TARGETS)
+@rest_option
 def convert(source: str, destination: str, to: str, **options: Any) -> None:
     """Convert the checkpoint SRC, in any encoding that can be read, to another one in DST.
 
     `--to mlx` writes what mlx-lm loads, with the codes and scales that SRC has (INT4, MXFP4, MXFP8), and the rest in BF16.
 
     \b
-    Example: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
+    Examples: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
+              kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
     """
     _convert(source, destination, to=to, expect=None, **options)
 

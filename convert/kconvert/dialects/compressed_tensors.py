@@ -188,6 +188,13 @@ def mx_table(bits: int, quantised: Iterable[str], unquantised: Iterable[str]) ->
     return compressed_table(format, {"weights": {**weights, **scales}}, quantised, unquantised)
 
 
+def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """The preset NVFP4A16: quantised weights, and activations as they come, of which nobody has measured the scales."""
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    scales = {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
+    return compressed_table("nvfp4-pack-quantized", {"weights": {**weights, **scales}}, quantised, unquantised)
+
+
 def compressed_table(
     format: str, group: Mapping[str, Any], quantised: Iterable[str], unquantised: Iterable[str]
 ) -> dict[str, Any]:

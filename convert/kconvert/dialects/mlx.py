@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, by_name
 from kconvert.dialects.fields import Table, brief
-from kconvert.dialects.gptq import by_name
 from kconvert.dialects.tables import KEYS, MLX_KEY, without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme

@@ -9,10 +9,12 @@ Sources: https://github.com/NVIDIA/Model-Optimizer, `export/quant_utils.py`, `ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names, by_name
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -57,11 +59,8 @@ def read(table: Table) -> QuantizationConfig:
 
 def _by_layer(layers: Table) -> tuple[Scheme, ...]:
     """A scheme for each algorithm, whose targets are the modules that have it."""
-    modules: dict[Scheme, list[str]] = {}
-    for name in layers.values:
-        if (scheme := _scheme(layers.table(name))) is not None:
-            modules.setdefault(scheme, []).append(layers.target(name))
-    return tuple(replace(scheme, targets=tuple(names)) for scheme, names in modules.items())
+    schemes = ((name, _scheme(layers.table(name))) for name in layers.values)
+    return by_name((layers.target(name), scheme) for name, scheme in schemes if scheme is not None)
 
 
 def _scheme(table: Table) -> Scheme | None:
@@ -80,3 +79,49 @@ def _scheme(table: Table) -> Scheme | None:
     if size and scheme.block:
         return replace(scheme, block=(size, size))
     return replace(scheme, group_size=size) if size and scheme.group_size else scheme
+
+
+# What an engine fuses under another name these patterns hit as well.
+USUAL_IGNORE = (
+    "lm_head",
+    "*self_attn*",
+    "*.attn.*",
+    "*shared_expert*",
+    "*mlp.gate",
+    "*block_sparse_moe.gate",
+    "*vision_tower*",
+)
+PRODUCER = {"name": "modelopt"}  # by which engines know the file
+BESIDE = "hf_quant_config.json"
+FLOAT4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+
+
+def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """One `quant_algo`, NVFP4, for all Linears but those in `ignore`."""
+    group = {"input_activations": FLOAT4, "weights": FLOAT4, "targets": ["Linear"]}
+    return {
+        "config_groups": {"group_0": group},
+        "ignore": _ignore(quantised, unquantised),
+        "quant_algo": "NVFP4",
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }
+
+
+def table_beside(table: Mapping[str, Any]) -> dict[str, Any]:
+    """hf_quant_config.json, which says the same as the quantization_config `table`: TensorRT-LLM reads no other."""
+    said: dict[str, Any] = {"quant_algo": table["quant_algo"], "kv_cache_quant_algo": None}
+    if "quantized_layers" in table:
+        said["quantized_layers"] = table["quantized_layers"]
+    else:
+        said |= {"group_size": FLOAT4["group_size"], "exclude_modules": table["ignore"]}
+    return {"producer": PRODUCER, "quantization": said}
+
+
+def _ignore(quantised: Iterable[str], unquantised: Iterable[str]) -> list[str]:
+    """`ignore`: the usual patterns as far as they hit something, and nothing quantised; names for the rest."""
+    quantised, unquantised = both_names(quantised), both_names(unquantised)
+    hit = {pattern: [name for name in unquantised if fnmatchcase(name, pattern)] for pattern in USUAL_IGNORE}
+    sound = [p for p, names in hit.items() if names and not any(fnmatchcase(name, p) for name in quantised)]
+    covered = {name for pattern in sound for name in hit[pattern]}
+    return [*sound, *(name for name in unquantised if name not in covered)]

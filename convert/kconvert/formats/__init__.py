@@ -101,6 +101,13 @@ def recognise(
         return mlx.recognise_halves(found, shape)
     if found.keys() <= stacks.SUFFIXES:
         return stacks.recognise(None, found, shape)
+    if (
+        found.keys() >= {"weight", "scales"}
+        and found["weight"][0] == mx.WORDS
+        and (scheme is None or scheme.format != mlx.FORMAT)
+    ):
+        said = "declares no quantisation for it" if scheme is None else f"says it is {scheme}"
+        raise ValueError(f"its weight is {mx.WORDS} with scales beside it as MLX has them, but {said_by} {said}")
     if scheme is None:
         raise ValueError(f"it has {', '.join(sorted(found))}, but {said_by} declares no quantisation for it")
     family, declared = _declared(scheme)

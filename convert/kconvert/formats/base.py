@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -172,6 +172,30 @@ class Format:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
         raise NotImplementedError
 
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """A magnitude that no value of the weight is above, by its scales; None where only the values tell.
+
+        `read(0, 2)` has the bytes of the first and the third part of some rows, then of the next ones, and so on.
+        """
+        return None
+
+    def settles(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` now gets something that depends on all of its values; see `settle`."""
+        return False
+
+    def settle(self, reach: float, parts: Sequence[Bytes]) -> None:
+        """Write what depends on the largest magnitude of the weight and of those it is fused with, or a bound of it, into its
+        parts; `encode` finds it there with every tile."""
+
+    def takes_codes(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` becomes this by `recode`, and not by way of its values."""
+        return False
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        """The codes and scales of `rows` rows of such a weight, in another order: from its parts to these. Returns what
+        `encode` does."""
+        raise NotImplementedError
+
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """This format for a weight [rows, cols] that is spelt as `source` now, with scales by `mse` where there is a choice.
 
@@ -194,11 +218,6 @@ class Format:
     def with_powers(self) -> Format | None:
         """This format with scales that are powers of two; None where there is no choice."""
         return None
-
-    @property
-    def has_wide_scales(self) -> bool:
-        """Whether its scales may be written in F32, where they have another dtype by default."""
-        return False
 
     @property
     def compares_scales(self) -> bool:

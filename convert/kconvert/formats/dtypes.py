@@ -30,7 +30,12 @@ DTYPE_BITS = {
     "C64": 64,
 }
 
+# Of GGUF alone: blocks of so many elements in so many bytes, see formats.engines.ggml. The shape of such a tensor is that of
+# its elements.
+BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "MXFP4": (32, 17)}
+
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS) and shape."""
-    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS or BLOCKS) and shape."""
+    elements, nbytes = BLOCKS.get(dtype) or (8, DTYPE_BITS[dtype])
+    return math.prod(shape) * nbytes // elements

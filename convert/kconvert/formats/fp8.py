@@ -28,7 +28,7 @@ https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
 WRITTEN_SCALES = ("F32", "BF16", *E8M0)
+LARGEST = 448.0
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
 KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
@@ -107,21 +108,28 @@ class Fp8(Format):
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """With powers of two also for what has such scales now: nothing else keeps its values. A float scale stays as it is, as
         engines read either."""
-        powers = self.powers or self.strict or (source.quantised and source.may_have_powers)
-        exact = powers and (self.strict or source.may_have_powers)
+        strict = self.strict and not self._keeps(source)
+        powers = self.powers or strict or (source.quantised and source.may_have_powers)
+        exact = powers and (strict or source.may_have_powers)
         format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
+        return Format.fit(format if format._with_scales_of(source) != source else source, source, rows, cols, mse)
+
+    def _keeps(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` keeps its codes and scales, be it under other names."""
+        return self._with_scales_of(source) == source or self.usual == source.usual
+
+    def _with_scales_of(self, source: Format) -> Fp8:
+        """With F32 or BF16 scales, whichever of the two the source has."""
         if isinstance(source, Fp8) and {source.scale_dtype, self.scale_dtype} == {"F32", "BF16"}:
-            kept = replace(format, scale_dtype=source.scale_dtype)
-            format = kept if kept == source else format
-        return Format.fit(format, source, rows, cols, mse)
+            return replace(self, scale_dtype=source.scale_dtype)
+        return self
 
     def fate(self, source: Format) -> Fate:
         """The rule's powers of two for the same blocks are never larger than the source's, and smaller ones lose nothing."""
-        if (
-            isinstance(source, Fp8)
-            and source.scale_dtype in E8M0
-            and source.block_shape(1, 1) == self.block_shape(1, 1)
-        ):
+        if not isinstance(source, Fp8):
+            return "recovered" if self.exact else "lossy"
+        had_powers = source.scale_dtype in E8M0 and source.block_shape(1, 1) == self.block_shape(1, 1)
+        if had_powers or self._keeps(source):
             return "lossless"
         return "recovered" if self.exact else "lossy"
 
@@ -134,11 +142,14 @@ class Fp8(Format):
             *self.unused,
         )
 
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        return LARGEST * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
+
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import fp8 as kernels
 
         block_rows, block_cols = self.block_shape(*tile.shape)
-        scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
+        scale = widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
         if kernels.has_nan(parts[0]):
@@ -192,7 +203,7 @@ class Fp8(Format):
         return (rows if self.strategy == "channel" else 1), 1
 
 
-def _widen(scale: Bytes, dtype: str) -> Tile:
+def widen(scale: Bytes, dtype: str) -> Tile:
     """The bytes of scales -> f32, exact, aligned."""
     import numpy as np
 
@@ -203,6 +214,13 @@ def _widen(scale: Bytes, dtype: str) -> Tile:
         powers: Tile = np.ldexp(np.ones(len(values), "f4"), values.astype("i4") - 127)
         return powers
     return values.astype("f4")
+
+
+def largest_scale(scales: Iterable[Bytes], dtype: str) -> float:
+    """The largest magnitude of scales, in pieces."""
+    import numpy as np
+
+    return max((float(np.abs(widen(scale, dtype)).max(initial=0)) for scale in scales), default=0.0)
 
 
 def _narrow(exponents: Bytes, dtype: str, scale: Bytes) -> None:

@@ -22,7 +22,7 @@ https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,8 @@ WORDS = "U32"  # in which MLX has the codes of both
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
 SUFFIXES = frozenset({"weight_packed", "weight", *SCALES, ZERO_POINT})
 READS = "MXFP4 and MXFP8, group 32"
+LARGEST = {4: 6.0, 8: 448.0}
+SPREAD = 17  # of powers of two in E4M3: 2^-9 to 2^8
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,19 @@ class Mx(Format):
     def _holds(self, source: Format) -> bool:
         """Whether it has every value of such a weight."""
         return isinstance(source, Mx) and source.bits <= self.bits
+
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """By the largest scale. Beyond what E4M3 can follow only the values tell which groups are all zero."""
+        import numpy as np
+
+        found = np.zeros(256, np.bool_)
+        for (scale,) in read(1):
+            found[scale] = True
+        exponents = np.flatnonzero(found[1:]) + 1  # the lowest is what a group of zeros has
+        if not len(exponents):
+            return 0.0
+        is_narrow = exponents[-1] - exponents[0] <= SPREAD or self.bits == 8
+        return LARGEST[self.bits] * 2.0 ** (int(exponents[-1]) - 127) if is_narrow else None
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:

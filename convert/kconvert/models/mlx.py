@@ -1,7 +1,7 @@
 """The tensors of a directory that mlx-lm loads, as the weights that the model's own releases have: names and places, no bytes.
 
 `switch_mlp.gate_proj` stacks a matrix of each expert [experts, out, in]; `embed_q` and `unembed_out` are kv_b by heads;
-gpt-oss's `experts.gate_proj` and `up_proj` are the rows of gate_up that take turns, see formats.engines.rows.
+gpt-oss's `experts.gate_proj` and `up_proj` are the rows of gate_up that take turns, see formats.engines.turns.
 Source: https://github.com/ml-explore/mlx-lm, `mlx_lm/models` (0.32.2).
 """
 

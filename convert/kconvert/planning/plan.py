@@ -52,6 +52,8 @@ class Plan:
             kind = tuple(map(id, formats))
             names = spelled.get(kind) or spelled.setdefault(kind, str(list(map(repr, formats))))
             digest.update(f"{step.name} {names} {[(place.file, place.start) for place in step.reads]}".encode())
+            if isinstance(step, Transcode) and step.mates:
+                digest.update(repr([mate.name for mate in step.mates]).encode())
         for name, text in self.texts.items():
             digest.update(name.encode())
             digest.update(text)

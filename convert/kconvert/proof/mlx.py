@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.formats.dense import Dense
-from kconvert.formats.engines.rows import Turns
+from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 

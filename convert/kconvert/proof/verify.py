@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.address import open_checkpoint
+from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
@@ -28,6 +29,7 @@ from kconvert.models.sorting import Plain
 from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
+from kconvert.proof.gguf import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.proof.parity.metrics import Spread
@@ -121,7 +123,7 @@ def verify(
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
-    tally = _Tally(converted.checkpoint.root, keep_going, faults)
+    tally = _Tally(converted.checkpoint.title, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
         for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
             tally.add(outcome)
@@ -185,6 +187,8 @@ def _open_output(
     path = Path(output)
     if is_amx(path):
         return open_packed(original, path)
+    if is_gguf(path):
+        return open_related(original, path)
     if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
         open_checkpoint(output)  # says what is wrong
     # Our conversions write config.json and the index last; others may have a single file and no index.
@@ -221,8 +225,10 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
 
 
 def _declaration_faults(converted: Model) -> list[str]:
-    """Where config.json and what the output holds do not belong together; nothing declares AMX weights."""
-    if any(isinstance(weight.format, Amx) for weight in converted.weights):
+    """Where config.json and what the output holds do not belong together; nothing declares AMX weights and those of GGUF."""
+    if isinstance(converted.checkpoint, GgufCheckpoint) or any(
+        isinstance(weight.format, Amx) for weight in converted.weights
+    ):
         return []
     if any(weight.format.quantised for weight in converted.weights):
         return list(undeclared(converted.checkpoint))

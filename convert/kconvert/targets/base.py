@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
+RESTS = ("bf16", "q8_0")  # the first is the default
 POWERS = "ue8m0"  # powers of two, for FP8
 WIDE = "f32"  # the source's in F32, for MLX
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
@@ -28,6 +29,8 @@ LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
 
 # (format, Linears that the output has quantised, those that it has not) -> quantization_config
 Table: TypeAlias = Callable[[Any, list[str], list[str]], dict[str, Any]]
+# quantization_config -> what else declares it, by the files' names
+Beside: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
 # What a weight is called in the output
 Names: TypeAlias = Callable[["Weight"], str]
 
@@ -41,7 +44,8 @@ class Target:
     the files from the largest size that a shard may have.
 
     `names` are those of the weights that are taken, where they are to have others; `experts` is what the key `expert_dtype`
-    says, if it is to be there; `spares`: what is not taken stays in the encoding that it has.
+    says, if it is to be there; `spares`: what is not taken stays in the encoding that it has. `beside` makes files that repeat
+    the quantization_config for engines that look there.
     """
 
     format: Format
@@ -52,6 +56,7 @@ class Target:
     names: Names | None = None
     experts: str | None = None
     spares: bool = False
+    beside: Beside | None = None
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:

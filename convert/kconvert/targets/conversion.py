@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
-from kconvert.dialects.tables import EXPERTS_KEY
+from kconvert.dialects.tables import EXPERTS_KEY, KEYS
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
+from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
+from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
+from kconvert.targets.fused import mates
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
 
@@ -30,11 +33,12 @@ HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     """The plan of an output that has the `chosen` weights of the model one by one; see targets.planner."""
     Conversion(model, recipe).check()
-    conversion = Conversion(chosen, recipe)
+    conversion = Conversion(chosen, recipe, model)
     container, config = conversion.target.container(recipe.shard_size), conversion.config()
     drafts = conversion.drafts()
+    texts = conversion.texts(config)
     return Output(
-        repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts
+        repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts, texts
     ).plan()
 
 
@@ -55,10 +59,11 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a recipe makes of a model."""
+    """What a recipe makes of a model, which may be a choice from the `whole` of it."""
 
     model: Model
     recipe: Recipe
+    whole: Model | None = None
 
     @cached_property
     def target(self) -> Target:
@@ -73,7 +78,7 @@ class Conversion:
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
         model, recipe = self.model, self.recipe
-        quantised = [weight for weight in model.weights if weight.format.quantised]
+        quantised = [weight for weight in model.weights if _is_encoded(weight)]
         if not quantised and recipe.source is None and self.target.roles is None and self._has_remains():
             return
         if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
@@ -130,6 +135,11 @@ class Conversion:
         change = self._changes.get(kind)
         if change is None:
             change = self._changes[kind] = Change.of(weight.format, self._encoding(weight))
+            if self.recipe.require_exact and not change.keeps_codes and change.encoding.fate(weight.format) == "lossy":
+                raise KconvertError(
+                    f"weight {weight.name!r} ({weight.format.label}) may lose values as {change.encoding.label}, which "
+                    "--require-exact forbids; leave it out"
+                )
         return change
 
     @cached_property
@@ -139,7 +149,7 @@ class Conversion:
     def _encoding(self, weight: Weight) -> Format:
         if self.target.takes(weight):
             return self._fit(self.target.format, weight)
-        if weight.format.quantised and not self.target.spares:
+        if _is_encoded(weight) and not self.target.spares:
             return self._fit(Dense("BF16"), weight)
         return weight.format
 
@@ -188,7 +198,16 @@ class Conversion:
                 yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
             shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
-            yield Transcode(weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot)
+            mates = self._mates[weight.name] if change.encoding.settles(weight.format) else ()
+            yield Transcode(
+                weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot, mates
+            )
+
+    @cached_property
+    def _mates(self) -> Mapping[str, tuple[Mate, ...]]:
+        """Those that decide together what each weight's encoding settles, by the weight's name."""
+        weights = (self.whole or self.model).weights
+        return mates(weight for weight in weights if self.encoding(weight).settles(weight.format))
 
     @cached_property
     def _slots(self) -> Mapping[str, Slot]:
@@ -273,6 +292,13 @@ class Conversion:
             return with_quantization(config, {**table, **experts})
         return {**with_quantization(config, table), **experts}
 
+    def texts(self, config: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files beside config.json that say of the quantisation what it says."""
+        table = config.get(KEYS[0])
+        if table is None or self.target.beside is None:
+            return {}
+        return {name: json_bytes(content) for name, content in self.target.beside(table).items()}
+
     def _declared(self, weights: Sequence[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""
         target = self.target.format
@@ -299,3 +325,8 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
+
+
+def _is_encoded(weight: Weight) -> bool:
+    """Whether it is something else than a plain tensor of its own name."""
+    return weight.format.quantised or isinstance(weight.format, Heads)

@@ -12,6 +12,7 @@ from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.targets.base import EXPERTS, LINEARS, Names, Table, Target, Targets
 
@@ -66,11 +67,29 @@ def _mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, A
     return mx_table(format.bits, quantised, unquantised)
 
 
+def _nvfp4(format: Nvfp4, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects import compressed_tensors, modelopt
+
+    table = modelopt.nvfp4_table if format.multiplies else compressed_tensors.nvfp4_table
+    return table(quantised, unquantised)
+
+
+def _beside_modelopt(table: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    from kconvert.dialects.modelopt import BESIDE, table_beside
+
+    return {BESIDE: table_beside(table)}
+
+
 def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     """The published releases list nothing: engines know by themselves what is no Linear in FP8."""
     from kconvert.dialects.fp8 import fp8_table
 
     return fp8_table((), powers=True, block=format.block if isinstance(format, Fp8) else (128, 128))
+
+
+def _deepseek_v4_nvfp4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    """As NVIDIA's releases: FP8 everywhere, but for the experts."""
+    return {**_deepseek_v4(format, quantised, unquantised), "moe_quant_algo": "NVFP4"}
 
 
 def speaks_deepseek_v4(manifest: Manifest) -> bool:
@@ -132,6 +151,10 @@ TARGETS: Targets = {
         "ktransformers": Target(M3_MXFP8, EXPERTS, table=_mx, names=_kt_names("model.", "block_sparse_moe")),
     },
     "mlx": {"": Target(Affine(4, 32))},  # and what else the source has, see targets.mlx
+    "nvfp4": {
+        "compressed-tensors": Target(Nvfp4(), EXPERTS, table=_nvfp4),
+        "modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=_nvfp4, beside=_beside_modelopt),
+    },
 }
 
 # vLLM takes the scales of FP8 experts as F32, and those of all Linears with them, if `expert_dtype` says fp8; without it, or
@@ -142,4 +165,5 @@ DEEPSEEK_V4: Targets = {
         "sglang": Target(replace(V4_FP8, scale_dtype="F8_E8M0"), LINEARS, table=_deepseek_v4, spares=True),
     },
     "mxfp4": {"ktransformers": Target(V4_MXFP4, EXPERTS, table=_deepseek_v4, experts="fp4", spares=True)},
+    "nvfp4": {"modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=_deepseek_v4_nvfp4, spares=True)},
 }

@@ -17,10 +17,10 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.base import check_form
 from kconvert.formats.dense import Dense
-from kconvert.formats.engines.mlx import Affine, AffineRows, affine_of, spelt
-from kconvert.formats.engines.rows import Heads, Rows, Turns
+from kconvert.formats.engines.heads import Heads
+from kconvert.formats.engines.mlx import Affine, affine_of, by_heads, spelt
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
-from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 from kconvert.models.mlx import KV_B
 from kconvert.models.model import Model, Weight, format_counts, natural_key
@@ -97,7 +97,9 @@ class _Mlx:
         if isinstance(source, Mx):
             return spelt(source)
         dtype = "F32" if self.recipe.scales == WIDE else "BF16"
-        format = affine_of(source, weight.cols, dtype) or (Dense("BF16") if source.quantised else source)
+        format = affine_of(source, weight.cols, dtype, self.recipe.require_exact) or (
+            Dense("BF16") if source.quantised else source
+        )
         if self.recipe.require_exact and isinstance(format, Dense) and format.fate(source) == "lossy":
             raise KconvertError(f"weight {weight.name!r} is {source.label}, whose values BF16 does not hold exactly")
         return format
@@ -158,11 +160,7 @@ class _Mlx:
         """The weight in this format, as `name` or a matrix of the stack."""
         rows, cols, source = weight.rows, weight.cols, weight.format
         output = "" if name == weight.name else name
-        if isinstance(source, Packed) and isinstance(format, Affine):
-            carried = Rows(source, cols)
-            made = AffineRows(format, cols, self.recipe.require_exact)
-            yield Transcode(weight.name, rows, carried.width, carried, weight.tensors, made, (), output, slot)
-        elif format == source or (isinstance(source, Mx) and isinstance(format, Mx)):
+        if format == source or (isinstance(source, Mx) and isinstance(format, Mx)):
             for part, tensor in zip(parts_of(format, rows, cols), weight.tensors, strict=False):
                 yield copy_of(tensor._replace(name=part.tensor_of(name), dtype=part.dtype), part.shape, slot)
         else:
@@ -173,7 +171,7 @@ class _Mlx:
             format: Format = weight.format
         else:
             names = self.model.manifest.bind(self.model.checkpoint.config)
-            format = Heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
+            format = by_heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
         output = weight.name.removesuffix(f".{KV_B}")
         yield Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, format, (), output)
 
@@ -183,8 +181,8 @@ class _Mlx:
         if plain.role == "expert.gate_up.bias":
             stem, rows = tensor.name.removesuffix(".gate_up_proj_bias"), tensor.shape[0] * tensor.shape[1]
             dense = Dense(tensor.dtype)
-            turns = Turns(Rows(dense, 1), tensor.shape[0], ("gate_proj.bias", "up_proj.bias"))
-            yield Transcode(tensor.name, rows, 1, Rows(dense, 1), (tensor,), turns, (), stem)
+            turns = Turns(dense, tensor.shape[0], ("gate_proj.bias", "up_proj.bias"), flat=True)
+            yield Transcode(tensor.name, rows, 1, dense, (tensor,), turns, (), stem)
         elif plain.role == "expert.down.bias":
             yield copy_of(tensor._replace(name=tensor.name.removesuffix("_bias") + ".bias"), below=plain.below)
         else:
@@ -228,7 +226,7 @@ class _Mlx:
     def _notes(self, steps: Sequence[Step]) -> Iterator[str]:
         """What MLX makes of it, and what is not the source's bytes."""
         made = Counter(type(step.target) for step in steps if isinstance(step, Transcode))
-        if made[AffineRows]:
+        if made[Affine]:
             yield "codes of INT4 and INT8 are the source's words, scales the source's values, biases computed without rounding"
             yield WIDE_NOTE if self.recipe.scales == WIDE else NARROW_NOTE
         if made[Heads]:
@@ -249,7 +247,6 @@ def _take_turns(weight: Weight) -> Iterator[Step]:
     """gpt-oss's stacks: the rows of gate_up apart, those of down as they are."""
     assert isinstance(weight.format, MxStack)
     stem, _, last = weight.name.rpartition(".")
-    carried = Rows(Mx(4), weight.cols)  # its rows are those of one matrix
     names = ("down_proj.{}",) if last == "down_proj" else ("gate_proj.{}", "up_proj.{}")
-    turns = Turns(Rows(spelt(Mx(4)), weight.cols), weight.format.stack, names)
-    yield Transcode(weight.name, weight.rows, carried.width, carried, weight.tensors, turns, (), stem)
+    turns = Turns(spelt(Mx(4)), weight.format.stack, names)
+    yield Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, turns, (), stem)

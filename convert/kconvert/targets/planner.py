@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from kconvert.errors import KconvertError
-from kconvert.formats.engines.rows import Turns
+from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, refuse_undecoded
 from kconvert.planning.plan import Plan
 from kconvert.targets.conversion import plan_conversion
+from kconvert.targets.gguf.plan import plan_gguf
 from kconvert.targets.mlx import plan_mlx
 from kconvert.targets.recipe import Recipe
 
@@ -17,7 +18,10 @@ Planner: TypeAlias = Callable[[Model, Model, Recipe], Plan]
 
 # What follows --to -> how that is planned, where it is not by its Target alone. Each takes the model, what of it was chosen
 # by --include and --exclude, and a recipe whose layout is settled.
-PLANNERS: Mapping[str, Planner] = {"mlx": plan_mlx}
+PLANNERS: Mapping[str, Planner] = {
+    "gguf": plan_gguf,
+    "mlx": plan_mlx,
+}
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, SCALES, WIDE, Target
+from kconvert.formats.engines.mlx import Affine
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, WIDE, Target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
 
 if TYPE_CHECKING:
@@ -21,10 +22,11 @@ class Recipe:
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
-    `fp8`, `mxfp4` and `mxfp8`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8`
-    alone, base.WIDE for `mlx` alone; see formats.packed,
-    formats.fp8 and formats.mx.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
+    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone, base.WIDE for `mlx` alone; see
+    formats.packed, formats.fp8, formats.mx, formats.nvfp4 and formats.engines.mlx. With `require_exact` an output has every
+    value of its source, or there is none. `rest`, for `gguf`, is what matrices become whose codes it does not take: one of
+    base.RESTS.
     KconvertError for a value that is not possible.
     """
 
@@ -38,6 +40,7 @@ class Recipe:
     group_size: int = 32
     require_exact: bool = False
     scales: str = "amax"
+    rest: str = RESTS[0]
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -51,6 +54,10 @@ class Recipe:
             raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
         if self.group_size <= 0 or self.group_size % 8:
             raise KconvertError(f"a group size of {self.group_size} is not possible; it is a multiple of 8, mostly 32")
+        if self.rest not in RESTS or (self.rest != RESTS[0] and self.to != "gguf"):
+            raise KconvertError(
+                f"the rest as {self.rest!r} is not possible for {self.to}; for gguf it is {' or '.join(RESTS)}"
+            )
         self._check_scales()
 
     def _check_scales(self) -> None:
@@ -60,10 +67,10 @@ class Recipe:
             )
         target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
         if self.scales == "mse" and target.format.scaled(mse=True) is None:
-            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
+            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
-        if self.scales == WIDE and not target.format.has_wide_scales:
+        if self.scales == WIDE and not isinstance(target.format, Affine):
             raise KconvertError(
                 f"--scales {WIDE} is for mlx, not for {self.to}, whose scales have a dtype of their own"
             )

@@ -26,7 +26,7 @@ from kconvert.targets.registry import TARGETS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "MODELS.md"
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
-TO = tuple(to for to in TARGETS if to != "f16" and to not in PLANNERS)
+TO = tuple(to for to in TARGETS if to != "f16" and to not in PLANNERS)  # which have encodings of several kinds
 WORDS = {"lossless": "kept", "recovered": "found", "lossy": "rounded"}
 ENCODINGS: dict[str, Format] = {
     "BF16": Dense("BF16"),

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Fate, Format, Part, refuse_surplus, require
 from kconvert.formats.dense import Dense
-from kconvert.formats.engines.rows import Heads, Turns
+from kconvert.formats.engines.heads import Heads, Piece
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.packed import Packed
 
@@ -45,11 +46,13 @@ SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_
 
 @dataclass(frozen=True, slots=True)
 class Affine(Format):
-    """`bits` is one of BITS, `group_size` one of GROUPS."""
+    """`bits` is one of BITS, `group_size` one of GROUPS. `strict`: a group of INT4 that loses the sign of a zero, under a scale
+    that is negative or zero, is an error, and not only counted."""
 
     bits: int
     group_size: int
     scale_dtype: str = "BF16"
+    strict: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -58,10 +61,6 @@ class Affine(Format):
     @property
     def recoverable(self) -> bool:
         return self.bits <= 4
-
-    @property
-    def has_wide_scales(self) -> bool:
-        return True
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % self.group_size:
@@ -90,53 +89,34 @@ class Affine(Format):
         scales, biases = (part.view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1) for part in parts[1:])
         mlx.decode_affine(codes, scales, biases, tile.reshape(rows, -1, self.group_size))
 
-
-def affine_of(source: Format, cols: int, scale_dtype: str = "BF16") -> Affine | None:
-    """What has the codes of a weight of `cols` columns that is spelt as `source`; None where nothing here has."""
-    if not isinstance(source, Packed) or source.ordered or not source.symmetric or source.stack is not None:
-        return None
-    if source.scale_dtype != "BF16" or source.group_size not in GROUPS or cols % source.group_size:
-        return None
-    return Affine(source.bits, source.group_size, scale_dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class AffineRows(Format):
-    """`affine` for a weight of `cols` columns, made of the rows of Rows(packed, cols): the words stay, biases are computed.
-
-    What is lost are signs: of zeros under a scale that is negative or zero. `strict`: a group that loses them is an error.
-    """
-
-    affine: Affine
-    cols: int
-    strict: bool = field(default=False, compare=False)
-
-    @property
-    def label(self) -> str:
-        return self.affine.label
-
     def fate(self, source: Format) -> Fate:
-        return "recovered"
+        return "recovered" if self.takes_codes(source) else "lossy"
 
-    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        return self.affine.parts(rows, self.cols)
+    def takes_codes(self, source: Format) -> bool:
+        if not isinstance(source, Packed) or source.ordered or not source.symmetric or source.stack is not None:
+            return False
+        return (source.bits, source.group_size, source.scale_dtype) == (self.bits, self.group_size, "BF16")
 
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
         from kconvert.formats.kernels import mlx
 
-        rows, words = len(tile), self.cols * self.affine.bits // 32
-        groups = self.cols // self.affine.group_size
-        content = tile.view("u1").reshape(rows, -1)
-        codes = content[:, : 4 * words]
-        parts[0].reshape(rows, -1)[:] = codes
-        steps = content[:, 4 * words : 4 * words + 2 * groups].copy().view("u2")
-        scales, biases = (part.view(SCALE_CODES[self.affine.scale_dtype]).reshape(rows, groups) for part in parts[1:])
-        lost: int = mlx.make_biases(parts[0].reshape(rows, -1), steps, self.affine.bits, scales, biases)
+        parts[0][:] = inputs[0]
+        scales, biases = (part.view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1) for part in parts[1:])
+        steps = inputs[1].view("u2").reshape(rows, -1)
+        lost: int = mlx.make_biases(inputs[0].reshape(rows, -1), steps, self.bits, scales, biases)
         if lost < 0:
             raise ValueError("it has a scale whose multiple by the largest code is not finite")
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups lose the signs of zeros, as their scales are negative or zero")
         return lost
+
+
+def affine_of(source: Format, cols: int, scale_dtype: str, strict: bool) -> Affine | None:
+    """What has the codes of a weight of `cols` columns that is spelt as `source`; None where nothing here has."""
+    if not isinstance(source, Packed) or source.group_size not in GROUPS or cols % source.group_size:
+        return None
+    format = Affine(source.bits, source.group_size, scale_dtype, strict)
+    return format if format.takes_codes(source) else None
 
 
 def spelt(format: Mx) -> Mx:
@@ -184,7 +164,7 @@ def _told(found: Found, cols: int, name: str = "") -> Affine | Mx:
 
 
 def recognise_halves(found: Found, shape: tuple[int, int] | None) -> tuple[Format, tuple[int, int]]:
-    """`recognise` of a weight whose halves lie apart, see formats.engines.rows; `shape` is kv_b's where that is known."""
+    """`recognise` of a weight whose halves lie apart, see formats.engines.heads and turns."""
     if any(suffix.startswith(STACKED) for suffix in found):
         return _stacked(found, shape)
     require(found, *(f"{name}.weight" for name in HALVES))
@@ -196,7 +176,12 @@ def recognise_halves(found: Found, shape: tuple[int, int] | None) -> tuple[Forma
     halves = [_half(found, name, cols) for name, cols in zip(HALVES, (nope, rank), strict=True)]
     if shape is None and halves[0].quantised:
         raise ValueError("it is quantised, and without a manifest nothing says how many columns it has")
-    return Heads(nope, v, *halves), shape or (heads * (nope + v), rank)
+    return by_heads(nope, v, *halves), shape or (heads * (nope + v), rank)
+
+
+def by_heads(nope: int, v: int, keys: Format, values: Format) -> Heads:
+    """kv_b as mlx-lm has it, its keys transposed."""
+    return Heads((Piece(HALVES[0], nope, keys, transposed=True), Piece(HALVES[1], v, values)))
 
 
 def _stacked(found: Found, shape: tuple[int, int] | None) -> tuple[Turns, tuple[int, int]]:

@@ -39,7 +39,7 @@ class Fp8Witness(Witness[Fp8]):
         format = self.format
         return format.strategy != "tensor" and format.scale_dtype in WRITTEN_SCALES and not format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         """Nothing in a checkpoint says with which scales it was made."""
         from kconvert.formats.reference import fp8
 

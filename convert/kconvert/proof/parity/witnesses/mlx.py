@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.heads import Heads
 from kconvert.formats.engines.mlx import Affine
-from kconvert.formats.engines.rows import Heads, Turns
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
 from kconvert.proof.parity.quick.memory import piece_rows
 from kconvert.proof.parity.witnesses.base import State, Witness
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 class AffineWitness(Witness[Affine]):
     by_library = False
-    keeps_values = True
+
+    def claims(self, source: Format) -> bool:
+        return True
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
@@ -63,21 +66,26 @@ class AffineWitness(Witness[Affine]):
 
 class HeadsWitness(Witness[Heads]):
     by_library = False
-    keeps_values = True
+
+    def claims(self, source: Format) -> bool:
+        return True
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
 
-        form, cols = self.format, shape[1]
-        heads = shape[0] // (form.nope + form.v)
-        keys = _inner(form.keys, state, "embed_q.", (heads * cols, form.nope)).view(heads, cols, form.nope)
-        values = _inner(form.values, state, "unembed_out.", (heads * form.v, cols)).view(heads, form.v, cols)
-        return torch.cat([keys.mT, values], 1).reshape(shape)
+        heads, pieces = shape[0] // self.format.height_of_head, []
+        for piece in self.format.pieces:
+            rows, cols = piece.matrix(shape[1])
+            values = _inner(piece.format, state, f"{piece.name}.", (heads * rows, cols)).view(heads, rows, cols)
+            pieces.append(values.mT if piece.transposed else values)
+        return torch.cat(pieces, 1).reshape(shape)
 
 
 class TurnsWitness(Witness[Turns]):
     by_library = False
-    keeps_values = True
+
+    def claims(self, source: Format) -> bool:
+        return True
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
