@@ -289,6 +289,7 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
     "twice the same name": lambda text: b'{"schema": "kconvert-certificate-1", "schema": "kconvert-certificate-1"}',
     "no tensors": lambda text: edit(text, tensors=None),
     "files as a list": lambda text: edit(text, files=[]),
+    "not_compared as a number": lambda text: edit(text, not_compared=3),
     "no source": lambda text: edit(text, source="int4"),
     "a version of many lines": lambda text: edit(text, kconvert="1\n2"),
     "a short sha256": lambda text: edit(text, tensors={"a": {**ENTRY, "sha256": "00"}}),

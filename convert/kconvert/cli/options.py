@@ -165,6 +165,6 @@ def packed_options(function: Command) -> Command:
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
         scales_option,
-        click.option("--require-exact", is_flag=True, help="Stop at values that no codes and scale reproduce."),
+        click.option("--require-exact", is_flag=True, help="Stop where the output cannot have every value."),
     ]
     return apply(options, function)

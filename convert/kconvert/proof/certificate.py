@@ -71,6 +71,7 @@ class Certificate:
     source: str
     tensors: Mapping[str, Entry]
     files: Mapping[str, str]
+    not_compared: tuple[str, ...]
 
 
 def certify(report: Report, path: str | os.PathLike[str], advance: Advance | None = None) -> str:
@@ -271,6 +272,7 @@ def read_certificate(path: Path) -> Certificate:
         _text(path, "the name of its source", source.get("name") if isinstance(source, dict) else None),
         {name: _entry(path, name, entry) for name, entry in _table(path, table, "tensors").items()},
         {name: _digest(path, name, digest) for name, digest in _table(path, table, "files").items()},
+        _names(path, table.get("not_compared")),
     )
 
 
@@ -298,6 +300,12 @@ def _table(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise _damaged(path, f"it has no table {key!r}")
     return found
+
+
+def _names(path: Path, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise _damaged(path, "not_compared is not a list of names")
+    return tuple(value)
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

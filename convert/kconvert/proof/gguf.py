@@ -41,9 +41,9 @@ RESPELT = {
 }
 
 
-def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, ...]]:
-    """What of `original` belongs into the GGUF file or files at `path`; these, called as there; and notes on what they lack and
-    have besides.
+def open_related(original: Model, whole: Model, path: Path) -> tuple[Model, Model, tuple[str, ...]]:
+    """What of `original`, which was chosen of `whole`, belongs into the GGUF file or files at `path`; these, called as there;
+    and notes on what they lack and have besides.
 
     CheckFailed for whatever is unsound about them; KconvertError for an architecture whose tensors are not known.
     """
@@ -56,10 +56,12 @@ def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, 
             f"{checkpoint.root / checkpoint.name} is of the architecture {checkpoint.architecture!r}, of which it is not known "
             f"what its tensors are made of; that is known of {', '.join(ARCHITECTURES)}"
         )
-    ours: list[Weight | Plain] = [*original.weights, *map(_as_weight, original.plain)]
-    shelf = _Shelf(checkpoint, original)
-    found = [shelf.counterpart(item) for item in ours]
-    absent = [item for item, other in zip(ours, found, strict=True) if other is None and _may_be_absent(item, original)]
+    shelf, everything = _Shelf(checkpoint, whole), [*whole.weights, *map(_as_weight, whole.plain)]
+    counterparts = [shelf.counterpart(item) for item in everything]
+    chosen = {*(weight.name for weight in original.weights), *(plain.tensor.name for plain in original.plain)}
+    pairs = [pair for pair in zip(everything, counterparts, strict=True) if _name(pair[0]) in chosen]
+    ours = [item for item, _ in pairs]
+    absent = [item for item, other in pairs if other is None and _may_be_absent(item, original)]
     gone = set(map(id, absent))
     expected = replace(
         original,
@@ -69,7 +71,7 @@ def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, 
     )
     besides = [tensor for name, tensor in checkpoint.tensors.items() if name not in shelf.used]
     extra = tuple(Plain(tensor, "rest") for tensor in besides if not tensor.name.endswith(COMPUTED))
-    weights = tuple(filter(None, found))
+    weights = tuple(other for _, other in pairs if other is not None)
     computed = [tensor.name for tensor in besides if tensor.name.endswith(COMPUTED)]
     notes = tuple(_notes(original, absent, computed, weights))
     return expected, Model(checkpoint, original.manifest, QuantizationConfig(), weights, extra, ()), notes
@@ -85,6 +87,10 @@ def _as_weight(plain: Plain) -> Weight | Plain:
     if "gate_up" in tensor.name and tensor.name.endswith("bias"):
         rows, cols = rows * cols, 1  # as their rows take turns
     return Weight(tensor.name, plain.role, rows, cols, Dense(tensor.dtype), (tensor,), plain.layer)
+
+
+def _name(item: Weight | Plain) -> str:
+    return item.name if isinstance(item, Weight) else item.tensor.name
 
 
 def _may_be_absent(item: Weight | Plain, original: Model) -> bool:

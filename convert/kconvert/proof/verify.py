@@ -109,10 +109,11 @@ def verify(
     differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
-    original = understand(open_checkpoint(source)).select(include, exclude)
+    whole = understand(open_checkpoint(source))
+    original = whole.select(include, exclude)
     original.checkpoint.check_index()
     try:
-        expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+        expected, converted, notes = _open_output(original, whole, output, bool(include or exclude or keep_going))
     except CheckFailed as unreadable:
         if not keep_going:
             raise
@@ -178,9 +179,10 @@ class _Tally:
 
 
 def _open_output(
-    original: Model, output: str | os.PathLike[str], partial: bool
+    original: Model, whole: Model, output: str | os.PathLike[str], partial: bool
 ) -> tuple[Model, Model, tuple[str, ...]]:
-    """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
+    """What of the source, chosen of the `whole`, should be in the checkpoint to be verified; that checkpoint; and notes on how
+    the two relate.
 
     Whatever is unsound about it is a failed check, not bad input; but there must be something.
     """
@@ -188,7 +190,7 @@ def _open_output(
     if is_amx(path):
         return open_packed(original, path)
     if is_gguf(path):
-        return open_related(original, path)
+        return open_related(original, whole, path)
     if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
         open_checkpoint(output)  # says what is wrong
     # Our conversions write config.json and the index last; others may have a single file and no index.

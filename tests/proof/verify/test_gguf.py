@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,20 @@ def test_logits_of_a_file_are_not_transformers(int4: Path, file: Path, run_verif
     result = run_verify(int4, file, "--logits")
     assert result.exit_code == 2
     assert "leave out --logits" in result.stderr
+
+
+def test_some_weights_of_a_whole_file_can_be_looked_at(
+    int4: Path, file: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    damaged = rewritten(file, flip(UP, 2), tmp_path / "damaged.gguf")
+    said = run_verify(int4, damaged, "--include", "*.layers.2.mlp.experts.*")
+    assert said.exit_code == 0, said.output
+    assert "q4_0: 12 weights, the source's value for value" in said.stdout
+    assert run_verify(int4, damaged, "--include", "*.layers.1.mlp.experts.0.*").exit_code == 1
+    proof = tmp_path / "proof.json"
+    run_verify(int4, damaged, "--include", "*.layers.2.mlp.experts.*", "--certificate", proof)
+    found = CliRunner().invoke(main, ["check", str(damaged), str(proof)])
+    assert re.search(r"but for \d+ tensors that it did not compare", found.stdout)
 
 
 def test_a_share_of_a_file_can_be_looked_at(int4: Path, file: Path, run_verify: Verify) -> None:

@@ -198,6 +198,7 @@ def test_a_vocabulary_that_is_none_is_refused(
         ("[", "is not valid JSON"),
         ("[]", "is not a JSON object"),
         ('{"model": {"type": "Unigram", "vocab": []}}', "is no BPE with a vocabulary"),
+        ('{"model": {"vocab": {"a": 1}, "byte_fallback": true}}', "is no BPE of bytes"),
         ('{"model": {"vocab": {"a": "b"}}}', "ids are no numbers"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a"]}}', "a merge that is no pair"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": [1]}', "without id or content"),
@@ -227,3 +228,14 @@ def test_experts_are_taken_all_or_none(source: Source) -> None:
 def test_the_rest_is_for_gguf_alone() -> None:
     with pytest.raises(KconvertError, match="the rest as 'q8_0' is not possible for bf16"):
         Recipe("bf16", rest="q8_0")
+
+
+@pytest.mark.parametrize(("name", "options"), [("qwen3-moe", {"rest": "q8_0"}), ("kimi-k2-thinking", {"rest": "q8_0"})])
+def test_what_rounds_is_refused_where_all_must_be_exact(source: Source, name: str, options: dict[str, str]) -> None:
+    with pytest.raises(KconvertError, match="would be rounded from bf16 to q8_0"):
+        plan(source(name), Recipe("gguf", require_exact=True, **options))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_is_rounded_otherwise(source: Source, name: str) -> None:
+    assert not plan(source(name), Recipe("gguf", require_exact=True)).facts["lossy"]
