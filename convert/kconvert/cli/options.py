@@ -15,7 +15,7 @@ from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, RESTS, SCALES
+from kconvert.targets.base import POWERS, RESTS, SCALES, WIDE
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -139,10 +139,10 @@ def layout_option(*targets: str) -> Callable[[Command], Command]:
 
 scales_option = click.option(
     "--scales",
-    type=click.Choice((*SCALES, POWERS)),
+    type=click.Choice((*SCALES, POWERS, WIDE)),
     default="amax",
     show_default=True,
-    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two.",
+    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two; mlx: the source's in F32.",
 )
 
 

@@ -15,6 +15,7 @@ from kconvert.dialects.tables import EXPERTS_KEY, KEYS
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
@@ -77,7 +78,7 @@ class Conversion:
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
         model, recipe = self.model, self.recipe
-        quantised = [weight for weight in model.weights if weight.format.quantised]
+        quantised = [weight for weight in model.weights if _is_encoded(weight)]
         if not quantised and recipe.source is None and self.target.roles is None and self._has_remains():
             return
         if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
@@ -148,7 +149,7 @@ class Conversion:
     def _encoding(self, weight: Weight) -> Format:
         if self.target.takes(weight):
             return self._fit(self.target.format, weight)
-        if weight.format.quantised and not self.target.spares:
+        if _is_encoded(weight) and not self.target.spares:
             return self._fit(Dense("BF16"), weight)
         return weight.format
 
@@ -324,3 +325,8 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
+
+
+def _is_encoded(weight: Weight) -> bool:
+    """Whether it is something else than a plain tensor of its own name."""
+    return weight.format.quantised or isinstance(weight.format, Heads)
