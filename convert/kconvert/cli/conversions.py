@@ -93,8 +93,8 @@ def convert(source: str, destination: str, to: str, **options: Any) -> None:
     `--to mlx` writes what mlx-lm loads, with the codes and scales that SRC has (INT4, MXFP4, MXFP8), and the rest in BF16.
 
     \b
-    Examples: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
-              kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
+    Example: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
+             kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
     """
     _convert(source, destination, to=to, expect=None, **options)
 
