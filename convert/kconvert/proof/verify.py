@@ -26,6 +26,7 @@ from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.sorting import Plain
+from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
 from kconvert.proof.gguf import open_related
@@ -200,7 +201,8 @@ def _open_output(
     try:
         converted = understand(open_checkpoint(output), partial)
         converted.checkpoint.check_index()
-        return original, converted, ()
+        wanted_model, notes = mlx.expected(original, converted)
+        return wanted_model, converted, notes
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 

@@ -38,6 +38,7 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "mlx": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
     "q8_0": Limits({"sqnr": 32.0}, {"max_relative": 0.05}),
     "q6_k": Limits({"sqnr": 28.0}, {"max_relative": 0.1}),
     "q3_k": Limits({"sqnr": 11.0}, {"max_relative": 0.5}),

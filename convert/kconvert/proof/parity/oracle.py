@@ -28,6 +28,7 @@ TORCH_DTYPES = {
     "F64": "float64",
     "I64": "int64",
     "I32": "int32",
+    "U32": "uint32",
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
