@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from kconvert.formats.dtypes import tensor_bytes
+from kconvert.formats.dtypes import ZERO_DTYPES, tensor_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,6 +154,11 @@ class Format:
         return "group"
 
     @property
+    def shortfall(self) -> str:
+        """What a run says of the groups that it counts, `{}` of so many weights; see `encode`."""
+        return "no codes and scale reproduce the values of {}, which the rule quantised"
+
+    @property
     def matrices(self) -> int | None:
         """How many matrices [out, in] it stacks; None: it is one."""
         return None
@@ -296,20 +301,6 @@ class Family(Protocol):
         """The format and shape [out, in] of a weight, from what from_scheme says of its scheme (None: it has none) and its
         tensors; `shape` is what the manifest demands. Raises ValueError saying what does not fit."""
         ...
-
-
-# Integers and floats in which zero points lie, and the bit that is set in -0.
-ZERO_DTYPES = {
-    "I8": 0,
-    "U8": 0,
-    "I16": 0,
-    "I32": 0,
-    "I64": 0,
-    "F8_E4M3": 0x80,
-    "F16": 0x8000,
-    "BF16": 0x8000,
-    "F32": 1 << 31,
-}
 
 
 def unused_zero_points(found: Found, rows: int, bits: int = 0) -> tuple[Part, ...]:

@@ -34,6 +34,19 @@ DTYPE_BITS = {
 # its elements.
 BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "MXFP4": (32, 17)}
 
+# Integers and floats in which zero points lie, and the bit that is set in -0.
+ZERO_DTYPES = {
+    "I8": 0,
+    "U8": 0,
+    "I16": 0,
+    "I32": 0,
+    "I64": 0,
+    "F8_E4M3": 0x80,
+    "F16": 0x8000,
+    "BF16": 0x8000,
+    "F32": 1 << 31,
+}
+
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS or BLOCKS) and shape."""

@@ -161,7 +161,7 @@ def test_splits_hold_the_same_tensors(source: Source, to_gguf: ToGguf, tmp_path:
 
 
 def test_a_scale_that_f16_has_not_is_counted_or_refused(
-    source: Source, to_gguf: ToGguf, tmp_path: Path, raw: Any
+    source: Source, kconvert: Any, tmp_path: Path, raw: Any
 ) -> None:
     checkpoint = raw.load(Path(shutil.copytree(source("kimi-k2-thinking"), tmp_path / "source")))
     weight = "model.layers.1.mlp.experts.2.up_proj"
@@ -169,5 +169,15 @@ def test_a_scale_that_f16_has_not_is_counted_or_refused(
     tensor.data = struct.pack("<H", 0x3001) + tensor.data[2:]  # 2^-31 and a bit
     root = checkpoint.save()
     assert convert(plan(root, Recipe("gguf")), tmp_path / "out") == {weight: 1}
+    said = kconvert("convert", root, tmp_path / "said", "--to", "gguf").stdout
+    assert f"F16 has not the scales of 1 group in 1 weight, which got the nearest; first in {weight!r}" in said
     with pytest.raises(KconvertError, match=rf"{weight}.*1 of its groups have scales that F16 has not"):
         convert(plan(root, Recipe("gguf", require_exact=True)), tmp_path / "exact")
+
+
+def test_one_file_that_replaces_another_leaves_nothing_of_it(source: Source, to_gguf: ToGguf, tmp_path: Path) -> None:
+    root = source("kimi-k2-thinking")
+    to_gguf(root)
+    assert len(to_gguf(root, shard_size=100_000).files) > 2
+    assert not (tmp_path / "gguf" / "kimi-k2-thinking.gguf").exists()
+    assert len(to_gguf(root).files) == 1

@@ -73,6 +73,10 @@ class Q4_0(Blocks):
     def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Q4_0:
         return replace(self, strict=strict)
 
+    @property
+    def shortfall(self) -> str:
+        return "F16 has not the scales of {}, which got the nearest"
+
     def takes_codes(self, source: Format) -> bool:
         if not isinstance(source, Packed) or (source.group_size or BLOCK) % BLOCK:
             return False

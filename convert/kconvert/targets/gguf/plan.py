@@ -64,8 +64,8 @@ def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
     for step in drafts:
         if isinstance(step, Transcode) and step.target.fate(step.source) == "lossy":
             raise KconvertError(
-                f"weight {step.name!r} would be rounded from {step.source.label} to {step.target.label}; leave out "
-                "--require-exact"
+                f"weight {step.name!r} ({step.source.label}) may lose values as {step.target.label}, which --require-exact "
+                "forbids; leave it out"
             )
         yield step
 
