@@ -153,3 +153,19 @@ def test_patterns_hit_what_is_meant_and_nothing_else() -> None:
     assert not any(match_name(name, pattern) for name in others)
     assert all(match_name(name.replace("model.", "model.language_model.", 1), pattern) for name in names)
     assert patterns(["a.0.b.1.c"], ["a.0.b.2.c"]) == [r"re:(model\.|language_model\.)*a\.0\.b\.1\.c$"]
+
+
+def test_the_command_takes_a_recipe_or_a_target(int4: Path, tmp_path: Path, kconvert: Any) -> None:
+    (tmp_path / "mine.toml").write_text('[encodings]\nexpert = "nvfp4"\n')
+    done = kconvert("convert", int4, tmp_path / "out", "--recipe", tmp_path / "mine.toml", "--layout", "modelopt")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "hf_quant_config.json").exists()
+    dry = kconvert("convert", int4, tmp_path / "dry", "--recipe", "nvfp4-fp8-attention", "--dry-run")
+    assert "recipe: compressed-tensors: expert = nvfp4, attention = fp8" in dry.stdout
+    for arguments in ([], ["--to", "bf16", "--recipe", "nvfp4"]):
+        wrong = kconvert("convert", int4, tmp_path / "no", *arguments)
+        assert (wrong.returncode, "give either --to or --recipe" in wrong.stderr) == (2, True)
+    layout = kconvert("convert", int4, tmp_path / "no", "--recipe", "nvfp4", "--layout", "experts")
+    assert (layout.returncode, "layout is 'experts'" in layout.stderr) == (2, True)
+    attention = kconvert("convert", int4, tmp_path / "no", "--to", "int4", "--attention", "fp8")
+    assert "attention as 'fp8' is not possible for int4; for nvfp4 it is bf16 or fp8" in attention.stderr
