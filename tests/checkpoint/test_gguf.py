@@ -290,7 +290,10 @@ def test_what_a_gguf_is(tmp_path: Path, int4: Path) -> None:
     assert is_gguf(write(tmp_path / "toy.gguf"))
     assert is_gguf(tmp_path)
     assert not is_gguf(int4)
-    assert not is_gguf(tmp_path / "nothing")
+    assert not is_gguf(tmp_path / "nothing.gguf")
+    (tmp_path / "toy.gguf").rename(tmp_path / "sha256-0123")
+    assert is_gguf(tmp_path / "sha256-0123")
+    assert open_gguf(tmp_path / "sha256-0123").name == "sha256-0123"
 
 
 def test_a_link_that_leads_out_is_not_followed(toy: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 import kconvert
 from kconvert.cli import main
 from kconvert.proof import digests
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
 def run(*arguments: object) -> Result:
@@ -261,6 +262,18 @@ def test_amx_weights_are_certified_too(int4: Path, tmp_path: Path) -> None:
     assert "sha256 differs" in one_sentence(run("check", packed, path), 1)
 
 
+@pytest.mark.parametrize("like", ["gpt-oss", "qwen3.5-moe"])
+def test_stacks_of_experts_are_compared_matrix_by_matrix_and_certified_as_they_lie(tmp_path: Path, like: str) -> None:
+    sizes = {"layers": 1, "experts": 2, "hidden": 128, "vocab": 64}
+    kconvert.convert(plan_synthetic(SampleRecipe(like, sizes)), tmp_path / "source")
+    shutil.copytree(tmp_path / "source", tmp_path / "copy", ignore=shutil.ignore_patterns(".kconvert"))
+    kconvert.certify(kconvert.verify(tmp_path / "source", tmp_path / "copy"), tmp_path / "out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["not_compared"] == []
+    assert any("experts" in name for name in document["tensors"])
+    assert run("check", tmp_path / "copy", tmp_path / "out.json").exit_code == 0
+
+
 def edit(text: str, **changes: Any) -> bytes:
     return json.dumps({**json.loads(text), **changes}).encode()
 
@@ -276,6 +289,7 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
     "twice the same name": lambda text: b'{"schema": "kconvert-certificate-1", "schema": "kconvert-certificate-1"}',
     "no tensors": lambda text: edit(text, tensors=None),
     "files as a list": lambda text: edit(text, files=[]),
+    "not_compared as a number": lambda text: edit(text, not_compared=3),
     "no source": lambda text: edit(text, source="int4"),
     "a version of many lines": lambda text: edit(text, kconvert="1\n2"),
     "a short sha256": lambda text: edit(text, tensors={"a": {**ENTRY, "sha256": "00"}}),

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.files import is_directory
-from kconvert.checkpoint.gguf import Header, Value, read_gguf
-from kconvert.checkpoint.listing import FileStat
+from kconvert.checkpoint.gguf import MAGIC, Header, Value, read_gguf
+from kconvert.checkpoint.listing import STATE_DIR, FileStat
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.errors import KconvertError, explain_os_error
@@ -38,6 +38,10 @@ class GgufCheckpoint(Checkpoint):
         return next(iter(self.files))
 
     @property
+    def title(self) -> Path:
+        return self.root / self.name
+
+    @property
     def architecture(self) -> str:
         found = self.metadata.get("general.architecture")
         return found if isinstance(found, str) and found.isprintable() and len(found) < 100 else "unknown"
@@ -47,12 +51,23 @@ class GgufCheckpoint(Checkpoint):
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a GGUF file, by its name, or a directory with such and without safetensors files."""
+    """Whether it is a GGUF file, by its name or its first letters, or a directory with such and without safetensors files."""
     place = Path(path)
+    if place.is_file():
+        return place.name.lower().endswith(SUFFIX) or _begins_so(place)
     if not place.is_dir():
-        return place.name.lower().endswith(SUFFIX)
+        return False
     names = [name.lower() for name in os.listdir(place)]
     return any(name.endswith(SUFFIX) for name in names) and not any(name.endswith(".safetensors") for name in names)
+
+
+def _begins_so(path: Path) -> bool:
+    """Blobs of caches have no names that would tell."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
@@ -102,9 +117,10 @@ def _parts(root: Path, name: str) -> list[str]:
         return [name]
     total = int(match[3])
     names = [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, total + 1)]
+    help = "run the conversion again" if (root / STATE_DIR).is_dir() else "fetch it"
     for part in names:
         if not os.path.lexists(root / part):
-            raise KconvertError(f"{root / part} is missing, a part of the model that {name} is one of; fetch it")
+            raise KconvertError(f"{root / part} is missing, a part of the model that {name} is one of; {help}")
     if name not in names:
         raise KconvertError(f"{root / name} is numbered beyond the {total} parts of its model; give its first part")
     return names

@@ -47,6 +47,11 @@ class Checkpoint:
         return self.root.name
 
     @property
+    def title(self) -> Path:
+        """What messages about the whole begin with."""
+        return self.root
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -36,6 +36,7 @@ def check(output: str, certificate: Path, as_json: bool, quiet: bool) -> None:
     facts = {
         "tensors": len(found.tensors),
         "files": len(found.files),
+        "not_compared": len(found.not_compared),
         "source": found.source,
         "standard": found.standard,
         "kconvert": found.version,
@@ -44,7 +45,9 @@ def check(output: str, certificate: Path, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(facts, indent=2))
     elif not quiet:
         held = {"exact": "exact", "limits": "within limits"}.get(found.standard, found.standard)
+        count = len(found.not_compared)
+        left = f", but for {counted(count, 'tensor')} that it did not compare" if count else ""
         click.echo(
             f"checked: {counted(len(found.tensors), 'tensor')} and {counted(len(found.files), 'file')} are those that kconvert "
-            f"{found.version} has verified against {found.source} ({held})"
+            f"{found.version} has verified against {found.source} ({held}){left}"
         )

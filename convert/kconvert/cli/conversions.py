@@ -96,9 +96,11 @@ def fp8_to_int4(source: str, destination: str, **options: Any) -> None:
 def convert(source: str, destination: str, to: str | None, recipe: str | None, **options: Any) -> None:
     """Convert the checkpoint SRC, in any encoding that can be read, to another one in DST.
 
+    `--to mlx` writes what mlx-lm loads, with the codes and scales that SRC has (INT4, MXFP4, MXFP8), and the rest in BF16.
+
     \b
-    Examples: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
-              kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
+    Example: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
+             kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
     """
     if (to is None) == (recipe is None):
         raise click.UsageError("give either --to or --recipe")

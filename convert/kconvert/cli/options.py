@@ -15,7 +15,7 @@ from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
 from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, RESTS, SCALES
+from kconvert.targets.base import POWERS, RESTS, SCALES, WIDE
 from kconvert.targets.recipe import ATTENTIONS
 from kconvert.targets.registry import layouts_of
 
@@ -140,10 +140,10 @@ def layout_option(*targets: str) -> Callable[[Command], Command]:
 
 scales_option = click.option(
     "--scales",
-    type=click.Choice((*SCALES, POWERS)),
+    type=click.Choice((*SCALES, POWERS, WIDE)),
     default="amax",
     show_default=True,
-    help="INT4, FP8, MX, NVFP4: by the largest value, or the best by squared error; FP8: powers of two.",
+    help="INT4, FP8, MX, NVFP4: by the largest value, or the best by squared error; FP8: powers of two; mlx: F32.",
 )
 
 
@@ -169,6 +169,6 @@ def packed_options(function: Command) -> Command:
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
         scales_option,
-        click.option("--require-exact", is_flag=True, help="Stop at values that no codes and scale reproduce."),
+        click.option("--require-exact", is_flag=True, help="Stop where the output cannot have every value."),
     ]
     return apply(options, function)

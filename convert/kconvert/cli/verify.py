@@ -126,6 +126,8 @@ def verify(
 ) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
+    DST may be a GGUF file, whoever made it.
+
     Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected, and errors are
     measured on all values; without, equality is checked on all and what was lost is told of each weight's first rows.
 
@@ -133,10 +135,13 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
+    from kconvert.checkpoint.gguf_files import is_gguf
     from kconvert.models.amx import KT_GLOB, is_amx
     from kconvert.proof.logits import compare_logits
     from kconvert.report import check_report_path
 
+    if logits and is_gguf(output):
+        raise click.UsageError("what transformers runs is no GGUF file: leave out --logits")
     if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):
         raise click.UsageError(
             "AMX weights are all the experts and no model that transformers runs: leave out --logits, --include and --exclude"

@@ -52,7 +52,8 @@ class QuantizationConfig:
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
     With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. `implied` are
     schemes that no module is given, but which a weight may have whose tensors can be nothing else. `file` says all this.
-    `order` has the patterns of which the first counts, where that is not the first in alphabetical order.
+    `order` has the patterns of which the first counts, where that is not the first in alphabetical order. `aliases` gives
+    another name of a module.
     """
 
     schemes: tuple[Scheme, ...] = ()
@@ -62,10 +63,13 @@ class QuantizationConfig:
     inside: bool = False
     implied: tuple[Scheme, ...] = ()
     file: str = FILE
+    aliases: Callable[[str], str] | None = None
 
     def scheme_for(self, *names: str) -> Scheme | None:
         """The scheme of the module that is called by any of these names, None when its weights are not quantised."""
         within: tuple[str, ...] = ()
+        if self.aliases is not None:
+            names = (*names, self.aliases(names[0]))
         if self.inside:
             bare = bare_name(names[0])
             names, within = (bare, *names), _around(bare)

@@ -116,21 +116,28 @@ class Fp8(Format):
         if self.strategy == "tensor":
             kept = replace(self, mse=False, inputs=self.inputs and not isinstance(source, Fp8))
             return Format.fit(kept if kept == source else replace(self, mse=False), source, rows, cols, mse)
-        powers = self.powers or self.strict or (source.quantised and source.may_have_powers)
-        exact = powers and (self.strict or source.may_have_powers)
+        strict = self.strict and not self._keeps(source)
+        powers = self.powers or strict or (source.quantised and source.may_have_powers)
+        exact = powers and (strict or source.may_have_powers)
         format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
+        return Format.fit(format if format._with_scales_of(source) != source else source, source, rows, cols, mse)
+
+    def _keeps(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` keeps its codes and scales, be it under other names."""
+        return self._with_scales_of(source) == source or self.usual == source.usual
+
+    def _with_scales_of(self, source: Format) -> Fp8:
+        """With F32 or BF16 scales, whichever of the two the source has."""
         if isinstance(source, Fp8) and {source.scale_dtype, self.scale_dtype} == {"F32", "BF16"}:
-            kept = replace(format, scale_dtype=source.scale_dtype)
-            format = kept if kept == source else format
-        return Format.fit(format, source, rows, cols, mse)
+            return replace(self, scale_dtype=source.scale_dtype)
+        return self
 
     def fate(self, source: Format) -> Fate:
         """The rule's powers of two for the same blocks are never larger than the source's, and smaller ones lose nothing."""
-        if (
-            isinstance(source, Fp8)
-            and source.scale_dtype in E8M0
-            and source.block_shape(1, 1) == self.block_shape(1, 1)
-        ):
+        if not isinstance(source, Fp8):
+            return "recovered" if self.exact else "lossy"
+        had_powers = source.scale_dtype in E8M0 and source.block_shape(1, 1) == self.block_shape(1, 1)
+        if had_powers or self._keeps(source):
             return "lossless"
         return "recovered" if self.exact else "lossy"
 

@@ -7,7 +7,7 @@
 | both | weight_scale | U8 or F8_E8M0 [out, in / 32]; the exponent + 127 |
 
 Others call the codes of mxfp4 `weight`, U8 (Quark) or I8 (DeepSeek-V4), and the scale `scale` (DeepSeek-V4) or
-`weight_scale_inv` (MiniMax-M3).
+`weight_scale_inv` (MiniMax-M3). MLX has the codes of both in words, `weight` U32, and `scales`.
 
 e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value of a weight: bf16(code * 2^(scale - 127)).
 Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
@@ -45,6 +45,7 @@ GROUP = 32
 CODES = {4: ("weight_packed", "U8"), 8: ("weight", "F8_E4M3")}  # name and dtype where nobody says otherwise
 CODES_NAMES = {4: ("weight_packed", "weight"), 8: ("weight",)}
 CODES_DTYPES = {4: ("U8", "I8"), 8: ("F8_E4M3",)}
+WORDS = "U32"  # in which MLX has the codes of both
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
 SUFFIXES = frozenset({"weight_packed", "weight", *SCALES, ZERO_POINT})
 READS = "MXFP4 and MXFP8, group 32"
@@ -132,7 +133,8 @@ class Mx(Format):
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:
             raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
-        codes = Part(self.codes_name, self.codes_dtype, (rows, cols * self.bits // 8))
+        in_row = cols * self.bits // (32 if self.codes_dtype == WORDS else 8)
+        codes = Part(self.codes_name, self.codes_dtype, (rows, in_row))
         scale = Part(self.scale_name, self.scale_dtype, (rows, cols // GROUP), values="positive")
         return codes, scale, *self.unused
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kconvert.address import open_checkpoint, open_stored
-from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.files import is_directory, write_file
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME
 from kconvert.checkpoint.safetensors import Tensor
@@ -71,6 +71,7 @@ class Certificate:
     source: str
     tensors: Mapping[str, Entry]
     files: Mapping[str, str]
+    not_compared: tuple[str, ...]
 
 
 def certify(report: Report, path: str | os.PathLike[str], advance: Advance | None = None) -> str:
@@ -218,7 +219,7 @@ def check_certificate(
 def _open(output: str | os.PathLike[str]) -> Checkpoint:
     """What is there; CheckFailed where a directory is not sound."""
     path = Path(output)
-    if not is_directory(output) and not (is_gguf(output) and exists(output)):
+    if not is_directory(output) and not is_gguf(output):
         return open_checkpoint(output)
     try:
         found = open_amx(path).checkpoint if is_amx(path) else open_stored(path)
@@ -230,14 +231,13 @@ def _open(output: str | os.PathLike[str]) -> Checkpoint:
 
 def _check_tables(checkpoint: Checkpoint, wanted: Certificate, certificate: Path) -> None:
     """CheckFailed for the first tensor or file that is missing, extra, or of another dtype or shape."""
-    root = checkpoint.root
-    _check_names(root, "tensor", wanted.tensors, checkpoint.tensors)
-    _check_names(root, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
+    _check_names(checkpoint.title, "tensor", wanted.tensors, checkpoint.tensors)
+    _check_names(checkpoint.title, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
     for name, entry in wanted.tensors.items():
         tensor = checkpoint.tensors[name]
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
             raise CheckFailed(
-                f"{root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
+                f"{checkpoint.root / tensor.file}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, in the certificate "
                 f"{entry.dtype} {list(entry.shape)}"
             )
 
@@ -272,6 +272,7 @@ def read_certificate(path: Path) -> Certificate:
         _text(path, "the name of its source", source.get("name") if isinstance(source, dict) else None),
         {name: _entry(path, name, entry) for name, entry in _table(path, table, "tensors").items()},
         {name: _digest(path, name, digest) for name, digest in _table(path, table, "files").items()},
+        _names(path, table.get("not_compared")),
     )
 
 
@@ -299,6 +300,12 @@ def _table(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise _damaged(path, f"it has no table {key!r}")
     return found
+
+
+def _names(path: Path, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise _damaged(path, "not_compared is not a list of names")
+    return tuple(value)
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

@@ -41,9 +41,9 @@ RESPELT = {
 }
 
 
-def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, ...]]:
-    """What of `original` belongs into the GGUF file or files at `path`; these, called as there; and notes on what they lack and
-    have besides.
+def open_related(original: Model, whole: Model, path: Path) -> tuple[Model, Model, tuple[str, ...]]:
+    """What of `original`, which was chosen of `whole`, belongs into the GGUF file or files at `path`; these, called as there;
+    and notes on what they lack and have besides.
 
     CheckFailed for whatever is unsound about them; KconvertError for an architecture whose tensors are not known.
     """
@@ -56,10 +56,12 @@ def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, 
             f"{checkpoint.root / checkpoint.name} is of the architecture {checkpoint.architecture!r}, of which it is not known "
             f"what its tensors are made of; that is known of {', '.join(ARCHITECTURES)}"
         )
-    ours: list[Weight | Plain] = [*original.weights, *map(_as_weight, original.plain)]
-    shelf = _Shelf(checkpoint, original)
-    found = [shelf.counterpart(item) for item in ours]
-    absent = [item for item, other in zip(ours, found, strict=True) if other is None and _may_be_absent(item, original)]
+    shelf, everything = _Shelf(checkpoint, whole), [*whole.weights, *map(_as_weight, whole.plain)]
+    counterparts = [shelf.counterpart(item) for item in everything]
+    chosen = {*(weight.name for weight in original.weights), *(plain.tensor.name for plain in original.plain)}
+    pairs = [pair for pair in zip(everything, counterparts, strict=True) if _name(pair[0]) in chosen]
+    ours = [item for item, _ in pairs]
+    absent = [item for item, other in pairs if other is None and _may_be_absent(item, original)]
     gone = set(map(id, absent))
     expected = replace(
         original,
@@ -69,7 +71,7 @@ def open_related(original: Model, path: Path) -> tuple[Model, Model, tuple[str, 
     )
     besides = [tensor for name, tensor in checkpoint.tensors.items() if name not in shelf.used]
     extra = tuple(Plain(tensor, "rest") for tensor in besides if not tensor.name.endswith(COMPUTED))
-    weights = tuple(filter(None, found))
+    weights = tuple(other for _, other in pairs if other is not None)
     computed = [tensor.name for tensor in besides if tensor.name.endswith(COMPUTED)]
     notes = tuple(_notes(original, absent, computed, weights))
     return expected, Model(checkpoint, original.manifest, QuantizationConfig(), weights, extra, ()), notes
@@ -85,6 +87,10 @@ def _as_weight(plain: Plain) -> Weight | Plain:
     if "gate_up" in tensor.name and tensor.name.endswith("bias"):
         rows, cols = rows * cols, 1  # as their rows take turns
     return Weight(tensor.name, plain.role, rows, cols, Dense(tensor.dtype), (tensor,), plain.layer)
+
+
+def _name(item: Weight | Plain) -> str:
+    return item.name if isinstance(item, Weight) else item.tensor.name
 
 
 def _may_be_absent(item: Weight | Plain, original: Model) -> bool:
@@ -153,7 +159,13 @@ class _Shelf:
             return None
         if (whole := self._tensor(f"{stem}.{suffix}")) is None:
             return self._by_head(item, module) if module.endswith("kv_b_proj") else None
-        return self._taken(item, self._blocks(item, whole), [whole], math.prod(whole.shape[:-1]), _columns(whole))
+        if whole.shape != (shape := _shape(item)):
+            raise CheckFailed(
+                f"{self.checkpoint.root / whole.file}: tensor {whole.name!r} is {list(whole.shape)}, in the source "
+                f"{item.name!r} is {list(shape)}"
+            )
+        blocks, factors = self._scaled(self._blocks(item, whole), stem, 1)
+        return self._taken(item, blocks, [whole, *factors], item.rows, item.cols)
 
     def _expert(self, item: Weight) -> Weight | None:
         """One of the matrices of a stack."""
@@ -163,15 +175,18 @@ class _Shelf:
         count = self._experts[item.layer, item.role]
         if stack is None or len(stack.shape) != 3 or stack.shape[0] != count or (item.expert or 0) >= count:
             return None
-        blocks, tensors = self._blocks(item, stack), [_slab(stack, item.expert or 0)]
-        factor = self._tensor(f"{stem}.scale") if stack.dtype == "NVFP4" else None
-        if factor is not None and (factor.dtype, factor.shape) == ("F32", (count,)):
-            self.used.add(factor.name)
-            blocks, tensors = replace(blocks, factor=True), [*tensors, _slab(factor, item.expert or 0)]
         self.used.add(stack.name)
-        return Weight(
-            item.name, item.role, stack.shape[1], stack.shape[2], blocks, tuple(tensors), item.layer, item.expert
-        )
+        blocks, factors = self._scaled(self._blocks(item, stack), stem, count)
+        tensors = [_slab(tensor, item.expert or 0) for tensor in (stack, *factors)]
+        return self._taken(item, blocks, tensors, stack.shape[1], stack.shape[2])
+
+    def _scaled(self, blocks: Blocks, stem: str | None, count: int) -> tuple[Blocks, list[Tensor]]:
+        """NVFP4 with the numbers that multiply each of `count` matrices, if there are any."""
+        factor = self._tensor(f"{stem}.scale") if blocks.dtype == "NVFP4" else None
+        if factor is None or (factor.dtype, factor.shape) != ("F32", (count,)):
+            return blocks, []
+        self.used.add(factor.name)
+        return replace(blocks, factor=True), [factor]
 
     def _by_head(self, item: Weight, module: str) -> Weight | None:
         """kv_b of k_b [heads, rank, nope] and v_b [heads, value, rank]."""
@@ -210,6 +225,13 @@ class _Shelf:
     def _taken(self, item: Weight, format: Format, tensors: list[Tensor], rows: int, cols: int) -> Weight:
         self.used.update(tensor.name for tensor in tensors)
         return Weight(item.name, item.role, rows, cols, format, tuple(tensors), item.layer, item.expert)
+
+
+def _shape(item: Weight) -> tuple[int, ...]:
+    """What a tensor measures that has all of the weight, and is not transposed."""
+    if (height := item.format.height(item.rows)) is not None:
+        return item.rows // height, height, item.cols
+    return (item.rows, item.cols) if item.format.quantised else item.tensors[0].shape
 
 
 def _columns(tensor: Tensor) -> int:

@@ -177,9 +177,9 @@ class Run:
 
     def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
         source, target = step.reads[0], step.writes[0]
-        data = buffers.fetch(self.source, "copy", source.file, source.start + first, last - first)
+        data = buffers.fetch(self.source, "in.0", source.file, source.start + first, last - first)
         if (source.start - target.start) % PAGE:
-            moved = buffers.take("moved", last - first, target.start + first)
+            moved = buffers.take("out.0", last - first, target.start + first)
             moved[:] = data
             data = moved
         self._write(target.file, target.start + first, data)

@@ -85,7 +85,7 @@ def tile_rows(step: Transcode) -> int:
 def task_size(step: Step, nbytes: int) -> tuple[int, int]:
     """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
     if isinstance(step, Copy):
-        return nbytes, PAGE
+        return nbytes // 2, PAGE  # once as read, and again as written where that is in another place of its page
     return int(nbytes / max(row_bytes(step), 1)), row_unit(step)
 
 

@@ -16,6 +16,7 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
 RESTS = ("bf16", "q8_0")  # the first is the default
 POWERS = "ue8m0"  # powers of two, for FP8
+WIDE = "f32"  # the source's in F32, for MLX
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
 # which are narrower than a block. A weight that no manifest lists is `linear` where it is one that the source has quantised and
 # names tell no more, and `other` in a model whose names tell nothing at all.

@@ -16,6 +16,7 @@ from kconvert.dialects.tables import EXPERTS_KEY, KEYS
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
@@ -79,7 +80,7 @@ class Conversion:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
         model, recipe = self.model, self.recipe
         self.target.check(model)
-        quantised = [weight for weight in model.weights if weight.format.quantised]
+        quantised = [weight for weight in model.weights if _is_encoded(weight)]
         if not quantised and recipe.source is None and self.target.roles is None and self._has_remains():
             return
         if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
@@ -133,6 +134,11 @@ class Conversion:
         change = self._changes.get(kind)
         if change is None:
             change = self._changes[kind] = Change.of(weight.format, self._encoding(weight, choice))
+            if self.recipe.require_exact and not change.keeps_codes and change.encoding.fate(weight.format) == "lossy":
+                raise KconvertError(
+                    f"weight {weight.name!r} ({weight.format.label}) may lose values as {change.encoding.label}, which "
+                    "--require-exact forbids; leave it out"
+                )
         return change
 
     @cached_property
@@ -142,7 +148,7 @@ class Conversion:
     def _encoding(self, weight: Weight, choice: Format | None) -> Format:
         if choice is not None:
             return self._fit(choice, weight)
-        if weight.format.quantised and not self.target.spares:
+        if _is_encoded(weight) and not self.target.spares:
             return self._fit(Dense("BF16"), weight)
         return weight.format
 
@@ -329,3 +335,8 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
+
+
+def _is_encoded(weight: Weight) -> bool:
+    """Whether it is something else than a plain tensor of its own name."""
+    return weight.format.quantised or isinstance(weight.format, Heads)

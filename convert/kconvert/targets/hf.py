@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
@@ -149,6 +150,7 @@ TARGETS: Targets = {
         **_experts_or_all(Mx(8), mx),
         "ktransformers": Target(M3_MXFP8, EXPERTS, table=mx, names=_kt_names("model.", "block_sparse_moe")),
     },
+    "mlx": {"": Target(Affine(4, 32))},  # and what else the source has, see targets.mlx
     "nvfp4": {
         "compressed-tensors": Target(Nvfp4(), EXPERTS, table=nvfp4),
         "modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=nvfp4, beside=beside_modelopt),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, Target
+from kconvert.formats.engines.mlx import Affine
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, WIDE, Target
 from kconvert.targets.mixed.rules import Mix, read_mix
 from kconvert.targets.mixed.target import mixed_target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
@@ -28,10 +29,11 @@ class Recipe:
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
-    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see
-    formats.packed, formats.fp8, formats.mx and formats.nvfp4. `rest`, for `gguf`, is what matrices become whose codes it does
-    not take: one of base.RESTS; `attention`, for `nvfp4`, is what it becomes: one of ATTENTIONS.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
+    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone, base.WIDE for `mlx` alone; see
+    formats.packed, formats.fp8, formats.mx, formats.nvfp4 and formats.engines.mlx. With `require_exact` an output has every
+    value of its source, or there is none. `rest`, for `gguf`, is what matrices become whose codes it does not take: one of
+    base.RESTS; `attention`, for `nvfp4`, is what it becomes: one of ATTENTIONS.
     KconvertError for a value that is not possible.
     """
 
@@ -77,17 +79,24 @@ class Recipe:
             )
 
     def _check_scales(self) -> None:
-        if self.scales not in (*SCALES, POWERS):
-            raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS))}")
+        if self.scales not in (*SCALES, POWERS, WIDE):
+            raise KconvertError(
+                f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS, WIDE))}"
+            )
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
         if self.mix is not None:
-            if self.scales == POWERS:
-                raise KconvertError("--scales ue8m0 is for --to fp8, not for a recipe")
+            if self.scales in (POWERS, WIDE):
+                own = "fp8" if self.scales == POWERS else "mlx"
+                raise KconvertError(f"--scales {self.scales} is for --to {own}, not for a recipe")
             return
         target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
         if self.scales == "mse" and target.format.scaled(mse=True) is None:
             raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
+        if self.scales == WIDE and not isinstance(target.format, Affine):
+            raise KconvertError(
+                f"--scales {WIDE} is for mlx, not for {self.to}, whose scales have a dtype of their own"
+            )
         if self.scales == POWERS and target.format.with_powers() is None:
             what = f"{self.to} {self.layout}".strip()
             raise KconvertError(

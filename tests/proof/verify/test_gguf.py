@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from gguf_writing import Tensors, Types, as_type, dense, from_int4, rewritten, w
 
 from kconvert import convert, verify
 from kconvert.cli import main
+from kconvert.proof.parity.compare import Standard
+from kconvert.proof.parity.metrics import Limits
+from kconvert.proof.parity.witnesses import ggml
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 Verify = Callable[..., Result]
@@ -113,7 +117,7 @@ def test_swapped_experts_are_found(check: Callable[..., Result]) -> None:
         data = tensors[UP][0]
         data[[1, 2]] = data[[2, 1]]
 
-    check(edit, words=("'blk.1.ffn_up_exps.weight[1]'",))
+    check(edit, words=("/edited.gguf: tensor 'blk.1.ffn_up_exps.weight[1]'",))
 
 
 def test_keys_that_were_not_transposed_are_found(check: Callable[..., Result]) -> None:
@@ -132,7 +136,7 @@ def test_codes_by_another_rule_are_judged_by_limits_where_these_are_allowed(chec
         for name in [name for name in tensors if name.endswith("_exps.weight")]:
             as_type(Types.Q4_0)(tensors, name)
 
-    check(edit, words=("differs at", "compressed-tensors gives"))
+    check(edit, words=("differs at", "compressed-tensors gives", "judge it with --close"))
     said = check(edit, "--close", words=("q4_0: 24 weights, off by", "within limits"), code=0)
     assert "the source's value for value" not in said.stdout.partition("q4_0")[2].splitlines()[0]
     check(edit, "--fail-under", "sqnr=40", words=("SQNR", "40"))
@@ -185,6 +189,45 @@ def test_a_missing_expert_is_named(check: Callable[..., Result]) -> None:
     check(edit, words=("'model.layers.1.mlp.experts.0.up_proj' of the source is missing",))
 
 
+def test_one_row_of_another_shape_is_not_the_same_tensor(check: Callable[..., Result]) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["output_norm.weight"] = tensors["output_norm.weight"][0].reshape(2, 128), Types.F32
+
+    check(edit, words=("'output_norm.weight' is [2, 128], in the source 'model.norm.weight' is [256]",))
+
+
+def test_nvfp4_has_a_factor_of_its_own() -> None:
+    rows = np.random.default_rng(0).integers(0, 120, (3, 2 * 36), np.uint8)
+    format = ggml.Blocks("NVFP4", 64, 36, factor=True)
+    state = {"weight": torch.from_numpy(rows), "scale": torch.tensor([0.25])}
+    plain = torch.from_numpy(gguf.quants.dequantize(rows, Types.NVFP4))
+    assert torch.equal(ggml.BlocksWitness(format).values(state, (3, 128)), plain * 0.25)
+
+
+def test_logits_of_a_file_are_not_transformers(int4: Path, file: Path, run_verify: Verify) -> None:
+    result = run_verify(int4, file, "--logits")
+    assert result.exit_code == 2
+    assert "leave out --logits" in result.stderr
+
+
+def test_some_weights_of_a_whole_file_can_be_looked_at(
+    int4: Path, file: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    damaged = rewritten(file, flip(UP, 2), tmp_path / "damaged.gguf")
+    said = run_verify(int4, damaged, "--include", "*.layers.2.mlp.experts.*")
+    assert said.exit_code == 0, said.output
+    assert "q4_0: 12 weights, the source's value for value" in said.stdout
+    assert run_verify(int4, damaged, "--include", "*.layers.1.mlp.experts.0.*").exit_code == 1
+    proof = tmp_path / "proof.json"
+    run_verify(int4, damaged, "--include", "*.layers.2.mlp.experts.*", "--certificate", proof)
+    found = CliRunner().invoke(main, ["check", str(damaged), str(proof)])
+    assert re.search(r"but for \d+ tensors that it did not compare", found.stdout)
+
+
+def test_a_share_of_a_file_can_be_looked_at(int4: Path, file: Path, run_verify: Verify) -> None:
+    assert "not looked at (--sample)" in run_verify(int4, file, "--sample", 0.1).stdout
+
+
 def test_what_the_source_lacks_is_named(check: Callable[..., Result]) -> None:
     def add(name: str) -> Callable[[Tensors], None]:
         def edit(tensors: Tensors) -> None:
@@ -201,7 +244,10 @@ def test_a_transposed_weight_is_found(check: Callable[..., Result]) -> None:
         data, kind = tensors["blk.0.attn_q_a.weight"]
         tensors["blk.0.attn_q_a.weight"] = data.reshape(data.shape[1] // 2, -1), kind
 
-    check(edit, words=("q_a_proj' is [256, 64], in the source 'model.layers.0.self_attn.q_a_proj' is [64, 256]",))
+    check(
+        edit,
+        words=("'blk.0.attn_q_a.weight' is [256, 64], in the source 'model.layers.0.self_attn.q_a_proj' is [64, 256]",),
+    )
 
 
 def test_an_older_file_with_kv_b_as_it_is_passes(check: Callable[..., Result], int4: Path) -> None:
@@ -244,7 +290,7 @@ def test_a_file_of_another_model_fails(int4: Path, tmp_path: Path, run_verify: V
         int4, write(tmp_path / "other.gguf", {"token_embd.weight": (np.ones(4, np.float32), Types.F32)})
     )
     assert result.exit_code == 1
-    assert "is missing" in result.stderr
+    assert "'token_embd.weight' is [4], in the source 'model.embed_tokens.weight' is [512, 256]" in result.stderr
 
 
 def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
@@ -253,6 +299,23 @@ def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Pa
     result = run_verify(int4, path)
     assert result.exit_code == 1
     assert "truncated" in result.stderr
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(int4: Path, tmp_path: Path, run_verify: Verify) -> None:
+    result = run_verify(int4, tmp_path / "nothing.gguf")
+    assert result.exit_code == 2
+    assert "nothing.gguf" in result.stderr
+
+
+def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
+    int4: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    first = write(tmp_path / "toy.gguf", from_int4(int4, 3, 4), parts=3)
+    (tmp_path / ".kconvert").mkdir()
+    first.with_name("toy-00002-of-00003.gguf").unlink()
+    result = run_verify(int4, tmp_path)
+    assert result.exit_code == 1
+    assert "run the conversion again" in result.stderr
 
 
 def test_a_file_is_certified_with_its_header(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
@@ -419,6 +482,44 @@ def test_other_models_with_experts(
     assert result.exit_code == 0, result.output
     flip(next(name for name in made if "ffn_down_exps" in name), 3)(made)
     assert run_verify(source, write(tmp_path / "other.gguf", made, architecture)).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [([], "bf16: 26 weights, the source's value for value"), (["--rest", "q8_0"], "q8_0 by head: 3 weights, off by")],
+)
+def test_what_kconvert_writes_itself_is_the_sources_too(
+    int4: Path, tmp_path: Path, run_verify: Verify, options: list[str], words: str
+) -> None:
+    command = ["convert", str(int4), str(tmp_path / "out"), "--to", "gguf", "--shard-size", "1MB", "-q", *options]
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    said = run_verify(int4, tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    assert "q4_0: 24 weights, the source's value for value" in said.stdout
+    assert words in said.stdout
+
+
+def test_scales_that_f16_has_not_are_found_unless_errors_are_allowed(
+    int4_copy: Path, tmp_path: Path, raw: Any, run_verify: Verify
+) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint["model.layers.1.mlp.experts.2.up_proj.weight_scale"]
+    scale.data = b"\x01\x34" + scale.data[2:]  # 2^-23 and a bit
+    checkpoint.save()
+    command = ["convert", str(int4_copy), str(tmp_path / "out"), "--to", "gguf", "-q"]
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    refused = run_verify(int4_copy, tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "'blk.1.ffn_up_exps.weight[2]' differs at [0, " in refused.stderr
+    assert "judge it with --close" in refused.stderr
+    assert run_verify(int4_copy, tmp_path / "out", "--close").exit_code == 0
+
+
+def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> None:
+    """Its blocks lie across the rows, so that a row has values of many scales."""
+    limits = Standard().limits_for("q8_0 and q2_k by head")
+    assert limits == Limits({"sqnr": 6.0})
+    assert Standard().limits_for("q8_0").ceilings == {"max_relative": 0.05}
 
 
 def test_every_architecture_is_one_that_gguf_knows() -> None:

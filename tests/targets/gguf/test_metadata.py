@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -85,6 +88,33 @@ def test_kimis_special_tokens_have_the_names_of_its_tokenizer(copy: Callable[[st
     assert read["tokenizer.ggml.token_type"][255:260] == [1, 1, 3, 3, 3]
     assert (read["tokenizer.ggml.eos_token_id"], read["tokenizer.ggml.bos_token_id"]) == (258, 257)
     assert read["tokenizer.chat_template"].startswith("{% for message in messages %}")
+
+
+def merged_from(ranks: Mapping[bytes, int], token: bytes) -> list[bytes]:
+    """tiktoken's own way: the pair of the lowest rank first, as long as that is below the token's."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 1:
+        rank, at = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
+        if rank >= ranks[token]:
+            break
+        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
+    return parts
+
+
+def test_merges_follow_from_ranks(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
+    random = Random(0)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokens = [b"a", b"b", b"c"]
+    while len(ranks) < 310:
+        token = random.choice(tokens) + random.choice(tokens)
+        if token not in ranks:
+            ranks[token] = len(ranks)
+            tokens.append(token)
+    root = copy("kimi-k2-thinking")
+    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
+    (root / "tiktoken.model").write_bytes(b"".join(lines))
+    expected = [merged_from(ranks, token) for token in ranks if len(token) > 1]
+    assert to_gguf(root)["tokenizer.ggml.merges"] == [" ".join(map(spelt, pair)) for pair in expected if len(pair) == 2]
 
 
 def test_added_tokens_are_special_or_the_users(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
@@ -168,6 +198,7 @@ def test_a_vocabulary_that_is_none_is_refused(
         ("[", "is not valid JSON"),
         ("[]", "is not a JSON object"),
         ('{"model": {"type": "Unigram", "vocab": []}}', "is no BPE with a vocabulary"),
+        ('{"model": {"vocab": {"a": 1}, "byte_fallback": true}}', "is no BPE of bytes"),
         ('{"model": {"vocab": {"a": "b"}}}', "ids are no numbers"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a"]}}', "a merge that is no pair"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": [1]}', "without id or content"),
@@ -197,3 +228,14 @@ def test_experts_are_taken_all_or_none(source: Source) -> None:
 def test_the_rest_is_for_gguf_alone() -> None:
     with pytest.raises(KconvertError, match="the rest as 'q8_0' is not possible for bf16"):
         Recipe("bf16", rest="q8_0")
+
+
+@pytest.mark.parametrize(("name", "options"), [("qwen3-moe", {"rest": "q8_0"}), ("kimi-k2-thinking", {"rest": "q8_0"})])
+def test_what_rounds_is_refused_where_all_must_be_exact(source: Source, name: str, options: dict[str, str]) -> None:
+    with pytest.raises(KconvertError, match="would be rounded from bf16 to q8_0"):
+        plan(source(name), Recipe("gguf", require_exact=True, **options))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_is_rounded_otherwise(source: Source, name: str) -> None:
+    assert not plan(source(name), Recipe("gguf", require_exact=True)).facts["lossy"]

@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Heads(Format):
-    """Written only. A weight has for each head the rows of all `pieces`, one below the other."""
+    """A weight has for each head the rows of all `pieces`, one below the other."""
 
     pieces: tuple[Piece, ...]
 
@@ -84,6 +84,22 @@ class Heads(Format):
                 name = tensor_name(piece.name, part.suffix)
                 parts.append(Part(name, part.dtype, (heads, *part.shape), every=self.height_of_head))
         return tuple(parts)
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        """One head at a time, as `encode`."""
+        import numpy as np
+
+        heads = tile.reshape(-1, self.height_of_head, tile.shape[1])
+        first = done = 0
+        for piece in self.pieces:
+            rows, first = heads[:, first : first + piece.rows], first + piece.rows
+            shape = piece.matrix(tile.shape[1])
+            count = len(piece.format.parts(*shape))
+            stacks, done = [part.reshape(len(heads), -1) for part in parts[done : done + count]], done + count
+            matrix = np.empty(shape, "f4")
+            for number, head in enumerate(rows):
+                piece.format.decode([stack[number] for stack in stacks], 0, matrix)
+                head[:] = matrix.T if piece.transposed else matrix
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         """One head at a time, so that what is allocated is a matrix of one."""

@@ -38,7 +38,11 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "mlx": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
     "q8_0": Limits({"sqnr": 32.0}, {"max_relative": 0.05}),
+    "q6_k": Limits({"sqnr": 28.0}, {"max_relative": 0.1}),
+    "q3_k": Limits({"sqnr": 11.0}, {"max_relative": 0.5}),
+    "q2_k": Limits({"sqnr": 6.0}, {"max_relative": 0.8}),
     "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.85}),
     "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.1}),
 }
@@ -54,7 +58,10 @@ class Standard:
 
     def limits_for(self, label: str) -> Limits:
         """What decides for weights in the format with this label."""
-        usual = DEFAULT_LIMITS.get(label.split(maxsplit=1)[0], DEFAULT_LIMITS["int4"])
+        kinds = (kind.split(maxsplit=1)[0] for kind in label.removesuffix(BY_HEAD).split(" and "))
+        usual = min(
+            (DEFAULT_LIMITS.get(kind, DEFAULT_LIMITS["int4"]) for kind in kinds), key=lambda found: found.floors["sqnr"]
+        )
         if label.endswith(BY_HEAD):  # transposed, so that a row has values of many scales
             usual = Limits(usual.floors)
         return usual | self.limits

@@ -38,7 +38,9 @@ def _value_fault(rows: Rows) -> str:
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
     where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
     has = "compressed-tensors" if witness_of(rows.ours.format).by_library else "the source"
-    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
+    rounded = rows.theirs.format.quantised and rows.ours.format.label != rows.theirs.format.label
+    advice = "; if its codes or scales were rounded, judge it with --close" if rounded else ""
+    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}{advice}"
 
 
 def _byte_fault(rows: Rows) -> str | None:

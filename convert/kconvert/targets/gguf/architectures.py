@@ -33,9 +33,10 @@ def architecture_of(model: Model) -> Architecture:
     model_type = section_of(model).get("model_type")
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if architecture is None:
+        what = model.checkpoint.config.get("model_type") or "model without model_type in config.json"
         raise KconvertError(
-            f"{model.checkpoint.root} is a {model_type or 'model without model_type in config.json'}, whose tensors have no "
-            f"mapping to GGUF yet; there are those of {', '.join(ARCHITECTURES)}"
+            f"{model.checkpoint.root} is a {what}, whose tensors have no mapping to GGUF yet; there are those of "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return architecture
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,19 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
             "left_out": list(model.checkpoint.left_out),
         }
 
-    return Output(repr(recipe), checkpoint, tensors.drafts(), container, {}, chosen.parameters, facts).plan()
+    drafts = _exact(tensors.drafts()) if recipe.require_exact else tensors.drafts()
+    return Output(repr(recipe), checkpoint, drafts, container, {}, chosen.parameters, facts).plan()
+
+
+def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
+    """The steps; KconvertError for the first that rounds."""
+    for step in drafts:
+        if isinstance(step, Transcode) and step.target.fate(step.source) == "lossy":
+            raise KconvertError(
+                f"weight {step.name!r} would be rounded from {step.source.label} to {step.target.label}; leave out "
+                "--require-exact"
+            )
+        yield step
 
 
 def _check_layers(model: Model, architecture: Architecture, layers: int) -> None:

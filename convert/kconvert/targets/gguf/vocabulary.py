@@ -147,6 +147,8 @@ def _from_json(files: Files, pre: str) -> Vocabulary:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise files.fault(TOKENIZER, "is no BPE with a vocabulary")
+    if model.get("byte_fallback"):
+        raise files.fault(TOKENIZER, "is no BPE of bytes, but of characters")
     if any(type(number) is not int or number < 0 for number in vocab.values()):
         raise files.fault(TOKENIZER, "has tokens whose ids are no numbers")
     tokens = {number: (token, NORMAL) for token, number in vocab.items()}
@@ -210,12 +212,12 @@ def _ranks(files: Files) -> dict[bytes, int]:
 
 def _parts(ranks: Mapping[bytes, int], token: bytes, rank: int) -> list[bytes]:
     """What the token was merged from: its bytes, merged by all ranks before its own."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        found = [ranks.get(first + second, rank) for first, second in pairwise(parts)]
-        lowest = min(found)
-        if lowest >= rank:
-            break
+    starts = [*range(len(token)), len(token)]  # of the parts, and the end
+    found = [ranks.get(token[i : i + 2], rank) for i in range(len(token) - 1)]  # the rank of each part with the next
+    while found and (lowest := min(found)) < rank:
         at = found.index(lowest)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+        del found[at], starts[at + 1]
+        for i in (at - 1, at):
+            if 0 <= i < len(found):
+                found[i] = ranks.get(token[starts[i] : starts[i + 2]], rank)
+    return [token[first:last] for first, last in pairwise(starts)]

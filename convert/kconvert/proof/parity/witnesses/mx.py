@@ -39,7 +39,7 @@ class MxWitness(Witness[Mx]):
 
         usual = Mx(self.format.bits)
         codes = state[self.format.codes_name]
-        codes = codes.view(torch.uint8) if self.format.bits == 4 else codes
+        codes = codes.view(torch.uint8 if self.format.bits == 4 else torch.float8_e4m3fn)
         state = {usual.codes_name: codes, usual.scale_name: state[self.format.scale_name]}
         compressor: Any = mxfp4.MXFP4PackedCompressor if self.format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
         values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
