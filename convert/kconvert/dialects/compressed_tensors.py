@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names, matches
-from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, bare_name, brief, powers_of_two
+from kconvert.dialects.fields import PATTERN, SCALE_FORMAT, UE8M0, Table, bare_name, brief, powers_of_two
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -215,6 +215,8 @@ def mixed_table(parts: Sequence[tuple[Mapping[str, Any], Sequence[str]]], unquan
     everything = [name for _, names in parts for name in names]
     formats = {table["format"] for table, _ in parts}
     groups = {}
+    ignore, loose = ignore_list(everything, unquantised), set(unquantised)
+    named = [name for name in ignore if not name.startswith(PATTERN) and name in loose]
     for number, (table, names) in enumerate(parts):
         others = {*everything, *unquantised} - set(names)
         targets = patterns(names, others) if len(parts) > 1 else ["Linear"]
@@ -224,7 +226,7 @@ def mixed_table(parts: Sequence[tuple[Mapping[str, Any], Sequence[str]]], unquan
         "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignore_list(everything, unquantised),
+        "ignore": [*(name for name in ignore if name.startswith(PATTERN)), *patterns(named, everything)],
     }
 
 

@@ -66,6 +66,11 @@ class Target:
         """KconvertError where what was asked for can mean nothing in this model."""
 
     @property
+    def words(self) -> str:
+        """The rules by which weights are taken, where these are more than a name."""
+        return ""
+
+    @property
     def records(self) -> Mapping[str, bytes]:
         """Files that say what was asked for, where config.json cannot."""
         return {}

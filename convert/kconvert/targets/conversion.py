@@ -253,6 +253,7 @@ class Conversion:
             "manifest": model.manifest.name,
             "to": recipe.to,
             **({"layout": recipe.layout} if recipe.layout else {}),
+            **({"recipe": self.target.words} if self.target.words else {}),
             **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
             "parameters": model.parameters,
             "weights": dict(format_counts(model.weights)),

@@ -44,6 +44,11 @@ class MixedTarget(Target):
         self.mix.check(model)
 
     @property
+    def words(self) -> str:
+        rules = ", ".join(f"{selector} = {word}" for selector, word in self.mix.rules)
+        return f"{self.mix.layout}: {rules}"
+
+    @property
     def records(self) -> Mapping[str, bytes]:
         return {RECORD: self.mix.text.encode()}
 
