@@ -168,10 +168,10 @@ class _Mlx:
 
     def _by_heads(self, weight: Weight) -> Iterator[Step]:
         if isinstance(weight.format, Heads):
-            format: Format = weight.format
-        else:
-            names = self.model.manifest.bind(self.model.checkpoint.config)
-            format = by_heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
+            yield from map(copy_of, weight.tensors)
+            return
+        names = self.model.manifest.bind(self.model.checkpoint.config)
+        format = by_heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
         output = weight.name.removesuffix(f".{KV_B}")
         yield Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, format, (), output)
 
