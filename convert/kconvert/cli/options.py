@@ -16,6 +16,7 @@ from kconvert.checkpoint.files import exists, is_directory
 from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.targets.base import POWERS, RESTS, SCALES, WIDE
+from kconvert.targets.recipe import ATTENTIONS
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -142,10 +143,13 @@ scales_option = click.option(
     type=click.Choice((*SCALES, POWERS, WIDE)),
     default="amax",
     show_default=True,
-    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two; mlx: the source's in F32.",
+    help="INT4, FP8, MX, NVFP4: by the largest value, or the best by squared error; FP8: powers of two; mlx: F32.",
 )
 
 
+attention_option = click.option(
+    "--attention", type=click.Choice(ATTENTIONS), help="NVFP4: what attention becomes [default: bf16]."
+)
 rest_option = click.option(
     "--rest", type=click.Choice(RESTS), help="GGUF: what matrices become whose codes it does not take [default: bf16]."
 )

@@ -9,13 +9,14 @@ Sources: https://github.com/NVIDIA/Model-Optimizer, `export/quant_utils.py`, `ex
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names, by_name
-from kconvert.dialects.fields import Table, brief
+from kconvert.dialects.fields import LANGUAGE_MODEL, Table, bare_name, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -97,7 +98,11 @@ FLOAT4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 
 
 def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
-    """One `quant_algo`, NVFP4, for all Linears but those in `ignore`."""
+    """One `quant_algo`, NVFP4, for all Linears but those in `ignore`; where SGLang calls modules otherwise than the file does,
+    it finds them by `quantized_layers` only."""
+    quantised = list(quantised)
+    if any(name.startswith(LANGUAGE_MODEL) and RESPELT[0] in name for name in quantised):
+        return mixed_table({"NVFP4": quantised}, unquantised)
     group = {"input_activations": FLOAT4, "weights": FLOAT4, "targets": ["Linear"]}
     return {
         "config_groups": {"group_0": group},
@@ -106,6 +111,55 @@ def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[st
         "producer": PRODUCER,
         "quant_method": "modelopt",
     }
+
+
+# What engines' code calls modules of Kimi-K3, and Linears whose rows it puts into one.
+RESPELT = ("block_sparse_moe", "mlp")
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+def mixed_table(quantised: Mapping[str, Sequence[str]], unquantised: Iterable[str]) -> dict[str, Any]:
+    """MIXED_PRECISION: Linears by algorithm, experts by the module that has them all, under every name that engines use."""
+    unquantised = list(unquantised)
+    algorithms = {name: algorithm for algorithm, names in quantised.items() for name in names}
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name in (*algorithms, *unquantised):
+        inside[_experts_of(name)].add(algorithms.get(name, ""))
+    layers: dict[str, dict[str, Any]] = {}
+    for name, algorithm in algorithms.items():
+        whole = _experts_of(name) if len(inside[_experts_of(name)]) == 1 else name
+        if whole not in layers:
+            size = {"group_size": FLOAT4["group_size"]} if algorithm == "NVFP4" else {}
+            layers |= {key: {"quant_algo": algorithm, **size} for key in _spellings(whole)}
+    for fused, parts in FUSED.items():
+        for name in [name for name in layers if name.endswith(f".{parts[0]}")]:
+            around = name.removesuffix(parts[0])
+            if all(layers.get(around + part) == layers[name] for part in parts):
+                layers[around + fused] = layers[name]
+    return {
+        "quantized_layers": layers,
+        "ignore": _ignore(algorithms, unquantised),
+        "quant_algo": MIXED,
+        "producer": PRODUCER,
+        "quant_method": "modelopt_mixed",  # else SGLang leaves out what is not FP8
+    }
+
+
+def _experts_of(name: str) -> str:
+    """The module that has the routed experts of whose one this is; the name of any other."""
+    around, experts, _ = name.rpartition(".experts.")
+    return around + experts.rstrip(".") if experts else name
+
+
+def _spellings(name: str) -> list[str]:
+    """A module's names in engines."""
+    shorter = both_names([name])
+    shorter += [bare_name(name)] if name.startswith(LANGUAGE_MODEL) else []
+    return [*dict.fromkeys(word for name in shorter for word in (name, name.replace(*RESPELT)))]
 
 
 def table_beside(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ F8_E8M0 or as such bytes in U8.
 
 Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype. A scale of zero has codes of zero.
 Quantising: scale = amax / 448, 1 where that is 0; code = e4m3(value / scale), an f32 division, half to even, saturating. A
-BF16 scale is rounded first and the codes belong to the rounded scale.
+BF16 scale is rounded first and the codes belong to the rounded scale. The scale of a tensor is divided in f64, from what
+Format.reach knows of the weight and of those that engines fuse with it.
 With powers of two (ue8m0): the smallest that is not less than amax / 448, 2^-127 at least, 1 where amax is 0. Where any power
 of two reproduces every value of a block, this one does: a smaller scale only makes codes larger, and none is above 448. So
 MXFP4 (and whatever was) keeps its values where those of a block, as multiples of 2^-9 of it, have four bits: where the
@@ -28,6 +29,7 @@ https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -44,6 +46,7 @@ E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
 WRITTEN_SCALES = ("F32", "BF16", *E8M0)
 LARGEST = 448.0
+ONE = struct.pack("<f", 1.0)
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
 KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
@@ -54,8 +57,9 @@ READS = "FP8 by block, channel and tensor, symmetric"
 class Fp8(Format):
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
-    `unused`: zero points that lie beside it. `powers`: its scales are powers of two, as those in E8M0 always are. Written are
-    block and channel scales, in WRITTEN_SCALES.
+    `unused`: zero points that lie beside it. `powers`: its scales are powers of two, as those in E8M0 always are. `inputs`: a
+    scale of activations, 1, is written beside it. Written are block and channel scales, in WRITTEN_SCALES, and F32 ones of
+    tensors.
 
     How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error
     (conventions.FP8_DIVISORS); `exact`: of powers of two, blocks that they do not reproduce are counted; `strict`: they are an
@@ -68,6 +72,7 @@ class Fp8(Format):
     scale_dtype: str = "F32"
     unused: tuple[Part, ...] = ()
     powers: bool = False
+    inputs: bool = False
     mse: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
@@ -90,7 +95,7 @@ class Fp8(Format):
     @property
     def usual(self) -> Fp8:
         scale_dtype = E8M0[0] if self.scale_dtype in E8M0 else self.scale_dtype
-        return replace(self, scale_name=SCALES[0], scale_dtype=scale_dtype, unused=())
+        return replace(self, scale_name=SCALES[0], scale_dtype=scale_dtype, unused=(), inputs=False)
 
     def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Fp8:
         return replace(self, strict=strict)
@@ -108,6 +113,9 @@ class Fp8(Format):
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """With powers of two also for what has such scales now: nothing else keeps its values. A float scale stays as it is, as
         engines read either."""
+        if self.strategy == "tensor":
+            kept = replace(self, mse=False, inputs=self.inputs and not isinstance(source, Fp8))
+            return Format.fit(kept if kept == source else replace(self, mse=False), source, rows, cols, mse)
         strict = self.strict and not self._keeps(source)
         powers = self.powers or strict or (source.quantised and source.may_have_powers)
         exact = powers and (strict or source.may_have_powers)
@@ -139,11 +147,19 @@ class Fp8(Format):
         return (
             Part("weight", "F8_E4M3", (rows, cols)),
             Part(self.scale_name, self.scale_dtype, scale, every, values="nonnegative"),
+            *([Part("input_scale", "F32", (), every=None, constant=ONE)] if self.inputs else []),
             *self.unused,
         )
 
     def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
         return LARGEST * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
+
+    def settles(self, source: Format) -> bool:
+        return self.strategy == "tensor"
+
+    def settle(self, reach: float, parts: Sequence[Bytes]) -> None:
+        if self.strategy == "tensor":
+            parts[1].view("f4")[0] = reach / LARGEST or 1
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import fp8 as kernels
@@ -160,8 +176,15 @@ class Fp8(Format):
 
         from kconvert.formats.kernels import fp8 as kernels
 
-        if self.strategy == "tensor" or self.scale_dtype not in WRITTEN_SCALES:
+        if self.scale_dtype not in (("F32",) if self.strategy == "tensor" else WRITTEN_SCALES):
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
+        if self.strategy == "tensor":
+            lost = kernels.encode_by_scale(tile.reshape(-1), parts[1].view("f4")[0], parts[0])
+            if lost < 0:
+                raise ValueError("it has a value that is not finite")
+            if lost and self.strict:
+                raise ValueError(f"{lost:,} of its values are no code times its scale")
+            return 0
         if self.powers:
             return self._encode_by_powers(tile, parts)
         block_rows, block_cols = self.block_shape(*tile.shape)

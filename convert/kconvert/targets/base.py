@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,7 +10,7 @@ from kconvert.formats import Format
 from kconvert.planning.containers import Container, Safetensors
 
 if TYPE_CHECKING:
-    from kconvert.models.model import Weight
+    from kconvert.models.model import Model, Weight
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
@@ -57,6 +57,25 @@ class Target:
     experts: str | None = None
     spares: bool = False
     beside: Beside | None = None
+
+    def choice(self, weight: Weight) -> Format | None:
+        """The encoding that the weight is to have; None: it is not taken."""
+        return self.format if self.takes(weight) else None
+
+    def check(self, model: Model) -> None:
+        """KconvertError where what was asked for can mean nothing in this model."""
+
+    @property
+    def records(self) -> Mapping[str, bytes]:
+        """Files that say what was asked for, where config.json cannot."""
+        return {}
+
+    def declare(
+        self, format: Format, quantised: Mapping[Format, Sequence[str]], others: Sequence[str]
+    ) -> dict[str, Any]:
+        """quantization_config: `quantised` are Linears by encoding, of which the usual one is `format`."""
+        assert self.table is not None
+        return self.table(format, [name for names in quantised.values() for name in names], list(others))
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:
