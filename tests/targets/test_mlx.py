@@ -84,6 +84,28 @@ def test_it_verifies_and_converts_back_to_the_same_bf16(int4: Path, bf16: Path, 
     assert all(back[name].equal(direct[name]) for name in back)
 
 
+def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(mlx: Path, tmp_path: Path, raw: Any) -> None:
+    """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns."""
+    checkpoint, parts = raw.load(mlx), {}
+    name = "model.layers.0.self_attn."
+    for half in ("embed_q", "unembed_out"):
+        heads, rows, cols = checkpoint.pop(f"{name}{half}.weight").shape
+        parts[half] = affine(heads * rows, cols, 8, 32, torch.bfloat16)
+        for suffix, dtype in (("weight", "U32"), ("scales", "BF16"), ("biases", "BF16")):
+            tensor = parts[half][suffix]
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            shape = [heads, rows, tensor.shape[1]]
+            checkpoint.put(f"{name}{half}.{suffix}", raw.Tensor(dtype, shape, data))
+    source = damaged(checkpoint, mlx, tmp_path / "source")
+    convert(plan(source, Recipe("bf16")), tmp_path / "bf16")
+    found = weights(tmp_path / "bf16")[f"{name}kv_b_proj.weight"]
+    keys, values = (value(parts[half], 32).view(4, -1, parts[half]["codes"].shape[1]) for half in parts)
+    assert found.equal(torch.cat([keys.mT, values], 1).flatten(0, 1))
+    assert verify(source, tmp_path / "bf16").faults == ()
+    convert(plan(source, Recipe("mlx")), tmp_path / "again")
+    assert verify(source, tmp_path / "again").faults == ()
+
+
 def test_a_flipped_bit_in_a_stack_is_found(int4: Path, mlx: Path, tmp_path: Path, raw: Any) -> None:
     checkpoint = raw.load(mlx)
     tensor = checkpoint["model.layers.1.mlp.switch_mlp.up_proj.biases"]

@@ -130,14 +130,14 @@ class _Mlx:
 
     def drafts(self) -> list[Step]:
         """Steps without places, in natural order of the output's names."""
-        steps = [step for name, weights in self.experts.items() for step in self._stack(name, weights)]
+        groups = [(name, [*self._stack(name, weights)]) for name, weights in self.experts.items()]
         stacked = {weight.name for weights in self.experts.values() for weight in weights}
         for weight in self.model.weights:
-            if self.stays(weight) and weight.name not in stacked:
-                steps += self._steps(weight)
-        steps += [step for plain in self.model.plain if self.stays(plain) for step in self._plain(plain)]
-        keys = {id(step): natural_key(step.outputs[0][0]) for step in steps}
-        return sorted(steps, key=lambda step: keys[id(step)])
+            if weight.name not in stacked and self.stays(weight):
+                groups.append((weight.name, [*self._steps(weight)]))
+        groups += [(p.tensor.name, [*self._plain(p)]) for p in self.model.plain if self.stays(p)]
+        groups.sort(key=lambda group: natural_key(group[0]))
+        return [step for _, steps in groups for step in steps]
 
     def _stack(self, name: str, weights: Sequence[Weight]) -> Iterator[Step]:
         format = self.stacked(weights)
@@ -168,10 +168,10 @@ class _Mlx:
 
     def _by_heads(self, weight: Weight) -> Iterator[Step]:
         if isinstance(weight.format, Heads):
-            format: Format = weight.format
-        else:
-            names = self.model.manifest.bind(self.model.checkpoint.config)
-            format = by_heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
+            yield from map(copy_of, weight.tensors)
+            return
+        names = self.model.manifest.bind(self.model.checkpoint.config)
+        format = by_heads(names.size("nope"), names.size("v_head"), Dense("BF16"), Dense("BF16"))
         output = weight.name.removesuffix(f".{KV_B}")
         yield Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, format, (), output)
 
