@@ -102,7 +102,7 @@ def sample(folder: Path, name: str, *options: str) -> Path:
 
 
 def tensor_files(checkpoint: Path) -> list[Path]:
-    return sorted(checkpoint.glob("*.safetensors"))
+    return sorted(file for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".gguf"))
 
 
 def nbytes(files: Iterable[Path]) -> int:

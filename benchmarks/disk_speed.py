@@ -33,6 +33,8 @@ TARGET = 1.15
 JOBS = (
     "int4-to-bf16",
     "int4-to-fp8",
+    "int4-to-gguf",
+    "int4-to-mlx",
     "fp8-to-bf16",
     "bf16-to-int4",
     "fp8-to-int4",
@@ -106,7 +108,7 @@ def source_of(job: str, folder: Path, experts: int) -> Path:
 
 def command(job: str, source: Path, target: Path) -> list[str | Path]:
     """Of the pairs that have no command of their own, too."""
-    if any(encoding in job for encoding in ("mxfp4", *FOREIGN)):
+    if any(encoding in job for encoding in ("mxfp4", "gguf", "mlx", *FOREIGN)):
         return [KCONVERT, "convert", source, target, "--to", job.rpartition("-")[2]]
     return [KCONVERT, job, source, target]
 

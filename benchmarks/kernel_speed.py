@@ -25,7 +25,7 @@ from kconvert.formats.fp8 import Fp8
 from kconvert.formats.gptq import Gptq
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
-from kconvert.run.engine import TILE_BYTES
+from kconvert.run.tiles import TILE_BYTES
 from kconvert.targets.synthetic import Synthetic
 
 if TYPE_CHECKING:

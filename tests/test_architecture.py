@@ -30,7 +30,7 @@ MAY: Mapping[str, str] = {
     "planning": "errors version formats checkpoint",
     "targets": "errors version formats checkpoint dialects models planning",
     "run": "errors version formats checkpoint hub planning",
-    "proof": "errors formats checkpoint dialects models hub address planning",
+    "proof": "errors version formats checkpoint dialects models hub address planning",
     "report": "errors version formats checkpoint dialects models hub address planning targets run proof",
     "": "errors version formats checkpoint models hub address planning targets run proof report",
     "cli": "errors version formats checkpoint models hub address planning targets run proof report",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kconvert.checkpoint.directory import links_allowed
     from kconvert.models.model import Model
     from kconvert.planning.plan import Plan
+    from kconvert.proof.certificate import certify, check_certificate
     from kconvert.proof.verify import Report, verify
     from kconvert.run.disk import Needs
     from kconvert.targets.recipe import Recipe
@@ -42,6 +43,8 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "certify",
+    "check_certificate",
     "convert",
     "inspect",
     "links_allowed",
@@ -55,6 +58,8 @@ HOMES = {
     "Plan": "planning.plan",
     "Recipe": "targets.recipe",
     "Report": "proof.verify",
+    "certify": "proof.certificate",
+    "check_certificate": "proof.certificate",
     "links_allowed": "checkpoint.directory",
     "verify": "proof.verify",
 }

@@ -1,9 +1,10 @@
-"""A checkpoint by its address: a directory of the disk, or a repository of the Hub."""
+"""A checkpoint by its address: a directory of the disk, a repository of the Hub, or a GGUF file."""
 
 from __future__ import annotations
 
 import os
 
+from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
 from kconvert.checkpoint.source import Checkpoint, open_directory
 from kconvert.hub.ids import parse_hub_id
 
@@ -21,3 +22,8 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     from kconvert.hub.repository import open_repository
 
     return open_repository(place, revision)
+
+
+def open_stored(path: str | os.PathLike[str]) -> Checkpoint:
+    """The same, or a model in GGUF, whose tensors are taken as they lie in its files and not for weights."""
+    return open_gguf(path) if is_gguf(path) else open_checkpoint(path)

@@ -17,8 +17,6 @@ AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
 SPOKEN: dict[str, tuple[dict[str, Any], str]] = {
     "marlin": ({"quant_method": "marlin", "group_size": 128}, "Marlin's (quant_method 'marlin', group_size 128)"),
     "mxfp4": ({"quant_method": "mxfp4"}, "gpt-oss's MXFP4, in stacks of experts"),
-    "mlx": ({"group_size": 64, "bits": 4}, "MLX's (bits 4, group_size 64)"),
-    "mlx with a mode": ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "MLX's (mode 'mxfp4', bits 4, group_size 32)"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes'"),
     "bitsandbytes, old": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes' (load_in_4bit True"),
     "torchao": ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4"}}}, "torchao's"),
@@ -57,11 +55,6 @@ def test_a_quantisation_that_is_not_read_is_called_by_its_name(case: str, key: s
     assert "malformed" not in sentence
 
 
-def test_mlx_alone_under_its_own_key_is_found() -> None:
-    with pytest.raises(KconvertError, match=r"config\.json: quantization is MLX's .*mlx_lm\.convert --dequantize"):
-        read_quantization({"quantization": {"group_size": 64, "bits": 4}})
-
-
 @pytest.mark.parametrize("method", ["no_such", ""])
 def test_an_unknown_method_is_quoted_with_those_that_are_read(method: str) -> None:
     read = " and ".join(name for dialect in DIALECTS for name in dialect.METHODS)
@@ -84,7 +77,6 @@ def test_a_table_that_says_nothing_known_is_not_taken_for_compressed_tensors() -
 
 BESIDE: dict[str, tuple[str, Any, str]] = {
     "hqq": ("quantize_config.json", {"quant_method": "hqq", "bits": 4}, "HQQ (quant_method 'hqq')"),
-    "mlx": ("quant_config.json", {"bits": 4, "group_size": 64}, "MLX's (bits 4, group_size 64)"),
 }
 
 

@@ -42,6 +42,7 @@ class Codec:
         parts = format.parts(rows, cols)
         outputs = [np.zeros(part.nbytes, np.uint8) for part in parts]
         lost = 0
+        format.settle(float(weight.abs().amax()) if weight.numel() else 0.0, outputs)
         for first in range(0, rows, self.tile_rows):
             last = min(first + self.tile_rows, rows)
             cuts = [data[slice(*part.span(rows, first, last))] for part, data in zip(parts, outputs, strict=True)]

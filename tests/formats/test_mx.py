@@ -24,6 +24,7 @@ from kconvert.formats.kernels import mx as kernels
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.reference import mx as reference
+from kconvert.formats.reference import nvfp4 as nvfp4_reference
 
 BF16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 COMPRESSORS = {4: MXFP4PackedCompressor, 8: MXFP8QuantizationCompressor}
@@ -145,7 +146,7 @@ def test_nvfp4_has_the_values_of_compressed_tensors(codec: Any) -> None:
     expected = NVFP4PackedCompressor.decompress(state, plan)["weight"]
     values = codec.decode(Nvfp4(), state, 64, 128)
     assert torch.equal(bits_of(values), bits_of(expected.float()))
-    ours = reference.decode_nvfp4(state["weight_packed"], state["weight_scale"], global_scale)
+    ours = nvfp4_reference.decode(state["weight_packed"], state["weight_scale"], global_scale)
     assert torch.equal(bits_of(ours), bits_of(expected))
 
 

@@ -231,9 +231,9 @@ SOURCES = {
 @pytest.mark.parametrize(
     ("target", "fates"),
     [
-        (Fp8(), "recovered recovered lossy lossy lossy lossless"),
+        (Fp8(), "recovered recovered lossy lossy lossless lossless"),
         (Fp8(powers=True), "recovered recovered recovered lossy lossy lossless"),
-        (Fp8(strict=True), "recovered recovered recovered recovered recovered lossless"),
+        (Fp8(strict=True), "recovered recovered recovered recovered lossless lossless"),
         (Mx(4), "lossless recovered recovered lossy lossy recovered"),
         (Mx(8), "lossless lossless recovered lossy lossy recovered"),
     ],

@@ -330,7 +330,7 @@ class Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular",
                 "shouldIgnore": False,
             }
             for file in json.loads(self.body)["files"]

@@ -47,6 +47,11 @@ class Checkpoint:
         return self.root.name
 
     @property
+    def title(self) -> Path:
+        """What messages about the whole begin with."""
+        return self.root
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -67,6 +72,10 @@ class Checkpoint:
     def side_file(self, name: str) -> Path:
         """Where the side file `name` can be read."""
         return self.root / name
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name, listed above or not."""
+        return (self.root / name).is_file()
 
     def check_index(self) -> None:
         """KconvertError when the index disagrees with the headers; whoever opened a directory has looked already."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli import conversions, diff, inspect, qat, repack, sample, verify
+from kconvert.cli import check, conversions, diff, inspect, qat, repack, sample, verify
 from kconvert.errors import CheckFailed, KconvertError, explain_os_error
 from kconvert.version import __version__
 
@@ -60,6 +60,7 @@ COMMANDS = (
     conversions.convert,
     repack.repack_amx,
     verify.verify,
+    check.check,
     diff.diff,
     sample.sample,
     qat.qat,

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from kconvert.cli.options import conversion, layout_option, packed_options, scales_option
+from kconvert.cli.options import attention_option, conversion, layout_option, packed_options, rest_option, scales_option
 from kconvert.cli.running import carry_out, pinned
+from kconvert.targets.mixed.rules import read_mix
+from kconvert.targets.recipe import MIXED
 from kconvert.targets.registry import TARGETS
 
 
@@ -84,15 +86,27 @@ def fp8_to_int4(source: str, destination: str, **options: Any) -> None:
 @click.command()
 @conversion
 @packed_options
-@click.option("--to", required=True, type=click.Choice(list(TARGETS)), help="The encoding to write.")
+@click.option("--to", type=click.Choice(list(TARGETS)), help="The encoding to write.")
+@click.option(
+    "--recipe", metavar="FILE", help="In its place: a TOML file, or the name of a preset, says which weights get which."
+)
 @layout_option(*TARGETS)
-def convert(source: str, destination: str, to: str, **options: Any) -> None:
+@rest_option
+@attention_option
+def convert(source: str, destination: str, to: str | None, recipe: str | None, **options: Any) -> None:
     """Convert the checkpoint SRC, in any encoding that can be read, to another one in DST.
+
+    `--to mlx` writes what mlx-lm loads, with the codes and scales that SRC has (INT4, MXFP4, MXFP8), and the rest in BF16.
 
     \b
     Example: kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --to bf16
+             kconvert convert ./Kimi-K2-Thinking ./Kimi-K2-Thinking-GGUF --to gguf --shard-size 50GB
     """
-    _convert(source, destination, to=to, expect=None, **options)
+    if (to is None) == (recipe is None):
+        raise click.UsageError("give either --to or --recipe")
+    if recipe is not None:
+        options["mix"] = read_mix(recipe, options.pop("layout") or "")
+    _convert(source, destination, to=to or MIXED, expect=None, **options)
 
 
 def _convert(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import json_option, links_option, location, quiet_option
+from kconvert.cli.options import json_option, links_option, location_or_gguf, quiet_option
 from kconvert.cli.running import progress
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ MARKS = {"added": ("+", "green"), "removed": ("-", "red"), "dtype": ("!", "yello
 
 
 @click.command()
-@click.argument("before", metavar="A", type=location)
-@click.argument("after", metavar="B", type=location)
+@click.argument("before", metavar="A", type=location_or_gguf)
+@click.argument("after", metavar="B", type=location_or_gguf)
 @click.option("--headers", is_flag=True, help="Compare names, dtypes and shapes only, no values.")
 @click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Most tensors listed; 0: all.")
 @links_option

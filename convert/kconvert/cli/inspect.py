@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kconvert.cli.options import json_option, links_option, location, report_option, revision_option
+from kconvert.cli.options import json_option, links_option, location_or_gguf, report_option, revision_option
 
 if TYPE_CHECKING:
     from kconvert.models.model import Model
 
 
 @click.command()
-@click.argument("source", metavar="SRC", type=location)
+@click.argument("source", metavar="SRC", type=location_or_gguf)
 @revision_option
 @links_option
 @report_option
 @json_option
 def inspect(source: str, revision: str | None, report: Path | None, as_json: bool) -> None:
-    """Say what SRC is: family, sizes, formats, roles and findings.
+    """Say what SRC is: family, sizes, formats, roles and findings; SRC may be a GGUF file.
 
     A report also looks into a sample of the weights: whose convention INT4 codes follow, how codes and scales are used.
 
@@ -31,14 +31,19 @@ def inspect(source: str, revision: str | None, report: Path | None, as_json: boo
     Example: kconvert inspect ./Kimi-K2-Thinking --report inventory.html
     """
     import kconvert
+    from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
     from kconvert.models.amx import is_amx, open_amx
     from kconvert.report import check_report_path
+    from kconvert.report.gguf import summarise_gguf
     from kconvert.report.summary import summarise, summarise_amx
 
-    if is_amx(Path(source)):
+    kind = "AMX" if is_amx(Path(source)) else "GGUF" if is_gguf(source) else None
+    if kind is not None:
         if report is not None:
-            raise click.UsageError("there is no report on AMX weights alone; `kconvert verify SRC DST` compares them")
-        summary = summarise_amx(open_amx(Path(source)))
+            raise click.UsageError(
+                f"there is no report on {kind} weights alone; `kconvert verify SRC DST` compares them"
+            )
+        summary = summarise_amx(open_amx(Path(source))) if kind == "AMX" else summarise_gguf(open_gguf(source))
     else:
         if report is not None:
             check_report_path(report)

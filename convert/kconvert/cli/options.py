@@ -13,8 +13,10 @@ from click.shell_completion import CompletionItem
 
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
+from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, SCALES
+from kconvert.targets.base import POWERS, RESTS, SCALES, WIDE
+from kconvert.targets.recipe import ATTENTIONS
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -34,20 +36,25 @@ class Size(click.ParamType[int]):
 
 
 class Location(click.ParamType[str]):
-    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://."""
+    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://; or a GGUF file, where such
+    are read."""
 
     name = "location"
 
+    def __init__(self, gguf: bool = False) -> None:
+        self._gguf = gguf
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if exists(value) and not is_directory(value):
+        if exists(value) and not is_directory(value) and not (self._gguf and is_gguf(value)):
             self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
+        return [CompletionItem(incomplete, type="file" if self._gguf else "dir")]
 
 
 location = Location()
+location_or_gguf = Location(gguf=True)
 revision_option = click.option(
     "--revision",
     help="Branch, tag or commit of SRC: a Hub id (unless there is such a directory), or in the Hub's cache.",
@@ -133,10 +140,18 @@ def layout_option(*targets: str) -> Callable[[Command], Command]:
 
 scales_option = click.option(
     "--scales",
-    type=click.Choice((*SCALES, POWERS)),
+    type=click.Choice((*SCALES, POWERS, WIDE)),
     default="amax",
     show_default=True,
-    help="INT4, FP8, MX: by the largest value, or the best by squared error; FP8: powers of two.",
+    help="INT4, FP8, MX, NVFP4: by the largest value, or the best by squared error; FP8: powers of two; mlx: F32.",
+)
+
+
+attention_option = click.option(
+    "--attention", type=click.Choice(ATTENTIONS), help="NVFP4: what attention becomes [default: bf16]."
+)
+rest_option = click.option(
+    "--rest", type=click.Choice(RESTS), help="GGUF: what matrices become whose codes it does not take [default: bf16]."
 )
 
 
@@ -154,6 +169,6 @@ def packed_options(function: Command) -> Command:
             "--group-size", type=click.IntRange(8), default=32, show_default=True, help="INT4: columns to a scale."
         ),
         scales_option,
-        click.option("--require-exact", is_flag=True, help="Stop at values that no codes and scale reproduce."),
+        click.option("--require-exact", is_flag=True, help="Stop where the output cannot have every value."),
     ]
     return apply(options, function)

@@ -18,6 +18,7 @@ from kconvert.cli.options import (
     json_option,
     links_option,
     location,
+    location_or_gguf,
     quiet_option,
     report_option,
     selection_options,
@@ -28,6 +29,7 @@ from kconvert.proof.parity.metrics import CEILINGS, FLOORS, Errors, spelled
 
 if TYPE_CHECKING:
     from kconvert.proof.logits import Agreement, LogitsReport
+    from kconvert.proof.parity.compare import Comparison
     from kconvert.proof.verify import Report
 
 
@@ -87,13 +89,22 @@ def logits_options(function: Command) -> Command:
     return apply(options, function)
 
 
+certificate_option = click.option(
+    "--certificate",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.json",
+    help="Write the sha256 of each tensor and file of DST, once all have passed; for `kconvert check`.",
+)
+
+
 @click.command()
 @click.argument("source", metavar="SRC", type=location)
-@click.argument("output", metavar="DST", type=location)
+@click.argument("output", metavar="DST", type=location_or_gguf)
 @click.option(
     "--sample", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of tensors compared."
 )
 @standard_options
+@certificate_option
 @logits_options
 @selection_options
 @links_option
@@ -104,6 +115,7 @@ def verify(
     source: str,
     output: str,
     sample: float,
+    certificate: Path | None,
     logits: bool,
     text: Path | None,
     tokens: int,
@@ -114,6 +126,8 @@ def verify(
 ) -> None:
     """Prove that DST holds SRC's weights: every tensor there, sound, and equal to an independent decompression.
 
+    DST may be a GGUF file, whoever made it.
+
     Exits with 1 and the first differing tensor and element otherwise. With --report all faults are collected, and errors are
     measured on all values; without, equality is checked on all and what was lost is told of each weight's first rows.
 
@@ -121,17 +135,23 @@ def verify(
     Example: kconvert verify ./Kimi-K2-Thinking ./Kimi-K2-Thinking-BF16 --sample 0.01 --report parity.html
     """
     import kconvert
+    from kconvert.checkpoint.gguf_files import is_gguf
     from kconvert.models.amx import KT_GLOB, is_amx
     from kconvert.proof.logits import compare_logits
     from kconvert.report import check_report_path
 
+    if logits and is_gguf(output):
+        raise click.UsageError("what transformers runs is no GGUF file: leave out --logits")
     if is_amx(Path(output)) and (logits or options["include"] or options["exclude"]):
         raise click.UsageError(
             "AMX weights are all the experts and no model that transformers runs: leave out --logits, --include and --exclude"
         )
+    if certificate is not None:
+        _check_certifiable(certificate, sample)
     if report is not None:
         check_report_path(report)
-    total = sum(path.stat().st_size for glob in ("*.safetensors", KT_GLOB) for path in Path(output).glob(glob))
+    files = [path for glob in ("*.safetensors", "*.gguf", KT_GLOB) for path in Path(output).glob(glob)]
+    total = sum(path.stat().st_size for path in files or [Path(output)] if path.is_file())
     with progress(int(total * sample), quiet) as advance:
         found = kconvert.verify(
             source,
@@ -145,6 +165,21 @@ def verify(
     wanted = logits and not found.faults
     said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
     _tell(found, said, report, as_json, quiet)
+    if certificate is not None:
+        with progress(found.output.checkpoint.nbytes, quiet) as advance:
+            digest = kconvert.certify(found, certificate, advance)
+        if not (quiet or as_json):
+            tensors = counted(len(found.output.checkpoint.tensors), "tensor")
+            click.echo(f"certified: {tensors} of DST, read once more, in {certificate} (sha256 {digest})")
+
+
+def _check_certifiable(certificate: Path, sample: float) -> None:
+    """What would be known too late otherwise."""
+    from kconvert.proof.certificate import check_path
+
+    if sample < 1:
+        raise click.UsageError("a certificate is of every tensor: leave out --sample")
+    check_path(certificate)
 
 
 def _tell(found: Report, said: LogitsReport | None, report: Path | None, as_json: bool, quiet: bool) -> None:
@@ -161,8 +196,30 @@ def _tell(found: Report, said: LogitsReport | None, report: Path | None, as_json
         click.echo(json.dumps(verify_document(found, command, said, details=False), indent=2))
     elif not quiet:
         click.echo(_sentence(found))
+        for line in _gguf_lines(found):
+            click.echo(line)
         for line in _logits_lines(said) if said else ():
             click.echo(line)
+
+
+def _gguf_lines(report: Report) -> Iterator[str]:
+    """Of a GGUF file: which of its types have the source's values, and what is missing or there besides."""
+    from kconvert.checkpoint.gguf_files import GgufCheckpoint
+
+    if not isinstance(report.output.checkpoint, GgufCheckpoint):
+        return
+    kinds: dict[tuple[str, bool], list[Comparison]] = {}
+    for comparison in report.comparisons:
+        kinds.setdefault((comparison.output_format, comparison.judged_by == "limits"), []).append(comparison)
+    for (label, limited), group in kinds.items():
+        errors = sum((comparison.errors for comparison in group), Errors())
+        figures = (
+            f"off by {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}" if errors.sqnr else ""
+        )
+        figures = figures or "which have the source's values all the same"
+        weights = counted(len(group), "weight")
+        yield f"{label}: {weights}, {figures}" if limited else f"{label}: {weights}, the source's value for value"
+    yield from (f"note: {note}" for note in report.notes)
 
 
 def _logits_lines(said: LogitsReport) -> Iterator[str]:

@@ -1,8 +1,7 @@
 """The ways of saying in a config.json how weights are quantised: one module a dialect, read and written."""
 
 from kconvert.dialects.base import QuantizationConfig
-from kconvert.dialects.beside import DECLARING_FILES, declared_beside
-from kconvert.dialects.registry import read_quantization
+from kconvert.dialects.registry import DECLARING_FILES, declared_beside, read_quantization
 from kconvert.dialects.tables import KEYS, quantization_tables, with_quantization, without_quantization
 
 __all__ = [

@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, by_name
 from kconvert.dialects.fields import Table, brief
-from kconvert.dialects.gptq import by_name, by_pattern, integers
+from kconvert.dialects.gptq import by_pattern, integers
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -22,6 +22,8 @@ METHODS: tuple[str, ...] = ("auto-round", "intel/auto-round", "inc")
 SIGNS = frozenset({"autoround_version", "packing_format"})
 PLAIN = "fake"  # values that were quantised and are stored as values
 UNREAD_PACKINGS = ("mlx", "e5m3", "gguf", "svdquant")
+OWN, GPTQ, AWQ = {"auto_round", "gptqmodel"}, {"auto", "auto_gptq", "gptq"}, {"auto_awq", "awq"}
+KERNELS = {"exllama", "exllamav2", "triton", "tritonv2", "tritonv2_zp"}  # older releases say for which they are
 ROTATIONS = ("rotation_config", "rotation_configs", "spinquant_config")
 NAME = re.compile(r"[\w.-]+")
 ANYWHERE = ".*?"
@@ -44,18 +46,17 @@ def read(table: Table) -> QuantizationConfig:
     if packing.endswith(f":{PLAIN}"):
         return QuantizationConfig()
     extra = table.table_if_any("extra_config")
-    names: list[tuple[str, Scheme]] = []
-    patterns: list[tuple[str, Scheme]] = []
+    found: list[tuple[str, Scheme]] = []
     for key in extra.values:
         is_name = NAME.fullmatch(key) is not None
         target = key if is_name else by_pattern(extra, key, ANYWHERE)
         own = extra.table(key)
         said = {name: value for name, value in own.values.items() if value is not None}
         if (scheme := _scheme(replace(own, values={**table.values, **said}), packing)) is not None:
-            (names if is_name else patterns).append((target, scheme))
+            found.append((target, scheme))
     default = _scheme(table, packing)
-    schemes = (*by_name(names), *(scheme for pattern in patterns for scheme in by_name([pattern])))
-    return QuantizationConfig((*schemes, *([default] if default else ())), in_order=True)
+    schemes = (*by_name(found), *([default] if default else ()))
+    return QuantizationConfig(schemes, order=tuple(target for target, _ in found))
 
 
 def _scheme(table: Table, packing: str) -> Scheme | None:
@@ -72,9 +73,12 @@ def _scheme(table: Table, packing: str) -> Scheme | None:
         raise _unread(table, f"data_type {brief(kind)} of {brief(bits)} bits")
     if (table.integer("act_bits") or 16) <= 8:
         raise _unread(table, "integers for activations of few bits")
-    if "awq" in packing:
+    words = set(packing.split(":"))
+    if not words <= OWN | GPTQ | AWQ | KERNELS:
+        raise _unread(table, f"packing_format {brief(packing)} of integers")
+    if words & AWQ:
         return integers(table, "awq", (4,))
-    own = packing.startswith("auto_round") and ("gptq" not in packing or "gptqmodel" in packing)
+    own = "gptqmodel" in words or ("auto_round" in words and not words & GPTQ)
     return integers(table, "gptq_v2" if own else "auto-round", range(2, 9))
 
 

@@ -8,8 +8,9 @@ order counts, of several groups with one target the last. `ignore` is of names, 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Protocol
 
@@ -51,20 +52,24 @@ class QuantizationConfig:
     `spared` are the targets of groups that quantise no weights: they rank among the others, and leave what they hit alone.
     With `inside` a name stands for what is inside the module, too, and is a bare one, see fields.bare_name. `implied` are
     schemes that no module is given, but which a weight may have whose tensors can be nothing else. `file` says all this.
-    `in_order`: of several patterns the first scheme's counts, not the first in alphabetical order.
+    `order` has the patterns of which the first counts, where that is not the first in alphabetical order. `aliases` gives
+    another name of a module.
     """
 
     schemes: tuple[Scheme, ...] = ()
     ignore: tuple[str, ...] = ()
     spared: tuple[str, ...] = ()
-    in_order: bool = False
+    order: tuple[str, ...] = ()
     inside: bool = False
     implied: tuple[Scheme, ...] = ()
     file: str = FILE
+    aliases: Callable[[str], str] | None = None
 
     def scheme_for(self, *names: str) -> Scheme | None:
         """The scheme of the module that is called by any of these names, None when its weights are not quantised."""
         within: tuple[str, ...] = ()
+        if self.aliases is not None:
+            names = (*names, self.aliases(names[0]))
         if self.inside:
             bare = bare_name(names[0])
             names, within = (bare, *names), _around(bare)
@@ -79,7 +84,7 @@ class QuantizationConfig:
 
     @cached_property
     def _targets(self) -> _Targets:
-        return _Targets(self._by_target if self.in_order else sorted(self._by_target))
+        return _Targets(dict.fromkeys((*self.order, *sorted(self._by_target))))
 
     @cached_property
     def _ignored(self) -> _Targets:
@@ -134,6 +139,14 @@ def _needle(target: str) -> str:
     """A word that is in every name that the pattern matches, "" where none is plain to see: to look for it is quicker."""
     found = NEEDLE.match(target)
     return found[1] if found and "|" not in GROUP.sub("", target) else ""
+
+
+def by_name(rules: Iterable[tuple[str, Scheme]]) -> tuple[Scheme, ...]:
+    """Schemes of modules, each with all the names of those that it is for."""
+    names: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in rules:
+        names[scheme].append(name)
+    return tuple(replace(scheme, targets=tuple(found)) for scheme, found in names.items())
 
 
 def both_names(modules: Iterable[str]) -> list[str]:

@@ -7,12 +7,14 @@ left out for every Linear); keys that say nothing of the weights are not looked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names, matches
-from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
+from kconvert.dialects.fields import PATTERN, SCALE_FORMAT, UE8M0, Table, bare_name, brief, powers_of_two
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -188,6 +190,13 @@ def mx_table(bits: int, quantised: Iterable[str], unquantised: Iterable[str]) ->
     return compressed_table(format, {"weights": {**weights, **scales}}, quantised, unquantised)
 
 
+def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """The preset NVFP4A16: quantised weights, and activations as they come, of which nobody has measured the scales."""
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    scales = {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
+    return compressed_table("nvfp4-pack-quantized", {"weights": {**weights, **scales}}, quantised, unquantised)
+
+
 def compressed_table(
     format: str, group: Mapping[str, Any], quantised: Iterable[str], unquantised: Iterable[str]
 ) -> dict[str, Any]:
@@ -199,6 +208,56 @@ def compressed_table(
         "config_groups": {"group_0": {"targets": ["Linear"], **group}},
         "ignore": ignore_list(quantised, unquantised),
     }
+
+
+def mixed_table(parts: Sequence[tuple[Mapping[str, Any], Sequence[str]]], unquantised: Sequence[str]) -> dict[str, Any]:
+    """The dialect for several encodings: for each the table that it has alone, and its Linears."""
+    everything = [name for _, names in parts for name in names]
+    formats = {table["format"] for table, _ in parts}
+    groups = {}
+    ignore, loose = ignore_list(everything, unquantised), set(unquantised)
+    named = [name for name in ignore if not name.startswith(PATTERN) and name in loose]
+    for number, (table, names) in enumerate(parts):
+        others = {*everything, *unquantised} - set(names)
+        targets = patterns(names, others) if len(parts) > 1 else ["Linear"]
+        groups[f"group_{number}"] = {**table["config_groups"]["group_0"], "targets": targets, "format": table["format"]}
+    return {
+        "quant_method": NAME,
+        "format": "mixed-precision" if len(formats) > 1 else formats.pop(),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*(name for name in ignore if name.startswith(PATTERN)), *patterns(named, everything)],
+    }
+
+
+NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+AROUND = r"re:(model\.|language_model\.)*"  # whatever model there is around the language model
+
+
+def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Targets that hit these modules and none of the others: a pattern for all that differ in numbers only, if need be with
+    those of their layers; names where that does not tell them apart."""
+    alike: dict[bool, dict[str, list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for is_meant, modules in ((True, names), (False, others)):
+        for name in map(bare_name, modules):
+            alike[is_meant][NUMBER.sub("#", name)].append(name)
+    targets: list[str] = []
+    for template, members in alike[True].items():
+        mine, theirs = _layers(members), _layers(alike[False][template])
+        pattern = re.escape(template).replace(r"\#", "#")
+        if not alike[False][template]:
+            targets.append(f"{AROUND}{pattern.replace('#', '[0-9]+')}$")
+        elif mine and mine.isdisjoint(theirs):
+            layers = "|".join(sorted(mine, key=int))
+            targets.append(f"{AROUND}{pattern.replace('#', f'({layers})', 1).replace('#', '[0-9]+')}$")
+        else:
+            targets += [f"{AROUND}{re.escape(name)}$" for name in members]
+    return targets
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """The first number in each name that has one."""
+    return {found[0] for found in map(NUMBER.search, names) if found}
 
 
 # What llm-compressor's recipes for this architecture leave alone, in their words.

@@ -9,11 +9,10 @@ Source: https://github.com/ModelCloud/GPTQModel, `quantization/config.py` and `u
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, by_name
 from kconvert.dialects.fields import PATTERN, Table, brief, check_expression
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -82,14 +81,6 @@ def integers(table: Table, format: str, bits: Collection[int], default: Scheme |
     )
 
 
-def by_name(rules: Iterable[tuple[str, Scheme]]) -> tuple[Scheme, ...]:
-    """Schemes of modules, each with all the names of those that it is for."""
-    names: dict[Scheme, list[str]] = defaultdict(list)
-    for name, scheme in rules:
-        names[scheme].append(name)
-    return tuple(replace(scheme, targets=tuple(found)) for scheme, found in names.items())
-
-
 def by_pattern(table: Table, pattern: str, search: str = "") -> str:
     """The pattern as a target; KconvertError where it is none. `search`: what may come before it in a name."""
     target = f"{search}(?:{pattern})" if search else pattern
@@ -109,5 +100,4 @@ def with_rules(table: Table, scheme: Scheme, bits: Collection[int]) -> Quantizat
     if all(whole):  # names are found faster than patterns
         names = [match[1].replace("\\.", ".") for match in whole if match]
         return QuantizationConfig((*by_name(zip(names, (rule for _, rule in found), strict=True)), scheme))
-    patterns = [replace(rule, targets=(pattern,)) for pattern, rule in found]
-    return QuantizationConfig((*patterns, scheme), in_order=True)
+    return QuantizationConfig((*by_name(found), scheme), order=tuple(pattern for pattern, _ in found))

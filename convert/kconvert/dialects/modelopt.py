@@ -9,11 +9,14 @@ Sources: https://github.com/NVIDIA/Model-Optimizer, `export/quant_utils.py`, `ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
 
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
-from kconvert.dialects.fields import Table, brief
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names, by_name
+from kconvert.dialects.fields import LANGUAGE_MODEL, Table, bare_name, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -57,11 +60,8 @@ def read(table: Table) -> QuantizationConfig:
 
 def _by_layer(layers: Table) -> tuple[Scheme, ...]:
     """A scheme for each algorithm, whose targets are the modules that have it."""
-    modules: dict[Scheme, list[str]] = {}
-    for name in layers.values:
-        if (scheme := _scheme(layers.table(name))) is not None:
-            modules.setdefault(scheme, []).append(layers.target(name))
-    return tuple(replace(scheme, targets=tuple(names)) for scheme, names in modules.items())
+    schemes = ((name, _scheme(layers.table(name))) for name in layers.values)
+    return by_name((layers.target(name), scheme) for name, scheme in schemes if scheme is not None)
 
 
 def _scheme(table: Table) -> Scheme | None:
@@ -80,3 +80,102 @@ def _scheme(table: Table) -> Scheme | None:
     if size and scheme.block:
         return replace(scheme, block=(size, size))
     return replace(scheme, group_size=size) if size and scheme.group_size else scheme
+
+
+# What an engine fuses under another name these patterns hit as well.
+USUAL_IGNORE = (
+    "lm_head",
+    "*self_attn*",
+    "*.attn.*",
+    "*shared_expert*",
+    "*mlp.gate",
+    "*block_sparse_moe.gate",
+    "*vision_tower*",
+)
+PRODUCER = {"name": "modelopt"}  # by which engines know the file
+BESIDE = "hf_quant_config.json"
+FLOAT4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+
+
+def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
+    """One `quant_algo`, NVFP4, for all Linears but those in `ignore`; where SGLang calls modules otherwise than the file does,
+    it finds them by `quantized_layers` only."""
+    quantised = list(quantised)
+    if any(name.startswith(LANGUAGE_MODEL) and RESPELT[0] in name for name in quantised):
+        return mixed_table({"NVFP4": quantised}, unquantised)
+    group = {"input_activations": FLOAT4, "weights": FLOAT4, "targets": ["Linear"]}
+    return {
+        "config_groups": {"group_0": group},
+        "ignore": _ignore(quantised, unquantised),
+        "quant_algo": "NVFP4",
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }
+
+
+# What engines' code calls modules of Kimi-K3, and Linears whose rows it puts into one.
+RESPELT = ("block_sparse_moe", "mlp")
+FUSED = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+
+
+def mixed_table(quantised: Mapping[str, Sequence[str]], unquantised: Iterable[str]) -> dict[str, Any]:
+    """MIXED_PRECISION: Linears by algorithm, experts by the module that has them all, under every name that engines use."""
+    unquantised = list(unquantised)
+    algorithms = {name: algorithm for algorithm, names in quantised.items() for name in names}
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name in (*algorithms, *unquantised):
+        inside[_experts_of(name)].add(algorithms.get(name, ""))
+    layers: dict[str, dict[str, Any]] = {}
+    for name, algorithm in algorithms.items():
+        whole = _experts_of(name) if len(inside[_experts_of(name)]) == 1 else name
+        if whole not in layers:
+            size = {"group_size": FLOAT4["group_size"]} if algorithm == "NVFP4" else {}
+            layers |= {key: {"quant_algo": algorithm, **size} for key in _spellings(whole)}
+    for fused, parts in FUSED.items():
+        for name in [name for name in layers if name.endswith(f".{parts[0]}")]:
+            around = name.removesuffix(parts[0])
+            if all(layers.get(around + part) == layers[name] for part in parts):
+                layers[around + fused] = layers[name]
+    return {
+        "quantized_layers": layers,
+        "ignore": _ignore(algorithms, unquantised),
+        "quant_algo": MIXED,
+        "producer": PRODUCER,
+        "quant_method": "modelopt_mixed",  # else SGLang leaves out what is not FP8
+    }
+
+
+def _experts_of(name: str) -> str:
+    """The module that has the routed experts of whose one this is; the name of any other."""
+    around, experts, _ = name.rpartition(".experts.")
+    return around + experts.rstrip(".") if experts else name
+
+
+def _spellings(name: str) -> list[str]:
+    """A module's names in engines."""
+    shorter = both_names([name])
+    shorter += [bare_name(name)] if name.startswith(LANGUAGE_MODEL) else []
+    return [*dict.fromkeys(word for name in shorter for word in (name, name.replace(*RESPELT)))]
+
+
+def table_beside(table: Mapping[str, Any]) -> dict[str, Any]:
+    """hf_quant_config.json, which says the same as the quantization_config `table`: TensorRT-LLM reads no other."""
+    said: dict[str, Any] = {"quant_algo": table["quant_algo"], "kv_cache_quant_algo": None}
+    if "quantized_layers" in table:
+        said["quantized_layers"] = table["quantized_layers"]
+    else:
+        said |= {"group_size": FLOAT4["group_size"], "exclude_modules": table["ignore"]}
+    return {"producer": PRODUCER, "quantization": said}
+
+
+def _ignore(quantised: Iterable[str], unquantised: Iterable[str]) -> list[str]:
+    """`ignore`: the usual patterns as far as they hit something, and nothing quantised; names for the rest."""
+    quantised, unquantised = both_names(quantised), both_names(unquantised)
+    hit = {pattern: [name for name in unquantised if fnmatchcase(name, pattern)] for pattern in USUAL_IGNORE}
+    sound = [p for p, names in hit.items() if names and not any(fnmatchcase(name, p) for name in quantised)]
+    covered = {name for pattern in sound for name in hit[pattern]}
+    return [*sound, *(name for name in unquantised if name not in covered)]

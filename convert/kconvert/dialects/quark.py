@@ -7,9 +7,7 @@ Source: amd-quark 0.13, `torch/export/main_export/quant_config_parser.py`, `torc
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from kconvert.dialects.base import EVERYTHING, QuantizationConfig
+from kconvert.dialects.base import EVERYTHING, QuantizationConfig, by_name
 from kconvert.dialects.fields import Table, brief
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -23,17 +21,18 @@ STRATEGIES = {"per_tensor": "tensor", "per_channel": "channel", "per_group": "gr
 
 def read(table: Table) -> QuantizationConfig:
     """See base.Dialect."""
-    schemes: dict[Scheme, list[str]] = {}
-    spared: list[str] = []
+    chosen: dict[str, Scheme | None] = {}
     for group, targets in _groups(table):
         scheme = _scheme(group.table("weight")) if "weight" in group else None
-        (spared if scheme is None else schemes.setdefault(scheme, [])).extend(targets)
-    made = tuple(replace(scheme, targets=tuple(targets)) for scheme, targets in schemes.items())
-    return QuantizationConfig(made, table.globs("exclude"), tuple(spared), inside=True)
+        for target in targets:
+            chosen.setdefault(target, scheme)
+    schemes = by_name((target, scheme) for target, scheme in chosen.items() if scheme is not None)
+    spared = tuple(target for target, scheme in chosen.items() if scheme is None)
+    return QuantizationConfig(schemes, table.globs("exclude"), spared, inside=True, order=tuple(chosen))
 
 
 def _groups(table: Table) -> list[tuple[Table, tuple[str, ...]]]:
-    """The configs that there are, and the modules that each is for."""
+    """The configs that there are, and the modules that each is for: of several that match a name the first counts."""
     groups: list[tuple[Table, tuple[str, ...]]] = []
     types = table.table_if_any(TYPES)
     if linear := next((name for name in types.values if "Linear" in name), None):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from kconvert.dialects import auto_round, awq, compressed_tensors, fp8, gptq, modelopt, quark
+from kconvert.dialects import auto_round, awq, compressed_tensors, fp8, gptq, mlx, modelopt, quark
 from kconvert.dialects.base import Dialect, QuantizationConfig
 from kconvert.dialects.fields import Table, brief
 from kconvert.dialects.tables import declarations
@@ -13,7 +15,9 @@ from kconvert.dialects.unread import unread
 from kconvert.errors import KconvertError
 
 # Of those with signs in common the narrower comes first: ModelOpt has config_groups too.
-DIALECTS: tuple[Dialect, ...] = (modelopt, quark, compressed_tensors, fp8, auto_round, gptq, awq)
+DIALECTS: tuple[Dialect, ...] = (modelopt, quark, compressed_tensors, fp8, auto_round, gptq, awq, mlx)
+# Files that some tools write beside a config.json that says nothing.
+DECLARING_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
@@ -39,3 +43,24 @@ def dialect_of(table: Table) -> Dialect:
     if method:
         raise KconvertError(f"{where} is {brief(table.values['quant_method'])}, which is not known; {read} are read")
     raise KconvertError(f"{where} is missing, and nothing else there says what the weights are; {read} are read")
+
+
+def declared_beside(
+    names: Collection[str], read: Callable[[str], bytes], config: Mapping[str, Any]
+) -> QuantizationConfig | None:
+    """What the first of the side files `names` that declares something says; None: none declares anything.
+
+    It is for a checkpoint whose tensors are quantised as its `config`.json does not say. `read` gives a file's content. The
+    sentence of a KconvertError begins with the file's name.
+    """
+    for name in DECLARING_FILES:
+        if name not in names:
+            continue
+        try:
+            values = json.loads(read(name))
+        except (ValueError, RecursionError):
+            raise KconvertError(f"{name} is no JSON; fetch it again") from None
+        if isinstance(values, dict) and values:
+            table = Table("", values, name, config)
+            return replace(dialect_of(table).read(table), file=name)
+    return None

@@ -62,14 +62,6 @@ UNREAD = (
     Unread("FP-Quant's", ("fp_quant",), ("forward_dtype",), ("forward_dtype",)),
     Unread("ExLlama's", ("exl2", "exl3"), ("head_bits",), ("bits", "head_bits")),
     Unread("GGUF", ("gguf",), (), ()),
-    # The last, as others have its keys too.
-    Unread(
-        "MLX's",
-        ("mlx",),
-        BITS,
-        ("mode", *BITS),
-        f"undo it with `mlx_lm.convert --dequantize`, or {ORIGINAL}",
-    ),
 )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats import dense, fp8, gptq, int8, mx, nvfp4, packed, stacks
 from kconvert.formats.base import COMPANIONS, Family, Format, Found, Part, parts_of, tensor_name
+from kconvert.formats.engines import mlx
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Scheme
@@ -26,7 +27,7 @@ __all__ = [
     "tensor_name",
 ]
 
-FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, gptq, stacks)
+FAMILIES: tuple[Family, ...] = (dense, packed, fp8, int8, mx, nvfp4, gptq, mlx, stacks)
 # What beside a weight enters what is computed with it, so that its codes and scales alone are not its value.
 FACTORS = {
     "pre_quant_scale": "a factor of what goes into it (AWQ, SmoothQuant)",
@@ -96,10 +97,17 @@ def recognise(
         raise ValueError("it has nothing but what describes activations")
     if dense.holds(found) or found.keys() == dense.SUFFIXES:
         return dense.recognise(None, found, shape)
-    if found.keys() >= {"weight", "scales"} and "qweight" not in found:
-        raise ValueError(f"its weight is {found['weight'][0]} with scales beside it as MLX has them, which is not read")
+    if any("." in suffix for suffix in found):
+        return mlx.recognise_halves(found, shape)
     if found.keys() <= stacks.SUFFIXES:
         return stacks.recognise(None, found, shape)
+    if (
+        found.keys() >= {"weight", "scales"}
+        and found["weight"][0] == mx.WORDS
+        and (scheme is None or scheme.format != mlx.FORMAT)
+    ):
+        said = "declares no quantisation for it" if scheme is None else f"says it is {scheme}"
+        raise ValueError(f"its weight is {mx.WORDS} with scales beside it as MLX has them, but {said_by} {said}")
     if scheme is None:
         raise ValueError(f"it has {', '.join(sorted(found))}, but {said_by} declares no quantisation for it")
     family, declared = _declared(scheme)

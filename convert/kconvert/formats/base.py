@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from kconvert.formats.dtypes import tensor_bytes
+from kconvert.formats.dtypes import ZERO_DTYPES, tensor_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,6 +154,11 @@ class Format:
         return "group"
 
     @property
+    def shortfall(self) -> str:
+        """What a run says of the groups that it counts, `{}` of so many weights; see `encode`."""
+        return "no codes and scale reproduce the values of {}, which the rule quantised"
+
+    @property
     def matrices(self) -> int | None:
         """How many matrices [out, in] it stacks; None: it is one."""
         return None
@@ -170,6 +175,30 @@ class Format:
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         """Returns how many groups lost something where the format promises to lose nothing; 0 when it promises nothing."""
+        raise NotImplementedError
+
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """A magnitude that no value of the weight is above, by its scales; None where only the values tell.
+
+        `read(0, 2)` has the bytes of the first and the third part of some rows, then of the next ones, and so on.
+        """
+        return None
+
+    def settles(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` now gets something that depends on all of its values; see `settle`."""
+        return False
+
+    def settle(self, reach: float, parts: Sequence[Bytes]) -> None:
+        """Write what depends on the largest magnitude of the weight and of those it is fused with, or a bound of it, into its
+        parts; `encode` finds it there with every tile."""
+
+    def takes_codes(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` becomes this by `recode`, and not by way of its values."""
+        return False
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        """The codes and scales of `rows` rows of such a weight, in another order: from its parts to these. Returns what
+        `encode` does."""
         raise NotImplementedError
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
@@ -272,20 +301,6 @@ class Family(Protocol):
         """The format and shape [out, in] of a weight, from what from_scheme says of its scheme (None: it has none) and its
         tensors; `shape` is what the manifest demands. Raises ValueError saying what does not fit."""
         ...
-
-
-# Integers and floats in which zero points lie, and the bit that is set in -0.
-ZERO_DTYPES = {
-    "I8": 0,
-    "U8": 0,
-    "I16": 0,
-    "I32": 0,
-    "I64": 0,
-    "F8_E4M3": 0x80,
-    "F16": 0x8000,
-    "BF16": 0x8000,
-    "F32": 1 << 31,
-}
 
 
 def unused_zero_points(found: Found, rows: int, bits: int = 0) -> tuple[Part, ...]:

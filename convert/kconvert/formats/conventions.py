@@ -38,6 +38,9 @@ COMPRESSED_TENSORS = Convention("compressed-tensors", 7.5, -8, rounds=True, zero
 DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
 # The same for FP8: one below the largest code's 448 clips, those from 256 on move the grid by less than a factor of two.
 FP8_DIVISORS = (448.0, 480.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0)
+# The same for NVFP4: the rule's scale, and those so many steps of e4m3 (an eighth to a sixteenth each) from it. Four below clip
+# at six ninths of amax or more; from amax / 4 on the scale only repeats what is finer.
+NVFP4_STEPS = (-2, -1, 1, 2, 3, 4, 5)
 # Where squared errors are compared, an error counts as this at most, in units of the power of two in amax.
 LARGEST_ERROR = 1.9375
 CONVENTIONS = {convention.name: convention for convention in (KIMI, COMPRESSED_TENSORS)}

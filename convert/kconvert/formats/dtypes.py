@@ -30,7 +30,25 @@ DTYPE_BITS = {
     "C64": 64,
 }
 
+# Of GGUF alone: blocks of so many elements in so many bytes, see formats.engines.ggml. The shape of such a tensor is that of
+# its elements.
+BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "MXFP4": (32, 17)}
+
+# Integers and floats in which zero points lie, and the bit that is set in -0.
+ZERO_DTYPES = {
+    "I8": 0,
+    "U8": 0,
+    "I16": 0,
+    "I32": 0,
+    "I64": 0,
+    "F8_E4M3": 0x80,
+    "F16": 0x8000,
+    "BF16": 0x8000,
+    "F32": 1 << 31,
+}
+
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS) and shape."""
-    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+    """Size in bytes of a tensor of this dtype (a key of DTYPE_BITS or BLOCKS) and shape."""
+    elements, nbytes = BLOCKS.get(dtype) or (8, DTYPE_BITS[dtype])
+    return math.prod(shape) * nbytes // elements

@@ -14,7 +14,8 @@ F8_E8M0 or as such bytes in U8.
 
 Value of a weight: bf16(f32(code) * f32(scale)), whatever the scale's dtype. A scale of zero has codes of zero.
 Quantising: scale = amax / 448, 1 where that is 0; code = e4m3(value / scale), an f32 division, half to even, saturating. A
-BF16 scale is rounded first and the codes belong to the rounded scale.
+BF16 scale is rounded first and the codes belong to the rounded scale. The scale of a tensor is divided in f64, from what
+Format.reach knows of the weight and of those that engines fuse with it.
 With powers of two (ue8m0): the smallest that is not less than amax / 448, 2^-127 at least, 1 where amax is 0. Where any power
 of two reproduces every value of a block, this one does: a smaller scale only makes codes larger, and none is above 448. So
 MXFP4 (and whatever was) keeps its values where those of a block, as multiples of 2^-9 of it, have four bits: where the
@@ -28,7 +29,8 @@ https://github.com/vllm-project/compressed-tensors `compressors/naive_quantized`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,8 @@ SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
 SCALE_DTYPES = {"F32": "f4", "BF16": "u2", "F16": "f2", **dict.fromkeys(E8M0, "u1")}
 WRITTEN_SCALES = ("F32", "BF16", *E8M0)
+LARGEST = 448.0
+ONE = struct.pack("<f", 1.0)
 STRATEGIES = ("block", "channel", "tensor")
 # DeepSeek's quant_method, and what compressed-tensors calls the same encoding
 KINDS = frozenset((format, "float") for format in ("fp8", "float-quantized", "naive-quantized"))
@@ -53,8 +57,9 @@ READS = "FP8 by block, channel and tensor, symmetric"
 class Fp8(Format):
     """`strategy` is one of STRATEGIES, `block` counts for `block` only, `scale_name` is one of SCALES.
 
-    `unused`: zero points that lie beside it. `powers`: its scales are powers of two, as those in E8M0 always are. Written are
-    block and channel scales, in WRITTEN_SCALES.
+    `unused`: zero points that lie beside it. `powers`: its scales are powers of two, as those in E8M0 always are. `inputs`: a
+    scale of activations, 1, is written beside it. Written are block and channel scales, in WRITTEN_SCALES, and F32 ones of
+    tensors.
 
     How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error
     (conventions.FP8_DIVISORS); `exact`: of powers of two, blocks that they do not reproduce are counted; `strict`: they are an
@@ -67,6 +72,7 @@ class Fp8(Format):
     scale_dtype: str = "F32"
     unused: tuple[Part, ...] = ()
     powers: bool = False
+    inputs: bool = False
     mse: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
@@ -89,7 +95,7 @@ class Fp8(Format):
     @property
     def usual(self) -> Fp8:
         scale_dtype = E8M0[0] if self.scale_dtype in E8M0 else self.scale_dtype
-        return replace(self, scale_name=SCALES[0], scale_dtype=scale_dtype, unused=())
+        return replace(self, scale_name=SCALES[0], scale_dtype=scale_dtype, unused=(), inputs=False)
 
     def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Fp8:
         return replace(self, strict=strict)
@@ -107,21 +113,31 @@ class Fp8(Format):
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """With powers of two also for what has such scales now: nothing else keeps its values. A float scale stays as it is, as
         engines read either."""
-        powers = self.powers or self.strict or (source.quantised and source.may_have_powers)
-        exact = powers and (self.strict or source.may_have_powers)
+        if self.strategy == "tensor":
+            kept = replace(self, mse=False, inputs=self.inputs and not isinstance(source, Fp8))
+            return Format.fit(kept if kept == source else replace(self, mse=False), source, rows, cols, mse)
+        strict = self.strict and not self._keeps(source)
+        powers = self.powers or strict or (source.quantised and source.may_have_powers)
+        exact = powers and (strict or source.may_have_powers)
         format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
+        return Format.fit(format if format._with_scales_of(source) != source else source, source, rows, cols, mse)
+
+    def _keeps(self, source: Format) -> bool:
+        """Whether a weight that is spelt as `source` keeps its codes and scales, be it under other names."""
+        return self._with_scales_of(source) == source or self.usual == source.usual
+
+    def _with_scales_of(self, source: Format) -> Fp8:
+        """With F32 or BF16 scales, whichever of the two the source has."""
         if isinstance(source, Fp8) and {source.scale_dtype, self.scale_dtype} == {"F32", "BF16"}:
-            kept = replace(format, scale_dtype=source.scale_dtype)
-            format = kept if kept == source else format
-        return Format.fit(format, source, rows, cols, mse)
+            return replace(self, scale_dtype=source.scale_dtype)
+        return self
 
     def fate(self, source: Format) -> Fate:
         """The rule's powers of two for the same blocks are never larger than the source's, and smaller ones lose nothing."""
-        if (
-            isinstance(source, Fp8)
-            and source.scale_dtype in E8M0
-            and source.block_shape(1, 1) == self.block_shape(1, 1)
-        ):
+        if not isinstance(source, Fp8):
+            return "recovered" if self.exact else "lossy"
+        had_powers = source.scale_dtype in E8M0 and source.block_shape(1, 1) == self.block_shape(1, 1)
+        if had_powers or self._keeps(source):
             return "lossless"
         return "recovered" if self.exact else "lossy"
 
@@ -131,14 +147,25 @@ class Fp8(Format):
         return (
             Part("weight", "F8_E4M3", (rows, cols)),
             Part(self.scale_name, self.scale_dtype, scale, every, values="nonnegative"),
+            *([Part("input_scale", "F32", (), every=None, constant=ONE)] if self.inputs else []),
             *self.unused,
         )
+
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        return LARGEST * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
+
+    def settles(self, source: Format) -> bool:
+        return self.strategy == "tensor"
+
+    def settle(self, reach: float, parts: Sequence[Bytes]) -> None:
+        if self.strategy == "tensor":
+            parts[1].view("f4")[0] = reach / LARGEST or 1
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import fp8 as kernels
 
         block_rows, block_cols = self.block_shape(*tile.shape)
-        scale = _widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
+        scale = widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
         if kernels.has_nan(parts[0]):
@@ -149,8 +176,15 @@ class Fp8(Format):
 
         from kconvert.formats.kernels import fp8 as kernels
 
-        if self.strategy == "tensor" or self.scale_dtype not in WRITTEN_SCALES:
+        if self.scale_dtype not in (("F32",) if self.strategy == "tensor" else WRITTEN_SCALES):
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
+        if self.strategy == "tensor":
+            lost = kernels.encode_by_scale(tile.reshape(-1), parts[1].view("f4")[0], parts[0])
+            if lost < 0:
+                raise ValueError("it has a value that is not finite")
+            if lost and self.strict:
+                raise ValueError(f"{lost:,} of its values are no code times its scale")
+            return 0
         if self.powers:
             return self._encode_by_powers(tile, parts)
         block_rows, block_cols = self.block_shape(*tile.shape)
@@ -192,7 +226,7 @@ class Fp8(Format):
         return (rows if self.strategy == "channel" else 1), 1
 
 
-def _widen(scale: Bytes, dtype: str) -> Tile:
+def widen(scale: Bytes, dtype: str) -> Tile:
     """The bytes of scales -> f32, exact, aligned."""
     import numpy as np
 
@@ -203,6 +237,13 @@ def _widen(scale: Bytes, dtype: str) -> Tile:
         powers: Tile = np.ldexp(np.ones(len(values), "f4"), values.astype("i4") - 127)
         return powers
     return values.astype("f4")
+
+
+def largest_scale(scales: Iterable[Bytes], dtype: str) -> float:
+    """The largest magnitude of scales, in pieces."""
+    import numpy as np
+
+    return max((float(np.abs(widen(scale, dtype)).max(initial=0)) for scale in scales), default=0.0)
 
 
 def _narrow(exponents: Bytes, dtype: str, scale: Bytes) -> None:

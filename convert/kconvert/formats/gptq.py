@@ -138,20 +138,15 @@ class Gptq(Format):
         size = self.group_size or cols
         groups = index[0].view("u4") if index else _groups_of_columns(cols, size)
         regular = cols % size == 0 and (not index or np.array_equal(groups, _groups_of_columns(cols, size)))
-        grouped = tile.reshape(rows, -1, size) if regular else tile
+        codes = brought.view("u1") if self.bits == 8 else np.empty((rows, cols), "u1")
         if self.interleaved:
-            return kernels.decode_interleaved(brought, _shifts_of(4, ORDER), steps, zeros, grouped)
-        if self.bits == 4 and regular and size % 2 == 0:
-            return kernels.decode_nibbles(brought.view("u1"), steps, zeros, grouped)
-        codes = brought.view("u1")
-        if self.bits != 8:
-            codes = np.empty((rows, cols), "u1")
-            if self.bits == 4:
-                kernels.spread_nibbles(brought.view("u1"), codes)
-            else:
-                kernels.spread(brought, self.bits, codes)
+            kernels.spread_interleaved(brought, _shifts_of(4, ORDER), codes)
+        elif self.bits == 4:
+            kernels.spread_nibbles(brought.view("u1"), codes)
+        elif self.bits != 8:
+            kernels.spread(brought, self.bits, codes)
         if regular:
-            return kernels.decode_bytes(codes, steps, zeros, grouped)
+            return kernels.decode_bytes(codes, steps, zeros, tile.reshape(rows, -1, size))
         return kernels.decode_indexed(codes, steps, zeros, groups, tile)
 
     def _steps_and_zeros(self, parts: Sequence[Bytes], first: int, rows: int, groups: int) -> tuple[Tile, Tile]:

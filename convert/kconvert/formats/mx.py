@@ -7,7 +7,7 @@
 | both | weight_scale | U8 or F8_E8M0 [out, in / 32]; the exponent + 127 |
 
 Others call the codes of mxfp4 `weight`, U8 (Quark) or I8 (DeepSeek-V4), and the scale `scale` (DeepSeek-V4) or
-`weight_scale_inv` (MiniMax-M3).
+`weight_scale_inv` (MiniMax-M3). MLX has the codes of both in words, `weight` U32, and `scales`.
 
 e2m1 spells 0, 0.5, 1, 1.5, 2, 3, 4, 6 and, with bit 3, their negatives. Value of a weight: bf16(code * 2^(scale - 127)).
 Quantising: the exponent of amax, rounded up from a mantissa of 1.75 (which would saturate otherwise), less that of the
@@ -22,7 +22,7 @@ https://github.com/vllm-project/compressed-tensors, `compressors/mxfp4`, `compre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,12 @@ GROUP = 32
 CODES = {4: ("weight_packed", "U8"), 8: ("weight", "F8_E4M3")}  # name and dtype where nobody says otherwise
 CODES_NAMES = {4: ("weight_packed", "weight"), 8: ("weight",)}
 CODES_DTYPES = {4: ("U8", "I8"), 8: ("F8_E4M3",)}
+WORDS = "U32"  # in which MLX has the codes of both
 SCALES = ("weight_scale", "weight_scale_inv", "scale")
 SUFFIXES = frozenset({"weight_packed", "weight", *SCALES, ZERO_POINT})
 READS = "MXFP4 and MXFP8, group 32"
+LARGEST = {4: 6.0, 8: 448.0}
+SPREAD = 17  # of powers of two in E4M3: 2^-9 to 2^8
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,24 @@ class Mx(Format):
         """Whether it has every value of such a weight."""
         return isinstance(source, Mx) and source.bits <= self.bits
 
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """By the largest scale. Beyond what E4M3 can follow only the values tell which groups are all zero."""
+        import numpy as np
+
+        found = np.zeros(256, np.bool_)
+        for (scale,) in read(1):
+            found[scale] = True
+        exponents = np.flatnonzero(found[1:]) + 1  # the lowest is what a group of zeros has
+        if not len(exponents):
+            return 0.0
+        is_narrow = exponents[-1] - exponents[0] <= SPREAD or self.bits == 8
+        return LARGEST[self.bits] * 2.0 ** (int(exponents[-1]) - 127) if is_narrow else None
+
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         if cols % GROUP:
             raise ValueError(f"its {cols} columns do not divide into groups of {GROUP}")
-        codes = Part(self.codes_name, self.codes_dtype, (rows, cols * self.bits // 8))
+        in_row = cols * self.bits // (32 if self.codes_dtype == WORDS else 8)
+        codes = Part(self.codes_name, self.codes_dtype, (rows, in_row))
         scale = Part(self.scale_name, self.scale_dtype, (rows, cols // GROUP), values="positive")
         return codes, scale, *self.unused
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from kconvert.formats.base import (
     unused_zero_points,
 )
 from kconvert.formats.conventions import KIMI, Convention
+from kconvert.formats.fp8 import largest_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +140,11 @@ class Packed(Format):
             data = struct.pack(f"<{len(shape)}{SHAPE_CODES[self.shape_dtype]}", *shape)
             parts.append(Part("weight_shape", self.shape_dtype, (len(shape),), every=None, constant=data))
         return (*parts, *self.unused)
+
+    def reach(self, read: Callable[..., Iterator[list[Bytes]]]) -> float | None:
+        """With zero points codes may be as far from zero as the grid is wide."""
+        widest = float(1 << (self.bits - self.symmetric))
+        return widest * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import packed as kernels

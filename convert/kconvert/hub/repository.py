@@ -59,8 +59,11 @@ class HubCheckpoint(Checkpoint):
     def side_file(self, name: str) -> Path:
         return small_file(self.place, name, self.listed[name])
 
+    def has(self, name: str) -> bool:
+        return name in self.listed
+
     def check_index(self) -> None:
-        if INDEX_NAME in self.listed:
+        if self.has(INDEX_NAME):
             listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
             compare_index(listing, self.tensors, read_weight_map(listing))
 

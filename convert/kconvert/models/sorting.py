@@ -16,6 +16,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats.base import CACHE, COMPANIONS
 from kconvert.formats.dense import DTYPES
 from kconvert.models.manifest import Names
+from kconvert.models.mlx import gather
 from kconvert.models.roles import guess
 from kconvert.models.stacks import Stack, unstack
 
@@ -65,8 +66,9 @@ class Sorted:
 
 def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     """Sort the checkpoint's tensors; KconvertError when one has not the shape that the manifest gives it, or is wrapped."""
-    tensors, stacks = unstack(checkpoint.tensors, names.stacks)
-    sorted_ = Sorted(stacks=stacks)
+    tensors, modules = gather(checkpoint.tensors, names)
+    tensors, stacks = unstack(tensors, names.stacks)
+    sorted_ = Sorted(modules, stacks=stacks)
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         match = names.tensor(name)

@@ -25,17 +25,21 @@ FORMS = ("safetensors", "kt")  # of AMX weights: Safetensors, and Apart in a tre
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its header (empty for a file that is one tensor's bytes) and its size in bytes, header included."""
+    """One output file: its header (empty for a file that is one tensor's bytes) and its size in bytes, header included.
+
+    `padding` of these are zeros between the tensors and behind them, which no step writes.
+    """
 
     name: str
     header: bytes
     nbytes: int
     tensors: tuple[str, ...]
+    padding: int = 0
 
     @property
     def is_empty(self) -> bool:
         """Whether none of its tensors has an element."""
-        return self.nbytes == len(self.header)
+        return self.nbytes == len(self.header) + self.padding
 
 
 class Container(Protocol):
@@ -66,8 +70,8 @@ class Safetensors:
     def place(self, drafts: Iterable[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See Container."""
         steps = list(drafts)
-        outputs = list(_first_written(steps))
-        numbers = self._numbers(outputs)
+        outputs = list(first_written(steps))
+        numbers = shard_numbers(outputs, self.shard_size)
         total = numbers[-1] + 1
         if self.scatter and total == 1:
             raise KconvertError(
@@ -91,7 +95,7 @@ class Safetensors:
         stacks: dict[str, Place] = {}
         for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
             writes = [next(places[(number + k * self.scatter) % total]) for k in range(count)]
-            steps[i] = _placed(steps[i], writes, stacks)
+            steps[i] = placed(steps[i], writes, stacks)
         return tuple(steps), tuple(shards)
 
     def _shard(self, name: str, content: list[Described]) -> tuple[Shard, list[Place]]:
@@ -101,18 +105,6 @@ class Safetensors:
         names = tuple([tensor.name for tensor in tensors])
         shard = Shard(name, header, tensors[-1].start + tensors[-1].nbytes, names)
         return shard, [Place(name, starts[tensor]) for tensor, _, _ in content]
-
-    def _numbers(self, outputs: Iterable[list[Described]]) -> list[int]:
-        """The shard of what each draft writes, counted from 0."""
-        numbers: list[int] = []
-        number = filled = 0
-        for tensors in outputs:
-            size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
-            if filled and filled + size > self.shard_size:
-                number, filled = number + 1, 0
-            filled += size
-            numbers.append(number)
-        return numbers
 
     def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
         """config.json and the index, which carries total_size in bytes of tensors and total_parameters."""
@@ -127,7 +119,20 @@ class Safetensors:
         return {CONFIG_NAME: json_bytes(config), INDEX_NAME: _index_bytes(metadata, weight_map)}
 
 
-def _first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
+def shard_numbers(outputs: Iterable[list[Described]], shard_size: int) -> list[int]:
+    """The shard of what each draft writes, counted from 0."""
+    numbers: list[int] = []
+    number = filled = 0
+    for tensors in outputs:
+        size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
+        if filled and filled + size > shard_size:
+            number, filled = number + 1, 0
+        filled += size
+        numbers.append(number)
+    return numbers
+
+
+def first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
     """The tensors that each draft writes, but for those that one before it writes another matrix of."""
     stacks: set[str] = set()
     for draft in drafts:
@@ -138,7 +143,7 @@ def _first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
         yield tensors
 
 
-def _placed(draft: Step, writes: list[Place], stacks: dict[str, Place]) -> Step:
+def placed(draft: Step, writes: list[Place], stacks: dict[str, Place]) -> Step:
     """The step with its places; of a slot, `writes` are those of what it is the first to write into, which go into `stacks`."""
     if (slot := draft.slot) is None:
         return draft.placed(tuple(writes))

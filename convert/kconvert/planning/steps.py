@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -43,10 +43,22 @@ class Slot:
         return name, part.dtype, (self.count // self.width, self.width * rows, *rest)
 
 
+class Mate(NamedTuple):
+    """A weight [rows, cols] as the source spells it."""
+
+    name: str
+    rows: int
+    cols: int
+    source: Format
+    reads: tuple[Origin, ...]
+
+
 class Transcode(NamedTuple):
     """A weight [rows, cols] goes from one format to another; a place for each part, in the order of `format.parts`.
 
-    `output` is its name there where that is another one than in the source, `slot` its place in a stack.
+    `output` is its name there where that is another one than in the source, `slot` its place in a stack. `mates` are those
+    whose values decide together what the target settles, see Format.settle: the weight and those that engines fuse with it, one
+    tuple for all of them; none where it settles nothing.
     """
 
     name: str
@@ -58,6 +70,7 @@ class Transcode(NamedTuple):
     writes: tuple[Place, ...] = ()
     output: str = ""
     slot: Slot | None = None
+    mates: tuple[Mate, ...] = ()
 
     @property
     def title(self) -> str:
@@ -82,9 +95,20 @@ class Transcode(NamedTuple):
         return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
-        return Transcode(
-            self.name, self.rows, self.cols, self.source, self.reads, self.target, writes, self.output, self.slot
-        )
+        return self._replace(writes=writes)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where what it reads begins, its mates' as well."""
+        return sum((mate.reads for mate in self.mates), ()) or self.reads
+
+    @property
+    def needs(self) -> Iterator[tuple[Origin, int]]:
+        """`origins`, and how many bytes are read there."""
+        own = Mate(self.name, self.rows, self.cols, self.source, self.reads)
+        for mate in self.mates or (own,):
+            for part, place in zip(parts_of(mate.source, mate.rows, mate.cols), mate.reads, strict=True):
+                yield place, part.nbytes
 
 
 class Copy(NamedTuple):
@@ -104,6 +128,15 @@ class Copy(NamedTuple):
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        return self.reads
+
+    @property
+    def needs(self) -> Iterator[tuple[Origin, int]]:
+        """`origins`, and how many bytes are read there."""
+        yield from ((place, self.nbytes) for place in self.reads)
 
     @property
     def outputs(self) -> list[Described]:

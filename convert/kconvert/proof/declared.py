@@ -30,6 +30,7 @@ INNER = "quantization_config"  # where transformers kept a table within a table 
 # What gives away a table without quant_method.
 KEYS = {"quantization": "modelopt", "quant_algo": "modelopt", "global_quant_config": "quark"}
 KEYS |= dict.fromkeys(("config_groups", INNER), "compressed-tensors")
+KEYS |= {"group_size": "mlx"}
 BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 
 
@@ -85,7 +86,7 @@ def _module(tensor: str) -> str:
 def _tables(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The quantisations that engines look for."""
     for table in (config, _table(config.get("text_config"))):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             if isinstance(table.get(key), dict):
                 yield table[key]
 
@@ -184,6 +185,11 @@ def _quark(table: Mapping[str, Any]) -> Covers:
     return lambda module: not excluded(module) and (quantised(module) or (by_usual and not spared(module)))
 
 
+def _mlx(table: Mapping[str, Any]) -> Covers:
+    """What has scales."""
+    return lambda module: True
+
+
 def _among(names: Iterable[str]) -> Covers:
     """Whether a module is meant by one of the names and patterns, or one around it is, whatever is around a language model."""
     whole = {name for name in names if _is_sound(name)}
@@ -214,4 +220,5 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], Covers]] = {
     "auto-round": _all_but_rules,
     **dict.fromkeys(("modelopt", "modelopt-fp4", "modelopt-mixed", "modelopt-mxfp8"), _modelopt),
     "quark": _quark,
+    "mlx": _mlx,
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kconvert.address import open_checkpoint
+from kconvert.address import open_stored
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.models.model import natural_key
@@ -58,7 +58,7 @@ def diff(
 
     `advance` is called with the bytes of `after` compared.
     """
-    one, two = open_checkpoint(before), open_checkpoint(after)
+    one, two = open_stored(before), open_stored(after)
     changes = [change for name in one.tensors.keys() | two.tensors.keys() if (change := _header_change(name, one, two))]
     found = {change.name for change in changes}
     alike = [name for name in two.tensors if name not in found]

@@ -16,7 +16,7 @@ Pair: TypeAlias = tuple[Weight, Weight] | tuple[Plain, Plain]  # of the source a
 
 def relate(original: Model, converted: Model) -> tuple[list[Pair], list[str]]:
     """Every weight and tensor of the source with its counterpart of the same shape; and what has none."""
-    root = converted.checkpoint.root
+    root = converted.checkpoint.title
     weights = {weight.name: weight for weight in original.weights}
     plain = {item.tensor.name: item for item in original.plain}
     converted_weights, converted_plain = _as_in(weights, converted)

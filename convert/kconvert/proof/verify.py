@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.address import open_checkpoint
+from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
@@ -25,8 +26,10 @@ from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.sorting import Plain
+from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
+from kconvert.proof.gguf import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.proof.parity.metrics import Spread
@@ -106,10 +109,11 @@ def verify(
     differs. `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
-    original = understand(open_checkpoint(source)).select(include, exclude)
+    whole = understand(open_checkpoint(source))
+    original = whole.select(include, exclude)
     original.checkpoint.check_index()
     try:
-        expected, converted, notes = _open_output(original, output, partial=bool(include or exclude or keep_going))
+        expected, converted, notes = _open_output(original, whole, output, bool(include or exclude or keep_going))
     except CheckFailed as unreadable:
         if not keep_going:
             raise
@@ -120,7 +124,7 @@ def verify(
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
-    tally = _Tally(converted.checkpoint.root, keep_going, faults)
+    tally = _Tally(converted.checkpoint.title, keep_going, faults)
     with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
         for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
             tally.add(outcome)
@@ -175,15 +179,18 @@ class _Tally:
 
 
 def _open_output(
-    original: Model, output: str | os.PathLike[str], partial: bool
+    original: Model, whole: Model, output: str | os.PathLike[str], partial: bool
 ) -> tuple[Model, Model, tuple[str, ...]]:
-    """What of the source should be in the checkpoint to be verified; that checkpoint; and notes on how the two relate.
+    """What of the source, chosen of the `whole`, should be in the checkpoint to be verified; that checkpoint; and notes on how
+    the two relate.
 
     Whatever is unsound about it is a failed check, not bad input; but there must be something.
     """
     path = Path(output)
     if is_amx(path):
         return open_packed(original, path)
+    if is_gguf(path):
+        return open_related(original, whole, path)
     if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
         open_checkpoint(output)  # says what is wrong
     # Our conversions write config.json and the index last; others may have a single file and no index.
@@ -194,7 +201,8 @@ def _open_output(
     try:
         converted = understand(open_checkpoint(output), partial)
         converted.checkpoint.check_index()
-        return original, converted, ()
+        wanted_model, notes = mlx.expected(original, converted)
+        return wanted_model, converted, notes
     except KconvertError as error:
         raise CheckFailed(f"the output is not sound: {error}") from None
 
@@ -219,8 +227,10 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
 
 
 def _declaration_faults(converted: Model) -> list[str]:
-    """Where config.json and what the output holds do not belong together; nothing declares AMX weights."""
-    if any(isinstance(weight.format, Amx) for weight in converted.weights):
+    """Where config.json and what the output holds do not belong together; nothing declares AMX weights and those of GGUF."""
+    if isinstance(converted.checkpoint, GgufCheckpoint) or any(
+        isinstance(weight.format, Amx) for weight in converted.weights
+    ):
         return []
     if any(weight.format.quantised for weight in converted.weights):
         return list(undeclared(converted.checkpoint))

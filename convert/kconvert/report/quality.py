@@ -47,6 +47,7 @@ def squares(format: Format, tile: Tile) -> tuple[float, float]:
 
     parts: list[Bytes] = [np.zeros(part.nbytes, np.uint8) for part in parts_of(format, *tile.shape)]
     served = np.empty_like(tile)
+    format.settle(float(np.abs(tile).max(initial=0)), parts)
     format.encode(tile, parts)
     format.decode(parts, 0, served)
     error = np.subtract(tile, served, dtype=np.float64)
@@ -71,7 +72,7 @@ def _sample(plan: Plan) -> Iterator[tuple[str, Format, Tile]]:
     """The first rows of some weights all over the model, with their names and targets."""
     import numpy as np
 
-    from kconvert.run.engine import row_unit
+    from kconvert.run.tiles import row_unit
 
     chosen = [step for step in plan.steps if isinstance(step, Transcode) and step.target.compares_scales]
     if plan.source is None or not chosen:

@@ -316,11 +316,9 @@ def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator
     """What a run knows of the shards that it wrote itself; those of an earlier one were counted then."""
     if inexact:
         first = min(inexact, key=natural_key)
-        unit = next(step.target.unit for step in plan.steps if isinstance(step, Transcode) and step.name == first)
-        groups, weights = counted(sum(inexact.values()), unit), counted(len(inexact), "weight")
-        yield (
-            f"no codes and scale reproduce the values of {groups} in {weights}, which the rule quantised; first in {first!r}"
-        )
+        target = next(step.target for step in plan.steps if isinstance(step, Transcode) and step.name == first)
+        groups, weights = counted(sum(inexact.values()), target.unit), counted(len(inexact), "weight")
+        yield f"{target.shortfall.format(f'{groups} in {weights}')}; first in {first!r}"
     elif plan.facts.get("recovered") and earlier < _shard_bytes(plan):
         what = f" of {', '.join(plan.facts['recovered'])}" if plan.facts.get("lossy") else ""
         yield f"every value{what}{' in the shards written now' * bool(earlier)} was reproduced exactly"

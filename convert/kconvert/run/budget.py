@@ -74,7 +74,7 @@ def make_schedule(
     needed: dict[str, int] = {}
     sources: dict[str, set[str]] = defaultdict(set)
     for number, step in enumerate(plan.steps):
-        files = {place.file for place in step.reads}
+        files = {place.file for place in step.origins}
         for shard in {place.file for place in step.writes}.difference(finished):
             begins.setdefault(shard, number)
             ends[shard] = number

@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from math import lcm
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
-from kconvert.errors import KconvertError
-from kconvert.formats import Part
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.planning.steps import Copy, Transcode
 from kconvert.run.journal import Journal
+from kconvert.run.tiles import (
+    Once,
+    Shared,
+    Task,
+    across_of,
+    cut,
+    decode,
+    inputs_of,
+    naming,
+    reach_of,
+    row_bytes,
+    row_unit,
+    task_size,
+    tile_rows,
+)
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -34,7 +46,6 @@ if TYPE_CHECKING:
 DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
 MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
 BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
-TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
 
 
 class Observer(Protocol):
@@ -51,36 +62,6 @@ class Observer(Protocol):
 
     def stop(self, failure: BaseException) -> None:
         """The run ends here; whoever waits must not wait any longer."""
-
-
-class Shared:
-    """The parts of a weight that lie across, which each of its `tasks` needs whole: the first reads them for all."""
-
-    def __init__(self, tasks: int) -> None:
-        self._left = tasks
-        self._data: list[Bytes] = []
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
-        """The parts in their order, while one task decodes; with the last task they are gone."""
-        with self._lock:
-            self._data = self._data or read()
-        yield self._data
-        with self._lock:
-            self._left -= 1
-            if not self._left:
-                self._data.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor."""
-
-    step: Step
-    first: int
-    last: int
-    shared: Shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +87,11 @@ class Limits:
     def _footprint(self, step: Transcode) -> int:
         """Of tasks of this kind. What these have in common is in memory for as many weights as they are of: tasks begin in
         order."""
-        size, unit = _task_size(step, self.task_bytes)
+        size, unit = task_size(step, self.task_bytes)
         rows, across = max(unit, size // unit * unit), [part for part in step.source_parts if part.across]
-        buffers = int(rows * (_row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
+        buffers = int(rows * (row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
         weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if across else 0
-        tile = 4 * _tile_rows(step) * step.cols
+        tile = 4 * tile_rows(step) * step.cols
         return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in across)
 
 
@@ -162,15 +143,16 @@ class Run:
                 self._finish(shard.name)
 
     def _tasks(self) -> Iterator[Task]:
+        reaches: dict[int, Once] = defaultdict(Once)  # weights with the same mates have the same tuple of them
         for step in self.plan.steps:
             if any(place.file not in self._done for place in step.writes):
-                size, unit = _task_size(step, self.limits.task_bytes)
+                size, unit = task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
                 count = max(unit, size // unit * unit)
                 starts = range(0, max(last, 1), count)
-                shared = Shared(len(starts))
+                shared, reach = Shared(len(starts)), reaches[id(step.mates) if isinstance(step, Transcode) else 0]
                 for first in starts:
-                    yield Task(step, first, min(first + count, last), shared)
+                    yield Task(step, first, min(first + count, last), shared, reach)
 
     def _work(self, tasks: Iterator[Task]) -> None:
         buffers = Buffers()
@@ -181,7 +163,7 @@ class Run:
                 if task is None:
                     return
                 if isinstance(task.step, Transcode):
-                    self._transcode(task.step, task.first, task.last, task.shared, buffers)
+                    self._transcode(task.step, task, buffers)
                 else:
                     self._copy(task.step, task.first, task.last, buffers)
         except BaseException as failure:
@@ -195,17 +177,21 @@ class Run:
 
     def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
         source, target = step.reads[0], step.writes[0]
-        data = buffers.fetch(self.source, "copy", source.file, source.start + first, last - first)
+        data = buffers.fetch(self.source, "in.0", source.file, source.start + first, last - first)
         if (source.start - target.start) % PAGE:
-            moved = buffers.take("moved", last - first, target.start + first)
+            moved = buffers.take("out.0", last - first, target.start + first)
             moved[:] = data
             data = moved
         self._write(target.file, target.start + first, data)
 
-    def _transcode(self, step: Transcode, first: int, last: int, shared: Shared, buffers: Buffers) -> None:
+    def _transcode(self, step: Transcode, task: Task, buffers: Buffers) -> None:
+        first, last = task.first, task.last
+        reach = task.reach.get(lambda: self._reach(step, buffers)) if step.mates else None
         outputs = self._outputs(step, first, last, buffers)
-        with shared.held(lambda: self._across(step)) as across:
-            lost = self._fill(step, first, last, iter(across), outputs, buffers)
+        if reach is not None:
+            step.target.settle(reach, outputs)
+        with task.shared.held(lambda: across_of(step, self.source)) as across:
+            lost = self._fill(step, first, last, across, outputs, buffers)
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
@@ -214,38 +200,27 @@ class Run:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
 
     def _fill(
-        self, step: Transcode, first: int, last: int, across: Iterator[Bytes], outputs: list[Bytes], buffers: Buffers
+        self, step: Transcode, first: int, last: int, across: list[Bytes], outputs: list[Bytes], buffers: Buffers
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
-        inputs = self._inputs(step, first, last, across, buffers)
-        count, lost = _tile_rows(step), 0
+        inputs = inputs_of(step, first, last, across, self.source, buffers)
+        if step.target.takes_codes(step.source):
+            with naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+                return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
+        count, lost = tile_rows(step), 0
         floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
         for row in range(first, last, count):
             stop = min(row + count, last)
             tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            with _naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
-                step.source.decode(_cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
-            with _naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
-                lost += step.target.encode(tile, _cut(step.target_parts, outputs, step.rows, first, row, stop))
+            decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
+                lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost
 
-    def _across(self, step: Transcode) -> list[Bytes]:
-        """All bytes of the parts that lie across, in memory of their own."""
-        parts = zip(step.source_parts, step.reads, strict=True)
-        wanted = [(place, part.nbytes) for part, place in parts if part.across]
-        return [Buffers().fetch(self.source, "across", place.file, place.start, size) for place, size in wanted]
-
-    def _inputs(self, step: Transcode, first: int, last: int, across: Iterator[Bytes], buffers: Buffers) -> list[Bytes]:
-        """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
-        data: list[Bytes] = []
-        for part, place in zip(step.source_parts, step.reads, strict=True):
-            if part.across:
-                data.append(next(across))
-                continue
-            start, stop = part.span(step.rows, first, last)
-            use = f"in.{sum(map(bool, map(len, data)))}"
-            data.append(buffers.fetch(self.source, use, place.file, place.start + start, stop - start))
-        return data
+    def _reach(self, step: Transcode, buffers: Buffers) -> float:
+        """The largest magnitude of the values of the step's mates, or what their scales say that none is above."""
+        mates = (Transcode(*mate, step.target) for mate in step.mates)
+        return max(reach_of(mate, self.source, buffers, self.limits.task_bytes) for mate in mates)
 
     def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
         """Room for the bytes that these rows are in every part."""
@@ -275,7 +250,8 @@ class Run:
     def _begin(self, file: str) -> ShardWriter:
         shard = self._shards[file]
         path = self.journal.destination / file
-        self._writers[file] = ShardWriter(path, self.journal.partial(file), shard.header, shard.nbytes)
+        partial = self.journal.partial(file)
+        self._writers[file] = ShardWriter(path, partial, shard.header, shard.nbytes, shard.padding)
         return self._writers[file]
 
     def _finish(self, file: str) -> None:
@@ -285,15 +261,6 @@ class Run:
         self.journal.record(file)
         for observer in self.observers:
             observer.finish(file)
-
-
-@contextmanager
-def _naming(fault: str, first: int, stop: int) -> Iterator[None]:
-    """A format knows what is wrong with a tile, but not whose tile it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
 
 
 def warm_up(plan: Plan) -> None:
@@ -308,7 +275,11 @@ def warm_up(plan: Plan) -> None:
             for parts in (step.source_parts, step.target_parts)
         )
         tile = np.zeros((rows, step.cols), np.float32)
+        step.target.settle(0.0, outputs)
         with suppress(ValueError):  # zeros may be no values that the format can spell
+            if step.target.takes_codes(step.source):
+                step.target.recode(step.source, inputs, rows, step.cols, outputs)
+                continue
             step.source.decode(inputs, 0, tile)
             step.target.encode(tile, outputs)
 
@@ -316,34 +287,3 @@ def warm_up(plan: Plan) -> None:
 def _kinds(plan: Plan) -> list[Transcode]:
     """One step for each shape and pair of formats; a large plan has 70,000 steps of a handful of kinds."""
     return list({(s.rows, s.cols, s.source, s.target): s for s in plan.steps if isinstance(s, Transcode)}.values())
-
-
-def row_unit(step: Transcode) -> int:
-    """Tiles begin at multiples of this many rows, so that no slice of a part is cut."""
-    return lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
-
-
-def _tile_rows(step: Transcode) -> int:
-    unit = row_unit(step)
-    return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
-
-
-def _task_size(step: Step, nbytes: int) -> tuple[int, int]:
-    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
-    if isinstance(step, Copy):
-        return nbytes, PAGE
-    return int(nbytes / max(_row_bytes(step), 1)), row_unit(step)
-
-
-def _row_bytes(step: Transcode) -> float:
-    return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
-
-
-def _cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
-    """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
-    cuts = []
-    for part, bytes_ in zip(parts, data, strict=True):
-        origin = part.span(rows, base, base)[0] if part.every else 0
-        start, stop = part.span(rows, first, last)
-        cuts.append(bytes_[start - origin : stop - origin])
-    return cuts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Step, Transcode
+from kconvert.planning.steps import Step
 
 if TYPE_CHECKING:
     from kconvert.hub.download import Fetch
@@ -57,8 +57,7 @@ def _extents(steps: Iterable[Step]) -> dict[str, tuple[tuple[int, int], ...]]:
     """For each file the byte ranges that the steps read, ascending; those with a small gap between them are one."""
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for step in steps:
-        sizes = [part.nbytes for part in step.source_parts] if isinstance(step, Transcode) else [step.nbytes]
-        for place, nbytes in zip(step.reads, sizes, strict=True):
+        for place, nbytes in step.needs:
             ranges[place.file].append((place.start, place.start + nbytes))
     return {file: tuple(_join(sorted(found))) for file, found in ranges.items()}
 

@@ -28,7 +28,7 @@ from kconvert.version import __version__
 JOURNAL = "journal.jsonl"
 PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
 STAGED = "source"  # source files on their way through the disk
-SHARDS = ("*.safetensors", "_layer_*/_numa_*/*.kt")  # the latter of AMX weights
+SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
 
 Record: TypeAlias = dict[str, Any]
 

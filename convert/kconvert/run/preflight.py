@@ -18,7 +18,7 @@ from kconvert.checkpoint.buffers import Buffers
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
-from kconvert.formats.base import ZERO_DTYPES
+from kconvert.formats.dtypes import ZERO_DTYPES
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Origin
 

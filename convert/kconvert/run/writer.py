@@ -17,13 +17,13 @@ from kconvert.errors import explain_os_error
 
 
 class ShardWriter:
-    """Writes `path` under the name `partial` until every one of its `nbytes` bytes has come."""
+    """Writes `path` under the name `partial` until every one of its `nbytes` bytes has come, but `padding` that is zero."""
 
-    def __init__(self, path: Path, partial: Path, header: bytes, nbytes: int) -> None:
+    def __init__(self, path: Path, partial: Path, header: bytes, nbytes: int, padding: int = 0) -> None:
         self.path = path
         self._partial = partial
         self._lock = threading.Lock()
-        self._remaining = nbytes - len(header)
+        self._remaining = nbytes - len(header) - padding
         self._descriptors: list[int] = []  # through the page cache, and past it
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -10,11 +10,13 @@ from kconvert.formats import Format
 from kconvert.planning.containers import Container, Safetensors
 
 if TYPE_CHECKING:
-    from kconvert.models.model import Weight
+    from kconvert.models.model import Model, Weight
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
+RESTS = ("bf16", "q8_0")  # the first is the default
 POWERS = "ue8m0"  # powers of two, for FP8
+WIDE = "f32"  # the source's in F32, for MLX
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of
 # which are narrower than a block. A weight that no manifest lists is `linear` where it is one that the source has quantised and
 # names tell no more, and `other` in a model whose names tell nothing at all.
@@ -27,6 +29,8 @@ LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
 
 # (format, Linears that the output has quantised, those that it has not) -> quantization_config
 Table: TypeAlias = Callable[[Any, list[str], list[str]], dict[str, Any]]
+# quantization_config -> what else declares it, by the files' names
+Beside: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
 # What a weight is called in the output
 Names: TypeAlias = Callable[["Weight"], str]
 
@@ -40,7 +44,8 @@ class Target:
     the files from the largest size that a shard may have.
 
     `names` are those of the weights that are taken, where they are to have others; `experts` is what the key `expert_dtype`
-    says, if it is to be there; `spares`: what is not taken stays in the encoding that it has.
+    says, if it is to be there; `spares`: what is not taken stays in the encoding that it has. `beside` makes files that repeat
+    the quantization_config for engines that look there.
     """
 
     format: Format
@@ -51,6 +56,31 @@ class Target:
     names: Names | None = None
     experts: str | None = None
     spares: bool = False
+    beside: Beside | None = None
+
+    def choice(self, weight: Weight) -> Format | None:
+        """The encoding that the weight is to have; None: it is not taken."""
+        return self.format if self.takes(weight) else None
+
+    def check(self, model: Model) -> None:
+        """KconvertError where what was asked for can mean nothing in this model."""
+
+    @property
+    def words(self) -> str:
+        """The rules by which weights are taken, where these are more than a name."""
+        return ""
+
+    @property
+    def records(self) -> Mapping[str, bytes]:
+        """Files that say what was asked for, where config.json cannot."""
+        return {}
+
+    def declare(
+        self, format: Format, quantised: Mapping[Format, Sequence[str]], others: Sequence[str]
+    ) -> dict[str, Any]:
+        """quantization_config: `quantised` are Linears by encoding, of which the usual one is `format`."""
+        assert self.table is not None
+        return self.table(format, [name for names in quantised.values() for name in names], list(others))
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:

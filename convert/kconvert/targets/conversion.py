@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
@@ -11,16 +12,19 @@ from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import quantization_tables, with_quantization, without_quantization
-from kconvert.dialects.tables import EXPERTS_KEY
+from kconvert.dialects.tables import EXPERTS_KEY, KEYS
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
+from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
+from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of, count_steps
 from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
+from kconvert.targets.mixed.fused import mates
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
 
@@ -30,11 +34,12 @@ HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     """The plan of an output that has the `chosen` weights of the model one by one; see targets.planner."""
     Conversion(model, recipe).check()
-    conversion = Conversion(chosen, recipe)
+    conversion = Conversion(chosen, recipe, model)
     container, config = conversion.target.container(recipe.shard_size), conversion.config()
     drafts = conversion.drafts()
+    texts = conversion.texts(config)
     return Output(
-        repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts
+        repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts, texts
     ).plan()
 
 
@@ -55,10 +60,11 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a recipe makes of a model."""
+    """What a recipe makes of a model, which may be a choice from the `whole` of it."""
 
     model: Model
     recipe: Recipe
+    whole: Model | None = None
 
     @cached_property
     def target(self) -> Target:
@@ -73,7 +79,8 @@ class Conversion:
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
         model, recipe = self.model, self.recipe
-        quantised = [weight for weight in model.weights if weight.format.quantised]
+        self.target.check(model)
+        quantised = [weight for weight in model.weights if _is_encoded(weight)]
         if not quantised and recipe.source is None and self.target.roles is None and self._has_remains():
             return
         if not quantised and (recipe.source not in (None, "bf16") or self.target.roles is None):
@@ -102,7 +109,7 @@ class Conversion:
                 f"matrices are Linears is not known; --to {self.recipe.to} --layout experts takes those that are experts by "
                 "name"
             )
-        if not any(target.takes(weight) for weight in model.weights):
+        if all(target.choice(weight) is None for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
             lines = missing_lines(model) if model.manifest.accepts_any else ""
             raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose}){lines}")
@@ -121,31 +128,33 @@ class Conversion:
 
     def _change(self, weight: Weight) -> Change:
         """What becomes of this weight, and of all that are like it."""
-        kind = (
-            weight.role,
-            weight.rows,
-            weight.cols,
-            id(weight.format),
-        )  # to hash or compare formats would take longest of all
+        choice = self.target.choice(weight)
+        # To hash or compare formats would take longest of all.
+        kind = weight.rows, weight.cols, id(weight.format), id(choice)
         change = self._changes.get(kind)
         if change is None:
-            change = self._changes[kind] = Change.of(weight.format, self._encoding(weight))
+            change = self._changes[kind] = Change.of(weight.format, self._encoding(weight, choice))
+            if self.recipe.require_exact and not change.keeps_codes and change.encoding.fate(weight.format) == "lossy":
+                raise KconvertError(
+                    f"weight {weight.name!r} ({weight.format.label}) may lose values as {change.encoding.label}, which "
+                    "--require-exact forbids; leave it out"
+                )
         return change
 
     @cached_property
-    def _changes(self) -> dict[tuple[str, int, int, int], Change]:
+    def _changes(self) -> dict[tuple[int, int, int, int], Change]:
         return {}
 
-    def _encoding(self, weight: Weight) -> Format:
-        if self.target.takes(weight):
-            return self._fit(self.target.format, weight)
-        if weight.format.quantised and not self.target.spares:
+    def _encoding(self, weight: Weight, choice: Format | None) -> Format:
+        if choice is not None:
+            return self._fit(choice, weight)
+        if _is_encoded(weight) and not self.target.spares:
             return self._fit(Dense("BF16"), weight)
         return weight.format
 
     def name(self, weight: Weight) -> str:
         """What the weight is called in the output."""
-        if self.target.names is None or not self.target.takes(weight):
+        if self.target.names is None or self.target.choice(weight) is None:
             return weight.name
         try:
             return self.target.names(weight)
@@ -188,7 +197,16 @@ class Conversion:
                 yield copy_of(tensor._replace(name=name + tensor.name.removeprefix(weight.name)))
         else:
             shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
-            yield Transcode(weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot)
+            mates = self._mates[weight.name] if change.encoding.settles(weight.format) else ()
+            yield Transcode(
+                weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot, mates
+            )
+
+    @cached_property
+    def _mates(self) -> Mapping[str, tuple[Mate, ...]]:
+        """Those that decide together what each weight's encoding settles, by the weight's name."""
+        weights = (self.whole or self.model).weights
+        return mates(weight for weight in weights if self.encoding(weight).settles(weight.format))
 
     @cached_property
     def _slots(self) -> Mapping[str, Slot]:
@@ -235,6 +253,7 @@ class Conversion:
             "manifest": model.manifest.name,
             "to": recipe.to,
             **({"layout": recipe.layout} if recipe.layout else {}),
+            **({"recipe": self.target.words} if self.target.words else {}),
             **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
             "parameters": model.parameters,
             "weights": dict(format_counts(model.weights)),
@@ -265,13 +284,30 @@ class Conversion:
             weights[self.encoding(weight).quantised].append(weight)
         if not weights[True]:
             return config
-        quantised, others = ([*map(self.name, weights[is_quantised])] for is_quantised in (True, False))
-        format = self._declared(weights[True])
-        table = self.target.table(format, quantised, [*others, *self._plain_linears()])
+        quantised = self._by_encoding(weights[True])
+        others = [*map(self.name, weights[False]), *self._plain_linears()]
+        table = self.target.declare(self._declared(weights[True]), quantised, others)
         experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
         if any(EXPERTS_KEY in had for had in quantization_tables(self.model.checkpoint.config)):  # as DeepSeek-V4.1
             return with_quantization(config, {**table, **experts})
         return {**with_quantization(config, table), **experts}
+
+    def _by_encoding(self, weights: Iterable[Weight]) -> Mapping[Format, list[str]]:
+        """Names in the output by what spells these weights; to hash that of each would take longest of all."""
+        by_identity: dict[int, tuple[Format, list[str]]] = {}
+        for weight in weights:
+            encoding = self.encoding(weight)
+            by_identity.setdefault(id(encoding), (encoding, []))[1].append(self.name(weight))
+        found: dict[Format, list[str]] = defaultdict(list)
+        for encoding, names in by_identity.values():
+            found[encoding] += names
+        return found
+
+    def texts(self, config: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files beside config.json that say what it says of the quantisation, or what was asked for."""
+        table = config.get(KEYS[0])
+        beside = {} if table is None or self.target.beside is None else self.target.beside(table)
+        return {**self.target.records, **{name: json_bytes(content) for name, content in beside.items()}}
 
     def _declared(self, weights: Sequence[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""
@@ -299,3 +335,8 @@ class Conversion:
             is_linear = is_linear_role(plain.role, self.model.checkpoint.config.get("model_type"))
             if suffix == "weight" and len(plain.tensor.shape) == 2 and is_linear:
                 yield module
+
+
+def _is_encoded(weight: Weight) -> bool:
+    """Whether it is something else than a plain tensor of its own name."""
+    return weight.format.quantised or isinstance(weight.format, Heads)

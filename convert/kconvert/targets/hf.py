@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.targets.base import EXPERTS, LINEARS, Names, Table, Target, Targets
 
@@ -40,29 +42,42 @@ def _fp8_all(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[
     return fp8_table((name for name in unquantised if name.rpartition(".")[2] != "lm_head"), format.powers)
 
 
-def _compressed_fp8(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+def compressed_fp8(format: Fp8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.compressed_tensors import compressed_fp8_table
 
     return compressed_fp8_table(format.strategy, quantised, unquantised, format.powers)
 
 
-def _int4(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+def int4(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.compressed_tensors import packed_table
 
     assert format.group_size is not None
     return packed_table(format.group_size, quantised, unquantised)
 
 
-def _int8(format: Int8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+def int8(format: Int8, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.compressed_tensors import int8_table
 
     return int8_table(quantised, unquantised)
 
 
-def _mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+def mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects.compressed_tensors import mx_table
 
     return mx_table(format.bits, quantised, unquantised)
+
+
+def nvfp4(format: Nvfp4, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    from kconvert.dialects import compressed_tensors, modelopt
+
+    table = modelopt.nvfp4_table if format.multiplies else compressed_tensors.nvfp4_table
+    return table(quantised, unquantised)
+
+
+def beside_modelopt(table: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    from kconvert.dialects.modelopt import BESIDE, table_beside
+
+    return {BESIDE: table_beside(table)}
 
 
 def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
@@ -70,6 +85,11 @@ def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -
     from kconvert.dialects.fp8 import fp8_table
 
     return fp8_table((), powers=True, block=format.block if isinstance(format, Fp8) else (128, 128))
+
+
+def _deepseek_v4_nvfp4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
+    """As NVIDIA's releases: FP8 everywhere, but for the experts."""
+    return {**_deepseek_v4(format, quantised, unquantised), "moe_quant_algo": "NVFP4"}
 
 
 def speaks_deepseek_v4(manifest: Manifest) -> bool:
@@ -103,7 +123,7 @@ def _experts_or_all(format: Format, table: Table) -> Mapping[str, Target]:
 def _llm_compressor(strategy: str) -> Target:
     """Its scales have the model's dtype, and transformers dequantises to the scales'."""
     format = Fp8(strategy, scale_name="weight_scale", scale_dtype="BF16")
-    return Target(format, LINEARS, COMPRESSED_KEEPS, _compressed_fp8)
+    return Target(format, LINEARS, COMPRESSED_KEEPS, compressed_fp8)
 
 
 # DeepSeek-V4's experts, in its FP8 and its own encoding, and MiniMax-M3's: what kt-kernel reads.
@@ -120,15 +140,20 @@ TARGETS: Targets = {
         "compressed-tensors": _llm_compressor("block"),
         "compressed-tensors-channel": _llm_compressor("channel"),
     },
-    "int4": {"": Target(Packed(32), EXPERTS, table=_int4)},
-    "int8": _experts_or_all(Int8(), _int8),
+    "int4": {"": Target(Packed(32), EXPERTS, table=int4)},
+    "int8": _experts_or_all(Int8(), int8),
     "mxfp4": {
-        **_experts_or_all(Mx(4), _mx),
-        "ktransformers": Target(V4_MXFP4, EXPERTS, table=_mx, names=_kt_names("", "ffn")),
+        **_experts_or_all(Mx(4), mx),
+        "ktransformers": Target(V4_MXFP4, EXPERTS, table=mx, names=_kt_names("", "ffn")),
     },
     "mxfp8": {
-        **_experts_or_all(Mx(8), _mx),
-        "ktransformers": Target(M3_MXFP8, EXPERTS, table=_mx, names=_kt_names("model.", "block_sparse_moe")),
+        **_experts_or_all(Mx(8), mx),
+        "ktransformers": Target(M3_MXFP8, EXPERTS, table=mx, names=_kt_names("model.", "block_sparse_moe")),
+    },
+    "mlx": {"": Target(Affine(4, 32))},  # and what else the source has, see targets.mlx
+    "nvfp4": {
+        "compressed-tensors": Target(Nvfp4(), EXPERTS, table=nvfp4),
+        "modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=nvfp4, beside=beside_modelopt),
     },
 }
 
@@ -140,4 +165,5 @@ DEEPSEEK_V4: Targets = {
         "sglang": Target(replace(V4_FP8, scale_dtype="F8_E8M0"), LINEARS, table=_deepseek_v4, spares=True),
     },
     "mxfp4": {"ktransformers": Target(V4_MXFP4, EXPERTS, table=_deepseek_v4, experts="fp4", spares=True)},
+    "nvfp4": {"modelopt": Target(Nvfp4(True, inputs=True), EXPERTS, table=_deepseek_v4_nvfp4, spares=True)},
 }

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
+from kconvert.errors import KconvertError
+from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, refuse_undecoded
 from kconvert.planning.plan import Plan
 from kconvert.targets.conversion import plan_conversion
+from kconvert.targets.gguf.plan import plan_gguf
+from kconvert.targets.mlx import plan_mlx
 from kconvert.targets.recipe import Recipe
 
 Planner: TypeAlias = Callable[[Model, Model, Recipe], Plan]
 
 # What follows --to -> how that is planned, where it is not by its Target alone. Each takes the model, what of it was chosen
 # by --include and --exclude, and a recipe whose layout is settled.
-PLANNERS: Mapping[str, Planner] = {}
+PLANNERS: Mapping[str, Planner] = {
+    "gguf": plan_gguf,
+    "mlx": plan_mlx,
+}
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
@@ -22,4 +29,10 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     recipe = recipe.settled(model.manifest)
     chosen = model.select(recipe.include, recipe.exclude)
     refuse_undecoded(chosen)
+    for weight in chosen.weights:
+        if isinstance(weight.format, Turns):
+            raise KconvertError(
+                f"weight {weight.name!r} lies in {weight.tensors[0].file} as MLX has gpt-oss's experts, whose rows and biases "
+                "no other engine finds there; convert the checkpoint that it was made from"
+            )
     return PLANNERS.get(recipe.to, plan_conversion)(model, chosen, recipe)

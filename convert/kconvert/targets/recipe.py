@@ -7,23 +7,33 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, SCALES, Target
+from kconvert.formats.engines.mlx import Affine
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, WIDE, Target
+from kconvert.targets.mixed.rules import Mix, read_mix
+from kconvert.targets.mixed.target import mixed_target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
 
+MIXED = "recipe"  # in the place of a target: the recipe is in a file
+ATTENTIONS = ("bf16", "fp8")
+
 if TYPE_CHECKING:
+    from kconvert.formats import Format
     from kconvert.models.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """`to` is one of registry.TARGETS and `layout` one of its layouts for the model, "" for the first of them.
+    """`to` is one of registry.TARGETS and `layout` one of its layouts for the model, "" for the first of them; or `to` is MIXED
+    and `mix` says which weights become what, see targets.mixed.rules.
 
     `source`, when given, is what the quantised weights must be (`int4`), or `bf16` for none; else any will do.
     `shard_size` is the most bytes of tensors in an output file, unless one weight has more; `include` and `exclude` are globs
     of names of weights and tensors.
-    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `require_exact` also for
-    `fp8`, `mxfp4` and `mxfp8`, and so is `scales`: one of base.SCALES, or base.POWERS for `fp8` alone; see formats.packed,
-    formats.fp8 and formats.mx.
+    `convention` and `group_size` (columns to a scale, a multiple of 8) are for the target `int4`; `scales` also for
+    `fp8`, `mxfp4`, `mxfp8` and `nvfp4`: one of base.SCALES, or base.POWERS for `fp8` alone, base.WIDE for `mlx` alone; see
+    formats.packed, formats.fp8, formats.mx, formats.nvfp4 and formats.engines.mlx. With `require_exact` an output has every
+    value of its source, or there is none. `rest`, for `gguf`, is what matrices become whose codes it does not take: one of
+    base.RESTS; `attention`, for `nvfp4`, is what it becomes: one of ATTENTIONS.
     KconvertError for a value that is not possible.
     """
 
@@ -37,29 +47,56 @@ class Recipe:
     group_size: int = 32
     require_exact: bool = False
     scales: str = "amax"
+    rest: str = RESTS[0]
+    attention: str = ATTENTIONS[0]
+    mix: Mix | None = None
 
     def __post_init__(self) -> None:
-        if self.to not in TARGETS:
-            raise KconvertError(f"there is no target {self.to!r}; there are {', '.join(TARGETS)}")
-        known = layouts_of(self.to)
-        if self.layout and self.layout not in known:
-            raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {', '.join(known) or 'none'}")
+        self._check_target()
         if self.shard_size <= 0:
             raise KconvertError(f"a shard size of {self.shard_size} bytes is not possible; the default is 5GB")
         if self.convention not in CONVENTIONS:
             raise KconvertError(f"there is no convention {self.convention!r}; there are {', '.join(CONVENTIONS)}")
         if self.group_size <= 0 or self.group_size % 8:
             raise KconvertError(f"a group size of {self.group_size} is not possible; it is a multiple of 8, mostly 32")
+        if self.rest not in RESTS or (self.rest != RESTS[0] and self.to != "gguf"):
+            raise KconvertError(
+                f"the rest as {self.rest!r} is not possible for {self.to}; for gguf it is {' or '.join(RESTS)}"
+            )
         self._check_scales()
 
+    def _check_target(self) -> None:
+        if self.mix is not None and self.to != MIXED:
+            raise KconvertError(f"a recipe in a file goes with the target {MIXED!r}, not with {self.to}")
+        if self.mix is None and self.to not in TARGETS:
+            raise KconvertError(f"there is no target {self.to!r}; there are {', '.join(TARGETS)}")
+        known = layouts_of(self.to)
+        if self.layout and self.layout not in known:
+            raise KconvertError(f"{self.to} has no layout {self.layout!r}; it has {', '.join(known) or 'none'}")
+        if self.attention not in ATTENTIONS or (self.attention != ATTENTIONS[0] and self.to != "nvfp4"):
+            raise KconvertError(
+                f"attention as {self.attention!r} is not possible for {self.to}; for nvfp4 it is {' or '.join(ATTENTIONS)}"
+            )
+
     def _check_scales(self) -> None:
-        if self.scales not in (*SCALES, POWERS):
-            raise KconvertError(f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS))}")
-        target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
-        if self.scales == "mse" and target.format.scaled(mse=True) is None:
-            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4 and mxfp8")
+        if self.scales not in (*SCALES, POWERS, WIDE):
+            raise KconvertError(
+                f"there are no scales by {self.scales!r}; there are {', '.join((*SCALES, POWERS, WIDE))}"
+            )
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
+        if self.mix is not None:
+            if self.scales in (POWERS, WIDE):
+                own = "fp8" if self.scales == POWERS else "mlx"
+                raise KconvertError(f"--scales {self.scales} is for --to {own}, not for a recipe")
+            return
+        target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
+        if self.scales == "mse" and target.format.scaled(mse=True) is None:
+            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
+        if self.scales == WIDE and not isinstance(target.format, Affine):
+            raise KconvertError(
+                f"--scales {WIDE} is for mlx, not for {self.to}, whose scales have a dtype of their own"
+            )
         if self.scales == POWERS and target.format.with_powers() is None:
             what = f"{self.to} {self.layout}".strip()
             raise KconvertError(
@@ -71,6 +108,8 @@ class Recipe:
 
         KconvertError where a model with this manifest has no such layout.
         """
+        if self.mix is not None:
+            return self
         layouts = targets_for(manifest)[self.to]
         layout = self.layout or next(iter(layouts))
         if layout not in layouts:
@@ -82,8 +121,17 @@ class Recipe:
 
     def target(self, manifest: Manifest) -> Target:
         """The kind of output for a model with this manifest, its encoding by the rules that were asked for."""
+        mix = self.mix
+        if self.attention != ATTENTIONS[0]:
+            mix = read_mix(f"nvfp4-{self.attention}-attention", self.settled(manifest).layout)
+        if mix is not None:
+            return mixed_target(mix, self._by_rule)
         target = targets_for(manifest)[self.to][self.settled(manifest).layout]
-        format = target.format.by_rule(CONVENTIONS[self.convention], self.group_size, self.require_exact)
+        format = self._by_rule(target.format)
         if self.scales == POWERS:
             format = format.with_powers() or format
         return replace(target, format=format)
+
+    def _by_rule(self, format: Format) -> Format:
+        """The format by the rules that were asked for."""
+        return format.by_rule(CONVENTIONS[self.convention], self.group_size, self.require_exact)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from kconvert.targets import hf
 from kconvert.targets.base import Targets
+from kconvert.targets.gguf.architectures import TARGETS as GGUF
 
 if TYPE_CHECKING:
     from kconvert.models.manifest import Manifest
 
 TARGETS: Targets = {
     **hf.TARGETS,
+    **GGUF,
 }
 # Those for models that call the parts of a weight as DeepSeek-V4 does, in the place of what has the same name above.
 DEEPSEEK_V4: Targets = {

@@ -23,9 +23,10 @@ from kconvert.models.sizes import lookup
 from kconvert.models.stacks import Stack, unstack
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Copy, Slot, Step, Transcode, copy_of
+from kconvert.planning.steps import Copy, Mate, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
+from kconvert.targets.tokens import TOKENIZERS
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     slots = _slots(bound.stacks.values(), {draft.name for draft in drafts if draft.target.quantised})
     drafts = [draft._replace(slot=slots.get(draft.name)) for draft in drafts]
     container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
-    side_files = {name: text.encode() for name, text in manifest.side_files.items()}
+    side_files = {
+        name: TOKENIZERS[name](bound.size("vocab")) if name in TOKENIZERS else text.encode()
+        for name, text in manifest.side_files.items()
+    }
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
     return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()
@@ -96,7 +100,9 @@ def _invent_weight(name: str, match: Match, target: Format, seed: int) -> Transc
         parts_of(target, rows, cols)
         if can_be_dealt(target):
             return Transcode(name, rows, cols, Picks(name, seed), (), Dealt(target, seed))
-        return Transcode(name, rows, cols, Synthetic(name, seed), (), target)
+        values = Synthetic(name, seed)
+        alone = (Mate(name, rows, cols, values, ()),) if target.settles(values) else ()
+        return Transcode(name, rows, cols, values, (), target, mates=alone)
     except ValueError as error:
         raise KconvertError(f"weight {name!r} [{rows}, {cols}] cannot be made: {error}") from None
 

@@ -21,12 +21,12 @@ from kconvert.models.model import Model
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.targets.amx import AmxRecipe, plan_repack
-from kconvert.targets.planner import make_plan
+from kconvert.targets.planner import PLANNERS, make_plan
 from kconvert.targets.registry import TARGETS
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "MODELS.md"
 FAMILIES = sorted(set(load_manifests()) - {"generic"})
-TO = tuple(to for to in TARGETS if to != "f16")
+TO = tuple(to for to in TARGETS if to != "f16" and to not in PLANNERS)  # which have encodings of several kinds
 WORDS = {"lossless": "kept", "recovered": "found", "lossy": "rounded"}
 ENCODINGS: dict[str, Format] = {
     "BF16": Dense("BF16"),

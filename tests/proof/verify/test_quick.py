@@ -81,7 +81,7 @@ def encoded(format: Format, values: torch.Tensor, which: int = 0) -> tuple[State
     rows, cols = values.shape
     weight = Weight("w", "expert.gate", rows, cols, format, ())
     witness = witness_of(format)
-    expected = [*witness.encodings(values, weight, 0)][which]
+    expected = [*witness.encodings(values, weight, 0, {})][which]
     return witness.quick_encoding(values, weight, 0, expected, Buffers()), expected
 
 

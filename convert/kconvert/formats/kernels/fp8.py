@@ -133,6 +133,17 @@ def encode_fp8(
 
 
 @kernel
+def encode_by_scale(values: Any, step: Any, codes: Any) -> Any:
+    """codes u8 [n] = e4m3(values f32 [n] / step). Returns how many values do not come back, -1 at one that is not finite."""
+    largest, changed = U(0), 0
+    for i in range(codes.shape[0]):
+        largest = U(max(largest, U(bits_of(values[i]) & MAGNITUDE)))
+        codes[i] = round_e4m3(values[i] / step)
+        changed += round_bf16(widen_e4m3(codes[i]) * step) != values[i]
+    return -1 if largest >= INFINITE else changed
+
+
+@kernel
 def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, exponents: Any) -> Any:
     """tile f32 [rows, cols] -> codes u8 [rows, cols], exponents + 127 of the scales u8 [row blocks, col blocks].
 

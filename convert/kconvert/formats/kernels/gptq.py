@@ -106,31 +106,20 @@ def spread_nibbles(packed: Any, codes: Any) -> None:
 
 
 @kernel
-def decode_nibbles(packed: Any, steps: Any, zeros: Any, tile: Any) -> Any:
-    """packed u8 [rows, n], two codes a byte -> tile f32 [rows, groups, g] = bf16((code - zero point) * scale); g is even.
-
-    Returns whether a scale is zero over codes that are not their zero point.
-    """
-    rows, groups, half = tile.shape[0], tile.shape[1], tile.shape[2] // 2
-    senseless = False
-    for row in range(rows):
-        line = packed[row, : groups * half].reshape(groups, half)
-        for group in range(groups):
-            step, zero = steps[row, group], zeros[row, group]
-            for j in range(half):
-                byte = line[group, j]
-                tile[row, group, 2 * j] = round_bf16((np.float32(np.int32(byte & 15)) - zero) * step)
-                tile[row, group, 2 * j + 1] = round_bf16((np.float32(np.int32(byte >> 4)) - zero) * step)
-            if step == np.float32(0):
-                for j in range(half):
-                    low, high = np.float32(np.int32(line[group, j] & 15)), np.float32(np.int32(line[group, j] >> 4))
-                    senseless |= low != zero or high != zero
-    return senseless
+def spread_interleaved(words: Any, shifts: Any, codes: Any) -> None:
+    """words u32 [rows / 8, >= cols], the codes of eight rows of a column each, at `shifts` -> codes u8 [rows, cols]."""
+    for row in range(codes.shape[0]):
+        line, spelt, shift = words[row >> 3], codes[row], shifts[row & 7]
+        for col in range(codes.shape[1]):
+            spelt[col] = np.uint8(U(line[col] >> shift) & U(15))
 
 
 @kernel
 def decode_bytes(codes: Any, steps: Any, zeros: Any, tile: Any) -> Any:
-    """decode_nibbles for codes u8 [rows, n], one a byte, and any g."""
+    """codes u8 [rows, >= groups * g] -> tile f32 [rows, groups, g] = bf16((code - zero point) * scale).
+
+    Returns whether a scale is zero over codes that are not their zero point.
+    """
     rows, groups, size = tile.shape
     senseless = False
     for row in range(rows):
@@ -151,30 +140,18 @@ def decode_indexed(codes: Any, steps: Any, zeros: Any, index: Any, tile: Any) ->
     senseless = False
     for row in range(tile.shape[0]):
         line, step, zero = codes[row], steps[row], zeros[row]
-        for col in range(tile.shape[1]):
-            group = index[col]
-            tile[row, col] = round_bf16((np.float32(np.int32(line[col])) - zero[group]) * step[group])
+        first, alike = zero[0], True
+        for group in range(step.shape[0]):
+            alike &= zero[group] == first
+        if alike:  # as in symmetric files: half of the loads that are out of order
+            for col in range(tile.shape[1]):
+                tile[row, col] = round_bf16((np.float32(np.int32(line[col])) - first) * step[index[col]])
+        else:
+            for col in range(tile.shape[1]):
+                group = index[col]
+                tile[row, col] = round_bf16((np.float32(np.int32(line[col])) - zero[group]) * step[group])
         for group in range(step.shape[0]):
             if step[group] == np.float32(0):
                 for col in range(tile.shape[1]):
                     senseless |= index[col] == group and np.float32(np.int32(line[col])) != zero[group]
-    return senseless
-
-
-@kernel
-def decode_interleaved(words: Any, shifts: Any, steps: Any, zeros: Any, tile: Any) -> Any:
-    """words u32 [rows / 8, cols], the codes of eight rows of a column each -> tile f32 [rows, groups, g], as decode_nibbles."""
-    rows, groups, size = tile.shape
-    senseless = False
-    for eight in range((rows + 7) // 8):
-        line = words[eight, : groups * size].reshape(groups, size)
-        for group in range(groups):
-            for row in range(8 * eight, min(8 * eight + 8, rows)):
-                step, zero, shift = steps[row, group], zeros[row, group], shifts[row & 7]
-                for i in range(size):
-                    code = np.float32(np.int32(U(U(line[group, i] >> shift) & U(15))))
-                    tile[row, group, i] = round_bf16((code - zero) * step)
-                if step == np.float32(0):
-                    for i in range(size):
-                        senseless |= np.float32(np.int32(U(U(line[group, i] >> shift) & U(15)))) != zero
     return senseless

@@ -1,4 +1,4 @@
-"""Microscaling floats and NVFP4; see formats.mx and formats.nvfp4."""
+"""Microscaling floats; see formats.mx."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ FRACTION_OF_448 = U(0x600000)
 ONE = U(127 << 23)  # 1 as f32
 SIX = U(0x40C00000)  # 6 as f32, the largest e2m1
 TO_MAGIC = U(22 << 23)  # adding 2**22 times the binade leaves steps of half the binade
-DOUBLED = U(0xC8643210)  # the magnitudes of e2m1 times two, a nibble each
 REBIAS = np.float32(2.0**126)  # exponent bias of f32 less that of e2m1
 
 
@@ -200,35 +199,3 @@ def mend_mxfp8(tile: Any, codes: Any, scale: Any) -> Any:
         else:
             inexact += 1
     return inexact
-
-
-@inline
-def _nvfp4_value(code: Any, step: Any) -> Any:
-    """bf16(e2m1 * step) of the low nibble. A word of four bits for each doubled magnitude spares vectors a table."""
-    doubled = U(U(DOUBLED >> U(U(code & np.uint8(7)) << U(2))) & U(15))
-    rounded = round_bf16(np.float32(np.int32(doubled)) * np.float32(0.5) * step)
-    return float_of(U(bits_of(rounded) ^ U(U(code & np.uint8(8)) << U(28))))
-
-
-@kernel
-def decode_nvfp4(packed: Any, scale: Any, global_scale: Any, multiplies: Any, tile: Any) -> None:
-    """packed u8 [groups * 8], scale u8 [groups] of e4m3 bits, f32 -> tile f32 [groups * 16] = bf16(e2m1 * step).
-
-    step is scale * global scale if it `multiplies`, else scale / global scale. Groups go in pairs, whose bytes fill a vector.
-    """
-    steps = np.empty(256, np.float32)
-    for code in range(256):
-        wide = widen_e4m3(np.uint8(code))
-        steps[code] = wide * global_scale if multiplies else wide / global_scale
-    pairs = scale.shape[0] // 2
-    for pair in range(pairs):
-        one, other = steps[scale[2 * pair]], steps[scale[2 * pair + 1]]
-        for j in range(16):
-            byte = packed[16 * pair + j]
-            step = one if j < 8 else other
-            tile[32 * pair + 2 * j] = _nvfp4_value(byte, step)
-            tile[32 * pair + 2 * j + 1] = _nvfp4_value(np.uint8(byte >> np.uint8(4)), step)
-    for j in range(16 * pairs, packed.shape[0]):
-        step = steps[scale[j >> 3]]
-        tile[2 * j] = _nvfp4_value(packed[j], step)
-        tile[2 * j + 1] = _nvfp4_value(np.uint8(packed[j] >> np.uint8(4)), step)

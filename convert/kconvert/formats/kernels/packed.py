@@ -46,18 +46,18 @@ WIDEST = np.float32(8.0625)
 
 
 def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
-    """What is subtracted from a stored code: 8 or 128, and the zero point, which in packed form has the same offset."""
+    """What is subtracted from a stored code, as f32: 8 or 128, and the zero point, which in packed form has the same offset."""
     raise NotImplementedError("only in kernels")
 
 
 @overload(_offset, strict=False)
 def _offset_of(zero: Any, row: Any, group: Any, bits: Any) -> Any:
     if isinstance(zero, types.NoneType):
-        return lambda zero, row, group, bits: np.int32(1 << (bits - 1))
+        return lambda zero, row, group, bits: np.float32(1 << (bits - 1))
     if zero.dtype == types.int8:
-        return lambda zero, row, group, bits: np.int32((1 << (bits - 1)) + zero[row, group])
-    return lambda zero, row, group, bits: np.int32(
-        (zero[row * bits >> 5, group] >> np.uint32(row * bits & 31)) & np.uint32((1 << bits) - 1)
+        return lambda zero, row, group, bits: np.float32((1 << (bits - 1)) + zero[row, group])
+    return lambda zero, row, group, bits: np.float32(
+        np.int32((zero[row * bits >> 5, group] >> np.uint32(row * bits & 31)) & np.uint32((1 << bits) - 1))
     )
 
 
@@ -76,14 +76,14 @@ def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
             offset = _offset(zero, row, group, 4)
             for j in range(size // 2):
                 byte = packed[row, group, j]
-                tile[row, group, 2 * j] = round_like(np.float32(np.int32(byte & 15) - offset) * step, stored)
-                tile[row, group, 2 * j + 1] = round_like(np.float32(np.int32(byte >> 4) - offset) * step, stored)
+                tile[row, group, 2 * j] = round_like((np.float32(np.int32(byte & 15)) - offset) * step, stored)
+                tile[row, group, 2 * j + 1] = round_like((np.float32(np.int32(byte >> 4)) - offset) * step, stored)
             if size & 1:
-                code = np.int32(packed[row, group, size // 2] & 15) - offset
-                tile[row, group, size - 1] = round_like(np.float32(code) * step, stored)
+                code = np.float32(np.int32(packed[row, group, size // 2] & 15)) - offset
+                tile[row, group, size - 1] = round_like(code * step, stored)
             if step == np.float32(0):
                 for i in range(size):
-                    senseless |= np.int32((packed[row, group, i >> 1] >> (4 * (i & 1))) & 15) != offset
+                    senseless |= np.float32(np.int32((packed[row, group, i >> 1] >> (4 * (i & 1))) & 15)) != offset
     return senseless
 
 
@@ -97,11 +97,11 @@ def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
             step = widen_scale(stored)
             offset = _offset(zero, row, group, 8)
             for i in range(tile.shape[2]):
-                code = np.int32(packed[row, group, i]) - offset
-                tile[row, group, i] = round_like(np.float32(code) * step, stored)
+                code = np.float32(np.int32(packed[row, group, i])) - offset
+                tile[row, group, i] = round_like(code * step, stored)
             if step == np.float32(0):
                 for i in range(tile.shape[2]):
-                    senseless |= np.int32(packed[row, group, i]) != offset
+                    senseless |= np.float32(np.int32(packed[row, group, i])) != offset
     return senseless
 
 
@@ -117,12 +117,13 @@ def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, ti
             group = index[col]
             stored = scale[row, group]
             if bits == 4:
-                code = np.int32((packed[row, col >> 1] >> (4 * (col & 1))) & 15) - _offset(zero, row, group, 4)
+                nibble = np.int32((packed[row, col >> 1] >> (4 * (col & 1))) & 15)
+                code = np.float32(nibble) - _offset(zero, row, group, 4)
             else:
-                code = np.int32(packed[row, col]) - _offset(zero, row, group, 8)
+                code = np.float32(np.int32(packed[row, col])) - _offset(zero, row, group, 8)
             step = widen_scale(stored)
-            senseless |= step == np.float32(0) and code != 0
-            tile[row, col] = round_like(np.float32(code) * step, stored)
+            senseless |= step == np.float32(0) and code != np.float32(0)
+            tile[row, col] = round_like(code * step, stored)
     return senseless
 
 

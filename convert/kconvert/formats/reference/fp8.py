@@ -39,6 +39,11 @@ def encode(
     return codes[: weight.shape[0], : weight.shape[1]], store(scale[:, 0, :, 0], scale_dtype)
 
 
+def encode_by_scale(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """bf16 [rows, cols] and one f32 -> float8_e4m3fn [rows, cols]: e4m3(f32(value) / scale), saturated."""
+    return (weight.float() / scale.float()).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+
+
 def _search(values: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Of amax over FP8_DIVISORS, the first scale of a block with the least squared error."""
     least = torch.full(amax.shape, 2**62)

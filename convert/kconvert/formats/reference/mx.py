@@ -1,4 +1,4 @@
-"""Microscaling floats and NVFP4; see formats.mx and formats.nvfp4."""
+"""Microscaling floats; see formats.mx."""
 
 from __future__ import annotations
 
@@ -34,12 +34,6 @@ def decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     values = unpack_e2m1(codes) if codes.dtype == torch.uint8 else codes.float()
     step = torch.pow(2.0, scale.double() - 127).float().unsqueeze(-1)
     return (values.view(*scale.shape, -1) * step).flatten(-2).bfloat16()
-
-
-def decode_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """u8 [rows, cols / 2], float8_e4m3fn [rows, cols / 16], f32 -> bf16 [rows, cols] = bf16(code * (scale / global))."""
-    step = (scale.float() / global_scale.float()).unsqueeze(-1)
-    return (unpack_e2m1(packed).view(*scale.shape, -1) * step).flatten(-2).bfloat16()
 
 
 def encode(

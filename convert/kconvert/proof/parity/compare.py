@@ -17,6 +17,7 @@ from kconvert.proof.parity.faults import fault_of
 from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
+from kconvert.proof.parity.witnesses.ggml import BY_HEAD
 from kconvert.proof.parity.witnesses.registry import witness_of
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
@@ -37,6 +38,11 @@ DEFAULT_LIMITS = {
     "mxfp4": Limits({"sqnr": 14.0}, {"max_relative": 0.6}),
     "nvfp4": Limits({"sqnr": 15.0}, {"max_relative": 0.4}),
     "int4": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "mlx": Limits({"sqnr": 13.0}, {"max_relative": 0.4}),
+    "q8_0": Limits({"sqnr": 32.0}, {"max_relative": 0.05}),
+    "q6_k": Limits({"sqnr": 28.0}, {"max_relative": 0.1}),
+    "q3_k": Limits({"sqnr": 11.0}, {"max_relative": 0.5}),
+    "q2_k": Limits({"sqnr": 6.0}, {"max_relative": 0.8}),
     "amxint4": Limits({"sqnr": 10.0}, {"max_relative": 0.85}),
     "amxint8": Limits({"sqnr": 32.0}, {"max_relative": 0.1}),
 }
@@ -52,15 +58,22 @@ class Standard:
 
     def limits_for(self, label: str) -> Limits:
         """What decides for weights in the format with this label."""
-        return DEFAULT_LIMITS.get(label.split(maxsplit=1)[0], DEFAULT_LIMITS["int4"]) | self.limits
+        kinds = (kind.split(maxsplit=1)[0] for kind in label.removesuffix(BY_HEAD).split(" and "))
+        usual = min(
+            (DEFAULT_LIMITS.get(kind, DEFAULT_LIMITS["int4"]) for kind in kinds), key=lambda found: found.floors["sqnr"]
+        )
+        if label.endswith(BY_HEAD):  # transposed, so that a row has values of many scales
+            usual = Limits(usual.floors)
+        return usual | self.limits
 
     def judge(self, ours: Weight, theirs: Weight) -> str:
         """What decides: "values" (equal bit for bit), "bytes" (those of the reference encoding) or "limits"."""
         if not self.exact:
             return "limits"
-        if ours.format == theirs.format or not theirs.format.quantised:
+        witness = witness_of(theirs.format)
+        if ours.format == theirs.format or not theirs.format.quantised or witness.claims(ours.format):
             return "values"
-        return "bytes" if witness_of(theirs.format).has_reference else "limits"
+        return "bytes" if witness.has_reference else "limits"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.models.model import Weight
@@ -37,7 +38,9 @@ def _value_fault(rows: Rows) -> str:
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
     where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
     has = "compressed-tensors" if witness_of(rows.ours.format).by_library else "the source"
-    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}"
+    rounded = rows.theirs.format.quantised and rows.ours.format.label != rows.theirs.format.label
+    advice = "; if its codes or scales were rounded, judge it with --close" if rounded else ""
+    return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}{advice}"
 
 
 def _byte_fault(rows: Rows) -> str | None:
@@ -50,7 +53,7 @@ def _byte_fault(rows: Rows) -> str | None:
     if right and rows.kind in rows.desk.known:
         return None
     differences = []
-    for candidate in witness_of(rows.theirs.format).encodings(rows.expected, rows.theirs, rows.first):
+    for candidate in _candidates(rows):
         count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)
         if not count:
             if right:
@@ -60,6 +63,14 @@ def _byte_fault(rows: Rows) -> str | None:
     if same_bits(rows.expected.to(rows.found.dtype), rows.found):
         return None
     return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
+
+
+def _candidates(rows: Rows) -> Iterator[State]:
+    witness = witness_of(rows.theirs.format)
+    if (kept := witness.respelt(rows.ours.format, rows.source)) is not None:
+        yield kept
+    else:
+        yield from witness.encodings(rows.expected, rows.theirs, rows.first, rows.output)
 
 
 def _quickly_right(rows: Rows) -> bool:

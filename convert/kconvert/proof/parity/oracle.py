@@ -28,6 +28,7 @@ TORCH_DTYPES = {
     "F64": "float64",
     "I64": "int64",
     "I32": "int32",
+    "U32": "uint32",
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
@@ -85,6 +86,8 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
     import torch
 
     part, tensor = weight.parts[index], weight.tensors[index]
+    if part.dtype not in TORCH_DTYPES:
+        raise NotImplementedError(f"torch has no {part.dtype}")
     if part.across:
         return _columns(weight, part, tensor, reader, first, last, buffers)
     start, stop = part.span(weight.rows, first, last)

@@ -84,6 +84,8 @@ class Rows:
 
     @cached_property
     def expected(self) -> torch.Tensor:
+        if witness_of(self.theirs.format).keeps_products:
+            return witness_of(self.ours.format).products(self.source, (self.last - self.first, self.ours.cols))
         return self._values(self.ours, self.source, self.desk.ours)
 
     @cached_property

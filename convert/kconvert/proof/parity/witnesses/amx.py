@@ -38,7 +38,7 @@ class AmxWitness(Witness[Amx]):
     def has_reference(self) -> bool:
         return True
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         from kconvert.formats.reference import amx
 
         for mse in (False, True) if self.format.mse is None else (self.format.mse,):

@@ -38,6 +38,19 @@ class Witness(Generic[F]):
         """The values [rows, cols] = `shape`, in the weight's own dtype."""
         raise NotImplementedError(f"no independent decoder of {self.format.label}")
 
+    @property
+    def keeps_products(self) -> bool:
+        """Whether its values are products of codes and scales that nothing rounds, as far as they are a source's."""
+        return False
+
+    def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """The values before they are rounded to the weight's own dtype, f32."""
+        return self.values(state, shape).float()
+
+    def claims(self, source: Format) -> bool:
+        """Whether every value of a weight that is spelt as `source` belongs into this encoding, though it has codes."""
+        return False
+
     def arguments(self) -> dict[str, Any]:
         """compressed-tensors' QuantizationArgs of the format."""
         raise NotImplementedError(f"compressed-tensors does not know {self.format.label}")
@@ -47,9 +60,14 @@ class Witness(Generic[F]):
         """Whether it is known what kconvert writes as this format: then `encodings` are."""
         return False
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
-        """What the format may make of `values`, bf16 [rows, cols], as the rows of `weight` from `first` on."""
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
+        """What the format may make of `values`, bf16 [rows, cols], as the rows of `weight` from `first` on, by what was `found`
+        where more than the values decides."""
         raise NotImplementedError(f"no reference encoder of {self.format.label}")
+
+    def respelt(self, source: Format, state: State) -> State | None:
+        """What the tensors `state` of a weight in `source` become where their codes are kept; None where they are not."""
+        return None
 
     def is_quick(self, cols: int) -> bool:
         """Whether there are `quick_values` of a weight with so many columns."""

@@ -37,11 +37,16 @@ class Fp8Witness(Witness[Fp8]):
     @property
     def has_reference(self) -> bool:
         format = self.format
-        return format.strategy != "tensor" and format.scale_dtype in WRITTEN_SCALES and not format.unused
+        written = ("F32",) if format.strategy == "tensor" else WRITTEN_SCALES
+        return format.scale_dtype in written and not format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
-        """Nothing in a checkpoint says with which scales it was made."""
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
+        """Nothing in a checkpoint says with which scales it was made; that of a tensor is of more than these rows."""
         from kconvert.formats.reference import fp8
+
+        if self.format.strategy == "tensor":
+            yield {**found, "weight": fp8.encode_by_scale(values, found[self.format.scale_name])}
+            return
 
         block = self.format.block_shape(*values.shape)
         choices = [(False, True)] if self.format.powers else [(False, False), (True, False), (False, True)]
@@ -69,7 +74,7 @@ class Fp8Witness(Witness[Fp8]):
 
     @property
     def encodes_quickly(self) -> bool:
-        return self.has_reference
+        return self.has_reference and self.format.strategy != "tensor"
 
     def quick_encoding(
         self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers

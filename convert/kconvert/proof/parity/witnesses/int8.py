@@ -43,7 +43,7 @@ class Int8Witness(Witness[Int8]):
         kind = (format.bits, format.strategy, format.symmetric, format.scale_dtype) == (8, "channel", True, "BF16")
         return kind and not format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         from kconvert.formats.reference import int8
 
         codes, scale = in_pieces(int8.encode, values)

@@ -1,4 +1,4 @@
-"""Microscaled floats by compressed-tensors: MXFP4 and MXFP8, gpt-oss's stacks of MXFP4, NVFP4."""
+"""Microscaled floats by compressed-tensors: MXFP4 and MXFP8, gpt-oss's stacks of MXFP4."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kconvert.formats import nvfp4
 from kconvert.formats.mx import GROUP, Mx
-from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.stacks import MxStack
 from kconvert.models.model import Weight
 from kconvert.proof.parity.witnesses.base import (
@@ -18,7 +16,6 @@ from kconvert.proof.parity.witnesses.base import (
     in_pieces,
     nibbles,
     scheme,
-    without_unused,
 )
 from kconvert.proof.parity.witnesses.fp8 import e4m3_values
 
@@ -42,7 +39,7 @@ class MxWitness(Witness[Mx]):
 
         usual = Mx(self.format.bits)
         codes = state[self.format.codes_name]
-        codes = codes.view(torch.uint8) if self.format.bits == 4 else codes
+        codes = codes.view(torch.uint8 if self.format.bits == 4 else torch.float8_e4m3fn)
         state = {usual.codes_name: codes, usual.scale_name: state[self.format.scale_name]}
         compressor: Any = mxfp4.MXFP4PackedCompressor if self.format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
         values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
@@ -52,7 +49,7 @@ class MxWitness(Witness[Mx]):
     def has_reference(self) -> bool:
         return not self.format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         """Nothing in a checkpoint says with which scales it was made."""
         import torch
 
@@ -98,39 +95,3 @@ class MxStackWitness(Witness[MxStack]):
 
     def group_columns(self, cols: int) -> int:
         return GROUP
-
-
-class Nvfp4Witness(Witness[Nvfp4]):
-    def arguments(self) -> dict[str, Any]:
-        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": nvfp4.GROUP}
-
-    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        from compressed_tensors.compressors import nvfp4 as theirs
-
-        if self.format.multiplies:
-            return self._modelopt_values(state, shape)
-        state = without_unused(self.format, state)
-        values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
-        return values
-
-    def _modelopt_values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        """compressed-tensors' codes, and ModelOpt's product of them."""
-        import torch
-        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-
-        codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
-        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
-        return values.view(shape).bfloat16()
-
-    def grid(self) -> tuple[float, ...]:
-        return E2M1
-
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
-        return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
-
-    def scales(self, state: State) -> torch.Tensor:
-        scale, other = state["weight_scale"].float(), state[nvfp4.NAMES[self.format.multiplies][1]].float()
-        return scale * other if self.format.multiplies else scale / other
-
-    def group_columns(self, cols: int) -> int:
-        return nvfp4.GROUP

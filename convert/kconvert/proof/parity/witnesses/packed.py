@@ -63,13 +63,21 @@ class PackedWitness(Witness[Packed]):
         values: torch.Tensor = codes * scale[:, groups]
         return values
 
+    def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        format, scale = self.format, state["weight_scale"].float()
+        if not format.symmetric or format.ordered:
+            return super().products(state, shape)
+        codes = int_codes(format, state["weight_packed"], shape).float()
+        scale = scale.view(shape[0], -1).repeat_interleave(self.group_columns(shape[1]), 1)
+        return codes * scale[:, : shape[1]]
+
     @property
     def has_reference(self) -> bool:
         format = self.format
         kind = (format.bits, format.symmetric, format.ordered, format.scale_dtype) == (4, True, False, "BF16")
         return kind and not format.unused
 
-    def encodings(self, values: torch.Tensor, weight: Weight, first: int) -> Iterator[State]:
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
         """Nothing in a checkpoint says by which convention it was made, from exact values, or with which scales."""
         from kconvert.formats.reference import packed
 

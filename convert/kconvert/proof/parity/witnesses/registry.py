@@ -8,6 +8,9 @@ from typing import Any
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.amx import Amx
+from kconvert.formats.engines.heads import Heads
+from kconvert.formats.engines.mlx import Affine
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.gptq import Gptq
 from kconvert.formats.int8 import Int8
@@ -15,25 +18,34 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
+from kconvert.proof.parity.witnesses import ggml
 from kconvert.proof.parity.witnesses.amx import AmxWitness
 from kconvert.proof.parity.witnesses.base import Witness
 from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
 from kconvert.proof.parity.witnesses.gptq import GptqWitness
 from kconvert.proof.parity.witnesses.int8 import Int8Witness
-from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness, Nvfp4Witness
+from kconvert.proof.parity.witnesses.mlx import AffineWitness, HeadsWitness, TurnsWitness
+from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness
+from kconvert.proof.parity.witnesses.nvfp4 import Nvfp4Witness
 from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
+    Affine: AffineWitness,
     Amx: AmxWitness,
+    ggml.Blocks: ggml.BlocksWitness,
+    ggml.KeysAndValues: ggml.KeysAndValuesWitness,
+    ggml.Turns: ggml.TurnsWitness,
     Dense: DenseWitness,
     Fp8: Fp8Witness,
     Gptq: GptqWitness,
+    Heads: HeadsWitness,
     Int8: Int8Witness,
     Mx: MxWitness,
     MxStack: MxStackWitness,
     Nvfp4: Nvfp4Witness,
     Packed: PackedWitness,
+    Turns: TurnsWitness,
 }
 
 

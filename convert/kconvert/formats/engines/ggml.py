@@ -1,0 +1,258 @@
+"""llama.cpp's blocks: 32 values of a row with their scale before them, one tensor in a GGUF file.
+
+| type | bytes of 32 values | value |
+|---|---|---|
+| Q4_0 | scale F16; 16 bytes, byte j has n of value j in its low and of value j + 16 in its high nibble | (n - 8) * scale |
+| Q8_0 | scale F16; 32 codes I8 | code * scale |
+| MXFP4 | scale E8M0; e2m1 codes as in Q4_0 | code * 2^(scale - 127) |
+
+Values are products in f32, exact in it. Q4_0 takes the codes of four-bit integers with a scale for each 32 columns or a
+multiple, and their scales as far as F16 has them: the nearest otherwise, and then the groups are counted. Every bf16 scale from
+2^-17 up to 65,280 is one of F16's. MXFP4 takes every group of MXFP4 as it is. Q8_0 rounds:
+
+    scale = amax / 127, code = round_half_away(value * (1 / scale)), with the scale in f32; it is stored as F16
+
+Source: https://github.com/ggml-org/llama.cpp, `ggml/src/ggml-common.h` and `quantize_row_q8_0_ref`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from kconvert.formats.base import Fate, Format, Part, tensor_name
+from kconvert.formats.dtypes import BLOCKS
+from kconvert.formats.mx import Mx
+from kconvert.formats.packed import SCALE_CODES, Packed
+from kconvert.formats.stacks import MxStack
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes, Tile
+    from kconvert.formats.conventions import Convention
+
+BLOCK = 32
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Format):
+    """What they have in common; `dtype` is a key of dtypes.BLOCKS."""
+
+    dtype: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        return self.dtype.lower()
+
+    @property
+    def value_dtype(self) -> str:
+        return "F32"
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        if cols % BLOCK:
+            raise ValueError(f"its {cols} columns do not divide into blocks of {BLOCK}")
+        return (Part("weight", self.dtype, (rows, cols)),)
+
+    def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
+        if cols % BLOCK:
+            raise ValueError(f"has {cols} columns, which do not divide into blocks of {BLOCK}")
+        return self
+
+    def _blocks(self, parts: Sequence[Bytes]) -> Bytes:
+        return parts[0].reshape(-1, BLOCKS[self.dtype][1])
+
+
+@dataclass(frozen=True, slots=True)
+class Q4_0(Blocks):
+    """`strict`: a group whose scale F16 has not is an error."""
+
+    dtype: ClassVar[str] = "Q4_0"
+    strict: bool = field(default=False, compare=False)
+
+    def by_rule(self, convention: Convention, group_size: int, strict: bool) -> Q4_0:
+        return replace(self, strict=strict)
+
+    @property
+    def shortfall(self) -> str:
+        return "F16 has not the scales of {}, which got the nearest"
+
+    def takes_codes(self, source: Format) -> bool:
+        if not isinstance(source, Packed) or (source.group_size or BLOCK) % BLOCK:
+            return False
+        return source.bits == 4 and source.symmetric and not source.ordered and source.stack is None
+
+    def fate(self, source: Format) -> Fate:
+        if not isinstance(source, Packed):
+            return "lossy"
+        return "lossless" if source.scale_dtype == "F16" else "recovered"
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        import numpy as np
+
+        from kconvert.formats.kernels import ggml as kernels
+
+        blocks = self._blocks(parts)
+        scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16)[:, 0].astype(np.float32)
+        kernels.decode_nibbles(blocks, 2, np.arange(-8, 8, dtype=np.float32), scale, tile.reshape(-1, BLOCK))
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import ggml as kernels
+
+        assert isinstance(source, Packed)
+        if not rows * cols:
+            return 0
+        halves = parts[0].view("u2").reshape(-1, BLOCKS[self.dtype][1] // 2)
+        scale = inputs[1].view(SCALE_CODES[source.scale_dtype])
+        codes = inputs[0].reshape(-1, BLOCK // 2)
+        lost, first, is_zero, is_beyond = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:])
+        if is_zero:
+            raise ValueError("it has a scale of zero over codes that are not zero")
+        if is_beyond:
+            raise ValueError("it has a scale that F16 cannot hold")
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} of its groups have scales that F16 has not, {first:.9g} the first,")
+        return int(lost)
+
+
+@dataclass(frozen=True, slots=True)
+class Q8_0(Blocks):
+    dtype: ClassVar[str] = "Q8_0"
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        import numpy as np
+
+        blocks = self._blocks(parts)
+        values = tile.reshape(-1, BLOCK)
+        values[:] = blocks[:, 2:].view(np.int8)
+        values *= np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
+        from kconvert.formats.kernels import ggml as kernels
+
+        blocks = self._blocks(parts)
+        scale = np.empty(len(blocks), np.float32)
+        kernels.encode_q8_0(tile.reshape(-1, BLOCK), scale, blocks[:, 2:].view(np.int8))
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16)
+        if not np.isfinite(half).all() or not np.isfinite(tile).all():
+            raise ValueError("it has a value that is not finite, or too large for a scale in F16")
+        blocks[:, :2] = half.view(np.uint8).reshape(-1, 2)
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4(Blocks):
+    dtype: ClassVar[str] = "MXFP4"
+
+    @property
+    def label(self) -> str:
+        return "mxfp4 blocks"
+
+    def takes_codes(self, source: Format) -> bool:
+        return isinstance(source, MxStack) or (isinstance(source, Mx) and source.bits == 4)
+
+    def fate(self, source: Format) -> Fate:
+        return "lossless" if self.takes_codes(source) else "lossy"
+
+    def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
+        import numpy as np
+
+        from kconvert.formats.kernels import ggml as kernels
+
+        blocks = self._blocks(parts)
+        values = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
+        scale = np.ldexp(np.float32(1), blocks[:, 0].astype(np.int32) - 127)
+        scale[blocks[:, 0] == 255] = np.nan
+        kernels.decode_nibbles(blocks, 1, values, scale, tile.reshape(-1, BLOCK))
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
+        from kconvert.formats.kernels import ggml as kernels
+
+        blocks = self._blocks(parts)
+        pairs = np.ndarray((len(blocks), BLOCK // 4), "u2", blocks, 1, (blocks.shape[1], 2))  # at odd addresses
+        kernels.recode_mxfp4(inputs[0].reshape(-1, BLOCK // 2), inputs[1], blocks[:, 0], pairs)
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Turns(Format):
+    """Rows that take turns, dealt to two stacks of `stack` matrices, as gpt-oss has gate and up in one. Written only.
+
+    The stacks are called `names` + `.weight` behind the weight's name, or `.bias` where each row is a number, and then they
+    have a dimension less.
+    """
+
+    format: Format
+    stack: int
+    names: tuple[str, str]
+
+    @property
+    def label(self) -> str:
+        return self.format.label
+
+    @property
+    def quantised(self) -> bool:
+        return self.format.quantised
+
+    def takes_codes(self, source: Format) -> bool:
+        return self.format.takes_codes(source)
+
+    def fate(self, source: Format) -> Fate:
+        return self.format.fate(source)
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        (part,) = self.format.parts(rows // 2, cols)
+        shape = (self.stack, rows // 2 // self.stack, *([] if cols == 1 else [cols]))
+        suffix = "bias" if cols == 1 else part.suffix
+        return tuple(Part(tensor_name(name, suffix), part.dtype, shape, every=2) for name in self.names)
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
+        return sum(self.format.encode(np.ascontiguousarray(tile[k::2]), parts[k : k + 1]) for k in range(2))
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        import numpy as np
+
+        lost = 0
+        for k in range(2):
+            own = [np.ascontiguousarray(part.reshape(rows, -1)[k::2]).reshape(-1) for part in inputs]
+            lost += self.format.recode(source, own, rows // 2, cols, parts[k : k + 1])
+        return lost
+
+
+@dataclass(frozen=True, slots=True)
+class Whole(Format):
+    """A weight [1, n] or [rows, cols] as the one tensor of the output's name, in `shape`. Written only."""
+
+    format: Format
+    shape: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return self.format.label
+
+    @property
+    def quantised(self) -> bool:
+        return self.format.quantised
+
+    def fate(self, source: Format) -> Fate:
+        return self.format.fate(source)
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        (part,) = self.format.parts(rows, cols)
+        return (Part("", part.dtype, self.shape, every=part.every),)
+
+    def takes_codes(self, source: Format) -> bool:
+        return self.format.takes_codes(source)
+
+    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        return self.format.encode(tile, parts)
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        return self.format.recode(source, inputs, rows, cols, parts)

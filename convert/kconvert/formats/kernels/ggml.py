@@ -1,0 +1,131 @@
+"""ggml's blocks of 32 values; see formats.engines.ggml."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kconvert.formats.kernels.bits import MAGNITUDE, bits_of, float_of, inline, kernel, widen_scale
+
+U, U16 = np.uint32, np.uint16  # around every operation on them, which numba would otherwise widen to 64 bits
+LOW, HIGH, FOUR, EIGHT = U16(0x0F), U16(0xF0), U16(4), U16(8)
+NO_CODES = 0x88  # two codes of zero in a byte of Q4_0
+HALF = np.float32(0.5)
+OVERFLOW = U(0x477FF000)  # 65,520, from which on F16 has infinity
+SMALLEST_NORMAL = U(0x38800000)  # 2^-14
+REBIAS = U(112 << 23)
+HALF_INFINITE = U(0x7C00)
+WIDEST_CODE = np.float32(127)
+
+
+@inline
+def _regroup(codes: Any, block: Any, pairs: Any) -> None:
+    """Four-bit codes u8 [n, 16], the first value in the low nibble -> pairs u16 [n, 8] of bytes, of which byte j has value j in
+    its low and value j + 16 in its high nibble."""
+    for j in range(8):
+        first, second = U16(codes[block, j]), U16(codes[block, j + 8])
+        low = U16((first & LOW) | U16((second & LOW) << FOUR))
+        pairs[block, j] = U16(low | U16(U16(U16(first >> FOUR) | U16(second & HIGH)) << EIGHT))
+
+
+@inline
+def _half(step: Any) -> Any:
+    """The bits of the F16 nearest to an f32, half to even; infinity from 65,520 on."""
+    bits = bits_of(step)
+    sign, size = U((bits >> U(16)) & U(0x8000)), U(bits & MAGNITUDE)
+    if size >= OVERFLOW:
+        return U(sign | HALF_INFINITE)
+    if size >= SMALLEST_NORMAL:
+        even = U((size >> U(13)) & U(1))
+        return U(sign | U(U(U(size - REBIAS) + U(0xFFF) + even) >> U(13)))
+    # The last place of numbers from a half on is that of F16's smallest numbers.
+    return U(sign | U(bits_of(float_of(size) + HALF) - bits_of(HALF)))
+
+
+@inline
+def _is_half(step: Any) -> Any:
+    """Whether an f32 is one of F16's numbers, which are finite."""
+    size = U(bits_of(step) & MAGNITUDE)
+    if size >= SMALLEST_NORMAL:
+        return U(size & U(0x1FFF)) == U(0)
+    return (float_of(size) + HALF) - HALF == float_of(size)
+
+
+@kernel
+def recode_q4_0(codes: Any, scale: Any, halves: Any, pairs: Any) -> Any:
+    """Stored codes u8 [n, 16] and scales of bf16, f16 or f32, each of as many blocks -> halves u16 [n], the scales in F16, and
+    pairs u16 [n, 8] of bytes, see _regroup.
+
+    Returns how many groups have another scale under codes that are not zero, and the first such scale; whether one is zero over
+    such codes, and whether one is beyond F16.
+    """
+    each = codes.shape[0] // scale.shape[0]
+    doubtful = False
+    for group in range(scale.shape[0]):
+        step = widen_scale(scale[group])
+        bits = _half(step)
+        doubtful |= (U(bits & HALF_INFINITE) == HALF_INFINITE) | (step == np.float32(0)) | (not _is_half(step))
+        for block in range(group * each, (group + 1) * each):
+            halves[block] = U16(bits)
+            _regroup(codes, block, pairs)
+    lost, first, is_zero, is_beyond = 0, np.float32(0), False, False
+    for group in range(scale.shape[0] if doubtful else 0):
+        step = widen_scale(scale[group])
+        if U(_half(step) & HALF_INFINITE) == HALF_INFINITE:
+            is_beyond = True
+        elif (step == np.float32(0) or not _is_half(step)) and _has_codes(codes, group * each, each):
+            is_zero |= step == np.float32(0)
+            first = first if lost else step
+            lost += 1
+    return lost, first, is_zero, is_beyond
+
+
+@inline
+def _has_codes(codes: Any, start: Any, count: Any) -> Any:
+    """Whether a code in these blocks is not zero."""
+    for block in range(start, start + count):
+        for j in range(16):
+            if codes[block, j] != NO_CODES:
+                return True
+    return False
+
+
+@kernel
+def recode_mxfp4(codes: Any, scale: Any, scales: Any, pairs: Any) -> Any:
+    """Codes u8 [n, 16] and their scales u8 [n] -> scales u8 [n], pairs u16 [n, 8] of bytes, see _regroup."""
+    for block in range(codes.shape[0]):
+        scales[block] = scale[block]
+        _regroup(codes, block, pairs)
+
+
+@kernel
+def decode_nibbles(blocks: Any, head: Any, values: Any, scale: Any, tile: Any) -> Any:
+    """Blocks as `regroup` makes them, values f32 [16] of the codes, scale f32 [n] -> tile f32 [n, 32]."""
+    for block in range(tile.shape[0]):
+        for j in range(16):
+            byte = blocks[block, head + j]
+            tile[block, j] = values[byte & 15] * scale[block]
+            tile[block, j + 16] = values[byte >> 4] * scale[block]
+
+
+@kernel
+def encode_q8_0(tile: Any, scale: Any, codes: Any) -> Any:
+    """tile f32 [n, 32] -> scale f32 [n], before it is rounded to f16, and codes i8 [n, 32], halves rounded away from zero.
+
+    Where the scale is so small that one over it is infinite, and rounds to zero, all codes are zero.
+    """
+    for block in range(tile.shape[0]):
+        amax = np.float32(0)
+        for i in range(32):
+            amax = max(amax, abs(tile[block, i]))
+        step = amax / WIDEST_CODE
+        inverse = np.float32(1) / step if step else np.float32(0)
+        inverse = inverse if inverse < np.float32(np.inf) else np.float32(0)
+        scale[block] = step
+        for i in range(32):
+            value = tile[block, i] * inverse
+            size = abs(value)
+            whole = np.floor(size)
+            whole += np.float32(1) if size - whole >= HALF else np.float32(0)
+            codes[block, i] = np.int8(whole if value >= 0 else -whole)

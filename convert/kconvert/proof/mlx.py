@@ -1,0 +1,59 @@
+"""What of a model belongs into a directory that mlx-lm loads, called and shaped as it is read from there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from kconvert.dialects.tables import MLX_KEY
+from kconvert.formats.dense import Dense
+from kconvert.formats.engines.turns import Turns
+from kconvert.models.model import Model, Weight, natural_key
+from kconvert.models.sorting import Plain
+
+MTP_NOTE = (
+    "layers that predict further tokens (MTP) are not compared; mlx-lm does not load them, and the output has none"
+)
+
+
+def expected(original: Model, converted: Model) -> tuple[Model, tuple[str, ...]]:
+    """`original` as it should be in `converted`, and notes on what is not compared; itself where that is not MLX's.
+
+    Only layers that follow the last one may be missing, and those altogether.
+    """
+    if not is_mlx(converted):
+        return original, ()
+    biases = {w.name for w in converted.weights if isinstance(w.format, Turns) and isinstance(w.format.format, Dense)}
+    columns = [_column(plain) for plain in original.plain if plain.tensor.name in biases]
+    plain = tuple(item for item in original.plain if item.tensor.name not in biases)
+    weights = sorted((*original.weights, *columns), key=lambda weight: natural_key(weight.name))
+    adapted = replace(original, weights=tuple(weights), plain=plain)
+    layers = _layers(converted)
+    before: list[Weight | Plain] = [*original.weights, *original.plain]
+    after: list[Weight | Plain] = [*converted.weights, *converted.plain]
+    if not any(_is_spare(item, layers) for item in before) or any(_is_spare(item, layers) for item in after):
+        return adapted, ()
+    kept = tuple(weight for weight in weights if not _is_spare(weight, layers))
+    return replace(adapted, weights=kept, plain=tuple(p for p in plain if not _is_spare(p, layers))), (MTP_NOTE,)
+
+
+def is_mlx(model: Model) -> bool:
+    """Whether a checkpoint is one of MLX's: by its config.json, or by stacks as only it has them."""
+    return MLX_KEY in model.checkpoint.config or any(".switch_mlp." in name for name in model.checkpoint.tensors)
+
+
+def _layers(model: Model) -> float:
+    config = model.checkpoint.config
+    text = config.get("text_config")
+    counts = [table.get("num_hidden_layers") for table in (text, config) if isinstance(table, dict)]
+    return next((count for count in counts if isinstance(count, int)), math.inf)
+
+
+def _is_spare(item: Weight | Plain, layers: float) -> bool:
+    return item.role.startswith("mtp") or (item.layer is not None and item.layer >= layers)
+
+
+def _column(plain: Plain) -> Weight:
+    """A plain tensor as a weight of one column."""
+    tensor = plain.tensor
+    return Weight(tensor.name, plain.role, math.prod(tensor.shape), 1, Dense(tensor.dtype), (tensor,), plain.layer)

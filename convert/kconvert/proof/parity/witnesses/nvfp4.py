@@ -1,0 +1,83 @@
+"""NVFP4 by compressed-tensors, and by ModelOpt's formula in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kconvert.formats import Format, nvfp4
+from kconvert.formats.nvfp4 import Nvfp4
+from kconvert.models.model import Weight
+from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, nibbles, scheme, without_unused
+from kconvert.proof.parity.witnesses.mx import E2M1
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Nvfp4Witness(Witness[Nvfp4]):
+    has_many_spellings = True
+
+    def arguments(self) -> dict[str, Any]:
+        return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": nvfp4.GROUP}
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        from compressed_tensors.compressors import nvfp4 as theirs
+
+        if self.format.multiplies:
+            return self._modelopt_values(state, shape)
+        state = without_unused(self.format, state)
+        values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
+        return values
+
+    def _modelopt_values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """compressed-tensors' codes, and ModelOpt's product of them."""
+        import torch
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
+        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
+        return values.view(shape).bfloat16()
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.format.unused
+
+    def encodings(self, values: torch.Tensor, weight: Weight, first: int, found: State) -> Iterator[State]:
+        """Nothing in a checkpoint says with which scales it was made, and only the source's scales which global factor belongs
+        there: the one that was found. Groups that give back every value are right, whichever codes they have."""
+        import torch
+
+        from kconvert.formats.reference import nvfp4 as reference
+
+        codes, global_scale = (found[name] for name in nvfp4.NAMES[self.format.multiplies])
+        factor = float(global_scale if self.format.multiplies else 1 / global_scale)
+        right = reference.comes_back(values, codes, found["weight_scale"], global_scale, self.format.multiplies)
+        for mse in (False, True):
+            packed, scale = in_pieces(partial(reference.encode, factor=factor, mse=mse), values)
+            packed = torch.where(right.repeat_interleave(nvfp4.GROUP // 2, -1), codes, packed)
+            bits = torch.where(right, found["weight_scale"].view(torch.uint8), scale.view(torch.uint8))
+            yield {**found, nvfp4.NAMES[self.format.multiplies][0]: packed, "weight_scale": bits.view(scale.dtype)}
+
+    def respelt(self, source: Format, state: State) -> State | None:
+        """Of the other spelling, with the inverse of its global scale."""
+        if not isinstance(source, Nvfp4) or source.multiplies == self.format.multiplies:
+            return None
+        (theirs, other), (ours, inverse) = (
+            nvfp4.NAMES[multiplies] for multiplies in (source.multiplies, not source.multiplies)
+        )
+        return {ours: state[theirs], "weight_scale": state["weight_scale"], inverse: 1 / state[other]}
+
+    def grid(self) -> tuple[float, ...]:
+        return E2M1
+
+    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+        return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
+
+    def scales(self, state: State) -> torch.Tensor:
+        scale, other = state["weight_scale"].float(), state[nvfp4.NAMES[self.format.multiplies][1]].float()
+        return scale * other if self.format.multiplies else scale / other
+
+    def group_columns(self, cols: int) -> int:
+        return nvfp4.GROUP

@@ -1,0 +1,179 @@
+"""What a worker takes at a time of a step: tasks of about so many bytes, made of tiles that stay in a core's cache; how these
+are read, and what all tasks of a weight share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kconvert.checkpoint.buffers import Buffers, Fetcher
+from kconvert.checkpoint.files import PAGE
+from kconvert.errors import KconvertError
+from kconvert.formats import Part
+from kconvert.planning.steps import Copy, Step, Transcode
+
+if TYPE_CHECKING:
+    from kconvert.formats.base import Bytes, Tile
+
+TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
+
+
+class Shared:
+    """The parts of a weight that lie across, which each of its `tasks` needs whole: the first reads them for all."""
+
+    def __init__(self, tasks: int) -> None:
+        self._left = tasks
+        self._data: list[Bytes] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
+        """The parts in their order, while one task decodes; with the last task they are gone."""
+        with self._lock:
+            self._data = self._data or read()
+        yield self._data
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._data.clear()
+
+
+class Once:
+    """A number that the first who asks works out, while others wait for it."""
+
+    def __init__(self) -> None:
+        self._value: float | None = None
+        self._lock = threading.Lock()
+
+    def get(self, work_out: Callable[[], float]) -> float:
+        with self._lock:
+            if self._value is None:
+                self._value = work_out()
+            return self._value
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows `first` to `last` (exclusive) of a transcoded weight, or bytes of a copied tensor.
+
+    `reach` is that of the weight and of its mates, see Transcode.
+    """
+
+    step: Step
+    first: int
+    last: int
+    shared: Shared
+    reach: Once
+
+
+def row_unit(step: Transcode) -> int:
+    """Tiles begin at multiples of this many rows, so that no slice of a part is cut."""
+    return lcm(*(part.every for part in (*step.source_parts, *step.target_parts) if part.every))
+
+
+def tile_rows(step: Transcode) -> int:
+    unit = row_unit(step)
+    return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
+
+
+def task_size(step: Step, nbytes: int) -> tuple[int, int]:
+    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
+    if isinstance(step, Copy):
+        return nbytes // 2, PAGE  # once as read, and again as written where that is in another place of its page
+    return int(nbytes / max(row_bytes(step), 1)), row_unit(step)
+
+
+def row_bytes(step: Transcode) -> float:
+    return sum(part.nbytes for part in (*step.source_parts, *step.target_parts) if part.every) / max(step.rows, 1)
+
+
+def cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first: int, last: int) -> list[Bytes]:
+    """The bytes of each part that rows `first` to `last` need; `data` begin at row `base`."""
+    cuts = []
+    for part, bytes_ in zip(parts, data, strict=True):
+        origin = part.span(rows, base, base)[0] if part.every else 0
+        start, stop = part.span(rows, first, last)
+        cuts.append(bytes_[start - origin : stop - origin])
+    return cuts
+
+
+@contextmanager
+def naming(fault: str, first: int, stop: int) -> Iterator[None]:
+    """A format knows what is wrong with a tile, but not whose tile it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
+
+
+def across_of(step: Transcode, source: Fetcher) -> list[Bytes]:
+    """All bytes of the parts that lie across, in memory of their own."""
+    parts = zip(step.source_parts, step.reads, strict=True)
+    wanted = [(place, part.nbytes) for part, place in parts if part.across]
+    return [Buffers().fetch(source, "across", place.file, place.start, size) for place, size in wanted]
+
+
+def inputs_of(
+    step: Transcode, first: int, last: int, across: Sequence[Bytes], source: Fetcher, buffers: Buffers
+) -> list[Bytes]:
+    """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
+    data: list[Bytes] = []
+    whole = iter(across)
+    for part, place in zip(step.source_parts, step.reads, strict=True):
+        if part.across:
+            data.append(next(whole))
+            continue
+        start, stop = part.span(step.rows, first, last)
+        use = f"in.{sum(map(bool, map(len, data)))}"
+        data.append(buffers.fetch(source, use, place.file, place.start + start, stop - start))
+    return data
+
+
+def decode(step: Transcode, given: Sequence[Bytes], first: int, tile: Tile) -> None:
+    """The values of rows from `first` on, of the bytes that spell them."""
+    with naming(f"{step.title} cannot be read as {step.source.label}", first, first + len(tile)):
+        step.source.decode(given, first, tile)
+
+
+def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int) -> float:
+    """The largest magnitude of the weight's values, or what its scales say that none is above."""
+    size, unit = task_size(step, task_bytes)
+    count = max(unit, size // unit * unit)
+    starts = range(0, step.rows, count)
+
+    def read(*wanted: int) -> Iterator[list[Bytes]]:
+        for first in starts:
+            places = [(step.source_parts[index], step.reads[index]) for index in wanted]
+            spans = [(place, *part.span(step.rows, first, min(first + count, step.rows))) for part, place in places]
+            yield [
+                buffers.fetch(source, f"in.{k}", place.file, place.start + start, stop - start)
+                for k, (place, start, stop) in enumerate(spans)
+            ]
+
+    reach = step.source.reach(read)
+    if reach is not None:
+        return reach
+    across = across_of(step, source)
+    return max(
+        (_largest(step, first, min(first + count, step.rows), across, source, buffers) for first in starts), default=0
+    )
+
+
+def _largest(
+    step: Transcode, first: int, last: int, across: Sequence[Bytes], source: Fetcher, buffers: Buffers
+) -> float:
+    """The largest magnitude of the values in these rows."""
+    inputs, count, largest = inputs_of(step, first, last, across, source, buffers), tile_rows(step), 0.0
+    floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+    for row in range(first, last, count):
+        stop = min(row + count, last)
+        tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
+        decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+        largest = max(largest, float(tile.max(initial=0)), -float(tile.min(initial=0)))
+    return largest

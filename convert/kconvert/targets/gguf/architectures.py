@@ -1,0 +1,52 @@
+"""The models that llama.cpp knows and kconvert writes: by model_type in config.json, its architecture and its pre-tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kconvert.errors import KconvertError
+from kconvert.formats.engines.ggml import Q4_0
+from kconvert.models.model import Model
+from kconvert.targets.base import EXPERTS, Target, Targets
+
+TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
+
+
+class Architecture(NamedTuple):
+    """`name` is llama.cpp's, `pre` how it calls the way in which the tokenizer cuts text into words before merging."""
+
+    name: str
+    pre: str
+
+
+ARCHITECTURES = {
+    "deepseek_v3": Architecture("deepseek2", "deepseek-v3"),
+    "kimi_k2": Architecture("deepseek2", "kimi-k2"),
+    "qwen3_moe": Architecture("qwen3moe", "qwen2"),
+    "gpt_oss": Architecture("gpt-oss", "gpt-4o"),
+}
+
+
+def architecture_of(model: Model) -> Architecture:
+    """What llama.cpp calls the model; KconvertError where kconvert has no mapping of its tensors."""
+    model_type = section_of(model).get("model_type")
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if architecture is None:
+        what = model.checkpoint.config.get("model_type") or "model without model_type in config.json"
+        raise KconvertError(
+            f"{model.checkpoint.root} is a {what}, whose tensors have no mapping to GGUF yet; there are those of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return architecture
+
+
+def title_of(model: Model) -> str:
+    """What the model is called, as far as its directory or repository says."""
+    name = model.checkpoint.name
+    return name.partition("@")[0].rpartition("/")[2] if "/" in name else name
+
+
+def section_of(model: Model) -> Mapping[str, Any]:
+    """What config.json says of the language model."""
+    return model.manifest.section(model.checkpoint.config)

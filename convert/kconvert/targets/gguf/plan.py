@@ -1,0 +1,128 @@
+"""The plan of a GGUF output: its tensors, its metadata, and what a user wants to know of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kconvert.errors import KconvertError
+from kconvert.formats.engines.ggml import Q4_0, Q8_0
+from kconvert.formats.engines.heads import Heads
+from kconvert.models.model import Model, format_counts
+from kconvert.planning.gguf import Gguf
+from kconvert.planning.plan import Output, Plan
+from kconvert.planning.steps import Copy, Step, Transcode, count_steps
+from kconvert.targets.gguf.architectures import Architecture, architecture_of, section_of, title_of
+from kconvert.targets.gguf.metadata import Fields, add_hyperparameters
+from kconvert.targets.gguf.tensors import Tensors
+from kconvert.targets.gguf.vocabulary import add_vocabulary
+from kconvert.targets.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gguf.gguf_writer import GGUFValue
+
+
+def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
+    """The plan of GGUF files with the `chosen` weights of the model; KconvertError for what llama.cpp has no place for."""
+    architecture = architecture_of(model)
+    fields = Fields(section_of(model), f"{model.checkpoint.root}/config.json")
+    layers = fields.integer("num_hidden_layers")
+    format = recipe.target(model.manifest).format
+    assert isinstance(format, Q4_0)
+    tensors = Tensors(chosen, architecture, layers, format, Q8_0() if recipe.rest == "q8_0" else None)
+    _check_layers(model, architecture, layers)
+    metadata = _metadata(model, architecture, layers, tensors.experts_type())
+    container = Gguf(title_of(model), recipe.shard_size, metadata)
+    checkpoint = replace(chosen.checkpoint, side_files={})
+
+    def facts(steps: Sequence[Step]) -> dict[str, Any]:
+        return {
+            "source": model.checkpoint.name,
+            "manifest": model.manifest.name,
+            "to": recipe.to,
+            "rest": recipe.rest,
+            "architecture": architecture.name,
+            "parameters": chosen.parameters,
+            "weights": dict(format_counts(chosen.weights)),
+            "read_bytes": sum(_read_bytes(step) for step in steps),
+            **count_steps(steps),
+            "tensors": dict(_origins(steps)),
+            "dropped": [*tensors.left_out, *(tensor.name for tensor in chosen.dropped)],
+            "notes": list(_notes(steps, tensors.left_out)),
+            **({"findings": list(chosen.findings)} if chosen.findings else {}),
+            "left_out": list(model.checkpoint.left_out),
+        }
+
+    drafts = _exact(tensors.drafts()) if recipe.require_exact else tensors.drafts()
+    return Output(repr(recipe), checkpoint, drafts, container, {}, chosen.parameters, facts).plan()
+
+
+def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
+    """The steps; KconvertError for the first that rounds."""
+    for step in drafts:
+        if isinstance(step, Transcode) and step.target.fate(step.source) == "lossy":
+            raise KconvertError(
+                f"weight {step.name!r} ({step.source.label}) may lose values as {step.target.label}, which --require-exact "
+                "forbids; leave it out"
+            )
+        yield step
+
+
+def _check_layers(model: Model, architecture: Architecture, layers: int) -> None:
+    """KconvertError for layers without experts, where llama.cpp wants some in each."""
+    dense = next((weight for weight in model.weights if weight.role.startswith("dense.")), None)
+    if dense is not None and architecture.name != "deepseek2":
+        raise KconvertError(
+            f"{dense.tensors[0]} is of a layer without experts, which llama.cpp's {architecture.name} has not"
+        )
+    if not layers:
+        raise KconvertError(f"{model.checkpoint.root}/config.json: num_hidden_layers is 0")
+
+
+def _metadata(model: Model, architecture: Architecture, layers: int, experts: str) -> Mapping[str, GGUFValue]:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(None, architecture.name)
+    add_hyperparameters(writer, model, architecture.name, layers, experts)
+    section = section_of(model)
+    size = Fields(section, f"{model.checkpoint.root}/config.json").integer("vocab_size")
+    add_vocabulary(writer, model.checkpoint, section, architecture.pre, size)
+    return writer.kv_data[0]
+
+
+def _read_bytes(step: Step) -> int:
+    return step.nbytes if isinstance(step, Copy) else sum(part.nbytes for part in step.source_parts)
+
+
+def _origins(steps: Sequence[Step]) -> Counter[str]:
+    """How many of the source's tensors and weights are what in the output."""
+    counts: Counter[str] = Counter()
+    for step in steps:
+        if isinstance(step, Copy):
+            counts["the source's bytes"] += 1
+        elif step.target.takes_codes(step.source):
+            counts["the source's codes and scales, in another order"] += 1
+        else:
+            fate = step.target.fate(step.source)
+            split = isinstance(step.target, Heads) and fate == "lossless"
+            counts["the source's values, split and transposed" if split else _made(fate)] += 1
+    return counts
+
+
+def _made(fate: str) -> str:
+    return "the source's values, in another type" if fate == "lossless" else "computed, and rounded"
+
+
+def _notes(steps: Sequence[Step], left_out: Sequence[str]) -> Iterator[str]:
+    counts = _origins(steps)
+    yield "of the weights and tensors, " + "; ".join(f"{count:,} are {what}" for what, count in counts.items())
+    heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
+    if heads:
+        yield f"kv_b of {len(heads):,} layers is split by head into k_b, transposed, and v_b"
+    if left_out:
+        yield (
+            f"{len(left_out):,} weights and tensors stay out, {left_out[0]!r} the first: llama.cpp reads towers from another "
+            "file, and layers for drafting not at all"
+        )

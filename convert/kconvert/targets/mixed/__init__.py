@@ -1,0 +1,1 @@
+"""Outputs whose weights get one of several encodings, by a recipe in a file."""
