@@ -124,8 +124,8 @@ def _refuse_missing(listing: Listing, missing: Mapping[str, str], leftover: bool
 
 def compare_index(listing: Listing, tensors: Mapping[str, Tensor], weight_map: Mapping[str, str]) -> None:
     """KconvertError unless the index places every tensor where it is."""
-    for tensor in tensors.values():
-        said = weight_map.get(tensor.name)
+    for name, tensor in tensors.items():
+        said = weight_map.get(name)
         if said == tensor.file:
             continue
         where = f"{listing.root / tensor.file}: tensor {tensor.name!r} is here but {INDEX_NAME}"

@@ -13,15 +13,16 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from json.encoder import encode_basestring
-from operator import attrgetter
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-ENTRY = ("dtype", "shape", "data_offsets")
+KEYS = ("dtype", "shape", "data_offsets")
+Entry: TypeAlias = tuple[str, tuple[int, ...], int, int]  # dtype, shape, start from the end of the header, bytes
 LENGTH = struct.Struct("<Q")
 (LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
 
@@ -81,31 +82,22 @@ def parse_header(file: str, size: int, text: bytes, inside: str) -> list[Tensor]
     data_start = LENGTH.size + len(text)
     tensors = []
     for name, info in table.items():
-        sound = type(info) is _Entry and name.isprintable()
+        sound = type(info) is tuple and name.isprintable()
         dtype, shape, start, nbytes = info if sound else _doubtful_entry(file, name, info)
         tensors.append(Tensor(name, dtype, shape, inside, data_start + start, nbytes))
-    tensors.sort(key=attrgetter("start", "nbytes"))
+    tensors.sort(key=itemgetter(4, 5))  # start and nbytes: attributes take longer
     _check_cover(file, size, tensors, data_start)
     return tensors
 
 
-class _Entry(NamedTuple):
-    """What a header says of a tensor; `start` counts bytes from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-def _entry_or_table(pairs: list[tuple[str, Any]]) -> _Entry | dict[str, Any]:
+def _entry_or_table(pairs: list[tuple[str, Any]]) -> Entry | dict[str, Any]:
     """Of some 500,000 entries in a large checkpoint those that are sound take this short way through the checks."""
     try:
         (first, dtype), (second, shape), (third, (start, stop)) = pairs
-        if (first, second, third) == ENTRY and type(shape) is list and type(start) is type(stop) is int and start >= 0:
+        if (first, second, third) == KEYS and type(shape) is list and type(start) is type(stop) is int and start >= 0:
             dtype, shape, nbytes = _kind(dtype, *shape)
             if nbytes == stop - start:
-                return _Entry(dtype, shape, start, nbytes)
+                return dtype, shape, start, nbytes
     except (KeyError, TypeError, ValueError):
         pass
     return _unique_keys(pairs)
@@ -135,14 +127,14 @@ def _kind(dtype: str, *shape: int) -> tuple[str, tuple[int, ...], int]:
     return dtype, shape, nbytes
 
 
-def _doubtful_entry(file: str, name: str, info: Any) -> _Entry:
+def _doubtful_entry(file: str, name: str, info: Any) -> Entry:
     """The same with every check by itself, to say what is wrong."""
     where = f"{file}: tensor {name!r}"
     if not name.isprintable() and not _is_unicode(name):
         raise KconvertError(f"{where} has a name that is not Unicode; the file is damaged, fetch it again")
-    if type(info) is _Entry:
+    if type(info) is tuple:
         return info
-    if not isinstance(info, dict) or info.keys() != set(ENTRY):
+    if not isinstance(info, dict) or info.keys() != set(KEYS):
         raise KconvertError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -154,7 +146,7 @@ def _doubtful_entry(file: str, name: str, info: Any) -> _Entry:
     start, stop = offsets
     if _elements(shape) * DTYPE_BITS[dtype] != 8 * (stop - start):
         raise KconvertError(f"{where} is {dtype} {shape[:8]}, but its data_offsets span {stop - start} bytes")
-    return _Entry(dtype, tuple(shape), start, stop - start)
+    return dtype, tuple(shape), start, stop - start
 
 
 def _is_unicode(name: str) -> bool:
@@ -177,11 +169,11 @@ def _elements(shape: Sequence[int]) -> int:
 
 def _check_cover(file: str, size: int, tensors: list[Tensor], data_start: int) -> None:
     position = data_start
-    for tensor in tensors:
-        if tensor.start != position:
-            fault = "overlaps the tensor before it" if tensor.start < position else "leaves a gap before it"
-            raise KconvertError(f"{file}: tensor {tensor.name!r} {fault}; the file is damaged, fetch it again")
-        position += tensor.nbytes
+    for name, _, _, _, start, nbytes in tensors:
+        if start != position:
+            fault = "overlaps the tensor before it" if start < position else "leaves a gap before it"
+            raise KconvertError(f"{file}: tensor {name!r} {fault}; the file is damaged, fetch it again")
+        position += nbytes
     if position != size:
         fault = "is truncated" if position > size else "has bytes that no tensor owns"
         raise KconvertError(

@@ -107,10 +107,10 @@ class _Targets:
         for name in (*names, *within) if self._names else ():
             if name in self._names:
                 return name
+        text = "\n".join(names)
         for needle, match, target in self._patterns:
-            for name in names:
-                if needle in name and match(name):
-                    return target
+            if needle in text and any(map(match, names)):
+                return target
         if self._linear != self._embedding and names[0].rpartition(".")[2] in EMBEDDINGS:
             return self._embedding
         return self._linear

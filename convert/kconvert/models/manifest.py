@@ -222,11 +222,13 @@ class Names:
         """What is known of the Linear called `module`."""
         return self._linears.get(module)
 
-    def spelling(self, tensor: str) -> tuple[str, str] | None:
-        """(Linear, suffix) of a tensor that belongs to a Linear."""
-        weight, _, suffix = tensor.rpartition(".")
-        if (match := self.linear(weight)) is not None and match.stack is None:
-            return weight, suffix
+    def is_matrix(self, module: str) -> bool:
+        """Whether `module` is a Linear of one matrix."""
+        match = self._linears.get(module)
+        return match is not None and len(match.shape) != 3
+
+    def in_stack(self, tensor: str) -> tuple[str, str] | None:
+        """(Linear, suffix) of a tensor that belongs to a Linear which stacks matrices."""
         for weight, suffix in stack_spellings(tensor):
             if (match := self.linear(weight)) is not None and match.stack is not None:
                 return weight, suffix

@@ -131,7 +131,13 @@ DIGITS = re.compile("0*([0-9]{1,18})")
 
 def natural_key(name: str) -> str:
     """Sorts layer 2 before layer 10, by putting their lengths before numbers, and a sign before these that sorts first."""
-    return ".".join(map(_natural_word, name.split(".")))
+    before, dot, word = name.rpartition(".")
+    return f"{_natural_words(before)}{dot}{_natural_word(word)}"
+
+
+@lru_cache(maxsize=1 << 12)  # the matrices of an expert follow one another, and only their last words differ
+def _natural_words(words: str) -> str:
+    return ".".join(map(_natural_word, words.split(".")))
 
 
 @lru_cache(maxsize=1 << 16)  # names of one model are made of the same words
@@ -276,15 +282,15 @@ def _weight(
 ) -> Weight:
     match = names.linear(name) or names.tensor(f"{name}.weight")
     shape = None if match is None else match.shape
-    file = next(iter(found.values())).file
     # A config.json nested in a larger model's calls the weights as they are called in there.
     scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
     if scheme is not None and match is not None:
         scheme = match.rule.applied(scheme)
     try:
-        facts = tuple([(suffix, tensor.dtype, tensor.shape) for suffix, tensor in found.items()])
+        facts = tuple([(suffix, dtype, shape) for suffix, (_, dtype, shape, _, _, _) in found.items()])
         format, rows, cols, parts, misfit = recognise(scheme, facts, shape)
     except ValueError as error:
+        file = next(iter(found.values())).file
         raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
     tensors = tuple([found[part.suffix] for part in parts])
     if misfit is not None:

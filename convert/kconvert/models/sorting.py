@@ -70,17 +70,20 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     tensors, stacks = unstack(tensors, names.stacks)
     sorted_ = Sorted(modules, stacks=stacks)
     for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
         match = names.tensor(name)
         if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
             if tensor.shape != match.shape:
                 raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, the model's is {list(match.shape)}")
             sorted_.plain[name] = Plain(tensor, match.rule.role, match.layer, True, names.below(name))
-        elif name.rpartition(".")[2] in CACHE:
+        elif suffix in CACHE:
             # They describe activations, not weights, and lose their meaning with the quantisation.
             sorted_.dropped.append(tensor)
-        elif (spelling := names.spelling(name)) is not None and _is_part(spelling[1]):
-            weight, suffix = spelling
-            sorted_.modules.setdefault(weight, {})[intern(suffix)] = tensor
+        elif names.is_matrix(module) and _is_part(suffix):
+            sorted_.modules.setdefault(module, {})[intern(suffix)] = tensor
+        elif (spelling := names.in_stack(name)) is not None and _is_part(spelling[1]):
+            stack, suffix = spelling
+            sorted_.modules.setdefault(stack, {})[suffix] = tensor
         elif f".{name}".endswith(BUFFERS):
             sorted_.plain[name] = Plain(tensor, "buffer")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint
@@ -46,14 +46,24 @@ class Plan:
             digest.update(f"{shard.name} {shard.nbytes}".encode())
             digest.update(shard.header)
         # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
-        spelled: dict[tuple[int, ...], str] = {}
+        spelled: dict[tuple[int, int], str] = {}
+        quoted = cache(repr)  # a file's name, which many steps read from
         for step in self.steps:
+<<<<<<< HEAD
+            formats = "[]"
+            if isinstance(step, Transcode):
+                pair = id(step.source), id(step.target)
+                formats = spelled.get(pair) or spelled.setdefault(pair, str([repr(step.source), repr(step.target)]))
+            reads = ", ".join([f"({quoted(place.file)}, {place.start})" for place in step.reads])
+            digest.update(f"{step.name} {formats} [{reads}]".encode())
+=======
             formats = (step.source, step.target) if isinstance(step, Transcode) else ()
             kind = tuple(map(id, formats))
             names = spelled.get(kind) or spelled.setdefault(kind, str(list(map(repr, formats))))
             digest.update(f"{step.name} {names} {[(place.file, place.start) for place in step.reads]}".encode())
             if isinstance(step, Transcode) and step.mates:
                 digest.update(repr([mate.name for mate in step.mates]).encode())
+>>>>>>> main
         for name, text in self.texts.items():
             digest.update(name.encode())
             digest.update(text)
