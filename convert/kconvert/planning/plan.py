@@ -49,21 +49,14 @@ class Plan:
         spelled: dict[tuple[int, int], str] = {}
         quoted = cache(repr)  # a file's name, which many steps read from
         for step in self.steps:
-<<<<<<< HEAD
             formats = "[]"
             if isinstance(step, Transcode):
                 pair = id(step.source), id(step.target)
                 formats = spelled.get(pair) or spelled.setdefault(pair, str([repr(step.source), repr(step.target)]))
             reads = ", ".join([f"({quoted(place.file)}, {place.start})" for place in step.reads])
             digest.update(f"{step.name} {formats} [{reads}]".encode())
-=======
-            formats = (step.source, step.target) if isinstance(step, Transcode) else ()
-            kind = tuple(map(id, formats))
-            names = spelled.get(kind) or spelled.setdefault(kind, str(list(map(repr, formats))))
-            digest.update(f"{step.name} {names} {[(place.file, place.start) for place in step.reads]}".encode())
             if isinstance(step, Transcode) and step.mates:
                 digest.update(repr([mate.name for mate in step.mates]).encode())
->>>>>>> main
         for name, text in self.texts.items():
             digest.update(name.encode())
             digest.update(text)
