@@ -213,6 +213,16 @@ def test_block_fp8_becomes_bf16_and_mtp_stays_behind(tmp_path: Path) -> None:
     assert any("MTP" in note for note in report.notes)
 
 
+def test_a_model_of_dense_layers_alone_verifies_without_its_mtp_layers(tmp_path: Path) -> None:
+    source = sample(tmp_path / "source", "deepseek-v3", dense_layers=3)
+    convert(plan(source, Recipe("mlx")), tmp_path / "out")
+    assert not any(".switch_mlp." in name for name in weights(tmp_path / "out"))
+    report = verify(source, tmp_path / "out")
+    assert report.faults == ()
+    assert all(comparison.equal for comparison in report.comparisons)
+    assert any("MTP" in note for note in report.notes)
+
+
 def test_experts_are_chosen_all_or_none(int4: Path) -> None:
     with pytest.raises(KconvertError, match="lies with those of all other experts"):
         plan(int4, Recipe("mlx", exclude=("*.experts.2.*",)))

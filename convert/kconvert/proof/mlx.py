@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.formats.dense import Dense
+from kconvert.formats.engines.mlx import HALVES
 from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 
+SIGNS = re.compile(rf"\.(?:switch_mlp|{'|'.join(HALVES)})\.")
 MTP_NOTE = (
     "layers that predict further tokens (MTP) are not compared; mlx-lm does not load them, and the output has none"
 )
@@ -38,8 +41,8 @@ def expected(original: Model, converted: Model) -> tuple[Model, tuple[str, ...]]
 
 
 def is_mlx(model: Model) -> bool:
-    """Whether a checkpoint is one of MLX's: by its config.json, or by stacks as only it has them."""
-    return MLX_KEY in model.checkpoint.config or any(".switch_mlp." in name for name in model.checkpoint.tensors)
+    """Whether a checkpoint is one of MLX's: by its config.json, or by stacks and halves of kv_b as only it has them."""
+    return MLX_KEY in model.checkpoint.config or any(SIGNS.search(name) for name in model.checkpoint.tensors)
 
 
 def _layers(model: Model) -> float:
