@@ -202,6 +202,8 @@ def test_a_vocabulary_that_is_none_is_refused(
         ('{"model": {"vocab": {"a": "b"}}}', "ids are no numbers"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a"]}}', "a merge that is no pair"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": [1]}', "without id or content"),
+        ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": 5}', "has no list of added tokens"),
+        ('{"model": {"vocab": {"\\ud800": 1}, "merges": ["a b"]}}', "has text that is no Unicode"),
         ('{"model": {"vocab": {"a": 900}, "merges": ["a b"]}}', "has the token 900, but the model's vocab_size is 320"),
     ],
 )
@@ -209,6 +211,21 @@ def test_a_tokenizer_that_is_none_is_refused(copy: Callable[[str], Path], conten
     root = copy("qwen3-moe")
     (root / "tokenizer.json").write_text(content)
     with pytest.raises(KconvertError, match=sentence):
+        plan(root, Recipe("gguf"))
+
+
+def test_of_several_chat_templates_the_default_is_taken(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
+    root = copy("qwen3-moe")
+    (root / "chat_template.jinja").unlink(missing_ok=True)
+    templates = [{"name": {}, "template": "odd"}, {"name": "tool", "template": "no"}, {"name": "default", "template": "yes"}]
+    (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert to_gguf(root)["tokenizer.chat_template"] == "yes"
+
+
+def test_a_chat_template_that_is_no_unicode_is_refused(copy: Callable[[str], Path]) -> None:
+    root = copy("qwen3-moe")
+    (root / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
+    with pytest.raises(KconvertError, match="tokenizer_config.json has text that is no Unicode"):
         plan(root, Recipe("gguf"))
 
 
