@@ -186,7 +186,7 @@ def test_checkpoints_in_several_folders_say_in_which(directory):
         ({}, "is empty"),
         ({"config.json": {}, "tokenizer.json": {}}, "only what lies beside them; fetch them"),
         ({"notes.txt": b""}, "holds no safetensors files; give the directory"),
-        ({"model.gguf": b""}, "GGUF files, which are not read (model.gguf)"),
+        ({"model.gguf": b""}, "GGUF files, which are not converted (model.gguf)"),
         ({"pytorch_model.bin": b"", "config.json": {}}, "pickled files, which may run code and are not read"),
         ({"weights.npz": b"", "config.json": {}}, "NumPy's archives"),
         ({"step_5/__0_0.distcp": b"", "step_5/.metadata": b""}, "distributed checkpoint"),

@@ -173,7 +173,7 @@ def test_shards_without_an_index_are_refused(hub, remote, command):
     [
         (["adapter_model.safetensors"], "holds an adapter, no model"),
         (["name-w4g128/model.safetensors"], "holds its checkpoint in the folder name-w4g128"),
-        (["model-Q4_K_M.gguf"], "GGUF files, which are not read"),
+        (["model-Q4_K_M.gguf"], "GGUF files, which are not converted"),
     ],
 )
 def test_a_repository_without_a_model_is_said_to_be_what_it_is(hub, remote, command, files, words):

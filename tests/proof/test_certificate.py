@@ -291,6 +291,7 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
     "files as a list": lambda text: edit(text, files=[]),
     "not_compared as a number": lambda text: edit(text, not_compared=3),
     "no source": lambda text: edit(text, source="int4"),
+    "a standard of its own": lambda text: edit(text, standard="beyond doubt"),
     "a version of many lines": lambda text: edit(text, kconvert="1\n2"),
     "a short sha256": lambda text: edit(text, tensors={"a": {**ENTRY, "sha256": "00"}}),
     "a sha256 that is a number": lambda text: edit(text, files={"config.json": 0}),

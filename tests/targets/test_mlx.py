@@ -223,9 +223,31 @@ def test_a_model_of_dense_layers_alone_verifies_without_its_mtp_layers(tmp_path:
     assert any("MTP" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(("key", "wrong"), [("bits", 8), ("group_size", 64), ("mode", "mxfp4")])
+def test_a_declaration_that_the_tensors_contradict_is_found(
+    int4: Path, mlx: Path, tmp_path: Path, key: str, wrong: object
+) -> None:
+    root = shutil.copytree(mlx, tmp_path / "out")
+    config = json.loads((root / "config.json").read_text())
+    config["quantization"][key] = config["quantization_config"][key] = wrong
+    (root / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckFailed, match=rf"switch_mlp.*{wrong}.*as config.json declares it"):
+        verify(int4, root)
+
+
 def test_experts_are_chosen_all_or_none(int4: Path) -> None:
     with pytest.raises(KconvertError, match="lies with those of all other experts"):
         plan(int4, Recipe("mlx", exclude=("*.experts.2.*",)))
+    with pytest.raises(KconvertError, match="lies with those of all other experts"):
+        plan(int4, Recipe("mlx", include=("*.experts.0.*",)))
+
+
+def test_layers_without_experts_are_mlx_s_too(tmp_path: Path) -> None:
+    source = sample(tmp_path / "source", "deepseek-v3", dense_layers=3)
+    convert(plan(source, Recipe("mlx")), tmp_path / "out")
+    report = verify(source, tmp_path / "out")
+    assert all(comparison.equal for comparison in report.comparisons)
+    assert any("MTP" in note for note in report.notes)
 
 
 def test_signs_of_zeros_are_counted_and_refused_if_everything_is_to_be_exact(

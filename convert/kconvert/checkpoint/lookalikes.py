@@ -21,7 +21,7 @@ SHOWN = 3  # folders that a message lists
 
 # The end of a file's name -> what holds weights so, and what to do.
 CONTAINERS = {
-    ".gguf": ("GGUF files, which are not read", GIVE_SAFETENSORS),
+    ".gguf": ("GGUF files, which are not converted", GIVE_SAFETENSORS),
     ".bin": ("PyTorch's pickled files, which may run code and are not read", SAVE_AS_SAFETENSORS),
     ".pt": ("PyTorch's pickled files, which may run code and are not read", SAVE_AS_SAFETENSORS),
     ".pth": ("PyTorch's pickled files, which may run code and are not read", SAVE_AS_SAFETENSORS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ def routed_experts(model: Model) -> Experts:
         if len(found[layer]) != len(PROJECTIONS) * count:
             raise KconvertError(f"{root}: layer {layer} lacks weights of some of its {count} experts; fetch the rest")
     return Experts(weights, hidden, intermediate, layers)
+
+
+def experts_in(weights: Iterable[Weight]) -> Mapping[tuple[int | None, str], int]:
+    """How many routed experts have a matrix of this role in this layer."""
+    return Counter((weight.layer, weight.role) for weight in weights if weight.expert is not None)
 
 
 def _layers(model: Model) -> float:

@@ -268,7 +268,7 @@ def read_certificate(path: Path) -> Certificate:
     source = table.get("source")
     return Certificate(
         _text(path, "kconvert", table.get("kconvert")),
-        _text(path, "standard", table.get("standard")),
+        _standard(path, table.get("standard")),
         _text(path, "the name of its source", source.get("name") if isinstance(source, dict) else None),
         {name: _entry(path, name, entry) for name, entry in _table(path, table, "tensors").items()},
         {name: _digest(path, name, digest) for name, digest in _table(path, table, "files").items()},
@@ -293,6 +293,12 @@ def _text(path: Path, key: str, value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable() or len(value) > LONGEST:
         raise _damaged(path, f"{key} is missing or no text")
     return value
+
+
+def _standard(path: Path, value: Any) -> str:
+    if value not in ("exact", "limits"):
+        raise _damaged(path, "its standard is neither exact nor limits")
+    return str(value)
 
 
 def _table(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.mlx import HALVES
@@ -13,6 +16,7 @@ from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 
+# What only MLX calls its tensors so.
 SIGNS = re.compile(rf"\.(?:switch_mlp|{'|'.join(HALVES)})\.")
 MTP_NOTE = (
     "layers that predict further tokens (MTP) are not compared; mlx-lm does not load them, and the output has none"
@@ -43,6 +47,30 @@ def expected(original: Model, converted: Model) -> tuple[Model, tuple[str, ...]]
 def is_mlx(model: Model) -> bool:
     """Whether a checkpoint is one of MLX's: by its config.json, or by stacks and halves of kv_b as only it has them."""
     return MLX_KEY in model.checkpoint.config or any(SIGNS.search(name) for name in model.checkpoint.tensors)
+
+
+def misdeclared(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence for each quantised module whose shapes are not those of what config.json says of it, or of all."""
+    usual = checkpoint.config.get(MLX_KEY)
+    if not isinstance(usual, dict):
+        return
+    for name, scales in checkpoint.tensors.items():
+        module, _, last = name.rpartition(".")
+        codes = checkpoint.tensors.get(f"{module}.weight")
+        if last != "scales" or codes is None or codes.dtype != "U32" or not codes.shape or not scales.shape:
+            continue
+        own = usual.get(module)
+        table = own if isinstance(own, dict) else usual
+        mode, bits, group = (table.get(key) for key in ("mode", "bits", "group_size"))
+        columns = codes.shape[-1] * 32
+        is_affine = f"{module}.biases" in checkpoint.tensors
+        if (mode in (None, "affine")) is not is_affine or (
+            isinstance(bits, int) and isinstance(group, int) and columns != scales.shape[-1] * group * bits
+        ):
+            yield (
+                f"{checkpoint.root / scales.file}: tensor {name!r} is {list(scales.shape)} beside codes {list(codes.shape)}, "
+                f"which is not {mode or 'affine'} of {bits} bits in groups of {group}, as {CONFIG_NAME} declares it"
+            )
 
 
 def _layers(model: Model) -> float:

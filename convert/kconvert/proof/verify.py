@@ -233,7 +233,7 @@ def _declaration_faults(converted: Model) -> list[str]:
     ):
         return []
     if any(weight.format.quantised for weight in converted.weights):
-        return list(undeclared(converted.checkpoint))
+        return [*undeclared(converted.checkpoint), *mlx.misdeclared(converted.checkpoint)]
     stale = [CONFIG_NAME] if any(quantization_tables(converted.checkpoint.config)) else []
     stale += [name for name in DECLARING_FILES if name in converted.checkpoint.left_out]
     root = converted.checkpoint.root

@@ -22,6 +22,7 @@ from kconvert.formats.engines.mlx import Affine, affine_of, by_heads, spelt
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
 from kconvert.formats.stacks import MxStack
+from kconvert.models.experts import experts_in
 from kconvert.models.mlx import KV_B
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.sizes import lookup
@@ -56,7 +57,7 @@ def plan_mlx(model: Model, chosen: Model, recipe: Recipe) -> Plan:
             f"{model.checkpoint.root} is a {kind or 'model without a model_type'}, and mlx-lm 0.32.2 has no class that reads "
             f"such a model from what kconvert writes; it has for {', '.join(sorted(MODELS))}"
         )
-    conversion = _Mlx(chosen, recipe)
+    conversion = _Mlx(chosen, model, recipe)
     container = Safetensors(recipe.shard_size, metadata=METADATA)
     drafts = conversion.drafts()
     return Output(
@@ -66,9 +67,10 @@ def plan_mlx(model: Model, chosen: Model, recipe: Recipe) -> Plan:
 
 @dataclass(frozen=True)
 class _Mlx:
-    """What becomes of a model."""
+    """What becomes of `model`, which was chosen of `whole`."""
 
     model: Model
+    whole: Model
     recipe: Recipe
     _formats: dict[tuple[int, int], Format] = field(default_factory=dict)
 
@@ -111,11 +113,12 @@ class _Mlx:
         for weight in self.model.weights:
             if weight.expert is not None and self.stays(weight) and (name := module_of(weight.name)) != weight.name:
                 found[name].append(weight)
+        counts = experts_in(self.whole.weights)
         for name, weights in found.items():
             weights.sort(key=lambda weight: weight.expert or 0)
             first = weights[0]
             alike = all((w.rows, w.cols) == (first.rows, first.cols) for w in weights)
-            if not alike or [weight.expert for weight in weights] != list(range(len(weights))):
+            if not alike or [weight.expert for weight in weights] != list(range(counts[first.layer, first.role])):
                 raise KconvertError(
                     f"weight {first.name!r} lies with those of all other experts in one tensor {name!r}, but some of these are "
                     "not chosen, or of another shape; choose them all"
@@ -196,6 +199,9 @@ class _Mlx:
                 stem, _, last = weight.name.rpartition(".")
                 words = ("down_proj",) if last == "down_proj" else ("gate_proj", "up_proj")
                 modules |= dict.fromkeys((f"{stem}.{word}" for word in words), spelt(Mx(4)))
+            elif isinstance(weight.format, Heads):
+                stem = weight.name.removesuffix(KV_B)
+                modules |= {f"{stem}{piece.name}": piece.format for piece in weight.format.pieces}
             elif self.stays(weight) and weight.expert is None and weight.role != "attention.kv_b":
                 modules[weight.name] = self.format(weight)
         told = {name: kind for name, format in modules.items() if (kind := _kind(format)) is not None}

@@ -137,7 +137,15 @@ def test_layers_for_drafting_and_towers_stay_out_and_are_told(source: Source) ->
     for name, first in (("deepseek-v3", "model.layers.2."), ("kimi-k2.5", "mm_projector.")):
         facts = plan(source(name), Recipe("gguf")).facts
         assert any(tensor.startswith(first) for tensor in facts["dropped"])
-        assert any("stay out" in note for note in facts["notes"])
+        assert any("left out" in note for note in facts["notes"])
+
+
+def test_only_a_head_that_is_the_embedding_stays_out(copy: Callable[[str], Path]) -> None:
+    root = edit(copy("kimi-k2-thinking"), tie_word_embeddings="false")
+    assert "lm_head" not in plan(root, Recipe("gguf")).facts["dropped"]
+    facts = plan(edit(root, tie_word_embeddings=True), Recipe("gguf")).facts
+    assert facts["dropped"] == ["lm_head"]
+    assert any("a head that is the embedding): 1 weight, 'lm_head' the first" in note for note in facts["notes"])
 
 
 def test_the_plan_says_what_is_the_sources_and_what_is_not(source: Source) -> None:
@@ -156,6 +164,18 @@ def test_the_plan_says_what_is_the_sources_and_what_is_not(source: Source) -> No
         ("kimi-k2-thinking", {"n_shared_experts": "one"}, "n_shared_experts"),
         ("kimi-k2-thinking", {"rope_theta": None}, "rope_theta is missing, but llama.cpp needs a number"),
         ("kimi-k2-thinking", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
+        (
+            "kimi-k2-thinking",
+            {"num_experts_per_tok": 5},
+            "num_experts_per_tok is 5, but .* from 1 to the 4 of n_routed",
+        ),
+        ("qwen3-moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0, but .* from 1 to the 4 of num_experts"),
+        (
+            "kimi-k2-thinking",
+            {"norm_topk_prob": "false"},
+            "norm_topk_prob is 'false', but llama.cpp needs true or false",
+        ),
+        ("kimi-k2-thinking", {"num_hidden_layers": 1}, r"layers\.1\..* no place in llama.cpp's deepseek2 of 1 layers"),
         ("kimi-k2-thinking", {"scoring_func": "softmax"}, "scoring_func is 'softmax', not sigmoid"),
         ("kimi-k2-thinking", {"rope_scaling": {"type": "linear", "factor": 2}}, "by 'linear'"),
         ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is not true"),
@@ -202,6 +222,8 @@ def test_a_vocabulary_that_is_none_is_refused(
         ('{"model": {"vocab": {"a": "b"}}}', "ids are no numbers"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a"]}}', "a merge that is no pair"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": [1]}', "without id or content"),
+        ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": 5}', "has no list of added tokens"),
+        ('{"model": {"vocab": {"\\ud800": 1}, "merges": ["a b"]}}', "has text that is no Unicode"),
         ('{"model": {"vocab": {"a": 900}, "merges": ["a b"]}}', "has the token 900, but the model's vocab_size is 320"),
     ],
 )
@@ -210,6 +232,30 @@ def test_a_tokenizer_that_is_none_is_refused(copy: Callable[[str], Path], conten
     (root / "tokenizer.json").write_text(content)
     with pytest.raises(KconvertError, match=sentence):
         plan(root, Recipe("gguf"))
+
+
+def test_of_several_chat_templates_the_default_is_taken(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
+    root = copy("qwen3-moe")
+    (root / "chat_template.jinja").unlink(missing_ok=True)
+    templates = [
+        {"name": {}, "template": "odd"},
+        {"name": "tool", "template": "no"},
+        {"name": "default", "template": "yes"},
+    ]
+    (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert to_gguf(root)["tokenizer.chat_template"] == "yes"
+
+
+def test_a_chat_template_that_is_no_unicode_is_refused(copy: Callable[[str], Path]) -> None:
+    root = copy("qwen3-moe")
+    (root / "tokenizer_config.json").write_text('{"chat_template": "\\ud800"}')
+    with pytest.raises(KconvertError, match=r"tokenizer_config\.json has text that is no Unicode"):
+        plan(root, Recipe("gguf"))
+
+
+def test_a_directory_whose_name_is_no_unicode_is_converted(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
+    root = copy("qwen3-moe")
+    assert to_gguf(root.rename(root.with_name("model-\udcff")))["general.name"] == "model-?"
 
 
 def test_a_model_without_mapping_is_refused(bf16: Path, raw: Any, tmp_path: Path) -> None:
@@ -223,6 +269,8 @@ def test_a_model_without_mapping_is_refused(bf16: Path, raw: Any, tmp_path: Path
 def test_experts_are_taken_all_or_none(source: Source) -> None:
     with pytest.raises(KconvertError, match="lacks the up of some of its experts"):
         plan(source("kimi-k2-thinking"), Recipe("gguf", exclude=("*.experts.1.up_proj",)))
+    with pytest.raises(KconvertError, match="lacks the down of some of its experts"):
+        plan(source("kimi-k2-thinking"), Recipe("gguf", include=("*.experts.0.*", "*.experts.1.*")))
 
 
 def test_the_rest_is_for_gguf_alone() -> None:

@@ -42,8 +42,8 @@ def architecture_of(model: Model) -> Architecture:
 
 
 def title_of(model: Model) -> str:
-    """What the model is called, as far as its directory or repository says."""
-    name = model.checkpoint.name
+    """What the model is called, as far as its directory or repository says; in Unicode, which a path need not be."""
+    name = model.checkpoint.name.encode(errors="replace").decode()
     return name.partition("@")[0].rpartition("/")[2] if "/" in name else name
 
 

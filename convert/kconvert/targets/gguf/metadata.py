@@ -20,6 +20,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38}
 QUANTIZATION_VERSION = 2
 # How llama.cpp's "yarn_log_mul" relates to DeepSeek's mscale_all_dim.
 LOG_MUL = 0.1
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # how models call the number of them
 MOST, LARGEST = (1 << 32) - 1, 3e38  # of its integers, and of its F32
 
 
@@ -36,17 +37,20 @@ class Fields:
     def integer(self, key: str) -> int:
         value = self._table.get(key)
         if type(value) is not int or not 0 <= value <= MOST:
-            raise self._fault(key, "a whole number")
+            raise self.fault(key, "a whole number")
         return value
 
     def number(self, key: str) -> float:
         value = self._table.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-            raise self._fault(key, "a number")
+            raise self.fault(key, "a number")
         return float(value)
 
     def true(self, key: str) -> bool:
-        return bool(self._table.get(key))
+        value = self._table.get(key)
+        if not isinstance(value, bool | None):
+            raise self.fault(key, "true or false")
+        return bool(value)
 
     def value(self, key: str) -> Any:
         return self._table.get(key)
@@ -55,7 +59,7 @@ class Fields:
         value = self._table.get(key)
         return Fields(value if isinstance(value, Mapping) else {}, f"{self._where}: {key}")
 
-    def _fault(self, key: str, wanted: str) -> KconvertError:
+    def fault(self, key: str, wanted: str) -> KconvertError:
         have = f"is {self._table[key]!r:.80}" if self.has(key) else "is missing"
         return KconvertError(f"{self._where}: {key} {have}, but llama.cpp needs {wanted} there")
 
@@ -78,9 +82,18 @@ def add_hyperparameters(writer: GGUFWriter, model: Model, architecture: str, lay
         ("num_experts_per_tok", writer.add_expert_used_count),
     ):
         add(fields.integer(key))
+    _check_experts(fields)
     writer.add_layer_norm_rms_eps(fields.number("rms_norm_eps"))
     _add_rope(writer, fields)
     OWN[architecture](writer, fields)
+
+
+def _check_experts(fields: Fields) -> None:
+    """KconvertError where a token goes to more experts than there are, with which llama.cpp does not start."""
+    key = next(filter(fields.has, EXPERTS), EXPERTS[0])
+    used, count = fields.integer("num_experts_per_tok"), fields.integer(key)
+    if not 0 < used <= count:
+        raise fields.fault("num_experts_per_tok", f"a number from 1 to the {count} of {key}")
 
 
 def _add_rope(writer: GGUFWriter, fields: Fields) -> None:

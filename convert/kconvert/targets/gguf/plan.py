@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats.engines.ggml import Q4_0, Q8_0
 from kconvert.formats.engines.heads import Heads
 from kconvert.models.model import Model, format_counts
@@ -31,7 +31,7 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     layers = fields.integer("num_hidden_layers")
     format = recipe.target(model.manifest).format
     assert isinstance(format, Q4_0)
-    tensors = Tensors(chosen, architecture, layers, format, Q8_0() if recipe.rest == "q8_0" else None)
+    tensors = Tensors(chosen, model, architecture, layers, format, Q8_0() if recipe.rest == "q8_0" else None)
     _check_layers(model, architecture, layers)
     metadata = _metadata(model, architecture, layers, tensors.experts_type())
     container = Gguf(title_of(model), recipe.shard_size, metadata)
@@ -123,6 +123,6 @@ def _notes(steps: Sequence[Step], left_out: Sequence[str]) -> Iterator[str]:
         yield f"kv_b of {len(heads):,} layers is split by head into k_b, transposed, and v_b"
     if left_out:
         yield (
-            f"{len(left_out):,} weights and tensors stay out, {left_out[0]!r} the first: llama.cpp reads towers from another "
-            "file, and layers for drafting not at all"
+            f"left out, as llama.cpp has no use for them or reads them from another file (towers, layers for drafting, a head "
+            f"that is the embedding): {counted(len(left_out), 'weight')}, {left_out[0]!r} the first"
         )

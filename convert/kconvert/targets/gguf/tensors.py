@@ -20,6 +20,7 @@ from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Turns, Whole
 from kconvert.formats.engines.heads import Heads, Piece
+from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of
@@ -36,10 +37,11 @@ LEFT_OUT = frozenset({"mtp", "vision", "projector", "buffer"})
 
 @dataclass(frozen=True)
 class Tensors:
-    """What becomes of the `model`'s tensors; `q4_0` and `rest` are the types for codes of INT4, and for matrices without codes
-    that llama.cpp has, None: as plain numbers."""
+    """What becomes of the `model`'s tensors, which were chosen of `whole`; `q4_0` and `rest` are the types for codes of INT4,
+    and for matrices without codes that llama.cpp has, None: as plain numbers."""
 
     model: Model
+    whole: Model
     architecture: Architecture
     layers: int
     q4_0: Q4_0
@@ -71,7 +73,7 @@ class Tensors:
             return True
         if self.model.manifest.plain_role(_name(item)) is not None:
             return True
-        return item.role == "lm_head" and bool(section_of(self.model).get("tie_word_embeddings"))
+        return item.role == "lm_head" and section_of(self.model).get("tie_word_embeddings") is True
 
     def _weight(self, weight: Weight) -> Step:
         if weight.role in EXPERTS and weight.expert is not None:
@@ -110,9 +112,10 @@ class Tensors:
         for weight in self.model.weights:
             if weight.role in EXPERTS and weight.expert is not None and not self._stays_out(weight):
                 stacks[weight.layer or 0, weight.role.partition(".")[2]].append(weight)
+        counts = experts_in(self.whole.weights)
         for (layer, projection), members in stacks.items():
-            first, count = members[0], len(members)
-            if sorted(weight.expert or 0 for weight in members) != list(range(count)):
+            first = members[0]
+            if sorted(weight.expert or 0 for weight in members) != list(range(counts[first.layer, first.role])):
                 raise KconvertError(
                     f"layer {layer} lacks the {projection} of some of its experts, and a GGUF has those of a layer in one "
                     "tensor; choose all of them or none"
@@ -200,8 +203,8 @@ class Tensors:
         found = self._names.get_name(inner, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise KconvertError(
-                f"{tensor!r} has no place in llama.cpp's {self.architecture.name}; leave it out with --exclude, if the model "
-                "does without it"
+                f"{tensor!r} has no place in llama.cpp's {self.architecture.name} of {self.layers} layers; give a checkpoint "
+                "of that model, with its own config.json"
             )
         return str(found)
 

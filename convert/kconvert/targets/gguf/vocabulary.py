@@ -75,6 +75,9 @@ class Files:
             return {}
         try:
             table = json.loads(self.read(name))
+            json.dumps(table, ensure_ascii=False).encode()  # half of a surrogate pair is no text that a GGUF can hold
+        except UnicodeEncodeError:
+            raise self.fault(name, "has text that is no Unicode") from None
         except (ValueError, RecursionError):
             raise self.fault(name, "is not valid JSON") from None
         if not isinstance(table, dict):
@@ -114,8 +117,8 @@ def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, config: Mapping[s
     _add_special(writer, settings, config, vocabulary.ids, size)
     template = files.text(TEMPLATE) if files.has(TEMPLATE) else settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(entries, {}).get("template")
     if isinstance(template, str):
         writer.add_chat_template(template)
 
@@ -152,7 +155,10 @@ def _from_json(files: Files, pre: str) -> Vocabulary:
     if any(type(number) is not int or number < 0 for number in vocab.values()):
         raise files.fault(TOKENIZER, "has tokens whose ids are no numbers")
     tokens = {number: (token, NORMAL) for token, number in vocab.items()}
-    for entry in table.get("added_tokens") or []:
+    added = table.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise files.fault(TOKENIZER, "has no list of added tokens")
+    for entry in added:
         number, content = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if type(number) is not int or number < 0 or not isinstance(content, str):
             raise files.fault(TOKENIZER, "has added tokens without id or content")
