@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
+from kconvert.proof.parity.compare import Standard
 
 LAYOUTS = pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
 GLOBAL = {"compressed-tensors": "weight_global_scale", "modelopt": "weight_scale_2"}
@@ -148,6 +149,17 @@ def test_large_scales_over_nothing_but_zeros_leave_the_others_exact(source: Path
     verify(tmp_path / "mxfp4", tmp_path / "out")
 
 
+def test_the_smallest_scale_of_mxfp4_is_kept_too(source: Path, tmp_path: Path) -> None:
+    convert(plan(source, Recipe("mxfp4")), tmp_path / "mxfp4")
+    (path,) = (tmp_path / "mxfp4").glob("*.safetensors")
+    tensors = load_file(path)
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"{EXPERT}.{name}.weight_scale"].zero_()  # 2^-127
+    save_file(tensors, path, {"format": "pt"})
+    assert not convert(plan(tmp_path / "mxfp4", Recipe("nvfp4", require_exact=True)), tmp_path / "out")
+    verify(tmp_path / "mxfp4", tmp_path / "out")
+
+
 def test_one_dialect_becomes_the_other_without_a_change_of_codes(source: Path, tmp_path: Path) -> None:
     convert(plan(source, Recipe("nvfp4")), tmp_path / "theirs")
     lost = convert(plan(tmp_path / "theirs", Recipe("nvfp4", layout="modelopt", require_exact=True)), tmp_path / "ours")
@@ -172,17 +184,38 @@ def test_a_dialect_whose_inverse_is_not_exact_is_counted(source: Path, tmp_path:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("part", ["codes", "scale", "global"])
+@pytest.mark.parametrize("part", ["codes", "scale", "global", "input"])
 def test_verify_finds_what_is_wrong(source: Path, tmp_path: Path, layout: str, part: str) -> None:
     convert(plan(source, Recipe("nvfp4", layout=layout)), tmp_path / "out")
     (path,) = (tmp_path / "out").glob("*.safetensors")
     tensors = load_file(path)
     codes = "weight" if layout == "modelopt" else "weight_packed"
-    name = f"{EXPERT}.down_proj.{ {'codes': codes, 'scale': 'weight_scale', 'global': GLOBAL[layout]}[part] }"
-    if part == "global":
+    if (part, layout) == ("input", "compressed-tensors"):
+        pytest.skip("it says nothing of activations")
+    parts = {"codes": codes, "scale": "weight_scale", "global": GLOBAL[layout], "input": "input_scale"}
+    name = f"{EXPERT}.down_proj.{parts[part]}"
+    if part in ("global", "input"):
         tensors[name] *= 2
     else:
         tensors[name].view(torch.uint8)[7, 3] ^= 1
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckFailed, match="down_proj"):
         verify(source, tmp_path / "out")
+
+
+@LAYOUTS
+def test_verify_finds_a_gate_whose_global_scale_is_not_that_of_up(source: Path, tmp_path: Path, layout: str) -> None:
+    convert(plan(source, Recipe("nvfp4", layout=layout)), tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(path)
+    gate = f"{EXPERT}.gate_proj"
+    tensors[f"{gate}.{GLOBAL[layout]}"] *= 2 if layout == "modelopt" else 0.5
+    tensors[f"{gate}.weight_scale"] = (tensors[f"{gate}.weight_scale"].float() / 2).to(torch.float8_e4m3fn)
+    save_file(tensors, path, {"format": "pt"})  # every value as it was
+    with pytest.raises(CheckFailed, match=rf"up_proj.{GLOBAL[layout]}' differs from '{gate}.* keep one scale"):
+        verify(source, tmp_path / "out")
+    assert len(verify(source, tmp_path / "out", keep_going=True).faults) == 1
+    verify(source, tmp_path / "out", standard=Standard(exact=False))
+    other = next(name for name in GLOBAL if name != layout)
+    convert(plan(tmp_path / "out", Recipe("nvfp4", layout=other)), tmp_path / "kept")
+    verify(tmp_path / "out", tmp_path / "kept")  # as its source has it

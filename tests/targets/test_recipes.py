@@ -140,6 +140,27 @@ def test_a_rule_that_means_nothing_here_is_a_sentence(int4: Path, rule: str, sen
         plan(int4, by(f"[encodings]\n'{rule}' = 'nvfp4'"))
 
 
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        ("'expert.gate' = 'nvfp4'\n'expert.up' = 'int4'", "gate_proj' nvfp4 and '.*up_proj' int4, which engines fuse"),
+        ("'expert.gate' = 'nvfp4'", "gate_proj' nvfp4 and '.*up_proj' bf16, which engines fuse"),
+        ("'*shared*gate*' = 'fp8'", "gate_proj' fp8 and '.*up_proj' bf16, which engines fuse"),
+        ("'attention.q_a' = 'fp8'", "kv_a_proj_with_mqa' bf16 and '.*q_a_proj' fp8, which engines fuse"),
+        ("'expert' = 'nvfp4'\n'expert.down' = 'int4'", "'expert.down' never counts, as rules above it"),
+        ("'vision' = 'fp8'\n'mtp' = 'fp8'", r"no weight that the recipe names \(it names vision, mtp\)"),
+    ],
+)
+def test_rules_that_engines_or_each_other_leave_no_room_are_a_sentence(int4: Path, rules: str, sentence: str) -> None:
+    with pytest.raises(KconvertError, match=sentence):
+        plan(int4, by(f"[encodings]\n{rules}"))
+
+
+def test_a_recorded_recipe_is_toml_whatever_its_globs_are() -> None:
+    mix = parse_mix("[encodings]\n'*\U0001f600\"*' = 'fp8'", "a recipe")
+    assert parse_mix(mix.text, "its record") == mix
+
+
 def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(KconvertError, match=r"cannot read the recipe .*the presets are nvfp4, nvfp4-fp8-attention"):
         read_mix(tmp_path / "none.toml")

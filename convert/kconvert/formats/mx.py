@@ -126,7 +126,7 @@ class Mx(Format):
             found[scale] = True
         exponents = np.flatnonzero(found[1:]) + 1  # the lowest is what a group of zeros has
         if not len(exponents):
-            return 0.0
+            return None
         is_narrow = exponents[-1] - exponents[0] <= SPREAD or self.bits == 8
         return LARGEST[self.bits] * 2.0 ** (int(exponents[-1]) - 127) if is_narrow else None
 

@@ -30,6 +30,9 @@ WHOLE = {
     **dict.fromkeys(("embed_tokens", "word_embeddings", "wte", "embed", "tok_embeddings"), "embedding"),
     **{"lm_head": "lm_head", "gate": "router", "router": "router"},
 }
+# Last words of the roles of Linears whose rows engines lay into one matrix, in models of every kind.
+FUSED = (("gate", "up"), ("q", "k", "v"), ("q_a", "kv_a", "kv"))
+MEMBER = {member: group for group in FUSED for member in group}
 
 
 class Role(NamedTuple):
@@ -50,6 +53,15 @@ def guess(weight: str) -> Role:
     if "experts" in words and MTP.isdisjoint(words):
         return _expert(words[words.index("experts") + 1 :], layer)
     return Role(_name(words), layer)
+
+
+def fusion(role: str, name: str) -> object:
+    """What the names of weights have in common that engines fuse; None of one that they leave by itself."""
+    fused = MEMBER.get(role.rpartition(".")[2])
+    if fused is None:
+        return None
+    words = name.split(".")
+    return fused, *([word for word in words if word not in PROJECTIONS] if "gate" in fused else words[:-1])
 
 
 def _name(words: list[str]) -> str:

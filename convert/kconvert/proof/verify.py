@@ -32,6 +32,7 @@ from kconvert.proof.declared import undeclared
 from kconvert.proof.gguf import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
+from kconvert.proof.parity.fused import fused_faults
 from kconvert.proof.parity.metrics import Spread
 from kconvert.proof.parity.oracle import independent_values, is_quick
 from kconvert.proof.parity.rows import Desk
@@ -210,7 +211,7 @@ def _open_output(
 def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     """What the weights were held to, and by whose code."""
     judges = {comparison.judged_by for comparison in comparisons}
-    weights = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
+    weights = _weights(pairs)
     values = "the source's values"
     if any(witness_of(ours.format).by_library for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
@@ -224,6 +225,10 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
         return f"{values}, or the reference encoding of them"
     by_torch = any(witness_of(theirs.format).encodes_quickly for _, theirs in weights)
     return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
+
+
+def _weights(pairs: Iterable[Pair]) -> list[tuple[Weight, Weight]]:
+    return [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
 
 
 def _declaration_faults(converted: Model) -> list[str]:
@@ -254,7 +259,7 @@ def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[s
 def _compare_all(
     pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
 ) -> Iterator[Outcome]:
-    """The outcome of each pair, in order."""
+    """The outcome of each pair, in order, and what is wrong with several together."""
     import torch
 
     torch.set_num_threads(1)
@@ -276,6 +281,8 @@ def _compare_all(
     for (_, size), outcome in zip(sizes, outcomes, strict=True):
         advance(size)
         yield outcome
+    if standard.exact:
+        yield from fused_faults(_weights(pairs), theirs)
 
 
 def _tensors(item: Weight | Plain) -> tuple[Tensor, ...]:

@@ -123,6 +123,11 @@ class Recipe:
         """The kind of output for a model with this manifest, its encoding by the rules that were asked for."""
         mix = self.mix
         if self.attention != ATTENTIONS[0]:
+            if targets_for(manifest)[self.to][self.settled(manifest).layout].spares:
+                raise KconvertError(
+                    f"attention as {self.attention!r} is not possible for {manifest.name}, where what is no expert stays in "
+                    "the encoding that it has; leave it out"
+                )
             mix = read_mix(f"nvfp4-{self.attention}-attention", self.settled(manifest).layout)
         if mix is not None:
             return mixed_target(mix, self._by_rule)

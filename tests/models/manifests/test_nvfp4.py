@@ -42,3 +42,10 @@ def test_deepseek_v4_keeps_fp8_and_says_that_its_experts_are_nvfp4(small_sample:
     assert config["quantization_config"]["moe_quant_algo"] == "NVFP4"
     assert "expert_dtype" not in config
     assert made.facts["recovered"].keys() == {"mxfp4 -> nvfp4"}
+
+
+def test_deepseek_v4_whose_attention_is_fp8_has_no_choice_of_it(small_sample: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        KconvertError, match=r"attention as 'fp8' is not possible for deepseek-v4, .* stays in the encoding"
+    ):
+        plan(small_sample("deepseek-v4"), Recipe("nvfp4", layout="modelopt", attention="fp8"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
+from kconvert.formats.nvfp4 import ONE
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
 from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
@@ -139,6 +140,7 @@ def compare_weights(
     judge = standard.judge(ours, theirs)
     thorough |= judge == "limits"
     fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
+    fault = fault or (_input_fault(ours, theirs, source, output) if standard.exact else None)
     figures, quickly = _Figures(), True
     for chunk in _chunks(ours, theirs, source, output, desk):
         head = chunk.head() if chunk.first == 0 else None
@@ -222,6 +224,18 @@ def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reade
             )
         if output.read(copy.file, copy.start, copy.nbytes) != source.read(tensor.file, tensor.start, tensor.nbytes):
             return f"tensor {name!r} differs from the source's"
+    return None
+
+
+def _input_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
+    """The scale of activations beside a weight that was quantised is 1, as nobody has measured any, or what the source had."""
+    if not theirs.format.quantised or ours.format == theirs.format:
+        return None
+    known = {ONE, *(source.read(tensor.file, tensor.start, tensor.nbytes) for tensor in ours.companions)}
+    for tensor in theirs.companions:
+        if tensor.name.endswith(".input_scale") and output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
+            made = "if something else than kconvert made this checkpoint, judge it with --close"
+            return f"tensor {tensor.name!r} is not 1, and nothing in the source measured activations; {made}"
     return None
 
 

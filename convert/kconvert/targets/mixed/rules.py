@@ -32,6 +32,7 @@ from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.models.roles import fusion
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,6 +102,32 @@ class Mix:
                 raise KconvertError(
                     f"the recipe's {selector!r} is no role of this model ({', '.join(sorted(roles))}), and no glob either"
                 )
+        self._check_order(model)
+
+    def _check_order(self, model: Model) -> None:
+        """KconvertError for a rule that those before it leave nothing, and for fused weights that get several encodings."""
+        rules = [(selector, word, matcher(selector)) for selector, word in self.rules]
+        fitting, counting = set[str](), set[str]()
+        first: dict[object, tuple[str, str]] = {}
+        for weight in model.weights:
+            hits = [(selector, word) for selector, word, fits in rules if fits(weight)]
+            fitting.update(selector for selector, _ in hits)
+            counting.update(selector for selector, _ in hits[:1])
+            word = hits[0][1] if hits else "bf16"
+            group = fusion(weight.role, weight.name)
+            name, other = first.setdefault(group or weight.name, (weight.name, word))
+            if word != other:
+                raise KconvertError(
+                    f"the recipe makes {name!r} {other} and {weight.name!r} {word}, which engines fuse into one matrix; "
+                    "give both the same encoding"
+                )
+        if shadowed := [selector for selector, _ in self.rules if selector in fitting - counting]:
+            raise KconvertError(
+                f"the recipe's {shadowed[0]!r} never counts, as rules above it fit the same weights; move it above them"
+            )
+        if not fitting:
+            named = ", ".join(selector for selector, _ in self.rules)
+            raise KconvertError(f"{model.checkpoint.root} has no weight that the recipe names (it names {named})")
 
     @property
     def text(self) -> str:
@@ -156,12 +183,12 @@ def _toml(text: str, source: str) -> dict[str, Any]:
         return table
     except (ValueError, RecursionError):
         raise KconvertError(
-            f'{source} is no TOML; a recipe has lines such as "expert" = "nvfp4" below [encodings]'
+            f'{source} is no TOML; a recipe has lines such as "expert" = "nvfp4" below [encodings], each once'
         ) from None
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=True)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def matcher(selector: str) -> Matcher:

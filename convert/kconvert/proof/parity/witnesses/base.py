@@ -34,6 +34,11 @@ class Witness(Generic[F]):
     has_many_spellings = False  # whether codes that give back every value are right, whichever they are
     decodes_parts_of_blocks = False  # whether rows can be decoded without the others that share their scales
 
+    @property
+    def shared(self) -> str | None:
+        """The part that weights which engines fuse have in common, if there is one."""
+        return None
+
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """The values [rows, cols] = `shape`, in the weight's own dtype."""
         raise NotImplementedError(f"no independent decoder of {self.format.label}")

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 class Fp8Witness(Witness[Fp8]):
     decodes_parts_of_blocks = True
 
+    @property
+    def shared(self) -> str | None:
+        return self.format.scale_name if self.format.strategy == "tensor" else None
+
     def arguments(self) -> dict[str, Any]:
         block = list(self.format.block) if self.format.strategy == "block" else None
         common = {"num_bits": 8, "type": "float", "symmetric": True}

@@ -41,6 +41,10 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return values.view(shape).bfloat16()
 
     @property
+    def shared(self) -> str:
+        return nvfp4.NAMES[self.format.multiplies][1]
+
+    @property
     def has_reference(self) -> bool:
         return not self.format.unused
 
