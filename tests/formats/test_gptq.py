@@ -11,6 +11,7 @@ from gptq_packing import Tensors, make
 
 from kconvert import KconvertError, Recipe, convert, plan, verify
 from kconvert.formats.gptq import Gptq
+from kconvert.formats.kernels.turn import turn
 from kconvert.formats.reference import gptq as reference
 
 
@@ -30,7 +31,8 @@ CASES = [
     *itertools.product([64], [128], [32, 64, 128], [2, 3, 4, 5, 6, 7, 8], ["gptq", "auto-round"], [False, True]),
     *itertools.product([64], [128], [32], [2, 3, 4, 8], ["gptq_v2", "gptqmodel"], [False, True]),
     *itertools.product([40, 104], [96, 40, 36], [32, 4, 5], [4, 8], ["gptq", "gptqmodel"], [False, True]),
-    *itertools.product([16, 40, 64], [128, 96], [32], [4], ["awq"], [False]),
+    *itertools.product([3, 36], [96, 40], [32, 8], [2, 4, 8], ["gptq"], [False, True]),
+    *itertools.product([16, 40, 64, 136], [128, 96], [32], [4], ["awq"], [False]),
 ]
 
 
@@ -47,6 +49,16 @@ def test_values_are_the_tools_own(
         assert torch.equal(decoded, decoded.bfloat16().float())
         again = reference.decode(**tensors, cols=cols, group_size=size, bits=bits, spelling=spelling)
         assert torch.equal(bits_of(again), bits_of(values))
+
+
+@pytest.mark.parametrize(("lines", "rows"), [*itertools.product([1, 7, 8, 9, 30], repeat=2)])
+def test_lines_become_columns_in_any_order(lines: int, rows: int) -> None:
+    source = torch.randint(-(2**31), 2**31, (lines, rows + 3), dtype=torch.int32)
+    order = torch.cat([torch.randperm(lines), torch.zeros(2, dtype=torch.int64)])
+    target = torch.zeros(rows, len(order) + 1, dtype=torch.int32)
+    turn(source.numpy().view("u4"), 3, order.numpy().astype("u4"), target.numpy().view("u4"))
+    assert torch.equal(target[:, :-1], source[order, 3:].T)
+    assert not target[:, -1].any()
 
 
 def named(tensors: Tensors, module: str = "model.layers.0.mlp.experts.3.up_proj") -> Tensors:

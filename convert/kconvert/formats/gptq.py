@@ -52,7 +52,6 @@ KINDS = frozenset((format, "int") for format in ZEROS)
 READS = "GPTQ's integers of two to eight bits and AWQ's of four, by group"
 ALIGNED = (2, 4, 8)  # bits of codes of which a word has a whole number
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-PADDING = 16  # words behind each row, so that rows of a power of two words do not share their place in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +115,20 @@ class Gptq(Format):
         import numpy as np
 
         from kconvert.formats.kernels import gptq as kernels
+        from kconvert.formats.kernels.turn import turn
 
         if not tile.size:
             return
         rows, cols = tile.shape
         height = 8 if self.interleaved else 1  # rows that share the words of a column
         words = parts[0].view("u4").reshape(cols if self.interleaved else math.ceil(cols * self.bits / 32), -1)
-        brought = np.empty((math.ceil(rows / height), len(words) + PADDING), "u4")
-        kernels.bring(words, first_row // height, brought)
+        turned = np.empty((math.ceil(rows / height), len(words) + kernels.PADDING), "u4")
+        turn(words, first_row // height, _groups_of_columns(len(words), 1), turned)
         steps, zeros = self._steps_and_zeros(parts, first_row, rows, self.groups(cols))
-        if self._decode_rows(brought, parts[3:], steps, zeros, tile):
+        if self._decode_rows(turned, parts[3:], steps, zeros, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
 
-    def _decode_rows(self, brought: Words, index: Sequence[Bytes], steps: Tile, zeros: Tile, tile: Tile) -> Any:
+    def _decode_rows(self, turned: Words, index: Sequence[Bytes], steps: Tile, zeros: Tile, tile: Tile) -> Any:
         """By the kernel for these codes; whether it has met a senseless scale."""
         import numpy as np
 
@@ -138,24 +138,20 @@ class Gptq(Format):
         size = self.group_size or cols
         groups = index[0].view("u4") if index else _groups_of_columns(cols, size)
         regular = cols % size == 0 and (not index or np.array_equal(groups, _groups_of_columns(cols, size)))
-        codes = brought.view("u1") if self.bits == 8 else np.empty((rows, cols), "u1")
+        grouped = tile.reshape(rows, -1, size) if regular else tile
         if self.interleaved:
-            kernels.spread_interleaved(brought, _shifts_of(4, ORDER), codes)
-        elif self.bits == 4:
-            kernels.spread_nibbles(brought.view("u1"), codes)
-        elif self.bits != 8:
-            kernels.spread(brought, self.bits, codes)
+            return kernels.decode_interleaved(turned, _shifts_of(4, ORDER), steps, zeros, grouped)
         if regular:
-            return kernels.decode_bytes(codes, steps, zeros, tile.reshape(rows, -1, size))
-        return kernels.decode_indexed(codes, steps, zeros, groups, tile)
+            return kernels.decode(turned, self.bits, steps, zeros, grouped)
+        return kernels.decode_indexed(turned, self.bits, steps, zeros, groups, grouped)
 
     def _steps_and_zeros(self, parts: Sequence[Bytes], first: int, rows: int, groups: int) -> tuple[Tile, Tile]:
-        """Scales and zero points of so many rows from `first` on, f32 [rows, groups]; of the latter perhaps more."""
+        """Scales and zero points of so many rows from `first` on, f32 [groups, rows]; of the latter perhaps more."""
         import numpy as np
 
         from kconvert.formats.kernels import gptq as kernels
 
-        steps = np.empty((rows, groups), "f4")
+        steps = np.empty((groups, rows), "f4")
         kernels.widen_scales(parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1), first, steps)
         unit, mask = self.in_unit, (1 << self.bits) - 1
         by_words, plus, within = ZEROS[self.spelling]
@@ -167,7 +163,7 @@ class Gptq(Format):
         elif by_words:  # a word has no whole number of codes: gptqmodel takes one off each
             plus = 1
         words = parts[1].view("u4").reshape(groups, -1)[:, first // unit * (unit * self.bits // 32) :]
-        zeros = np.empty((math.ceil(rows / unit) * unit, groups), "f4")
+        zeros = np.empty((groups, math.ceil(rows / unit) * unit), "f4")
         kernels.unpack_zeros(words, self.bits, shifts, carry, plus, mask if within else 2 * mask + 1, zeros)
         return steps, zeros
 

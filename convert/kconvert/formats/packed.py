@@ -25,7 +25,6 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import (
@@ -43,9 +42,6 @@ from kconvert.formats.conventions import KIMI, Convention
 from kconvert.formats.fp8 import largest_scale
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"weight_packed", "weight_scale", ZERO_POINT, "weight_g_idx", "weight_shape"})
@@ -151,18 +147,16 @@ class Packed(Format):
 
         if not tile.size:
             return
-        rows, cols = tile.shape
+        rows = len(tile)
         codes = parts[0].reshape(rows, -1)
         scale = parts[1].view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1)
         groups = scale.shape[1]
-        size = cols // groups
         zero = None if self.symmetric else parts[2].view(ZERO_CODES[self.zero_dtype]).reshape(-1, groups)
-        if self.ordered or (groups > 1 and (size * self.bits % 8 or cols * self.bits % 32)):
-            index = parts[3 - self.symmetric].view("i4") if self.ordered else _groups_of_columns(groups, size)
+        if self.ordered:
+            index = parts[3 - self.symmetric].view("i4")
             senseless = kernels.decode_indexed(codes, self.bits, scale, zero, index, tile)
         else:
-            kernel = kernels.decode_nibbles if self.bits == 4 else kernels.decode_bytes
-            senseless = kernel(codes.reshape(rows, groups, -1), scale, zero, tile.reshape(rows, groups, -1))
+            senseless = kernels.decode(codes, self.bits, scale, zero, tile.reshape(rows, groups, -1))
         if senseless:
             raise ValueError("it has a scale of zero over codes that are not zero")
 
@@ -190,13 +184,6 @@ class Packed(Format):
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce")
         return lost
-
-
-@cache
-def _groups_of_columns(groups: int, size: int) -> NDArray[np.int32]:
-    import numpy as np
-
-    return np.repeat(np.arange(groups, dtype=np.int32), size)
 
 
 def from_scheme(scheme: Scheme) -> Packed | None:

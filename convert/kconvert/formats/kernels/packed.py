@@ -35,6 +35,7 @@ from kconvert.formats.kernels.bits import (
     widen,
     widen_scale,
 )
+from kconvert.formats.kernels.codes import USUAL, decode_group, differ, spread_nibbles
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
 LOW_NIBBLE = U(15)
@@ -62,46 +63,30 @@ def _offset_of(zero: Any, row: Any, group: Any, bits: Any) -> Any:
 
 
 @kernel
-def decode_nibbles(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
-    """packed u8 [rows, groups, >= g/2], scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point) * scale.
+def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
+    """packed u8 [rows, n] of codes of 4 or 8 `bits`, scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point)
+    * scale.
 
-    g is even, or there is one group. Returns whether a scale is zero over codes that are not.
+    Returns whether a scale is zero over codes that are not.
     """
-    size = tile.shape[2]
+    rows, groups, size = tile.shape
+    codes = np.empty(groups * size, np.uint8)
+    grouped = codes.reshape(groups, size)
     senseless = False
-    for row in range(tile.shape[0]):
-        for group in range(tile.shape[1]):
-            stored = scale[row, group]
+    for row in range(rows):
+        if bits == 4:
+            spread_nibbles(packed[row], codes)
+        else:
+            codes[:] = packed[row, : codes.shape[0]]
+        for group in range(groups):
+            stored, offset = scale[row, group], _offset(zero, row, group, bits)
             step = widen_scale(stored)
-            offset = _offset(zero, row, group, 4)
-            for j in range(size // 2):
-                byte = packed[row, group, j]
-                tile[row, group, 2 * j] = round_like((np.float32(np.int32(byte & 15)) - offset) * step, stored)
-                tile[row, group, 2 * j + 1] = round_like((np.float32(np.int32(byte >> 4)) - offset) * step, stored)
-            if size & 1:
-                code = np.float32(np.int32(packed[row, group, size // 2] & 15)) - offset
-                tile[row, group, size - 1] = round_like(code * step, stored)
+            if size == USUAL:
+                decode_group(grouped, row, group, offset, step, stored, tile, USUAL)
+            else:
+                decode_group(grouped, row, group, offset, step, stored, tile, size)
             if step == np.float32(0):
-                for i in range(size):
-                    senseless |= np.float32(np.int32((packed[row, group, i >> 1] >> (4 * (i & 1))) & 15)) != offset
-    return senseless
-
-
-@kernel
-def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
-    """decode_nibbles for eight-bit codes: packed u8 [rows, groups, >= g], any g."""
-    senseless = False
-    for row in range(tile.shape[0]):
-        for group in range(tile.shape[1]):
-            stored = scale[row, group]
-            step = widen_scale(stored)
-            offset = _offset(zero, row, group, 8)
-            for i in range(tile.shape[2]):
-                code = np.float32(np.int32(packed[row, group, i])) - offset
-                tile[row, group, i] = round_like(code * step, stored)
-            if step == np.float32(0):
-                for i in range(tile.shape[2]):
-                    senseless |= np.float32(np.int32(packed[row, group, i])) != offset
+                senseless |= differ(grouped, group, offset)
     return senseless
 
 
@@ -109,7 +94,7 @@ def decode_bytes(packed: Any, scale: Any, zero: Any, tile: Any) -> Any:
 def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, tile: Any) -> Any:
     """packed u8 [rows, bytes], scale [rows, groups], index i32 [cols], the group of each column -> tile f32 [rows, cols].
 
-    For columns in any order, and groups that end within a byte; `bits` is 4 or 8. Returns as decode_nibbles.
+    `decode` for columns in any order.
     """
     senseless = False
     for row in range(tile.shape[0]):
@@ -305,7 +290,7 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
 
 @kernel
 def fake_quantise(values: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, served: Any) -> None:
-    """What encode_exact and decode_nibbles make of values [groups, g]: bf16 bits in u16, or f32 that is rounded to bf16 first.
+    """What encode_exact and decode make of values [groups, g]: bf16 bits in u16, or f32 that is rounded to bf16 first.
 
     `served` has the type of `values`. Groups with a value that is not finite become NaN.
     """
