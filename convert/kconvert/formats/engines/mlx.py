@@ -82,9 +82,7 @@ class Affine(Format):
         rows, cols = tile.shape
         words = parts[0].view("u4").reshape(rows, -1)
         codes = words.view("u1") if self.bits == 8 else np.empty((rows, cols), "u1")
-        if self.bits == 4:
-            gptq.spread_nibbles(words.view("u1"), codes)
-        elif self.bits != 8:
+        if self.bits != 8:
             gptq.spread(words, self.bits, codes)
         scales, biases = (part.view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1) for part in parts[1:])
         mlx.decode_affine(codes, scales, biases, tile.reshape(rows, -1, self.group_size))

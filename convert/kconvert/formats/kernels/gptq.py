@@ -51,6 +51,13 @@ def unpack_zeros(words: Any, bits: Any, shifts: Any, carry: Any, plus: Any, keep
                 zeros[group, row] = np.float32(np.int32(U(U(U(codes[row]) + plus) & keep)))
 
 
+@kernel
+def spread(words: Any, bits: Any, codes: Any) -> None:
+    """words u32 [rows, n] of codes in a stream -> codes u8 [rows, cols]."""
+    for row in range(codes.shape[0]):
+        _spread(words[row], bits, codes[row])
+
+
 @inline
 def _spread(line: Any, bits: Any, codes: Any) -> None:
     """u32 of codes in a stream, the lowest bits first -> codes u8."""
