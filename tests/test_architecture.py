@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -284,6 +285,13 @@ def test_what_lies_on_a_disk_knows_nothing_of_what_moves_it():
 )
 def test_heavy_modules_are_imported_when_needed_and_not_before(module):
     assert not offenders([module], HEAVY - {"click"}, top_level=True, typing=False)
+
+
+def test_a_command_starts_without_what_reads_or_makes_models():
+    code = "import sys, kconvert.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    late = ("kconvert.models", "kconvert.dialects", "kconvert.run", "importlib.resources")
+    assert not [module for module in loaded if any(within(module, package) for package in late)]
 
 
 def test_what_trains_is_known_to_qat_only():

@@ -9,8 +9,7 @@ import click
 
 from kconvert.cli.options import attention_option, conversion, layout_option, packed_options, rest_option, scales_option
 from kconvert.cli.running import carry_out, pinned
-from kconvert.targets.mixed.rules import read_mix
-from kconvert.targets.recipe import MIXED
+from kconvert.targets.base import MIXED
 from kconvert.targets.registry import TARGETS
 
 
@@ -105,6 +104,8 @@ def convert(source: str, destination: str, to: str | None, recipe: str | None, *
     if (to is None) == (recipe is None):
         raise click.UsageError("give either --to or --recipe")
     if recipe is not None:
+        from kconvert.targets.mixed.rules import read_mix
+
         options["mix"] = read_mix(recipe, options.pop("layout") or "")
     _convert(source, destination, to=to or MIXED, expect=None, **options)
 

@@ -13,10 +13,8 @@ from click.shell_completion import CompletionItem
 
 from kconvert.checkpoint.directory import links_allowed
 from kconvert.checkpoint.files import exists, is_directory
-from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.formats.conventions import CONVENTIONS
-from kconvert.targets.base import POWERS, RESTS, SCALES, WIDE
-from kconvert.targets.recipe import ATTENTIONS
+from kconvert.targets.base import ATTENTIONS, POWERS, RESTS, SCALES, WIDE
 from kconvert.targets.registry import layouts_of
 
 Command: TypeAlias = Callable[..., Any]
@@ -45,12 +43,18 @@ class Location(click.ParamType[str]):
         self._gguf = gguf
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if exists(value) and not is_directory(value) and not (self._gguf and is_gguf(value)):
+        if exists(value) and not is_directory(value) and not (self._gguf and _is_gguf(value)):
             self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="file" if self._gguf else "dir")]
+
+
+def _is_gguf(path: str) -> bool:
+    from kconvert.checkpoint.gguf_files import is_gguf
+
+    return is_gguf(path)
 
 
 location = Location()

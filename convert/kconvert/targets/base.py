@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_SIZE = 5_000_000_000
 SCALES = ("amax", "mse")
 RESTS = ("bf16", "q8_0")  # the first is the default
+ATTENTIONS = ("bf16", "fp8")  # likewise
+MIXED = "recipe"  # in the place of a target: the recipe is in a file
 POWERS = "ue8m0"  # powers of two, for FP8
 WIDE = "f32"  # the source's in F32, for MLX
 # First words of the roles that are quantised as "every Linear"; not lm_head, nor the projections of linear attention, some of

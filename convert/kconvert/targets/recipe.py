@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
 from kconvert.formats.engines.mlx import Affine
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, POWERS, RESTS, SCALES, WIDE, Target
+from kconvert.targets.base import ATTENTIONS, DEFAULT_SHARD_SIZE, MIXED, POWERS, RESTS, SCALES, WIDE, Target
 from kconvert.targets.mixed.rules import Mix, read_mix
 from kconvert.targets.mixed.target import mixed_target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
-
-MIXED = "recipe"  # in the place of a target: the recipe is in a file
-ATTENTIONS = ("bf16", "fp8")
 
 if TYPE_CHECKING:
     from kconvert.formats import Format

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.errors import KconvertError
 from kconvert.formats.engines.ggml import Q4_0
-from kconvert.models.model import Model
 from kconvert.targets.base import EXPERTS, Target, Targets
+
+if TYPE_CHECKING:
+    from kconvert.models.model import Model
 
 TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
