@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kconvert.formats.base import Format
-from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Turns
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4
+from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
@@ -151,7 +152,7 @@ def test_mxfp4_keeps_every_code_and_scale(source: Format) -> None:
 def test_rows_that_take_turns_become_two_stacks() -> None:
     codes = torch.randint(0, 256, (8, COLS // 2), dtype=torch.uint8)
     scale = torch.randint(100, 140, (8, COLS // 32), dtype=torch.uint8)
-    format = Turns(Mxfp4(), 2, ("_gate_exps", "_up_exps"))
+    format = Turns(Mxfp4(), 2, ("_gate_exps.{}", "_up_exps.{}"))
     assert [part.shape for part in format.parts(8, COLS)] == [(2, 2, COLS)] * 2
     outputs, _ = recode(format, MxStack(2), [codes.flatten().numpy(), scale.flatten().numpy()], 8, COLS)
     for k, output in enumerate(outputs):

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from kconvert.formats.base import Fate, Format, Part, tensor_name
+from kconvert.formats.base import Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.mx import Mx
 from kconvert.formats.packed import SCALE_CODES, Packed
@@ -177,53 +177,6 @@ class Mxfp4(Blocks):
         pairs = np.ndarray((len(blocks), BLOCK // 4), "u2", blocks, 1, (blocks.shape[1], 2))  # at odd addresses
         kernels.recode_mxfp4(inputs[0].reshape(-1, BLOCK // 2), inputs[1], blocks[:, 0], pairs)
         return 0
-
-
-@dataclass(frozen=True, slots=True)
-class Turns(Format):
-    """Rows that take turns, dealt to two stacks of `stack` matrices, as gpt-oss has gate and up in one. Written only.
-
-    The stacks are called `names` + `.weight` behind the weight's name, or `.bias` where each row is a number, and then they
-    have a dimension less.
-    """
-
-    format: Format
-    stack: int
-    names: tuple[str, str]
-
-    @property
-    def label(self) -> str:
-        return self.format.label
-
-    @property
-    def quantised(self) -> bool:
-        return self.format.quantised
-
-    def takes_codes(self, source: Format) -> bool:
-        return self.format.takes_codes(source)
-
-    def fate(self, source: Format) -> Fate:
-        return self.format.fate(source)
-
-    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        (part,) = self.format.parts(rows // 2, cols)
-        shape = (self.stack, rows // 2 // self.stack, *([] if cols == 1 else [cols]))
-        suffix = "bias" if cols == 1 else part.suffix
-        return tuple(Part(tensor_name(name, suffix), part.dtype, shape, every=2) for name in self.names)
-
-    def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        import numpy as np
-
-        return sum(self.format.encode(np.ascontiguousarray(tile[k::2]), parts[k : k + 1]) for k in range(2))
-
-    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        import numpy as np
-
-        lost = 0
-        for k in range(2):
-            own = [np.ascontiguousarray(part.reshape(rows, -1)[k::2]).reshape(-1) for part in inputs]
-            lost += self.format.recode(source, own, rows // 2, cols, parts[k : k + 1])
-        return lost
 
 
 @dataclass(frozen=True, slots=True)

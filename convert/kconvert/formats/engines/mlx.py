@@ -26,7 +26,7 @@ from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads, Piece
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import GROUP, Mx
-from kconvert.formats.packed import Packed
+from kconvert.formats.packed import SCALE_CODES, Packed
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
@@ -41,7 +41,6 @@ KINDS = frozenset({(FORMAT, "int"), (FORMAT, "float")})
 READS = "integers of 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128, mxfp4 and mxfp8"
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
 
 
 @dataclass(frozen=True, slots=True)

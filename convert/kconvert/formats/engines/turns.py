@@ -1,11 +1,12 @@
-"""Stacks whose rows take turns in several tensors: gpt-oss's gate and up as MLX has them, each in a stack of its own.
+"""Stacks whose rows take turns in several tensors: gpt-oss's gate and up as MLX and llama.cpp have them, each in a stack.
 
 | tensor | of the stack [experts, n * out, in] |
 |---|---|
-| gate_proj | [experts, out, in], the rows 0, n, 2n … of each matrix |
-| up_proj | [experts, out, in], the rows 1, n + 1, 2n + 1 … |
+| gate | [experts, out, in], the rows 0, n, 2n … of each matrix |
+| up | [experts, out, in], the rows 1, n + 1, 2n + 1 … |
 
-Source: https://github.com/ml-explore/mlx-lm, `models/gpt_oss.py`.
+Sources: https://github.com/ml-explore/mlx-lm, `models/gpt_oss.py`; https://github.com/ggml-org/llama.cpp,
+`conversion/gpt_oss.py`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Turns(Format):
     def label(self) -> str:
         return self.format.label
 
+    @property
+    def quantised(self) -> bool:
+        return self.format.quantised
+
     def height(self, rows: int) -> int | None:
         return rows // self.stack
 
@@ -51,13 +56,18 @@ class Turns(Format):
         return tuple(found)
 
     def takes_codes(self, source: Format) -> bool:
-        return isinstance(source, MxStack) and isinstance(self.format, Mx)
+        return self.format.takes_codes(source) or (isinstance(source, MxStack) and isinstance(self.format, Mx))
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        turns, lost = len(self.names), 0
         for place, own in self._turns(parts):
-            for whole, part in zip(inputs, own, strict=True):
-                part.reshape(rows // len(self.names), -1)[:] = whole.reshape(rows, -1)[place :: len(self.names)]
-        return 0
+            given = [whole.reshape(rows, -1)[place::turns].copy().reshape(-1) for whole in inputs]
+            if self.format.takes_codes(source):
+                lost += self.format.recode(source, given, rows // turns, cols, own)
+            else:  # MXFP4's bytes under other names
+                for part, data in zip(own, given, strict=True):
+                    part[:] = data
+        return lost
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import DTYPES, Dense
-from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Turns, Whole
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Whole
 from kconvert.formats.engines.heads import Heads, Piece
+from kconvert.formats.engines.turns import Turns
 from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
@@ -174,7 +175,7 @@ class Tensors:
         shape, stack = (weight.rows, weight.cols), weight.format.height(weight.rows)
         experts = weight.rows // (stack or 1)
         if weight.role == "expert.gate_up":
-            target = Turns(Mxfp4(), experts, ("_gate_exps", "_up_exps"))
+            target = Turns(Mxfp4(), experts, ("_gate_exps.{}", "_up_exps.{}"))
             output = f"blk.{weight.layer}.ffn"
             return Transcode(weight.name, *shape, weight.format, weight.tensors, target, (), output)
         return _whole(weight, f"blk.{weight.layer}.ffn_down_exps.weight", Mxfp4(), (experts, stack or 0, weight.cols))
@@ -186,7 +187,7 @@ class Tensors:
             raise KconvertError(f"{tensor} is {tensor.dtype} {list(shape)}, which has no place in a GGUF")
         source = Dense(tensor.dtype)
         if plain.role == "expert.gate_up.bias":
-            target: Format = Turns(Dense("F32"), shape[0], ("_gate_exps", "_up_exps"))
+            target: Format = Turns(Dense("F32"), shape[0], ("_gate_exps.bias", "_up_exps.bias"), flat=True)
             return Transcode(tensor.name, math.prod(shape), 1, source, (tensor,), target, (), f"blk.{plain.layer}.ffn")
         name = self.name(tensor.name)
         is_matrix = len(shape) == 2 and name.endswith(".weight") and plain.role != "router"
