@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from kconvert.errors import KconvertError
 from kconvert.models.amx import PROJECTIONS
 from kconvert.models.model import Model, Weight
-from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain
 
 
@@ -28,7 +27,7 @@ def routed_experts(model: Model) -> Experts:
 
     Those of the layers behind the last (MTP) stay out, as kt-kernel's converter leaves them.
     """
-    root, last = model.checkpoint.root, _layers(model)
+    root, last = model.checkpoint.root, model.layers
     weights = tuple(w for w in model.weights if w.role.partition(".")[0] == "expert" and (w.layer or 0) < last)
     unknown = [w for w in weights if w.role.partition(".")[2] not in PROJECTIONS or w.expert is None or w.layer is None]
     if not weights or unknown:
@@ -56,13 +55,6 @@ def routed_experts(model: Model) -> Experts:
 def experts_in(weights: Iterable[Weight]) -> Mapping[tuple[int | None, str], int]:
     """How many routed experts have a matrix of this role in this layer."""
     return Counter((weight.layer, weight.role) for weight in weights if weight.expert is not None)
-
-
-def _layers(model: Model) -> float:
-    """The number of layers without MTP; unbounded where config.json does not say it."""
-    key = model.manifest.dims.get("layers", "num_hidden_layers")
-    count = lookup(model.manifest.section(model.checkpoint.config), key)
-    return count if isinstance(count, int) else float("inf")
 
 
 def rest_of(model: Model) -> Iterator[Plain]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.formats.engines.mlx import HALVES, STACKED
-from kconvert.models.stacks import MAX_EXPERTS
+from kconvert.models.stacks import MAX_EXPERTS, Stack, views
 
 if TYPE_CHECKING:
     from kconvert.models.manifest import Names
@@ -54,12 +54,8 @@ def _cut(tensor: Tensor, match: re.Match[str], names: Names, modules: Modules) -
     before, word, suffix = match.groups()
     if names.linear(f"{before}.experts.0.{WORDS[word]}") is not None:
         word = WORDS[word]
-    count, *shape = tensor.shape
-    nbytes = tensor.nbytes // count
-    for expert in range(count):
-        weight = f"{before}.experts.{expert}.{word}"
-        start = tensor.start + expert * nbytes
-        view = Tensor(f"{weight}.{suffix}", tensor.dtype, tuple(shape), tensor.file, start, nbytes)
+    members = tuple(f"{before}.experts.{expert}.{word}" for expert in range(tensor.shape[0]))
+    for weight, view in zip(members, views(Stack(tensor.name, members), suffix, tensor), strict=True):
         modules.setdefault(weight, {})[suffix] = view
 
 

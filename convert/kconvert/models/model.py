@@ -27,6 +27,7 @@ from kconvert.models.copies import undecoded
 from kconvert.models.manifest import Manifest, Names, UnknownSizeError
 from kconvert.models.roles import Role, guess
 from kconvert.models.rules import Match, matrix
+from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
 from kconvert.models.stacks import Stack
 
@@ -83,6 +84,13 @@ class Model:
         """Weights and plain tensors' elements: what people call the size of the model."""
         weights = sum(weight.rows * weight.cols for weight in self.weights)
         return weights + sum(math.prod(plain.tensor.shape) for plain in self.plain)
+
+    @property
+    def layers(self) -> float:
+        """The number of layers without MTP; unbounded where config.json does not say it."""
+        key = self.manifest.dims.get("layers", "num_hidden_layers")
+        count = lookup(self.manifest.section(self.checkpoint.config), key)
+        return count if isinstance(count, int) else math.inf
 
     def select(self, include: Iterable[str], exclude: Iterable[str]) -> Model:
         """Only the weights and tensors whose names match a glob of `include` (none: all) and none of `exclude`.

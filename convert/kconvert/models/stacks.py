@@ -75,7 +75,7 @@ def unstack(
             stacks[name] = stack
         for suffix, tensor in parts.items():
             del whole[tensor.name]
-            for view in _views(stack, suffix, tensor):
+            for view in views(stack, suffix, tensor):
                 if (other := whole.get(view.name)) is not None:
                     where = "a tensor of its own" if view.name in tensors else f"in another stack of {other.file}"
                     raise KconvertError(f"{tensor} has {view.name!r} in it, which is also {where}")
@@ -135,7 +135,7 @@ def _stands_upright(experts: str, last: str, codes: Tensor, tensors: Mapping[str
     return False
 
 
-def _views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
+def views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
     """The part of each matrix as a tensor; one number for an expert is one for each of its matrices."""
     experts = len(stack.members) // stack.width
     count, *rest = tensor.shape or (1,)

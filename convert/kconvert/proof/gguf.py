@@ -21,8 +21,8 @@ from kconvert.dialects import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError, counted
 from kconvert.formats import Format
 from kconvert.formats.dense import DTYPES, Dense
+from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight
-from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain
 from kconvert.proof.parity.witnesses.ggml import Blocks, KeysAndValues, Turns, is_known
 
@@ -95,16 +95,7 @@ def _name(item: Weight | Plain) -> str:
 
 def _may_be_absent(item: Weight | Plain, original: Model) -> bool:
     """Whether models in GGUF run without it."""
-    return (
-        item.role.partition(".")[0] in ELSEWHERE or (item.layer or 0) >= _layers(original) or _is_tied(item, original)
-    )
-
-
-def _layers(original: Model) -> float:
-    """The number of layers without MTP; unbounded where config.json does not say it."""
-    key = original.manifest.dims.get("layers", "num_hidden_layers")
-    count = lookup(original.manifest.section(original.checkpoint.config), key)
-    return count if isinstance(count, int) else math.inf
+    return item.role.partition(".")[0] in ELSEWHERE or (item.layer or 0) >= original.layers or _is_tied(item, original)
 
 
 def _is_tied(item: Weight | Plain, original: Model) -> bool:
@@ -138,9 +129,7 @@ class _Shelf:
     def __post_init__(self) -> None:
         items: list[Weight | Plain] = [*self.original.weights, *self.original.plain]
         self._name_of = _table(self.checkpoint.architecture, 1 + max((item.layer or 0 for item in items), default=0))
-        self._experts = Counter(
-            (weight.layer, weight.role) for weight in self.original.weights if weight.expert is not None
-        )
+        self._experts = experts_in(self.original.weights)
 
     def counterpart(self, item: Weight | Plain) -> Weight | None:
         """The weight that is `item` in the file; None where it is not there."""

@@ -25,7 +25,6 @@ from kconvert.formats.stacks import MxStack
 from kconvert.models.experts import experts_in
 from kconvert.models.mlx import KV_B
 from kconvert.models.model import Model, Weight, format_counts, natural_key
-from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
@@ -76,13 +75,10 @@ class _Mlx:
 
     @cached_property
     def layers(self) -> float:
-        """How many there are without those that predict further tokens (MTP), which mlx-lm does not load."""
-        manifest = self.model.manifest
-        count = lookup(manifest.section(self.model.checkpoint.config), manifest.dims.get("layers", "num_hidden_layers"))
-        return count if isinstance(count, int) else float("inf")
+        return self.model.layers
 
     def stays(self, item: Weight | Plain) -> bool:
-        """Whether it is part of what mlx-lm loads."""
+        """Whether it is part of what mlx-lm loads, which the layers behind the last (MTP) are not."""
         return (item.layer is None or item.layer < self.layers) and not item.role.startswith("mtp")
 
     def format(self, weight: Weight) -> Format:
