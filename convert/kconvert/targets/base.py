@@ -1,13 +1,15 @@
-"""What a kind of output is: an encoding, the weights that get it, and what config.json says of it."""
+"""What a kind of output is: an encoding, the weights that get it, what config.json says of it; and what every plan tells."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.planning.containers import Container, Safetensors
+from kconvert.planning.steps import Step, count_steps
 
 if TYPE_CHECKING:
     from kconvert.models.model import Model, Weight
@@ -98,3 +100,48 @@ def is_linear_role(role: str, model_type: object) -> bool:
     """Whether an engine's code for this type of model has a Linear in this role."""
     last = role.rpartition(".")[2]
     return last not in NO_LINEARS or (last == "router" and model_type in LINEAR_ROUTERS)
+
+
+def facts_of(
+    model: Model,
+    to: str,
+    asked: Mapping[str, Any],
+    steps: Sequence[Step],
+    read_bytes: int,
+    told: Mapping[str, Any],
+    dropped: Iterable[str],
+    notes: Sequence[str] | None,
+) -> dict[str, Any]:
+    """What a user wants to know of a plan; `asked`: what for, beside the target, `told`: of its steps, beside their counts."""
+    from kconvert.models.model import format_counts  # a command starts with this module, and without that one
+
+    return {
+        "source": model.checkpoint.name,
+        "manifest": model.manifest.name,
+        "to": to,
+        **asked,
+        "parameters": model.parameters,
+        "weights": dict(format_counts(model.weights)),
+        "read_bytes": read_bytes,
+        **count_steps(steps),
+        **told,
+        "dropped": list(dropped),
+        **({} if notes is None else {"notes": list(notes)}),
+        **({"findings": list(model.findings)} if model.findings else {}),
+        "left_out": list(model.checkpoint.left_out),
+    }
+
+
+def read_bytes(model: Model) -> int:
+    """The size of all of the model's tensors that have values."""
+    weights = sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
+    return weights + sum(plain.tensor.nbytes for plain in model.plain)
+
+
+def refuse_loss(weight: str, source: Format, encoding: Format) -> None:
+    """KconvertError where the weight, spelt as `source` now, may lose values in this encoding."""
+    if encoding.fate(source) == "lossy":
+        raise KconvertError(
+            f"weight {weight!r} ({source.label}) may lose values as {encoding.label}, which --require-exact forbids; leave it "
+            "out"
+        )

@@ -22,8 +22,8 @@ from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of, count_steps
-from kconvert.targets.base import EXPERTS, POWERS, Target, is_linear_role
+from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
+from kconvert.targets.base import EXPERTS, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
 from kconvert.targets.mixed.fused import mates
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
@@ -134,11 +134,8 @@ class Conversion:
         change = self._changes.get(kind)
         if change is None:
             change = self._changes[kind] = Change.of(weight.format, self._encoding(weight, choice))
-            if self.recipe.require_exact and not change.keeps_codes and change.encoding.fate(weight.format) == "lossy":
-                raise KconvertError(
-                    f"weight {weight.name!r} ({weight.format.label}) may lose values as {change.encoding.label}, which "
-                    "--require-exact forbids; leave it out"
-                )
+            if self.recipe.require_exact and not change.keeps_codes:
+                refuse_loss(weight.name, weight.format, change.encoding)
         return change
 
     @cached_property
@@ -247,24 +244,16 @@ class Conversion:
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""
-        model, recipe = self.model, self.recipe
-        return {
-            "source": model.checkpoint.name,
-            "manifest": model.manifest.name,
-            "to": recipe.to,
+        recipe = self.recipe
+        asked = {
             **({"layout": recipe.layout} if recipe.layout else {}),
             **({"recipe": self.target.words} if self.target.words else {}),
             **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
-            "parameters": model.parameters,
-            "weights": dict(format_counts(model.weights)),
-            "read_bytes": sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
-            + sum(plain.tensor.nbytes for plain in model.plain),
-            **count_steps(steps),
-            "dropped": [tensor.name for tensor in self.left_behind()],
-            **({"notes": notes} if (notes := self._notes(steps)) else {}),
-            **({"findings": list(model.findings)} if model.findings else {}),
-            "left_out": list(model.checkpoint.left_out),
         }
+        dropped = (tensor.name for tensor in self.left_behind())
+        return facts_of(
+            self.model, recipe.to, asked, steps, read_bytes(self.model), {}, dropped, self._notes(steps) or None
+        )
 
     def _notes(self, steps: Sequence[Step]) -> list[str]:
         """Which weights get scales that are powers of two though nobody asked for them."""

@@ -24,12 +24,12 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.stacks import MxStack
 from kconvert.models.experts import experts_in
 from kconvert.models.mlx import KV_B
-from kconvert.models.model import Model, Weight, format_counts, natural_key
+from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Slot, Step, Transcode, copy_of, count_steps
-from kconvert.targets.base import WIDE
+from kconvert.planning.steps import Slot, Step, Transcode, copy_of
+from kconvert.targets.base import WIDE, facts_of, read_bytes, refuse_loss
 from kconvert.targets.recipe import Recipe
 
 METADATA = {"format": "mlx"}
@@ -98,8 +98,8 @@ class _Mlx:
         format = affine_of(source, weight.cols, dtype, self.recipe.require_exact) or (
             Dense("BF16") if source.quantised else source
         )
-        if self.recipe.require_exact and isinstance(format, Dense) and format.fate(source) == "lossy":
-            raise KconvertError(f"weight {weight.name!r} is {source.label}, whose values BF16 does not hold exactly")
+        if self.recipe.require_exact and isinstance(format, Dense):
+            refuse_loss(weight.name, source, format)
         return format
 
     @cached_property
@@ -209,21 +209,10 @@ class _Mlx:
         items: list[Weight | Plain] = [*model.weights, *model.plain]
         gone = [item for item in items if not self.stays(item)]
         left = [t for item in gone for t in (item.tensors if isinstance(item, Weight) else (item.tensor,))]
-        return {
-            "source": model.checkpoint.name,
-            "manifest": model.manifest.name,
-            "to": self.recipe.to,
-            **({"scales": WIDE} if self.recipe.scales == WIDE else {}),
-            "parameters": model.parameters,
-            "weights": dict(format_counts(model.weights)),
-            "read_bytes": sum(sum(t.nbytes for t in w.tensors) for w in model.weights)
-            + sum(plain.tensor.nbytes for plain in model.plain),
-            **count_steps(steps),
-            "dropped": [tensor.name for tensor in (*model.dropped, *left)],
-            "notes": list(self._notes(steps)),
-            **({"findings": list(model.findings)} if model.findings else {}),
-            "left_out": list(model.checkpoint.left_out),
-        }
+        asked = {"scales": WIDE} if self.recipe.scales == WIDE else {}
+        dropped = (tensor.name for tensor in (*model.dropped, *left))
+        notes = list(self._notes(steps))
+        return facts_of(model, self.recipe.to, asked, steps, read_bytes(model), {}, dropped, notes)
 
     def _notes(self, steps: Sequence[Step]) -> Iterator[str]:
         """What MLX makes of it, and what is not the source's bytes."""

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from kconvert.errors import KconvertError, counted
 from kconvert.formats.engines.ggml import Q4_0, Q8_0
 from kconvert.formats.engines.heads import Heads
-from kconvert.models.model import Model, format_counts
+from kconvert.models.model import Model
 from kconvert.planning.gguf import Gguf
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Copy, Step, Transcode, count_steps
+from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.targets.base import facts_of, refuse_loss
 from kconvert.targets.gguf.architectures import Architecture, architecture_of, section_of, title_of
 from kconvert.targets.gguf.metadata import Fields, add_hyperparameters
 from kconvert.targets.gguf.tensors import Tensors
@@ -38,22 +39,11 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     checkpoint = replace(chosen.checkpoint, side_files={})
 
     def facts(steps: Sequence[Step]) -> dict[str, Any]:
-        return {
-            "source": model.checkpoint.name,
-            "manifest": model.manifest.name,
-            "to": recipe.to,
-            "rest": recipe.rest,
-            "architecture": architecture.name,
-            "parameters": chosen.parameters,
-            "weights": dict(format_counts(chosen.weights)),
-            "read_bytes": sum(_read_bytes(step) for step in steps),
-            **count_steps(steps),
-            "tensors": dict(_origins(steps)),
-            "dropped": [*tensors.left_out, *(tensor.name for tensor in chosen.dropped)],
-            "notes": list(_notes(steps, tensors.left_out)),
-            **({"findings": list(chosen.findings)} if chosen.findings else {}),
-            "left_out": list(model.checkpoint.left_out),
-        }
+        asked = {"rest": recipe.rest, "architecture": architecture.name}
+        origins, read = _origins(steps), sum(_read_bytes(step) for step in steps)
+        dropped = (*tensors.left_out, *(tensor.name for tensor in chosen.dropped))
+        notes = list(_notes(steps, origins, tensors.left_out))
+        return facts_of(chosen, recipe.to, asked, steps, read, {"tensors": dict(origins)}, dropped, notes)
 
     drafts = _exact(tensors.drafts()) if recipe.require_exact else tensors.drafts()
     return Output(repr(recipe), checkpoint, drafts, container, {}, chosen.parameters, facts).plan()
@@ -62,11 +52,8 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
 def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
     """The steps; KconvertError for the first that rounds."""
     for step in drafts:
-        if isinstance(step, Transcode) and step.target.fate(step.source) == "lossy":
-            raise KconvertError(
-                f"weight {step.name!r} ({step.source.label}) may lose values as {step.target.label}, which --require-exact "
-                "forbids; leave it out"
-            )
+        if isinstance(step, Transcode):
+            refuse_loss(step.name, step.source, step.target)
         yield step
 
 
@@ -115,8 +102,7 @@ def _made(fate: str) -> str:
     return "the source's values, in another type" if fate == "lossless" else "computed, and rounded"
 
 
-def _notes(steps: Sequence[Step], left_out: Sequence[str]) -> Iterator[str]:
-    counts = _origins(steps)
+def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[str]) -> Iterator[str]:
     yield "of the weights and tensors, " + "; ".join(f"{count:,} are {what}" for what, count in counts.items())
     heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
     if heads:
