@@ -95,7 +95,8 @@ class Transcode(NamedTuple):
         return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
-        return self._replace(writes=writes)
+        """In half the time of `_replace`, as a large model has a quarter of a million."""
+        return Transcode(*self[:6], writes, *self[7:])
 
     @property
     def origins(self) -> tuple[Origin, ...]:

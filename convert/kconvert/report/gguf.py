@@ -10,7 +10,7 @@ from typing import Any
 from kconvert.checkpoint.gguf import BLOCKS, Array
 from kconvert.checkpoint.gguf_files import GgufCheckpoint
 from kconvert.errors import counted, human
-from kconvert.report.summary import Summary
+from kconvert.report.summary import Summary, role_lines
 
 PARTS = ("gate", "up", "down")
 # What llama.cpp calls a tensor, without its layer and its last word -> the role.
@@ -66,11 +66,7 @@ def summarise_gguf(checkpoint: GgufCheckpoint) -> Summary:
     lines = [
         f"{checkpoint.name}: GGUF of {checkpoint.architecture}, {parameters:,} parameters, {human(checkpoint.nbytes)} in "
         f"{counted(len(checkpoint.files), 'file')}, {counted(len(checkpoint.tensors), 'tensor')}",
-        f"{'role':<20}{'type':<18}{'tensors':>10}{'parameters':>20}{'size':>10}",
-        *(
-            f"{row['role']:<20}{row['format']:<18}{row['tensors']:>10,}{row['parameters']:>20,}{human(row['bytes']):>10}"
-            for row in table
-        ),
+        *role_lines(table, "type", "tensors", "tensors"),
         *(f"finding: {finding}" for finding in findings),
     ]
     return Summary(facts, tuple(lines))

@@ -6,7 +6,7 @@ import math
 import resource
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,14 +80,18 @@ def summarise(model: Model) -> Summary:
         f"{checkpoint.name}: {model.manifest.name}, {model.parameters:,} parameters, {human(checkpoint.nbytes)} in "
         f"{counted(len(checkpoint.files), 'shard')}, {counted(len(checkpoint.tensors), 'tensor')}",
         *(f"quantisation: {scheme}" for scheme in model.quantization.schemes),
-        f"{'role':<20}{'format':<18}{'weights':>10}{'parameters':>20}{'size':>10}",
-        *(
-            f"{row['role']:<20}{row['format']:<18}{row['count']:>10,}{row['parameters']:>20,}{human(row['bytes']):>10}"
-            for row in table
-        ),
+        *role_lines(table, "format", "weights", "count"),
         *(f"finding: {finding}" for finding in findings),
     ]
     return Summary(facts, tuple(lines))
+
+
+def role_lines(table: Sequence[Mapping[str, Any]], format: str, items: str, count: str) -> Iterator[str]:
+    """The table of roles; `format` and `items` are what people call the second and the third column, which has `count`."""
+    yield f"{'role':<20}{format:<18}{items:>10}{'parameters':>20}{'size':>10}"
+    for row in table:
+        sizes = f"{row[count]:>10,}{row['parameters']:>20,}{human(row['bytes']):>10}"
+        yield f"{row['role']:<20}{row['format']:<18}{sizes}"
 
 
 def find(model: Model) -> list[str]:
