@@ -1,4 +1,4 @@
-"""A checkpoint by its address: a directory of the disk, a repository of the Hub, or a GGUF file."""
+"""A checkpoint by its address: a directory of the disk, a repository of the Hub, objects of a store, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ import os
 from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
 from kconvert.checkpoint.source import Checkpoint, open_directory
 from kconvert.hub.ids import parse_hub_id
+from kconvert.stores.urls import parse_store_url
 
 
 def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Read configuration, index and headers of the checkpoint in directory `path`, see open_directory.
 
-    A Hub id (`org/name`, `hf://org/name@revision`) will do where no such directory is: its headers come by HTTP.
+    A Hub id (`org/name`, `hf://org/name@revision`) will do where no such directory is: its headers come by HTTP; those of
+    `s3://bucket/prefix`, `gs://…` and `az://…` from the store.
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a link
     that leads outside the directory.
     """
+    if (objects := parse_store_url(os.fspath(path))) is not None:
+        from kconvert.stores.objects import open_objects
+
+        return open_objects(objects, revision)
     place = parse_hub_id(os.fspath(path))
     if place is None or os.path.lexists(path):
         return open_directory(path, revision)
     from kconvert.hub.repository import open_repository
 
     return open_repository(place, revision)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether an address that is no directory could be one of the Hub or of an object store."""
+    return parse_store_url(os.fspath(path)) is not None or parse_hub_id(os.fspath(path)) is not None
 
 
 def open_stored(path: str | os.PathLike[str]) -> Checkpoint:

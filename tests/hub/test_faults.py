@@ -157,7 +157,7 @@ def test_content_that_stays_wrong_is_one_sentence(hub, remote, command, whole, t
     hub.fail(rf"{first}$", corrupt, times=1000)
     message = command.refused(*arguments)
     assert first in message
-    assert "another content than the Hub's list describes" in message
+    assert "another content than the list of files describes" in message
     hub.faults.clear()
     command.ok(*arguments)
     assert tree(tmp_path / "dst") == whole

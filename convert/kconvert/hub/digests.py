@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kconvert.checkpoint.download import feed
 from kconvert.checkpoint.listing import FileStat
 
-if TYPE_CHECKING:
-    from hashlib import _Hash as Hash
 
-CHUNK = 1 << 20
+class ContentDigest:
+    """Of a file that the Hub lists with this stamp, to be fed with its bytes."""
 
+    def __init__(self, stat: FileStat) -> None:
+        self._wanted = stat.stamp.partition(":")[2]
+        if stat.stamp.startswith("sha256:"):
+            self._digest = hashlib.sha256()
+        else:
+            self._digest = hashlib.sha1(b"blob %d\0" % stat.nbytes, usedforsecurity=False)
 
-def new_digest(stat: FileStat) -> Hash:
-    """To be fed with the file's bytes; see `says`."""
-    if stat.stamp.startswith("sha256:"):
-        return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % stat.nbytes, usedforsecurity=False)
+    def update(self, data: bytes, /) -> None:
+        self._digest.update(data)
 
-
-def says(digest: Hash, stat: FileStat) -> bool:
-    return digest.hexdigest() == stat.stamp.partition(":")[2]
-
-
-def feed(digest: Hash, path: Path) -> None:
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    def agrees(self) -> bool:
+        return self._digest.hexdigest() == self._wanted
 
 
 def matches(path: Path, stat: FileStat) -> bool:
-    digest = new_digest(stat)
-    feed(digest, path)
-    return says(digest, stat)
+    digest = ContentDigest(stat)
+    feed(digest.update, path)
+    return digest.agrees()

@@ -1,89 +1,71 @@
 """A checkpoint on the Hub, without downloading it: the list of files, and the headers by HTTP ranges.
 
-The commit is pinned by the first call; all others name it, so a branch that moves meanwhile changes nothing. The headers
-say all that the index does, and a large model's has 20 MB: it is only read where it must decide which files belong to the
-checkpoint, and before weights are.
+The commit is pinned by the first call; all others name it, so a branch that moves meanwhile changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
-from kconvert.checkpoint.index import compare_index, read_weight_map
-from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
-from kconvert.checkpoint.safetensors import Tensor, read_header
-from kconvert.checkpoint.source import Checkpoint, Reader, assemble
+from kconvert.checkpoint.listing import FileStat, Listing
+from kconvert.checkpoint.remote import RemoteCheckpoint, assemble_remote, check_file_name
 from kconvert.errors import KconvertError
 from kconvert.hub.client import api, into_cache, patiently, transfer
-from kconvert.hub.digests import matches
+from kconvert.hub.digests import ContentDigest, matches
 from kconvert.hub.ids import HubId
 
-CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
-FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
-HEADER_TO_INDEX = 1.4  # bytes: a header says of a tensor dtype, shape and offsets, the index its file
 SMALL_FILE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class HubCheckpoint(Checkpoint):
+class HubCheckpoint(RemoteCheckpoint):
     """A checkpoint on the Hub at the commit `place.revision`; `asked` is the revision that was asked for.
 
-    `listed` are all its files as the Hub lists them.
-    `root` is no directory but names it in messages: `org/name@commit`. Reads go over the network.
+    `root` is `org/name@commit`. What is fetched whole goes into the Hub's cache.
     """
 
     place: HubId
     asked: str | None
-    listed: Mapping[str, FileStat]
 
     @property
     def name(self) -> str:
         return str(self.place)
 
     @property
-    def directory(self) -> None:
-        return None
-
-    @property
     def origin(self) -> dict[str, str | None]:
         return {"origin": self.name, "asked": self.asked}
-
-    def reader(self) -> Reader:
-        return RangeReader(self.place)
 
     def side_file(self, name: str) -> Path:
         return small_file(self.place, name, self.listed[name])
 
-    def has(self, name: str) -> bool:
-        return name in self.listed
+    def transfer(
+        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
+    ) -> None:
+        transfer(self.place, file, start, stop, take, stopped)
 
-    def check_index(self) -> None:
-        if self.has(INDEX_NAME):
-            listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
-            compare_index(listing, self.tensors, read_weight_map(listing))
+    def digest(self, file: str) -> ContentDigest:
+        return ContentDigest(self.listed[file])
 
+    def cached(self, file: str) -> Path | None:
+        found = huggingface_hub.try_to_load_from_cache(self.place.repo, file, revision=self.place.revision)
+        return Path(found) if isinstance(found, str) else None
 
-class RangeReader(Reader):
-    """Reads of any byte range of a repository's files, each a request."""
+    def cache(self, file: str) -> Path:
+        folder = repo_folder_name(repo_id=self.place.repo, repo_type="model")
+        return Path(constants.HF_HUB_CACHE, folder, "blobs", self.listed[file].stamp.partition(":")[2])
 
-    def __init__(self, place: HubId) -> None:
-        super().__init__(Path(str(place)))
-        self._place = place
-
-    def _fill(self, file: str, descriptors: dict[str, int], start: int, buffer: memoryview, needed: int) -> None:
-        done = 0
-
-        def take(chunk: bytes) -> None:
-            nonlocal done
-            buffer[done : done + len(chunk)] = chunk
-            done += len(chunk)
-
-        transfer(self._place, file, start, start + needed, take)
+    def keep(self, file: str) -> Path:
+        return into_cache(self.place, file)  # which finds the content there, and links it
 
 
 def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
@@ -95,15 +77,11 @@ def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
     place = HubId(asked.repo, info.sha)
     inventory = list_files(place)
 
-    def headers(files: list[str]) -> Iterable[list[Tensor]]:
-        guess = _header_bytes(inventory, len(files))
-        return pool.map(lambda file: _header(place, file, inventory[file].nbytes, guess), files)
-
     def load(file: str) -> bytes:
         return small_file(place, file, inventory[file]).read_bytes()
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = assemble(Listing(Path(str(place)), inventory, load), headers, spare_index=True)
+    listing = Listing(Path(str(place)), inventory, load)
+    found = assemble_remote(listing, partial(transfer, place))
     return HubCheckpoint(**vars(found), place=place, asked=asked.revision, listed=inventory)
 
 
@@ -117,20 +95,11 @@ def list_files(place: HubId) -> dict[str, FileStat]:
     found: dict[str, FileStat] = {}
     for entry in tree:
         if isinstance(entry, RepoFile):
-            _check_name(place, entry.path)
+            check_file_name(place, entry.path)
             if not any(folder.startswith(".") for folder in PurePosixPath(entry.path).parts[:-1]):
                 stamp = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
                 found[entry.path] = FileStat(entry.size, stamp)
     return found
-
-
-def _check_name(place: HubId, name: str) -> None:
-    """Names come from whoever made the repository; they become paths below directories of ours."""
-    parts = name.split("/")
-    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
-        raise KconvertError(
-            f"{place} has a file called {name!r}, which could lead anywhere; do not trust this repository"
-        )
 
 
 def small_file(place: HubId, name: str, stat: FileStat) -> Path:
@@ -142,22 +111,3 @@ def small_file(place: HubId, name: str, stat: FileStat) -> Path:
     raise KconvertError(
         f"{name} of {place} does not arrive as the Hub's list describes it; run the same command again later"
     )
-
-
-def _header_bytes(inventory: Mapping[str, FileStat], shards: int) -> int:
-    """What a header should not exceed, by the size of the index; a longer one takes a second request."""
-    index = inventory[INDEX_NAME].nbytes if INDEX_NAME in inventory else 0
-    least, most = FIRST_READ
-    return min(most, max(least, int(index / shards * HEADER_TO_INDEX)))
-
-
-def _header(place: HubId, file: str, size: int, guess: int) -> list[Tensor]:
-    head = bytearray()
-
-    def read(start: int, nbytes: int) -> bytes:
-        stop = start + nbytes
-        if stop > len(head):
-            transfer(place, file, len(head), min(size, max(stop, guess)), head.extend)
-        return bytes(head[start:stop])
-
-    return read_header(f"{place}/{file}", size, read, file)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.download import feed
 from kconvert.checkpoint.safetensors import LENGTH, Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
-from kconvert.hub.digests import feed
 
 CHUNK = 8 << 20  # bytes at a time
 SMALL = 1 << 16  # bytes that are not worth a read past the page cache
@@ -65,7 +65,7 @@ def file_digest(checkpoint: Checkpoint, name: str) -> str:
         with checkpoint.reader() as reader:
             return hashlib.sha256(reader.read(name, 0, min(starts, default=weights.nbytes))).hexdigest()
     found = hashlib.sha256()
-    feed(found, checkpoint.side_file(name))
+    feed(found.update, checkpoint.side_file(name))
     return found.hexdigest()
 
 

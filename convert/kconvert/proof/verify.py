@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from kconvert.address import open_checkpoint
+from kconvert.address import is_remote, open_checkpoint
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.checkpoint.safetensors import Tensor
@@ -22,7 +22,6 @@ from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.engines.amx import Amx
-from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.sorting import Plain
@@ -192,7 +191,7 @@ def _open_output(
         return open_packed(original, path)
     if is_gguf(path):
         return open_related(original, whole, path)
-    if not path.is_dir() and parse_hub_id(os.fspath(output)) is None:
+    if not path.is_dir() and not is_remote(output):
         open_checkpoint(output)  # says what is wrong
     # Our conversions write config.json and the index last; others may have a single file and no index.
     wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)

@@ -14,11 +14,12 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
+from kconvert.checkpoint.download import fetch
 from kconvert.checkpoint.files import PAGE
+from kconvert.checkpoint.remote import RemoteCheckpoint
 from kconvert.checkpoint.source import Reader
 from kconvert.run.budget import Ledger
 from kconvert.run.disk import Needs, unfinished
-from kconvert.run.fetches import hub_source
 from kconvert.run.mover import Mover
 from kconvert.run.preflight import Doubt, check_doubts, doubtful_values
 
@@ -46,7 +47,7 @@ class StagedReader(Reader):
 
 
 class Arrivals(Mover):
-    """The source of a run, where its files come from the Hub; within a budget they are here only as long as needed."""
+    """The source of a run, where its files come from elsewhere; within a budget they are here only as long as needed."""
 
     def __init__(self, needs: Needs, finished: Collection[str], ledger: Ledger) -> None:
         super().__init__(ledger)
@@ -112,16 +113,14 @@ class Arrivals(Mover):
                 self._plan.source.side_file(self._side_files.get_nowait())
 
     def _bring(self, file: str) -> Path:
-        from kconvert.hub.client import into_cache
-        from kconvert.hub.download import cached, fetch
-
-        place, target = hub_source(self._plan).place, self._needs.places[file]
+        source, target = self._plan.source, self._needs.places[file]
+        assert isinstance(source, RemoteCheckpoint)
         if not target.exists():
-            fetch(place, self._needs.fetches[file], target, unfinished(target), self._stopped)
+            fetch(source, self._needs.fetches[file], target, unfinished(target), self._stopped)
             self.reader.fresh.add(file)
-        if target.is_relative_to(self._needs.staged) or cached(place, file):
+        if target.is_relative_to(self._needs.staged):
             return target
-        return into_cache(place, file)  # which finds the content there, and links it
+        return source.cached(file) or source.keep(file)
 
     def _drop(self, file: str) -> None:
         self.reader.forget(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kconvert.errors import KconvertError
 from kconvert.hub.ids import HubId, parse_destination, parse_hub_id
+from kconvert.stores.urls import parse_store_url
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Delivery:
     @classmethod
     def to(cls, destination: str | os.PathLike[str], push: str | None = None) -> Delivery:
         """From DST, a directory or a Hub id, and --push."""
+        if (store := parse_store_url(os.fspath(destination))) is not None:
+            raise KconvertError(f"an output cannot go to {store} yet; name a directory or a repository of the Hub")
         target = parse_destination(os.fspath(destination))
         if push is None and target is None:
             return cls(Path(destination))

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kconvert.checkpoint.download import Fetch
 from kconvert.checkpoint.files import exists
 from kconvert.checkpoint.listing import STATE_DIR
 from kconvert.errors import KconvertError, human
@@ -18,15 +18,12 @@ from kconvert.run.delivery import Delivery
 from kconvert.run.fetches import places_of, plan_fetches
 from kconvert.run.journal import STAGED, Record, stale_files
 
-if TYPE_CHECKING:
-    from kconvert.hub.download import Fetch
-
 PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 
 
 @dataclass(frozen=True)
 class Needs:
-    """`budget` is what may be used at the output's disk, None when source files are kept in the Hub's cache instead.
+    """`budget` is what may be used at the output's disk, None when what comes from the Hub is kept in its cache.
 
     `places` says where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come,
     `present` which of those that pass through the output's directory an earlier run has left there, whole or in part.

@@ -1,36 +1,24 @@
-"""What a plan reads from the Hub: whole files, and byte ranges of those of which it needs little."""
+"""What a plan reads from elsewhere: whole files, and byte ranges of those of which it needs little."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kconvert.checkpoint.download import Fetch
+from kconvert.checkpoint.remote import RemoteCheckpoint
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Step
-
-if TYPE_CHECKING:
-    from kconvert.hub.download import Fetch
-    from kconvert.hub.repository import HubCheckpoint
 
 GAP = 1 << 20  # bytes that are quicker fetched than left out
 WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
 
 
-def hub_source(plan: Plan) -> HubCheckpoint:
-    from kconvert.hub.repository import HubCheckpoint
-
-    assert isinstance(plan.source, HubCheckpoint)
-    return plan.source
-
-
 def plan_fetches(plan: Plan) -> dict[str, Fetch]:
-    """What must come from the Hub, whole files and ranges of others, in the order of first need."""
-    if plan.source is None or plan.source.directory is not None:
+    """What must be fetched, whole files and ranges of others, in the order of first need."""
+    if not isinstance(plan.source, RemoteCheckpoint):
         return {}
-    from kconvert.hub.download import Fetch
-
     fetches = {}
     for file, wanted in _extents(plan.steps).items():
         stat = plan.source.files[file]
@@ -40,16 +28,13 @@ def plan_fetches(plan: Plan) -> dict[str, Fetch]:
 
 
 def places_of(plan: Plan, fetches: Mapping[str, Fetch], staged: Path, passing: bool) -> dict[str, Path]:
-    """Where the Hub's cache has a file or will keep it, else below `staged`."""
-    if not fetches:
+    """Where a file is kept for good or will be, else below `staged`."""
+    if not isinstance(plan.source, RemoteCheckpoint):
         return {}
-    from kconvert.hub.download import cache_blob, cached
-
-    place = hub_source(plan).place
     found = {}
     for file, wanted in fetches.items():
-        kept = not passing and wanted.is_whole
-        found[file] = cached(place, file) or (cache_blob(place, wanted.stat) if kept else staged / file)
+        kept = plan.source.cache(file) if wanted.is_whole and not passing else None
+        found[file] = plan.source.cached(file) or kept or staged / file
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of the Hub to the disk: whole ones checked against their digest, of others the byte ranges that are wanted.
+"""Files that are elsewhere to the disk: whole ones checked against their digest, of others the byte ranges that are wanted.
 
 A file grows from its beginning, ranges in ascending order with holes between them, so its length says what is there; a
 process that is killed leaves a file that the next one goes on with.
@@ -9,21 +9,16 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
-
 from kconvert.checkpoint.listing import FileStat
+from kconvert.checkpoint.remote import RemoteCheckpoint
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.hub.client import transfer
-from kconvert.hub.digests import feed, new_digest, says
-from kconvert.hub.ids import HubId
 
 ATTEMPTS = 3  # at a file whose digest is wrong
+CHUNK = 1 << 20
 
 Extent = tuple[int, int]  # first byte, and the one after the last
 
@@ -45,19 +40,7 @@ class Fetch:
         return self.extents == ((0, self.stat.nbytes),)
 
 
-def cached(place: HubId, file: str) -> Path | None:
-    """Where the Hub's cache has the file of this commit."""
-    found = huggingface_hub.try_to_load_from_cache(place.repo, file, revision=place.revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def cache_blob(place: HubId, stat: FileStat) -> Path:
-    """Where the Hub's cache keeps a file of this content."""
-    folder = repo_folder_name(repo_id=place.repo, repo_type="model")
-    return Path(constants.HF_HUB_CACHE, folder, "blobs", stat.stamp.partition(":")[2])
-
-
-def fetch(place: HubId, wanted: Fetch, target: Path, partial: Path, stopped: threading.Event) -> None:
+def fetch(source: RemoteCheckpoint, wanted: Fetch, target: Path, partial: Path, stopped: threading.Event) -> None:
     """Bring what is wanted to `target`, which appears complete and durable, or not at all; until then it is `partial`.
 
     KconvertError when `stopped` is set meanwhile.
@@ -69,7 +52,7 @@ def fetch(place: HubId, wanted: Fetch, target: Path, partial: Path, stopped: thr
             if target.exists():
                 return
             for _ in range(ATTEMPTS):
-                if _fill(place, wanted, file.fileno(), partial, stopped):
+                if _fill(source, wanted, file.fileno(), partial, stopped):
                     os.fsync(file.fileno())
                     os.rename(partial, target)
                     return
@@ -77,17 +60,17 @@ def fetch(place: HubId, wanted: Fetch, target: Path, partial: Path, stopped: thr
     except OSError as error:
         raise explain_os_error(error, f"cannot write {target}") from None
     raise KconvertError(
-        f"{wanted.file} of {place} arrived {ATTEMPTS} times with another content than the Hub's list describes; run the "
-        "same command again later, what is done is kept"
+        f"{wanted.file} of {source.name} arrived {ATTEMPTS} times with another content than the list of files describes; run "
+        "the same command again later, what is done is kept"
     )
 
 
-def _fill(place: HubId, wanted: Fetch, descriptor: int, partial: Path, stopped: threading.Event) -> bool:
+def _fill(source: RemoteCheckpoint, wanted: Fetch, descriptor: int, partial: Path, stopped: threading.Event) -> bool:
     """Append what is missing; whether the whole is right, as far as that can be told."""
     have = os.fstat(descriptor).st_size
-    digest = new_digest(wanted.stat)
+    digest = source.digest(wanted.file)
     if wanted.is_whole:
-        feed(digest, partial)
+        feed(digest.update, partial)
 
     def take(chunk: bytes) -> None:
         nonlocal have
@@ -101,8 +84,15 @@ def _fill(place: HubId, wanted: Fetch, descriptor: int, partial: Path, stopped: 
 
     for start, stop in _missing(wanted.extents, have):
         have = start
-        transfer(place, wanted.file, start, stop, take, stopped)
-    return not wanted.is_whole or says(digest, wanted.stat)
+        source.transfer(wanted.file, start, stop, take, stopped)
+    return not wanted.is_whole or digest.agrees()
+
+
+def feed(take: Callable[[bytes], object], path: Path) -> None:
+    """Hand a file's bytes to `take`."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            take(chunk)
 
 
 def _missing(extents: Sequence[Extent], have: int) -> list[Extent]:

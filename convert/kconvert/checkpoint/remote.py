@@ -1,0 +1,143 @@
+"""A checkpoint that is elsewhere, without downloading it: a list of its files, headers and tensors by ranges of bytes.
+
+The headers say all that the index does, and a large model's has 20 MB: it is only read where it must decide which files
+belong to the checkpoint, and before weights are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kconvert.checkpoint.index import compare_index, read_weight_map
+from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
+from kconvert.checkpoint.safetensors import Tensor, read_header
+from kconvert.checkpoint.source import Checkpoint, Reader, assemble
+from kconvert.errors import KconvertError
+
+CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
+FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
+HEADER_TO_INDEX = 1.4  # bytes: a header says of a tensor dtype, shape and offsets, the index its file
+
+
+class Transfer(Protocol):
+    def __call__(
+        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
+    ) -> None:
+        """Hand bytes `start` to `stop` (exclusive) of a file to `take`, in order; KconvertError when they cannot be had, or
+        `stopped` is set meanwhile."""
+
+
+class Digest(Protocol):
+    """Of a file's content, while its bytes pass."""
+
+    def update(self, data: bytes, /) -> None:
+        """The next bytes."""
+
+    def agrees(self) -> bool:
+        """Whether the bytes so far are what the list of files says; True where it does not say."""
+
+
+@dataclass(frozen=True)
+class RemoteCheckpoint(Checkpoint):
+    """`listed` are all its files. `root` is no directory but names it in messages."""
+
+    listed: Mapping[str, FileStat]
+
+    @property
+    def directory(self) -> None:
+        return None
+
+    def reader(self) -> Reader:
+        return RangeReader(self.root, self.transfer)
+
+    def has(self, name: str) -> bool:
+        return name in self.listed
+
+    def check_index(self) -> None:
+        if self.has(INDEX_NAME):
+            listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
+            compare_index(listing, self.tensors, read_weight_map(listing))
+
+    def transfer(
+        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
+    ) -> None:
+        """See Transfer."""
+        raise NotImplementedError
+
+    def digest(self, file: str) -> Digest:
+        """Of nothing yet."""
+        raise NotImplementedError
+
+    def cached(self, file: str) -> Path | None:
+        """Where the file is on this machine already, for good."""
+        return None
+
+    def cache(self, file: str) -> Path | None:
+        """Where the file would be kept on this machine, for good; None where nothing is."""
+        return None
+
+    def keep(self, file: str) -> Path:
+        """Where to read a file from that has just come to `cache`."""
+        raise NotImplementedError
+
+
+class RangeReader(Reader):
+    """Reads of any range of bytes, each a request."""
+
+    def __init__(self, root: Path, transfer: Transfer) -> None:
+        super().__init__(root)
+        self._transfer = transfer
+
+    def _fill(self, file: str, descriptors: dict[str, int], start: int, buffer: memoryview, needed: int) -> None:
+        done = 0
+
+        def take(chunk: bytes) -> None:
+            nonlocal done
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
+
+        self._transfer(file, start, start + needed, take)
+
+
+def assemble_remote(listing: Listing, transfer: Transfer) -> Checkpoint:
+    """See source.assemble; headers are read several at a time."""
+
+    def headers(files: list[str]) -> Iterable[list[Tensor]]:
+        guess = _header_bytes(listing.files, len(files))
+        return pool.map(lambda file: _header(listing, file, transfer, guess), files)
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return assemble(listing, headers, spare_index=True)
+
+
+def _header_bytes(files: Mapping[str, FileStat], shards: int) -> int:
+    """What a header should not exceed, by the size of the index; a longer one takes a second request."""
+    index = files[INDEX_NAME].nbytes if INDEX_NAME in files else 0
+    least, most = FIRST_READ
+    return min(most, max(least, int(index / shards * HEADER_TO_INDEX)))
+
+
+def _header(listing: Listing, file: str, transfer: Transfer, guess: int) -> list[Tensor]:
+    head, size = bytearray(), listing.files[file].nbytes
+
+    def read(start: int, nbytes: int) -> bytes:
+        stop = start + nbytes
+        if stop > len(head):
+            transfer(file, len(head), min(size, max(stop, guess)), head.extend)
+        return bytes(head[start:stop])
+
+    return read_header(f"{listing.root}/{file}", size, read, file)
+
+
+def check_file_name(place: object, name: str) -> None:
+    """Names come from whoever made the files; they become paths below directories of ours."""
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise KconvertError(
+            f"{place} has a file called {name!r}, which could lead anywhere; do not trust what is there"
+        )

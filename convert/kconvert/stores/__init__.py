@@ -1,0 +1,1 @@
+"""Checkpoints in object stores: s3://, gs:// and az:// by way of obstore (the extra `cloud`)."""

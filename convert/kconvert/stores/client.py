@@ -1,0 +1,116 @@
+"""Requests to an object store that outlast its faults: obstore's own retries, then some after an answer that broke off.
+
+Credentials and endpoints are those of the stores' own tools: environment, AWS profiles (where boto3 is installed), Google's
+application default credentials, Azure's managed identities. They are never part of a message; neither is the store's
+answer, which may repeat them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kconvert.errors import KconvertError
+from kconvert.stores.urls import StoreUrl
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+T = TypeVar("T")
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
+RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}  # of one request, by obstore
+TIMEOUT = "60s"  # without a byte
+CHUNK = 4 << 20
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+
+
+def open_store(place: StoreUrl) -> ObjectStore:
+    """The store, whose paths are relative to the prefix; KconvertError when obstore is not installed."""
+    if importlib.util.find_spec("obstore") is None:
+        raise KconvertError(f"{place} takes obstore to read; install it with `pip install 'kconvert-toolkit[cloud]'`")
+    from obstore.store import from_url
+
+    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)  # as the user wants it
+    options: dict[str, Any] = {
+        "client_options": {"allow_http": plain, "timeout": TIMEOUT},
+        "retry_config": RETRIES,
+    }
+    if place.scheme == "s3" and "AWS_ACCESS_KEY_ID" not in os.environ and importlib.util.find_spec("boto3") is not None:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        options["credential_provider"] = Boto3CredentialProvider()
+    return attempt(place, "open it", lambda: from_url(str(place), **options))
+
+
+def attempt(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:
+    """What `call` returns; one sentence for whatever it raises."""
+    try:
+        return call()
+    except KconvertError:
+        raise
+    except Exception as error:
+        raise explain(error, place, doing) from None
+
+
+def transfer(
+    place: StoreUrl,
+    store: ObjectStore,
+    stamp: str | None,
+    file: str,
+    start: int,
+    stop: int,
+    take: Callable[[bytes], Any],
+    stopped: threading.Event | None = None,
+) -> None:
+    """Hand bytes `start` to `stop` (exclusive) of an object to `take`, in order, going on where an answer broke off.
+
+    `stamp` is the ETag that the object must have still.
+    """
+    from obstore import get
+
+    position, failures, stopped = start, 0, stopped or threading.Event()
+    while position < stop:
+        try:
+            answer = get(store, file, options={"range": (position, stop), "if_match": stamp})
+            for chunk in answer.stream(min_chunk_size=CHUNK):
+                take(bytes(chunk))
+                position, failures = position + len(chunk), 0
+            if position < stop:
+                raise TimeoutError
+        except KconvertError:
+            raise
+        except Exception as error:
+            if failures == len(WAITS) or stopped.is_set() or not _may_pass(error):
+                raise explain(error, place, f"read {file}") from None
+            stopped.wait(WAITS[failures])
+            failures += 1
+
+
+def _may_pass(error: Exception) -> bool:
+    from obstore.exceptions import GenericError
+
+    return isinstance(error, (GenericError, TimeoutError)) and "404 Not Found" not in str(error)
+
+
+def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
+    """One sentence for whatever obstore raised, but for its own text."""
+    from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
+
+    match error:
+        case FileNotFoundError():
+            fault = "there is no such object; check the address"
+        case PreconditionError():
+            fault = "the object has changed since the command began; run it again when nobody writes there"
+        case PermissionDeniedError() | UnauthenticatedError():
+            fault = "access was refused; check the credentials, as the store's own command line takes them"
+        case _ if "404 Not Found" in str(error):
+            fault = f"there is no bucket {place.bucket!r}; check the address"
+        case _ if "credential" in str(error).lower():
+            fault = "there are no credentials for it; set them as the store's own command line takes them"
+        case _:
+            fault = "the store failed or did not answer; run the same command again, what is done is kept"
+    return KconvertError(f"{place}: cannot {doing}, {fault}")

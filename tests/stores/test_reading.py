@@ -1,0 +1,154 @@
+"""Checkpoints in an object store: what is read, and what becomes of a store's faults."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from click.testing import CliRunner
+
+import kconvert
+from kconvert import KconvertError
+from kconvert.cli import main
+from kconvert.stores import client
+from kconvert.stores.urls import StoreUrl, parse_store_url
+
+from .conftest import PLACE, SECRET
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(client, "WAITS", (0.01,) * 5)
+
+
+def run(*words):
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert SECRET not in result.output
+    return result
+
+
+def files(root):
+    return {
+        path.relative_to(root): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and ".kconvert" not in path.parts
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("s3://bucket/a/b/", StoreUrl("s3", "bucket", "a/b")),
+        ("gs://bucket", StoreUrl("gs", "bucket", "")),
+        ("az://box/x", StoreUrl("az", "box", "x")),
+        ("s3://", None),
+        ("s3:/bucket/a", None),
+        ("org/name", None),
+        ("hf://org/name", None),
+        ("http://host/a", None),
+    ],
+)
+def test_addresses(text, url):
+    assert parse_store_url(text) == url
+
+
+def test_inspect_reads_headers_and_no_weights(bucket, stored, int4):
+    found, local = kconvert.inspect(stored), kconvert.inspect(int4)
+    assert {weight.name for weight in found.weights} == {weight.name for weight in local.weights}
+    assert found.checkpoint.name == PLACE
+    assert all(asked.startswith("bytes=0-") for name, asked in bucket.asked if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("options", [(), ("--disk-budget", "20MB")], ids=["all the disk", "within a budget"])
+def test_a_conversion_from_a_store_writes_the_bytes_of_a_local_one(stored, int4, tmp_path, options):
+    for source, folder, more in ((int4, "local", ()), (stored, "far", options)):
+        done = run("int4-to-bf16", source, tmp_path / folder, "--shard-size", "1MB", "-q", *more)
+        assert done.exit_code == 0, done.output
+    assert files(tmp_path / "far") == files(tmp_path / "local")
+    assert {path.name for path in (tmp_path / "far" / ".kconvert").iterdir()} == {"journal.jsonl", "lock"}
+    assert run("verify", stored, tmp_path / "far", "-q").exit_code == 0
+
+
+def test_both_sides_of_verify_may_be_in_a_store(stored):
+    done = run("verify", stored, stored)
+    assert done.exit_code == 0, done.output
+
+
+def status(code):
+    def fault(app, environ, start):
+        start(code, [("Content-Type", "text/plain")])
+        return [b"no"]
+
+    return fault
+
+
+def short(app, environ, start):
+    """Less than was announced."""
+    body = b"".join(app(environ, start))
+    return [body[: len(body) // 2]]
+
+
+@pytest.mark.parametrize(
+    "fault", [status("500 Server Error"), status("503 Slow Down"), short], ids=["500", "503", "short body"]
+)
+def test_faults_that_pass_change_nothing(bucket, stored, int4, tmp_path, fault):
+    plan = kconvert.plan(stored, kconvert.Recipe("bf16"))
+    bucket.faults.extend([fault] * 3)
+    kconvert.convert(plan, tmp_path / "far")
+    kconvert.convert(kconvert.plan(int4, kconvert.Recipe("bf16")), tmp_path / "local")
+    assert not bucket.faults
+    assert files(tmp_path / "far") == files(tmp_path / "local")
+
+
+def test_a_refusal_is_one_sentence(bucket, stored):
+    bucket.faults.extend([status("403 Forbidden")] * 9)
+    said = run("inspect", stored)
+    assert said.exit_code == 2
+    assert "access was refused; check the credentials" in said.output
+
+
+def test_an_object_that_changes_meanwhile_is_never_mixed(bucket, stored, int4, tmp_path):
+    plan = kconvert.plan(stored, kconvert.Recipe("bf16"))
+    shard = sorted(int4.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    import obstore
+
+    obstore.put(client.open_store(parse_store_url(PLACE)), shard.name, bytes(content))
+    with pytest.raises(KconvertError, match=rf"{shard.name}, the object has changed since the command began"):
+        kconvert.convert(plan, tmp_path / "far")
+    assert not (tmp_path / "far" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("s3://nowhere/a", "there is no bucket 'nowhere'"),
+        ("s3://models/other", "has no objects"),
+    ],
+)
+def test_a_place_where_nothing_is(bucket, place, words):
+    said = run("inspect", place)
+    assert said.exit_code == 2
+    assert words in said.output
+
+
+def test_a_store_has_no_revisions(bucket):
+    assert "has no revisions" in run("inspect", PLACE, "--revision", "main").output
+
+
+def test_outputs_go_to_directories(bucket, stored):
+    said = run("int4-to-bf16", stored, "s3://models/out")
+    assert said.exit_code == 2
+    assert "an output cannot go to s3://models/out yet" in said.output
+
+
+def test_without_obstore_the_sentence_says_what_to_install(monkeypatch, bucket):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "obstore" else found(name))
+    assert "pip install 'kconvert-toolkit[cloud]'" in run("inspect", PLACE).output
+
+
+def test_names_that_lead_elsewhere_are_not_trusted(bucket, stored):
+    bucket.put("models/kimi/tiny/a%5Cb.json", b"{}")
+    assert "which could lead anywhere" in run("inspect", stored).output
