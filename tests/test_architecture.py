@@ -22,6 +22,7 @@ ROOTS = (PACKAGE, Path(kconvert_qat.__file__).parent)
 MAY: Mapping[str, str] = {
     "errors": "",
     "version": "",
+    "chat": "errors",
     "formats": "errors",
     "checkpoint": "errors formats",
     "dialects": "errors formats checkpoint",
@@ -33,8 +34,8 @@ MAY: Mapping[str, str] = {
     "run": "errors version formats checkpoint hub planning",
     "proof": "errors version formats checkpoint dialects models hub address planning",
     "report": "errors version formats checkpoint dialects models hub address planning targets run proof",
-    "": "errors version formats checkpoint models hub address planning targets run proof report",
-    "cli": "errors version formats checkpoint models hub address planning targets run proof report",
+    "": "errors version chat formats checkpoint models hub address planning targets run proof report",
+    "cli": "errors version chat formats checkpoint models hub address planning targets run proof report",
     "qat": "",
 }
 MOST_ENTRIES = 14  # in a folder, but for its __init__.py
@@ -51,6 +52,7 @@ HEAVY = {
     "transformers",
     "matplotlib",
     "safetensors",
+    "openai",
 }
 OS_FREE = {"os", "io", "pathlib", "shutil", "tempfile", "mmap", "fcntl", "glob", "safetensors"}
 
