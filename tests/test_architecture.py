@@ -22,6 +22,7 @@ ROOTS = (PACKAGE, Path(kconvert_qat.__file__).parent)
 MAY: Mapping[str, str] = {
     "errors": "",
     "version": "",
+    "chat": "errors",
     "formats": "errors",
     "checkpoint": "errors formats",
     "dialects": "errors formats checkpoint",
@@ -34,8 +35,8 @@ MAY: Mapping[str, str] = {
     "run": "errors version formats checkpoint hub stores planning",
     "proof": "errors version formats checkpoint dialects models hub stores address planning",
     "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof",
-    "": "errors version formats checkpoint models hub stores address planning targets run proof report",
-    "cli": "errors version formats checkpoint models hub stores address planning targets run proof report",
+    "": "errors version chat formats checkpoint models hub stores address planning targets run proof report",
+    "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof report",
     "qat": "",
 }
 MOST_ENTRIES = 14  # in a folder, but for its __init__.py
@@ -52,6 +53,7 @@ HEAVY = {
     "transformers",
     "matplotlib",
     "safetensors",
+    "openai",
 }
 OS_FREE = {"os", "io", "pathlib", "shutil", "tempfile", "mmap", "fcntl", "glob", "safetensors"}
 

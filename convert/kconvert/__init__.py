@@ -27,6 +27,7 @@ from kconvert.errors import CheckFailed, KconvertError
 from kconvert.version import __version__
 
 if TYPE_CHECKING:
+    from kconvert.chat.smoke import SmokeReport, smoke
     from kconvert.checkpoint.directory import links_allowed
     from kconvert.models.model import Model
     from kconvert.planning.plan import Plan
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "SmokeReport",
     "__version__",
     "certify",
     "check_certificate",
@@ -49,6 +51,7 @@ __all__ = [
     "inspect",
     "links_allowed",
     "plan",
+    "smoke",
     "verify",
 ]
 
@@ -58,9 +61,11 @@ HOMES = {
     "Plan": "planning.plan",
     "Recipe": "targets.recipe",
     "Report": "proof.verify",
+    "SmokeReport": "chat.smoke",
     "certify": "proof.certificate",
     "check_certificate": "proof.certificate",
     "links_allowed": "checkpoint.directory",
+    "smoke": "chat.smoke",
     "verify": "proof.verify",
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli import check, conversions, diff, inspect, qat, repack, sample, verify
+from kconvert.cli import check, conversions, diff, inspect, qat, repack, sample, smoke, verify
 from kconvert.errors import CheckFailed, KconvertError, explain_os_error
 from kconvert.version import __version__
 
@@ -63,6 +63,7 @@ COMMANDS = (
     check.check,
     diff.diff,
     sample.sample,
+    smoke.smoke,
     qat.qat,
 )
 for command in COMMANDS:

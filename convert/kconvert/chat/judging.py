@@ -1,0 +1,141 @@
+"""What is wrong with an answer, and which setting of the server does that: parsers of reasoning and of tool calls first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kconvert.chat.answers import Answer, Call, quoted
+from kconvert.errors import CheckFailed
+
+# How models spell, in their own text, where reasoning begins and ends and that they call a tool.
+THINKING = ("<think>", "</think>", "◁think▷", "◁/think▷", "<|channel|>analysis", "<mm:think>", "</mm:think>")
+CALLING = (
+    "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_end|>",
+    "<\uff5ctool▁calls▁begin\uff5c>",
+    "<\uff5ctool▁call▁begin\uff5c>",
+    "<\uff5cDSML\uff5c",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_calls>",
+    "<minimax:tool_call>",
+    "<function=",
+    "<invoke name=",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<|channel|>commentary to=",
+)
+TOOL_PARSER = (
+    "start the server with this model's --tool-call-parser (kimi_k2 for Kimi-K2; vLLM: --enable-auto-tool-choice too)"
+)
+REASONING_PARSER = "start the server with this model's --reasoning-parser (kimi_k2 for Kimi-K2-Thinking)"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """`reasoning`: there has to be some; `about`: the content has one of these words; `limit`: the request's max_tokens."""
+
+    reasoning: bool
+    about: Sequence[str]
+    limit: int
+
+
+def judge(answer: Answer, expected: Expected) -> None:
+    """CheckFailed unless the answer is whole: content, reasoning, and neither within the other."""
+    _no_markers(answer)
+    if answer.calls:
+        raise CheckFailed(f"the model calls {quoted(next(iter(answer.calls.values())).name)} where it has to answer")
+    if not answer.content.strip():
+        raise CheckFailed(_why_empty(answer, expected.limit))
+    if answer.finish == "length":
+        raise CheckFailed(
+            f"the answer was cut at max_tokens {expected.limit}, after {quoted(answer.content)}; --max-tokens allows more"
+        )
+    if expected.reasoning and not answer.reasoning.strip():
+        raise CheckFailed(
+            f"the answer has content but no reasoning: {REASONING_PARSER}, or say --no-reasoning of a model that does not think"
+        )
+    if not any(word.casefold() in answer.content.casefold() for word in expected.about):
+        raise CheckFailed(
+            f"the answer is about something else than the question: {quoted(answer.content)} has not {_either(expected.about)}"
+        )
+
+
+def judge_calls(answer: Answer, tool: str, argument: str, limit: int) -> list[dict[str, object]]:
+    """The arguments of each call of `tool`. CheckFailed unless there are calls, whole and where a client looks for them."""
+    _no_markers(answer)
+    if not answer.calls:
+        text = next(
+            (text for text in (answer.content, answer.reasoning) if tool in text and f'"{argument}"' in text), None
+        )
+        if text is not None:
+            raise CheckFailed(f"the tool call is left in the text, {quoted(text[text.index(tool) :])}: {TOOL_PARSER}")
+        if answer.finish == "length" or not answer.content.strip():
+            raise CheckFailed(_why_empty(answer, limit))
+        raise CheckFailed(
+            f"the model answers {quoted(answer.content)} and does not call {tool!r}: {TOOL_PARSER}, or say --no-tools of a "
+            "model that calls none"
+        )
+    ids = [call.id for call in answer.calls.values()]
+    if not all(ids) or len(set(ids)) < len(ids):
+        raise CheckFailed("the calls have no ids of their own, so results cannot be told apart: the server's fault")
+    found = [_arguments(call, tool, argument) for call in answer.calls.values()]
+    if answer.finish != "tool_calls":
+        raise CheckFailed(
+            f"the model calls {tool!r}, but finish_reason is {quoted(answer.finish or '')} and not 'tool_calls', so clients "
+            "that go by it stop: the server's fault"
+        )
+    return found
+
+
+def _arguments(call: Call, tool: str, argument: str) -> dict[str, object]:
+    if call.name != tool:
+        raise CheckFailed(f"the model calls {quoted(call.name)}, which it was not offered: {TOOL_PARSER}")
+    try:
+        found = json.loads(call.arguments) if isinstance(call.arguments, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        said = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments)
+        raise CheckFailed(f"the arguments of the call are no JSON object in a string: {quoted(said)}; {TOOL_PARSER}")
+    if not isinstance(found.get(argument), str):
+        raise CheckFailed(
+            f"the arguments of the call, {quoted(str(call.arguments))}, lack {argument!r}, which is required"
+        )
+    return found
+
+
+def _no_markers(answer: Answer) -> None:
+    if marker := _first(THINKING, answer.content):
+        raise CheckFailed(f"the reasoning is left in `content` ({marker} is there): {REASONING_PARSER}")
+    for place, text in (("content", answer.content), (answer.reasoning_field or "reasoning", answer.reasoning)):
+        if marker := _first(CALLING, text):
+            raise CheckFailed(f"the tool call is left in the text ({marker} is in `{place}`): {TOOL_PARSER}")
+
+
+def _why_empty(answer: Answer, limit: int) -> str:
+    where = f"`{answer.reasoning_field}`"
+    if answer.finish == "length":
+        thinking = (
+            f" while the model was thinking, so all is in {where} and `content` is empty" if answer.reasoning else ""
+        )
+        return f"the answer was cut at max_tokens {limit}{thinking}; --max-tokens allows more"
+    if answer.reasoning:
+        return (
+            f"`content` is empty and all is in {where}, though the model came to its end: the reasoning parser is another "
+            f"model's; {REASONING_PARSER}"
+        )
+    return "the answer is empty: neither content nor reasoning"
+
+
+def _first(markers: Iterable[str], text: str) -> str | None:
+    return next((marker for marker in markers if marker in text), None)
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(map(repr, words))

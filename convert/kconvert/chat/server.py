@@ -1,0 +1,198 @@
+"""A server that speaks OpenAI's protocol, asked with the client `openai`: every way it can fail is one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from kconvert.chat.answers import Answer, quoted, table, text
+from kconvert.errors import CheckFailed, KconvertError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+T = TypeVar("T")
+LISTING = 10.0  # seconds; a server that is up lists its models at once
+
+
+class Unanswered(CheckFailed):
+    """The server is gone or hangs: asking on would only wait."""
+
+
+class Server:
+    """`url` is up to /v1; an answer may take `timeout` seconds in all, and a connection as long."""
+
+    def __init__(self, client: AsyncOpenAI, url: str, timeout: float, has_key: bool) -> None:
+        self.url = url
+        self._client = client
+        self._timeout = timeout
+        self._has_key = has_key
+
+    async def models(self) -> list[str]:
+        """The names of the models. KconvertError when there is no such server."""
+        try:
+            return await self._bounded(self._list(), min(self._timeout, LISTING))
+        except Unanswered as error:
+            raise KconvertError(str(error)) from None
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **request: Any) -> Answer:
+        """What is answered to `messages`; `request` as in the protocol. CheckFailed when none comes, or half of one."""
+        asked = {**request, "messages": list(messages)}
+        return await self._bounded(self._stream(asked) if stream else self._complete(asked), self._timeout)
+
+    async def _list(self) -> list[str]:
+        response = await self._client.models.with_raw_response.list()
+        data = _document(response.content).get("data")
+        if not isinstance(data, list):
+            raise KconvertError(
+                f"{self.url}/models answers, but with no list of models; the address of a server that speaks OpenAI's "
+                "protocol ends in /v1"
+            )
+        return [name for model in data if (name := text(table(model).get("id")))]
+
+    async def _complete(self, request: Mapping[str, Any]) -> Answer:
+        # Its arguments' types list OpenAI's own models; the raw response, as the client breaks where it is no JSON.
+        create: Any = self._client.chat.completions.with_raw_response.create
+        answer = Answer()
+        answer.take(_document((await create(**request)).content))
+        answer.ended = time.perf_counter()
+        if answer.finish is None:
+            raise CheckFailed("the server's answer is no chat completion: it has no choice with a finish_reason")
+        return answer
+
+    async def _stream(self, request: Mapping[str, Any]) -> Answer:
+        from openai import AsyncStream
+
+        # Chunks as they are: making the client's own objects of them is most of what many chats at once cost here.
+        body = {**request, "stream": True, "stream_options": {"include_usage": True}}
+        answer = Answer()
+        opened = await self._client.post(
+            "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+        )
+        try:
+            async for chunk in opened:
+                answer.take(table(chunk))
+        except Exception as error:
+            if answer.first is not None and _is_transport(error):
+                raise _cut_short(answer) from None
+            raise
+        answer.ended = time.perf_counter()
+        if answer.finish is None:
+            raise _cut_short(answer)
+        return answer
+
+    async def _bounded(self, asked: Coroutine[Any, Any, T], seconds: float) -> T:
+        from openai import APITimeoutError, OpenAIError
+
+        try:
+            return await asyncio.wait_for(asked, seconds)
+        except (asyncio.TimeoutError, APITimeoutError):
+            raise Unanswered(
+                f"{self.url} gave no whole answer within {seconds:g} s; is the server overloaded, or still loading? "
+                "--timeout waits longer"
+            ) from None
+        except OpenAIError as error:
+            raise self._explained(error) from None
+        except (ValueError, TypeError):  # what the client makes of a chunk that is none
+            raise CheckFailed("the stream has a chunk that is no JSON object") from None
+
+    def _explained(self, error: Exception) -> KconvertError:
+        from openai import APIConnectionError, APIStatusError
+
+        if isinstance(error, APIConnectionError):
+            return Unanswered(self._unreachable(error))
+        said = words(getattr(error, "body", None))
+        if not isinstance(error, APIStatusError):
+            return CheckFailed(f"the server broke off with an error{said}")
+        code = error.status_code
+        if code in (401, 403):
+            why = "does not take the key that it was given" if self._has_key else "wants a key"
+            return KconvertError(f"{self.url} {why} ({code}): give its own with --api-key or in OPENAI_API_KEY")
+        path = error.request.url.path
+        if code in (404, 405) and not path.endswith("/completions"):
+            return KconvertError(
+                f"{self.url} has no {path} ({code}); the address of a server that speaks OpenAI's protocol ends in /v1"
+            )
+        return CheckFailed(f"the server answers {code}{said}")
+
+    def _unreachable(self, error: BaseException) -> str:
+        causes = list(_causes(error))
+        if any(isinstance(cause, socket.gaierror) for cause in causes):
+            return f"{self.url}: no host of that name is known here"
+        if any(isinstance(cause, ssl.SSLError) for cause in causes):
+            return (
+                f"{self.url}: the server speaks no TLS that is trusted here; is its address http:// and not https://?"
+            )
+        if any(type(cause).__name__ == "ConnectError" for cause in causes):
+            return f"{self.url}: nothing listens there; start the server, or give its address"
+        return f"{self.url} closed the connection without an answer; what does its log say?"
+
+
+@asynccontextmanager
+async def connected(url: str, api_key: str | None, timeout: float) -> AsyncIterator[Server]:
+    """The server at `url`. KconvertError when that is no address, or the client is not installed."""
+    try:
+        from openai import AsyncOpenAI
+    except ModuleNotFoundError:
+        raise KconvertError("asking a server needs openai: pip install 'kconvert-toolkit[smoke]'") from None
+    base = address(url)
+    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", timeout=timeout, max_retries=0) as client:
+        yield Server(client, base, timeout, bool(api_key))
+
+
+def address(url: str) -> str:
+    """'localhost:8000' -> 'http://localhost:8000/v1'; a path that is there stays."""
+    whole = url.strip() if "://" in url else f"http://{url.strip()}"
+    try:
+        parts = urlsplit(whole)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) > 0
+    except ValueError:
+        sound = False
+    if not sound or any(char.isspace() or not char.isprintable() for char in whole) or parts.query or parts.fragment:
+        raise KconvertError(f"{quoted(url)} is no address of a server; give one such as http://localhost:8000/v1")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/models")
+    return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
+
+
+def words(body: object) -> str:
+    """What a server said of its error, as the end of a sentence."""
+    inner = table(body)
+    said = text(body) or text(inner.get("message")) or text(inner.get("detail"))
+    return f": {quoted(said, 240)}" if said else ""
+
+
+def _document(body: bytes) -> Mapping[str, Any]:
+    """Nothing, where a body is no JSON object."""
+    try:
+        return table(json.loads(body))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _is_transport(error: Exception) -> bool:
+    from openai import APIConnectionError, APITimeoutError
+
+    return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+
+
+def _cut_short(answer: Answer) -> CheckFailed:
+    if answer.last is None:
+        return CheckFailed("the server does not stream: what it answers to stream=true holds no events with words")
+    last = answer.content or answer.reasoning
+    said = f" after {quoted(last)}" if last else ""
+    return CheckFailed(f"the stream ended{said} without a finish_reason: it was cut short, by the server or a proxy")
+
+
+def _causes(error: BaseException | None) -> Sequence[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
