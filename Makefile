@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types engines clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,10 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+# Gigabytes and half an hour: an environment for each engine in .engines/.
+engines: .venv/installed
+	$(BIN)/python benchmarks/engines/run.py --write docs/ENGINES.md
 
 clean:
 	rm -rf .venv build *.egg-info
