@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
@@ -99,7 +100,8 @@ def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
     buffers = Buffers()
     for name, rows, cols, part, place in doubts:
-        where = f"{root / place.file}: tensor {part.tensor_of(name)!r}"
+        title = place.title if isinstance(place, Tensor) else f"tensor {part.tensor_of(name)!r}"
+        where = f"{root / place.file}: {title}"
         if part.nbytes < LARGE:
             data = memoryview(reader.read(place.file, place.start, part.nbytes))
         else:
