@@ -139,7 +139,7 @@ def _check_scale(where: str, part: Part, data: memoryview) -> None:
     for fault, bad in faults.items():
         if bad.any():
             index = [int(i) for i in np.unravel_index(int(bad.argmax()), part.shape)]
-            raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")
+            raise KconvertError(f"{where} {fault} at {index}; the file is damaged, or was written wrongly")
 
 
 def _is_plainly_sound(bits: NDArray[Any], code: str, values: str, sign: int, special: int) -> bool:
