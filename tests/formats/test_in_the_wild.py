@@ -261,3 +261,114 @@ def test_a_scheme_that_is_not_read_is_told_what_is_of_its_own_kind(
     source = write(tensors, declared(format, num_bits=bits, type=kind, strategy="channel"))
     with pytest.raises(KconvertError, match=f"is not supported; supported: {told}$"):
         inspect(source)
+
+
+INT4 = torch.full((32, 8), -1, dtype=torch.int32)  # codes of 15, which less 8 are 7
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+GROUPS = {"strategy": "group", "group_size": 32}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+E4M3 = torch.full((32, 64), 0x7E, dtype=torch.uint8)  # 448
+# A weight's tensors by its largest scale, how config.json declares them, and the largest code under that scale.
+HUGE: dict[str, tuple[Callable[[float], dict[str, torch.Tensor]], dict[str, Any], float]] = {
+    "int4": (
+        lambda x: {"weight_packed": INT4, "weight_scale": scales(x, torch.bfloat16)},
+        declared("pack-quantized", **GROUPS, num_bits=4),
+        7,
+    ),
+    "int4, act order": (
+        lambda x: {
+            "weight_packed": INT4,
+            "weight_scale": scales(x, torch.bfloat16),
+            "weight_g_idx": torch.arange(64).flip(0).int() // 32,
+        },
+        declared("pack-quantized", **GROUPS, num_bits=4, actorder="group"),
+        7,
+    ),
+    "gptq": (
+        lambda x: {
+            "qweight": torch.full((8, 32), -1, dtype=torch.int32),
+            "qzeros": torch.full((2, 4), 0x77777777, dtype=torch.int32),
+            "scales": scales(-x, torch.bfloat16).T,
+        },
+        GPTQ,
+        7,
+    ),
+    "awq": (
+        lambda x: {
+            "qweight": torch.zeros((64, 4), dtype=torch.int32),
+            "qzeros": torch.full((2, 4), 0x88888888 - (1 << 32), dtype=torch.int32),
+            "scales": scales(x, torch.bfloat16).T,
+        },
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        8,
+    ),
+    "int8": (
+        lambda x: {
+            "weight": torch.full((32, 64), 127, dtype=torch.int8),
+            "weight_scale": torch.full((32, 1), x).bfloat16(),
+        },
+        declared("int-quantized", num_bits=8, strategy="channel"),
+        127,
+    ),
+    "fp8": (lambda x: {"weight": E4M3.view(torch.float8_e4m3fn), "weight_scale": torch.full((1,), x)}, FP8, 448),
+    "mxfp4": (
+        lambda x: {"weight_packed": torch.full((32, 32), 0x77, dtype=torch.uint8), "weight_scale": exponents(x)},
+        declared("mxfp4-pack-quantized", **GROUPS, num_bits=4, type="float"),
+        6,
+    ),
+    "mxfp8": (
+        lambda x: {"weight": E4M3.view(torch.float8_e4m3fn), "weight_scale": exponents(x)},
+        declared("mxfp8-quantized", **GROUPS, num_bits=8, type="float"),
+        448,
+    ),
+    "nvfp4": (
+        lambda x: {
+            "weight_packed": torch.full((32, 32), 0x77, dtype=torch.uint8),
+            "weight_scale": E4M3[:, :4].view(torch.float8_e4m3fn),
+            "weight_global_scale": torch.tensor([1 / x]),
+        },
+        declared("nvfp4-pack-quantized", **NVFP4),
+        2688,
+    ),
+}
+
+
+def scales(largest: float, dtype: torch.dtype) -> torch.Tensor:
+    """[32, 2], the last of them this one."""
+    values = torch.full((32, 2), 0.01)
+    values[31, 1] = largest
+    return values.to(dtype)
+
+
+def exponents(largest: float) -> torch.Tensor:
+    values = torch.full((32, 2), 120, dtype=torch.uint8)
+    values[31, 1] = 127 + int(torch.tensor(largest).log2().floor())
+    return values
+
+
+@pytest.mark.parametrize("encoding", HUGE)
+def test_values_that_are_infinite_in_bf16_are_refused_and_the_largest_are_not(
+    write: Write, tmp_path: Path, encoding: str
+) -> None:
+    make, quantization, largest = HUGE[encoding]
+    fits, too_large = (
+        write({f"a.{suffix}": tensor for suffix, tensor in make(x / largest).items()}, quantization, name)
+        for name, x in (("fits", 3.2e38), ("too large", 3.4e38 * 1.9))
+    )
+    convert(plan(fits, Recipe("bf16")), tmp_path / "out")
+    verify(fits, tmp_path / "out")
+    with pytest.raises(
+        KconvertError, match=r"'a' cannot be read as .*: it has a scale so large that a value is infinite"
+    ):
+        convert(plan(too_large, Recipe("bf16")), tmp_path / "out2")
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(30000, torch.float16), (3.399e38 / 7, torch.float32)], ids=str)
+def test_values_that_are_infinite_in_the_dtype_of_their_scale_or_once_rounded_are_refused(
+    write: Write, tmp_path: Path, largest: float, dtype: torch.dtype
+) -> None:
+    """compressed-tensors multiplies in the scale's dtype, and so does what reads its codes here."""
+    tensors = {"a.weight_packed": INT4, "a.weight_scale": scales(largest, dtype)}
+    source = write(tensors, declared("pack-quantized", **GROUPS, num_bits=4))
+    with pytest.raises(KconvertError, match="so large that a value is infinite in rows 0 to 31"):
+        convert(plan(source, Recipe("bf16")), tmp_path / "out")

@@ -348,3 +348,26 @@ def test_deepseek_v4_as_published_goes_to_fp8_for_both_engines(v4: Path, tmp_pat
     assert said == ("fp8" if layout == "vllm" else None)
     assert table["weight_block_size"] == ([32, 32] if v4.name == "deepseek-v4.1" else [128, 128])
     verify(v4, tmp_path / "out")
+
+
+@pytest.mark.parametrize("v4", ["deepseek-v4.1"], indirect=True)
+@pytest.mark.parametrize("to", ["bf16", "f16", "fp8", "int4", "int8", "mxfp8", "nvfp4"])
+def test_engram_tables_stay_as_engines_hold_them_in_every_output(v4: Path, tmp_path: Path, raw: Any, to: str) -> None:
+    convert(plan(v4, Recipe(to)), tmp_path / "out")
+    verify(v4, tmp_path / "out")
+    had, has = raw.load(v4), raw.load(tmp_path / "out")
+    names = [name for name in had if ".engram.embed." in name]
+    assert {had[name].dtype for name in names} == {"F8_E4M3", "F8_E8M0"}
+    assert [(had[name].dtype, had[name].data) for name in names] == [
+        (has[name].dtype, has[name].data) for name in names
+    ]
+
+
+@pytest.mark.parametrize("v4", ["deepseek-v4.1"], indirect=True)
+def test_values_beside_engram_tables_count_as_bf16(v4: Path, tmp_path: Path, raw: Any) -> None:
+    convert(plan(v4, Recipe("bf16")), tmp_path / "bf16")
+    with pytest.raises(KconvertError, match="holds no quantised weights; there is nothing to convert"):
+        plan(tmp_path / "bf16", Recipe("bf16"))
+    convert(plan(tmp_path / "bf16", Recipe("int4", source="bf16")), tmp_path / "int4")
+    verify(tmp_path / "bf16", tmp_path / "int4")
+    assert "layers.1.engram.embed.scale" in set(raw.load(tmp_path / "int4"))

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kconvert import KconvertError, Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
+EXPERT = "model.layers.1.mlp.experts.1.up_proj"
 SIZES = {"layers": 2, "dense_layers": 1, "experts": 2, "hidden": 256, "intermediate": 256, "moe_intermediate": 128}
 SMALL = {**SIZES, "vocab": 256, "heads": 2, "q_rank": 64, "kv_rank": 32}
 
@@ -50,6 +53,25 @@ def test_fp8_that_is_as_it_should_be_is_copied(fp8: Path) -> None:
 def test_fp8_by_other_names_is_refused_where_its_scales_are_rounded(fp8: Path, tmp_path: Path) -> None:
     recipe = Recipe("fp8", layout="compressed-tensors", require_exact=True)
     with pytest.raises(
-        KconvertError, match=r"'model\.\S+' cannot be written as fp8 .* no codes and power of two reproduce"
+        KconvertError,
+        match=r"'model\.\S+' cannot be written as fp8 .* no codes and scale by amax or power of two reproduce",
     ):
         convert(plan(fp8, recipe), tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["experts", "all"])
+def test_bf16_that_was_fp8_by_amax_comes_back(fp8: Path, tmp_path: Path, layout: str) -> None:
+    convert(plan(fp8, Recipe("bf16")), tmp_path / "bf16")
+    made = plan(tmp_path / "bf16", Recipe("fp8", layout=layout, require_exact=True))
+    assert not made.facts["lossy"]
+    convert(made, tmp_path / "again")
+    convert(plan(tmp_path / "again", Recipe("bf16")), tmp_path / "values")
+    had, has = load(tmp_path / "bf16"), load(tmp_path / "values")
+    assert all(has[name].view(torch.int16).equal(tensor.view(torch.int16)) for name, tensor in had.items())
+    if layout == "all":
+        scale = f"{EXPERT}.weight_scale_inv"
+        assert load(tmp_path / "again")[scale].equal(load(fp8)[scale])
+
+
+def load(root: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in root.glob("*.safetensors") for name, tensor in load_file(file).items()}

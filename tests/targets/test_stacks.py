@@ -250,3 +250,15 @@ def test_a_stack_without_matrices_is_refused_where_the_manifest_knows_it(tmp_pat
     damaged.put(f"{name}_scale_inv", raw.Tensor("F32", [2, 1, 1], bytes(8)))
     with pytest.raises(KconvertError, match=r"down_proj.weight' is BF16 \[2, .*\], which is no stack of matrices"):
         plan(damaged.save(), Recipe("bf16"))
+
+
+@pytest.mark.parametrize("expert", [0, 2])
+def test_a_bad_scale_of_a_matrix_is_in_the_tensor_of_the_file(tmp_path, fused, expert):
+    tensors = {}
+    for word in ("gate_up_proj", "down_proj"):
+        tensors |= quantised(f"{PREFIX}.{word}", fused[f"{PREFIX}.{word}"], "_scale_inv")
+    tensors[SCALE][expert, 1, 1] = torch.nan
+    source = checkpoint(tmp_path / "src", tensors, quantization_config=FP8)
+    said = rf"part '\S+experts.{expert}.up_proj.weight_scale_inv' of tensor '{SCALE}' is not finite at \[0, 1\]"
+    with pytest.raises(KconvertError, match=rf"model.safetensors: {said}"):
+        convert(plan(source, Recipe("bf16")), tmp_path / "dst")

@@ -38,7 +38,12 @@ class Tensor(NamedTuple):
     nbytes: int
 
     def __str__(self) -> str:
-        return f"{self.file}: tensor {self.name!r}"
+        return f"{self.file}: {self.title}"
+
+    @property
+    def title(self) -> str:
+        """What a message calls it that names the file."""
+        return f"tensor {self.name!r}"
 
 
 def read_header(file: str, size: int, read: Callable[[int, int], bytes], inside: str | None = None) -> list[Tensor]:

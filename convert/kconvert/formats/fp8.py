@@ -62,8 +62,8 @@ class Fp8(Format):
     tensors.
 
     How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error
-    (conventions.FP8_DIVISORS); `exact`: of powers of two, blocks that they do not reproduce are counted; `strict`: they are an
-    error.
+    (conventions.FP8_DIVISORS); `exact`: of powers of two, blocks that they do not reproduce are counted; `strict`: blocks that
+    come back neither by them nor, where others may be, by amax are an error.
     """
 
     strategy: str = "block"
@@ -117,8 +117,8 @@ class Fp8(Format):
             kept = replace(self, mse=False, inputs=self.inputs and not isinstance(source, Fp8))
             return Format.fit(kept if kept == source else replace(self, mse=False), source, rows, cols, mse)
         strict = self.strict and not self._keeps(source)
-        powers = self.powers or strict or (source.quantised and source.may_have_powers)
-        exact = powers and (strict or source.may_have_powers)
+        powers = self.powers or (source.quantised and source.may_have_powers)
+        exact = strict or (powers and source.may_have_powers)
         format = replace(self, powers=powers, exact=exact, mse=mse and not powers)
         return Format.fit(format if format._with_scales_of(source) != source else source, source, rows, cols, mse)
 
@@ -187,6 +187,8 @@ class Fp8(Format):
             return 0
         if self.powers:
             return self._encode_by_powers(tile, parts)
+        if self.strict:
+            return self._encode_strictly(tile, parts)
         block_rows, block_cols = self.block_shape(*tile.shape)
         rounded = self.scale_dtype == "BF16"
         blocks = self._grid(*tile.shape)
@@ -196,6 +198,41 @@ class Fp8(Format):
             raise ValueError("it has a value that is not finite")
         if rounded:
             parts[1].view("u2")[:] = scale.reshape(-1).view("u4") >> 16
+        return 0
+
+    def _encode_strictly(self, tile: Tile, parts: Sequence[Bytes]) -> int:
+        """Block by block, by the power of two or, where that loses something, by amax: values that were FP8 come back by one of
+        the two, or by none."""
+        import numpy as np
+
+        from kconvert.formats.kernels import fp8 as kernels
+
+        height, width = self.block_shape(*tile.shape)
+        rounded, grid, lost = self.scale_dtype == "BF16", self._grid(*tile.shape), 0
+        codes, scale = parts[0].reshape(tile.shape), np.empty(grid, np.float32)
+        for row, col in np.ndindex(grid):
+            place = slice(row * height, (row + 1) * height), slice(col * width, (col + 1) * width)
+            values = np.ascontiguousarray(tile[place])
+            made, step, exponent = (
+                np.empty(values.shape, np.uint8),
+                np.empty((1, 1), np.float32),
+                np.empty((1, 1), np.uint8),
+            )
+            if kernels.encode_by_powers(values, height, width, made, exponent):
+                if kernels.encode_fp8(values, height, width, rounded, False, made, step):
+                    raise ValueError("it has a value that is not finite")
+                again = np.empty(values.shape, np.float32)
+                kernels.decode_fp8(made, step, height, width, again)
+                lost += not np.array_equal(again.view("u4"), values.view("u4"))
+            else:
+                step[:] = widen(exponent.reshape(-1), "F8_E8M0")
+            codes[place], scale[row, col] = made, step[0, 0]
+        if lost:
+            raise ValueError(
+                f"{lost:,} of its {self.unit}s have values that no codes and scale by amax or power of two reproduce"
+            )
+        flat = scale.reshape(-1)
+        parts[1].view(SCALE_DTYPES[self.scale_dtype])[:] = flat.view("u4") >> 16 if rounded else flat
         return 0
 
     def _encode_by_powers(self, tile: Tile, parts: Sequence[Bytes]) -> int:

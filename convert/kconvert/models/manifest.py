@@ -20,6 +20,7 @@ from typing import Any
 
 from kconvert.dialects import QuantizationConfig, quantization_tables, read_quantization
 from kconvert.dialects.fields import MOST, brief
+from kconvert.dialects.fp8 import MXFP8, MXFP8_BLOCK
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, stack_spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
@@ -75,10 +76,13 @@ class Manifest:
         return next((prefix.rstrip(".") for prefix in self.plain_prefixes if name.startswith(prefix)), None)
 
     def quantization(self, config: Mapping[str, Any]) -> QuantizationConfig:
-        """The quantisation of the Linears; none where only stacked experts have one."""
+        """The quantisation of the Linears; none where only stacked experts have one. Blocks of a weight's own are MXFP8's
+        whatever config.json says, as such weights keep their encoding when it declares another for the rest."""
         if self.has_encoded_stacks(config):
             return QuantizationConfig()
-        return read_quantization(config)
+        found = read_quantization(config)
+        own = (MXFP8,) if any(rule.block == MXFP8_BLOCK for rule in self.rules) else ()
+        return replace(found, implied=tuple(dict.fromkeys((*found.implied, *own)))) if own else found
 
     def has_encoded_stacks(self, config: Mapping[str, Any]) -> bool:
         """Whether stacked experts are in MXFP4; see formats.stacks."""

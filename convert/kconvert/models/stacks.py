@@ -135,6 +135,22 @@ def _stands_upright(experts: str, last: str, codes: Tensor, tensors: Mapping[str
     return False
 
 
+class Matrix(Tensor):
+    """What of a tensor called `stack` is one matrix's, called as it would be by itself."""
+
+    stack: str
+
+    @classmethod
+    def of(cls, tensor: Tensor, name: str, shape: tuple[int, ...], start: int, nbytes: int) -> Matrix:
+        matrix = cls(name, tensor.dtype, shape, tensor.file, start, nbytes)
+        matrix.stack = tensor.name
+        return matrix
+
+    @property
+    def title(self) -> str:
+        return f"part {self.name!r} of tensor {self.stack!r}"
+
+
 def views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
     """The part of each matrix as a tensor; one number for an expert is one for each of its matrices."""
     experts = len(stack.members) // stack.width
@@ -156,4 +172,4 @@ def views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
     nbytes = tensor.nbytes * shared // len(stack.members)
     for number, member in enumerate(stack.members):
         start = tensor.start + number // shared * nbytes
-        yield Tensor(f"{member}.{suffix}", tensor.dtype, shape, tensor.file, start, nbytes)
+        yield Matrix.of(tensor, f"{member}.{suffix}", shape, start, nbytes)

@@ -44,7 +44,7 @@ def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
     for module, tensors in modules.items():
         scales = [tensor for tensor in tensors if _is_scale(tensor.name)]
         codes = [t for t in tensors if not _is_scale(t.name) and _holds_codes(t, scaled=bool(scales))]
-        if codes and not _is_covered(module, covers):
+        if codes and not (_is_covered(module, covers) or _is_held(checkpoint.config, module)):
             yield _fault(checkpoint, codes[0], f"but {CONFIG_NAME} declares no quantisation of {module!r}")
         elif codes and not scales:
             yield _fault(checkpoint, codes[0], "but has no scale beside it")
@@ -55,6 +55,11 @@ def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
 def _is_covered(module: str, covers: Iterable[Covers]) -> bool:
     names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
     return any(cover(name) for cover in covers for name in names)
+
+
+def _is_held(config: Mapping[str, Any], module: str) -> bool:
+    """Whether engines hold the module in FP8 without being told: DeepSeek-V4.1's Engram tables."""
+    return config.get("model_type") == "deepseek_v41" and module.endswith(".engram.embed")
 
 
 def _fault(checkpoint: Checkpoint, tensor: Tensor, what: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
@@ -24,6 +25,8 @@ from kconvert.planning.steps import Copy, Origin
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from kconvert.formats.base import Bytes
 
 LARGE = 1 << 16  # bytes that are quicker read past the page cache
 
@@ -36,6 +39,9 @@ SCALE_BITS = {
     "F8_E8M0": ("u1", 0, 0xFF),
     "U8": ("u1", 0, 0xFF),  # E8M0 by another name: a power of two, never zero
 }
+# The bits of 2^100, and of 2^6 where products may be in F16: with any code, a smaller scale gives a finite value.
+ENORMOUS = {"BF16": 227 << 7, "F16": 21 << 10, "F32": 227 << 23, "F8_E8M0": 227, "U8": 227}
+TINY = 27 << 23  # the bits of 2^-100 as F32, for NVFP4's global scale, which may divide
 INTEGER_CODES = {f"{kind}{8 * size}": f"{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)}
 
 
@@ -94,7 +100,8 @@ def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:
     """KconvertError for the first that is not sound; `root` is how messages name the source."""
     buffers = Buffers()
     for name, rows, cols, part, place in doubts:
-        where = f"{root / place.file}: tensor {part.tensor_of(name)!r}"
+        title = place.title if isinstance(place, Tensor) else f"tensor {part.tensor_of(name)!r}"
+        where = f"{root / place.file}: {title}"
         if part.nbytes < LARGE:
             data = memoryview(reader.read(place.file, place.start, part.nbytes))
         else:
@@ -132,7 +139,7 @@ def _check_scale(where: str, part: Part, data: memoryview) -> None:
     for fault, bad in faults.items():
         if bad.any():
             index = [int(i) for i in np.unravel_index(int(bad.argmax()), part.shape)]
-            raise KconvertError(f"{where} {fault} at {index}; the checkpoint is damaged, fetch the file again")
+            raise KconvertError(f"{where} {fault} at {index}; the file is damaged, or was written wrongly")
 
 
 def _is_plainly_sound(bits: NDArray[Any], code: str, values: str, sign: int, special: int) -> bool:
@@ -146,6 +153,18 @@ def _is_plainly_sound(bits: NDArray[Any], code: str, values: str, sign: int, spe
     if values == "finite":
         return int(bits.max()) % (sign or special) < special
     return bool(signed.min() >= (1 if values == "positive" and sign else 0))
+
+
+def may_overflow(part: Part, data: Bytes) -> bool:
+    """Whether the part has a scale so large that values may be infinite, which only looking at them says."""
+    if part.values == "any" or part.dtype not in ENORMOUS or not data.size:
+        return False
+    code, sign, _ = SCALE_BITS[part.dtype]
+    bits = data.view(code)
+    signed = bits.view(code.replace("u", "i")) if sign else bits
+    largest = max(int(signed.max()), int(bits.max()) & ~sign)
+    divides = part.values == "positive" and part.dtype == "F32"
+    return largest >= ENORMOUS[part.dtype] or (divides and int(signed.min()) < TINY)
 
 
 def _are_zero(part: Part, bits: int, rows: int, data: memoryview) -> bool:

@@ -17,11 +17,13 @@ from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.run.preflight import may_overflow
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
 
 TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
+INFINITE = np.float32(2.0**128 - 2.0**119)  # this and more is, rounded to BF16
 
 
 class Shared:
@@ -135,10 +137,12 @@ def inputs_of(
     return data
 
 
-def decode(step: Transcode, given: Sequence[Bytes], first: int, tile: Tile) -> None:
-    """The values of rows from `first` on, of the bytes that spell them."""
+def decode(step: Transcode, given: Sequence[Bytes], first: int, tile: Tile, huge: bool) -> None:
+    """The values of rows from `first` on, of the bytes that spell them; all finite, which only `huge` scales may prevent."""
     with naming(f"{step.title} cannot be read as {step.source.label}", first, first + len(tile)):
         step.source.decode(given, first, tile)
+        if huge and (np.abs(tile) >= INFINITE).any():
+            raise ValueError("it has a scale so large that a value is infinite")
 
 
 def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int) -> float:
@@ -170,10 +174,11 @@ def _largest(
 ) -> float:
     """The largest magnitude of the values in these rows."""
     inputs, count, largest = inputs_of(step, first, last, across, source, buffers), tile_rows(step), 0.0
+    huge = any(map(may_overflow, step.source_parts, inputs))
     floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
     for row in range(first, last, count):
         stop = min(row + count, last)
         tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-        decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+        decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile, huge)
         largest = max(largest, float(tile.max(initial=0)), -float(tile.min(initial=0)))
     return largest

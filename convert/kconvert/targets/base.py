@@ -26,6 +26,9 @@ WIDE = "f32"  # the source's in F32, for MLX
 # names tell no more, and `other` in a model whose names tell nothing at all.
 LINEARS = frozenset({"expert", "shared", "dense", "attention", "linear", "other"})
 EXPERTS = frozenset({"expert", "other"})
+# Roles of what engines hold in the encoding of the release, whatever config.json says: DeepSeek's own code and vLLM have no
+# other code for Engram's tables. They are taken for an output only where a recipe names them.
+HELD = frozenset({"engram.embedding"})
 # Last words of the roles of matrices that no engine takes for a Linear of its quantisation config …
 NO_LINEARS = frozenset({"embedding", "router"})
 # … except the router gate in the engines' code for these model types.
@@ -88,7 +91,7 @@ class Target:
 
     def takes(self, weight: Weight) -> bool:
         if self.roles is None:
-            return weight.format.quantised
+            return weight.format.quantised and weight.role not in HELD
         return weight.role.partition(".")[0] in self.roles and weight.role not in self.keeps
 
 

@@ -23,7 +23,7 @@ from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
-from kconvert.targets.base import EXPERTS, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
+from kconvert.targets.base import EXPERTS, HELD, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
 from kconvert.targets.mixed.fused import mates
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
@@ -70,11 +70,15 @@ class Conversion:
     def target(self) -> Target:
         """What is written, in blocks of the size that the model has them in where it keeps its own encoding for the rest."""
         target = self.recipe.target(self.model.manifest)
-        if target.spares and isinstance(target.format, Fp8):
-            blocks = (scheme.block for scheme in self.model.quantization.schemes if scheme.format == "fp8")
-            format = replace(target.format, block=next(filter(None, blocks), target.format.block))
-            return replace(target, format=format)
+        if self._block and target.spares and isinstance(target.format, Fp8):
+            return replace(target, format=replace(target.format, block=self._block))
         return target
+
+    @cached_property
+    def _block(self) -> tuple[int, int] | None:
+        """Of the model's FP8."""
+        blocks = (scheme.block for scheme in self.model.quantization.schemes if scheme.format == "fp8")
+        return next(filter(None, blocks), None)
 
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
@@ -270,12 +274,15 @@ class Conversion:
             return config
         weights: dict[bool, list[Weight]] = {True: [], False: []}
         for weight in self.model.weights:
-            weights[self.encoding(weight).quantised].append(weight)
+            is_held = weight.role in HELD and self.target.choice(weight) is None
+            weights[self.encoding(weight).quantised and not is_held].append(weight)
         if not weights[True]:
             return config
         quantised = self._by_encoding(weights[True])
         others = [*map(self.name, weights[False]), *self._plain_linears()]
         table = self.target.declare(self._declared(weights[True]), quantised, others)
+        if self._block and self.target.spares:
+            table["weight_block_size"] = list(self._block)
         experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
         if any(EXPERTS_KEY in had for had in quantization_tables(self.model.checkpoint.config)):  # as DeepSeek-V4.1
             return with_quantization(config, {**table, **experts})
@@ -327,5 +334,5 @@ class Conversion:
 
 
 def _is_encoded(weight: Weight) -> bool:
-    """Whether it is something else than a plain tensor of its own name."""
-    return weight.format.quantised or isinstance(weight.format, Heads)
+    """Whether it is something else than a plain tensor of its own name, and no engine wants it to be."""
+    return (weight.format.quantised or isinstance(weight.format, Heads)) and weight.role not in HELD

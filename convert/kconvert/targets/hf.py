@@ -84,7 +84,7 @@ def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -
     """The published releases list nothing: engines know by themselves what is no Linear in FP8."""
     from kconvert.dialects.fp8 import fp8_table
 
-    return fp8_table((), powers=True, block=format.block if isinstance(format, Fp8) else (128, 128))
+    return fp8_table((), powers=True)
 
 
 def _deepseek_v4_nvfp4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:

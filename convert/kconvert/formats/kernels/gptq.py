@@ -64,7 +64,9 @@ def _spread(line: Any, bits: Any, codes: Any) -> None:
     if bits == 4:
         spread_nibbles(line.view(np.uint8), codes)
     elif bits == 8:
-        codes[:] = line.view(np.uint8)[: codes.shape[0]]
+        stored = line.view(np.uint8)
+        for i in range(codes.shape[0]):  # assigned as a slice they would be copied one by one
+            codes[i] = stored[i]
     else:
         _spread_others(line, bits, codes)
 

@@ -70,14 +70,14 @@ def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
     Returns whether a scale is zero over codes that are not.
     """
     rows, groups, size = tile.shape
-    codes = np.empty(groups * size, np.uint8)
-    grouped = codes.reshape(groups, size)
+    spread = np.empty(groups * size, np.uint8)
     senseless = False
     for row in range(rows):
+        codes = packed[row, : spread.shape[0]]
         if bits == 4:
-            spread_nibbles(packed[row], codes)
-        else:
-            codes[:] = packed[row, : codes.shape[0]]
+            spread_nibbles(packed[row], spread)
+            codes = spread
+        grouped = codes.reshape(groups, size)
         for group in range(groups):
             stored, offset = scale[row, group], _offset(zero, row, group, bits)
             step = widen_scale(stored)
