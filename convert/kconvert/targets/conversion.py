@@ -70,11 +70,14 @@ class Conversion:
     def target(self) -> Target:
         """What is written, in blocks of the size that the model has them in where it keeps its own encoding for the rest."""
         target = self.recipe.target(self.model.manifest)
-        if target.spares and isinstance(target.format, Fp8):
-            blocks = (scheme.block for scheme in self.model.quantization.schemes if scheme.format == "fp8")
-            format = replace(target.format, block=next(filter(None, blocks), target.format.block))
-            return replace(target, format=format)
+        if target.spares and isinstance(target.format, Fp8) and self._block is not None:
+            return replace(target, format=replace(target.format, block=self._block))
         return target
+
+    @cached_property
+    def _block(self) -> tuple[int, int] | None:
+        """The size of the blocks that the model has its FP8 in."""
+        return next((scheme.block for scheme in self.model.quantization.schemes if scheme.format == "fp8"), None)
 
     def check(self) -> None:
         """KconvertError when the checkpoint is not what the command's name says, or the output would be the source again."""
@@ -143,6 +146,8 @@ class Conversion:
         return {}
 
     def _encoding(self, weight: Weight, choice: Format | None) -> Format:
+        if choice is weight.format:
+            return choice
         if choice is not None:
             return self._fit(choice, weight)
         if _is_encoded(weight) and not self.target.spares:
@@ -256,12 +261,15 @@ class Conversion:
         )
 
     def _notes(self, steps: Sequence[Step]) -> list[str]:
-        """Which weights get scales that are powers of two though nobody asked for them."""
+        """Which rules have no effect, and which weights get scales that are powers of two though nobody asked for them."""
+        idle = self.target.notes(self.model)
         if self.recipe.scales == POWERS:
-            return []
+            return idle
         changed = (step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Fp8))
         labels = dict.fromkeys(step.source.label for step in changed if step.target.may_have_powers)
-        return [f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels]
+        return idle + [
+            f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels
+        ]
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
@@ -273,9 +281,14 @@ class Conversion:
             weights[self.encoding(weight).quantised].append(weight)
         if not weights[True]:
             return config
-        quantised = self._by_encoding(weights[True])
+        left = [weight for weight in weights[True] if self.target.leaves(weight)]
+        kept = {weight.name for weight in left}
+        quantised = self._by_encoding(weight for weight in weights[True] if weight.name not in kept)
         others = [*map(self.name, weights[False]), *self._plain_linears()]
-        table = self.target.declare(self._declared(weights[True]), quantised, others)
+        said = self.target.said(self.model, left)
+        table = self.target.declare(self._declared(weights[True]), quantised, others, said)
+        if self.target.spares and self._block is not None:
+            table["weight_block_size"] = list(self._block)
         experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
         if any(EXPERTS_KEY in had for had in quantization_tables(self.model.checkpoint.config)):  # as DeepSeek-V4.1
             return with_quantization(config, {**table, **experts})
