@@ -108,6 +108,28 @@ def test_compressed_tensors_says_nothing_of_activations(source: Path, tmp_path: 
     assert (group.weights.strategy, group.weights.group_size) == ("tensor_group", 16)
 
 
+@pytest.mark.parametrize(("exponent", "code", "is_finite"), [(253, 3, True), (253, 7, False), (255, 1, False)])
+def test_mxfp4_whose_values_are_not_finite_is_refused_by_name(
+    source: Path, tmp_path: Path, exponent: int, code: int, is_finite: bool
+) -> None:
+    convert(plan(source, Recipe("mxfp4")), tmp_path / "mxfp4")
+    (path,) = (tmp_path / "mxfp4").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[f"{EXPERT}.up_proj.weight_scale"][:] = exponent
+    tensors[f"{EXPERT}.up_proj.weight_packed"][:] = code
+    tensors[f"{EXPERT}.gate_proj.weight_scale"][:] = exponent - 5
+    save_file(tensors, path, {"format": "pt"})
+    made = plan(tmp_path / "mxfp4", Recipe("nvfp4"))
+    if is_finite:
+        convert(made, tmp_path / "out")
+        verify(tmp_path / "mxfp4", tmp_path / "out")
+        return
+    with pytest.raises(
+        KconvertError, match=rf"{EXPERT}.up_proj(' .*it has a value that is not finite|.weight_scale' is not finite)"
+    ):
+        convert(made, tmp_path / "out")
+
+
 @LAYOUTS
 def test_mxfp4_becomes_nvfp4_exactly_and_comes_back(source: Path, tmp_path: Path, layout: str) -> None:
     convert(plan(source, Recipe("mxfp4")), tmp_path / "mxfp4")
