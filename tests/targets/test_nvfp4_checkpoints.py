@@ -95,6 +95,36 @@ def test_modelopt_says_the_same_in_both_files_and_has_scales_of_activations(sour
     assert {f"{name}.input_scale" for name in quantised} == {name for name in tensors if "input_scale" in name}
 
 
+def test_measured_scales_of_activations_go_to_modelopt_as_their_inverses(source: Path, tmp_path: Path) -> None:
+    convert(plan(source, Recipe("nvfp4")), tmp_path / "ct")
+    (path,) = (tmp_path / "ct").glob("*.safetensors")
+    tensors = load_file(path)
+    scales = {"gate_proj": 3.1, "up_proj": 3.1, "down_proj": float("inf")}
+    for name, value in scales.items():
+        tensors[f"{EXPERT}.{name}.input_global_scale"] = torch.tensor([value])
+    save_file(tensors, path, {"format": "pt"})
+    index = json.loads((tmp_path / "ct" / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (tmp_path / "ct" / "model.safetensors.index.json").write_text(json.dumps(index))
+    made = plan(tmp_path / "ct", Recipe("nvfp4", layout="modelopt"))
+    assert made.facts["notes"] == [
+        "input_scale of 3 weights is 1 / input_global_scale in F32, of which the inverse is another number for one in six"
+    ]
+    assert not made.facts["dropped"]
+    convert(made, tmp_path / "out")
+    verify(tmp_path / "ct", tmp_path / "out")
+    out = written(tmp_path / "out")
+    assert torch.equal(out[f"{EXPERT}.up_proj.input_scale"], 1 / torch.tensor(3.1))
+    assert float(out[f"{EXPERT}.down_proj.input_scale"]) == 1.0
+    assert float(out["model.layers.2.mlp.experts.0.up_proj.input_scale"]) == 1.0
+
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    out[f"{EXPERT}.up_proj.input_scale"] = torch.tensor(1.0)
+    save_file(out, path, {"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"up_proj.input_scale' is not 1, nor what the source has measured"):
+        verify(tmp_path / "ct", tmp_path / "out")
+
+
 def test_compressed_tensors_says_nothing_of_activations(source: Path, tmp_path: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 

@@ -25,6 +25,7 @@ from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import EXPERTS, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
 from kconvert.targets.mixed.fused import mates
+from kconvert.targets.mixed.measured import measured, notes, with_inputs
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
 
@@ -200,9 +201,8 @@ class Conversion:
         else:
             shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
             mates = self._mates[weight.name] if change.encoding.settles(weight.format) else ()
-            yield Transcode(
-                weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot, mates
-            )
+            source, tensors, target = with_inputs(weight, change.encoding)
+            yield Transcode(weight.name, *shape, source, tensors, target, (), output, slot, mates)
 
     @cached_property
     def _mates(self) -> Mapping[str, tuple[Mate, ...]]:
@@ -245,7 +245,8 @@ class Conversion:
         yield from self.model.dropped
         for weight in self.model.weights:
             if weight.companions and not (weight.format.quantised and self._change(weight).keeps_codes):
-                yield from weight.companions
+                taken = measured(weight, self.encoding(weight))
+                yield from (tensor for tensor in weight.companions if tensor is not taken)
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""
@@ -262,12 +263,12 @@ class Conversion:
 
     def _notes(self, steps: Sequence[Step]) -> list[str]:
         """Which rules have no effect, and which weights get scales that are powers of two though nobody asked for them."""
-        idle = self.target.notes(self.model)
+        told = [*self.target.notes(self.model), *notes(steps)]
         if self.recipe.scales == POWERS:
-            return idle
+            return told
         changed = (step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Fp8))
         labels = dict.fromkeys(step.source.label for step in changed if step.target.may_have_powers)
-        return idle + [
+        return told + [
             f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels
         ]
 
