@@ -255,4 +255,6 @@ def _agreement_of_weights(report: Report) -> str:
     judges = {comparison.judged_by for comparison in report.comparisons}
     if "limits" in judges:
         return f"{near if judges == {'limits'} else f'{equal} or {near}'} {report.reference}"
-    return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}"
+    signs = sum(comparison.judged_by == "values" and not comparison.equal for comparison in report.comparisons)
+    lost = f", but for the signs of zeros in {counted(signs, 'weight')}" if signs else ""
+    return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}{lost}"

@@ -15,7 +15,7 @@ from kconvert.formats.nvfp4 import ONE, Nvfp4
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
 from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
-from kconvert.proof.parity.faults import fault_of
+from kconvert.proof.parity.faults import fault_of, lost_signs
 from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
@@ -153,6 +153,7 @@ def compare_weights(
             rows = replace(chunk, quickly=False)
             different = fault_of(rows, judge)
         fault = fault or different
+        figures.equal &= different is not None or not lost_signs(rows)
         if thorough or different or not rows.moderate():
             figures.add(rows)
         elif head:
