@@ -167,6 +167,7 @@ class Nvfp4(Format):
         if isinstance(source, Nvfp4):
             return self._respell(source, inputs, parts)
         codes, packed = (side[0].reshape(-1, MX_GROUP // 2) for side in (inputs, parts))
+        packed[:] = codes
         lost = kernels.encode_mxfp4(codes, inputs[1], self._factor(parts), packed, parts[1].reshape(-1, 2))
         if lost < 0:
             raise ValueError("it has a value that is not finite")

@@ -39,8 +39,8 @@ MODELS = frozenset(
     | {"kimi_k3", "minimax_m2", "minimax_m3_vl", "mixtral", "qwen3_moe", "qwen3_5_moe"}
 )
 ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}  # by which mlx-lm tells classes of one type apart
-# What its classes want to find in config.json, and transformers' do not.
-WANTED: Mapping[str, Mapping[str, Any]] = {"glm4_moe": {"rope_scaling": None}}
+# What its classes want to find in config.json where transformers' have it by themselves.
+WANTED: Mapping[str, Mapping[str, Any]] = {"bailing_hybrid": {"q_lora_rank": None}, "glm4_moe": {"rope_scaling": None}}
 
 WIDE_NOTE = (
     "with F32 scales and biases mx.dequantize gives every product exactly; they take 32 bits a group more than in BF16"
