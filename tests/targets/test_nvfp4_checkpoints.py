@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sizes import SIZES
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.proof.parity.compare import Standard
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 LAYOUTS = pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
 GLOBAL = {"compressed-tensors": "weight_global_scale", "modelopt": "weight_scale_2"}
@@ -123,6 +125,18 @@ def test_measured_scales_of_activations_go_to_modelopt_as_their_inverses(source:
     save_file(out, path, {"format": "pt"})
     with pytest.raises(CheckFailed, match=r"up_proj.input_scale' is not 1, nor what the source has measured"):
         verify(tmp_path / "ct", tmp_path / "out")
+
+
+def test_a_sample_in_nvfp4_is_as_modelopt_writes_it(tmp_path: Path) -> None:
+    sizes = {**SIZES, "experts": 2}
+    convert(plan_synthetic(SampleRecipe("kimi-k2-thinking-nvfp4", sizes)), tmp_path / "source")
+    tensors = written(tmp_path / "source")
+    up = f"{EXPERT}.up_proj"
+    assert float(tensors[f"{up}.input_scale"]) == 1.0
+    assert torch.equal(tensors[f"{up}.weight_scale_2"], tensors[f"{EXPERT}.gate_proj.weight_scale_2"])
+    assert f"{up.replace('experts.0', 'shared_experts')}.weight_scale" in tensors
+    convert(plan(tmp_path / "source", Recipe("bf16")), tmp_path / "bf16")
+    verify(tmp_path / "source", tmp_path / "bf16")
 
 
 def test_compressed_tensors_says_nothing_of_activations(source: Path, tmp_path: Path) -> None:
