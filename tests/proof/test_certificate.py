@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import kconvert
 from kconvert.cli import main
-from kconvert.proof import digests
+from kconvert.proof import digests, processes
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
@@ -55,6 +55,28 @@ def test_verify_certifies_and_check_needs_no_source(int4: Path, bf16_copy: Path,
     assert found.exit_code == 0
     assert f"{len(list(tensors))} tensors and" in found.stdout
     assert "verified against int4 (exact)" in found.stdout
+
+
+@pytest.mark.parametrize("share", [1 << 30, 1000])  # here, or in processes
+def test_what_is_compared_is_not_read_again_to_certify_it(
+    int4: Path, bf16: Path, certified: Path, tmp_path: Path, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "SHARE", share)
+    report = kconvert.verify(int4, bf16, digest=True, thorough=False)
+    wanted = json.loads(certified.read_text())["tensors"]
+    assert report.digests == {name: entry["sha256"] for name, entry in wanted.items()}
+    read: list[int] = []
+    kconvert.certify(report, tmp_path / "out.json", read.append)
+    assert (read, json.loads((tmp_path / "out.json").read_text())["tensors"]) == ([], wanted)
+
+
+def test_stacks_are_read_again_to_certify_them(int4: Path, tmp_path: Path) -> None:
+    kconvert.convert(kconvert.plan(int4, kconvert.Recipe("mlx")), tmp_path / "mlx")
+    report = kconvert.verify(int4, tmp_path / "mlx", digest=True)
+    assert report.digests.keys() < report.output.checkpoint.tensors.keys()
+    kconvert.certify(report, tmp_path / "out.json")
+    kconvert.certify(kconvert.verify(int4, tmp_path / "mlx"), tmp_path / "again.json")
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "again.json").read_bytes()
 
 
 def test_a_certificate_says_what_each_tensor_is_and_what_it_was_held_to(

@@ -174,7 +174,7 @@ def test_scales_by_mse_serve_better_and_the_gain_is_printed(bf16: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"to": "int8", "scales": "mse"}, "scales by mse are not for int8"),
+        ({"to": "int8", "scales": "mse"}, "scales by mse are not for --to int8"),
         ({"to": "int4", "scales": "mse", "require_exact": True}, "exact values have their own scales"),
         ({"to": "int4", "scales": "best"}, "no scales by 'best'"),
         ({"to": "int4", "convention": "mine"}, "no convention 'mine'"),

@@ -261,6 +261,41 @@ def test_signs_of_zeros_are_counted_and_refused_if_everything_is_to_be_exact(
     source = checkpoint.save(tmp_path / "source")
     with pytest.raises(KconvertError, match=r"experts.0.up_proj.*1 of its groups lose the signs of zeros"):
         convert(plan(source, Recipe("mlx", require_exact=True)), tmp_path / "out")
+    assert convert(plan(source, Recipe("mlx")), tmp_path / "counted", overwrite=True) == {name.rstrip("."): 1}
+    for thorough in (True, False):
+        different = [c for c in verify(source, tmp_path / "counted", thorough=thorough).comparisons if not c.equal]
+        assert [comparison.name for comparison in different] == [name.rstrip(".")]
+
+
+def test_dense_glm_is_mlx_s_by_what_its_files_say(tmp_path: Path) -> None:
+    source = sample(tmp_path / "source", "glm-4-moe", dense_layers=3)
+    convert(plan(source, Recipe("mlx")), tmp_path / "out")
+    assert any("MTP" in note for note in verify(source, tmp_path / "out").notes)
+
+
+def test_a_declaration_that_mlx_lm_does_not_look_at_is_found(int4: Path, mlx: Path, tmp_path: Path) -> None:
+    shutil.copytree(mlx, tmp_path / "out", ignore=shutil.ignore_patterns(".kconvert"))
+    config = json.loads((mlx / "config.json").read_text())
+    del config["quantization"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckFailed, match="has no 'quantization', by which mlx-lm loads"):
+        verify(int4, tmp_path / "out")
+
+
+def test_glm_4_says_what_mlx_lm_wants_to_read(tmp_path: Path) -> None:
+    source = sample(tmp_path / "source", "glm-4-moe")
+    convert(plan(source, Recipe("mlx")), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"] is None
+
+
+def test_of_one_type_of_models_only_the_one_that_mlx_lm_reads_is_written(tmp_path: Path) -> None:
+    source = sample(tmp_path / "source", "ling-3")
+    convert(plan(source, Recipe("mlx")), tmp_path / "out")
+    assert verify(source, tmp_path / "out").faults == ()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["BailingMoeV2_5ForCausalLM"]}))
+    with pytest.raises(KconvertError, match=r"is a bailing_hybrid, and mlx-lm 0\.32\.2 has no class"):
+        plan(source, Recipe("mlx"))
 
 
 def test_a_model_that_mlx_lm_does_not_know_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sizes import SIZES
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.proof.parity.compare import Standard
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 LAYOUTS = pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
 GLOBAL = {"compressed-tensors": "weight_global_scale", "modelopt": "weight_scale_2"}
@@ -95,6 +97,48 @@ def test_modelopt_says_the_same_in_both_files_and_has_scales_of_activations(sour
     assert {f"{name}.input_scale" for name in quantised} == {name for name in tensors if "input_scale" in name}
 
 
+def test_measured_scales_of_activations_go_to_modelopt_as_their_inverses(source: Path, tmp_path: Path) -> None:
+    convert(plan(source, Recipe("nvfp4")), tmp_path / "ct")
+    (path,) = (tmp_path / "ct").glob("*.safetensors")
+    tensors = load_file(path)
+    scales = {"gate_proj": 3.1, "up_proj": 3.1, "down_proj": float("inf")}
+    for name, value in scales.items():
+        tensors[f"{EXPERT}.{name}.input_global_scale"] = torch.tensor([value])
+    save_file(tensors, path, {"format": "pt"})
+    index = json.loads((tmp_path / "ct" / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (tmp_path / "ct" / "model.safetensors.index.json").write_text(json.dumps(index))
+    made = plan(tmp_path / "ct", Recipe("nvfp4", layout="modelopt"))
+    assert made.facts["notes"] == [
+        "input_scale of 3 weights is 1 / input_global_scale in F32, of which the inverse is another number for one in six"
+    ]
+    assert not made.facts["dropped"]
+    convert(made, tmp_path / "out")
+    verify(tmp_path / "ct", tmp_path / "out")
+    out = written(tmp_path / "out")
+    assert torch.equal(out[f"{EXPERT}.up_proj.input_scale"], 1 / torch.tensor(3.1))
+    assert float(out[f"{EXPERT}.down_proj.input_scale"]) == 1.0
+    assert float(out["model.layers.2.mlp.experts.0.up_proj.input_scale"]) == 1.0
+
+    (path,) = (tmp_path / "out").glob("*.safetensors")
+    out[f"{EXPERT}.up_proj.input_scale"] = torch.tensor(1.0)
+    save_file(out, path, {"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"up_proj.input_scale' is not 1, nor what the source has measured"):
+        verify(tmp_path / "ct", tmp_path / "out")
+
+
+def test_a_sample_in_nvfp4_is_as_modelopt_writes_it(tmp_path: Path) -> None:
+    sizes = {**SIZES, "experts": 2}
+    convert(plan_synthetic(SampleRecipe("kimi-k2-thinking-nvfp4", sizes)), tmp_path / "source")
+    tensors = written(tmp_path / "source")
+    up = f"{EXPERT}.up_proj"
+    assert float(tensors[f"{up}.input_scale"]) == 1.0
+    assert torch.equal(tensors[f"{up}.weight_scale_2"], tensors[f"{EXPERT}.gate_proj.weight_scale_2"])
+    assert f"{up.replace('experts.0', 'shared_experts')}.weight_scale" in tensors
+    convert(plan(tmp_path / "source", Recipe("bf16")), tmp_path / "bf16")
+    verify(tmp_path / "source", tmp_path / "bf16")
+
+
 def test_compressed_tensors_says_nothing_of_activations(source: Path, tmp_path: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -106,6 +150,28 @@ def test_compressed_tensors_says_nothing_of_activations(source: Path, tmp_path: 
     assert group.input_activations is None
     assert group.weights is not None
     assert (group.weights.strategy, group.weights.group_size) == ("tensor_group", 16)
+
+
+@pytest.mark.parametrize(("exponent", "code", "is_finite"), [(253, 3, True), (253, 7, False), (255, 1, False)])
+def test_mxfp4_whose_values_are_not_finite_is_refused_by_name(
+    source: Path, tmp_path: Path, exponent: int, code: int, is_finite: bool
+) -> None:
+    convert(plan(source, Recipe("mxfp4")), tmp_path / "mxfp4")
+    (path,) = (tmp_path / "mxfp4").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors[f"{EXPERT}.up_proj.weight_scale"][:] = exponent
+    tensors[f"{EXPERT}.up_proj.weight_packed"][:] = code
+    tensors[f"{EXPERT}.gate_proj.weight_scale"][:] = exponent - 5
+    save_file(tensors, path, {"format": "pt"})
+    made = plan(tmp_path / "mxfp4", Recipe("nvfp4"))
+    if is_finite:
+        convert(made, tmp_path / "out")
+        verify(tmp_path / "mxfp4", tmp_path / "out")
+        return
+    with pytest.raises(
+        KconvertError, match=rf"{EXPERT}.up_proj(' .*it has a value that is not finite|.weight_scale' is not finite)"
+    ):
+        convert(made, tmp_path / "out")
 
 
 @LAYOUTS

@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.dialects.compressed_tensors import patterns
 from kconvert.targets.mixed.rules import parse_mix, read_mix
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 MIXED = """
 layout = "compressed-tensors"
 
 [encodings]
 "model.layers.2.*" = "bf16"
-"expert.down" = "int4"
 "expert" = "nvfp4"
+"shared.down" = "int4"
 "shared" = "mxfp4"
 "dense" = "int8"
 "attention.o" = "fp8-block"
@@ -48,8 +49,8 @@ def test_the_first_rule_that_fits_counts_and_the_output_declares_all(int4: Path,
     verify(int4, tmp_path / "out")
     found = labels(tmp_path / "out")
     assert found.pop("layer 2") == {"bf16"}
-    assert found["expert.down"] == {"int4 group 32"}
-    assert found["expert.gate"] == found["expert.up"] == {"nvfp4"}
+    assert found["shared.down"] == {"int4 group 32"}
+    assert found["expert.gate"] == found["expert.up"] == found["expert.down"] == {"nvfp4"}
     assert found["shared.up"] == {"mxfp4"}
     assert found["dense.up"] == {"int8 channel"}
     assert found["attention.o"] == {"fp8 block 128x128"}
@@ -68,7 +69,7 @@ def test_the_output_says_by_which_recipe_it_was_made(int4: Path, tmp_path: Path)
     made = plan(int4, by(MIXED))
     convert(made, tmp_path / "out")
     assert read_mix(tmp_path / "out" / "recipe.toml") == parse_mix(MIXED, "")
-    assert "expert.down = int4, expert = nvfp4" in made.facts["recipe"]
+    assert "shared.down = int4, shared = mxfp4" in made.facts["recipe"]
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
@@ -143,10 +144,14 @@ def test_a_rule_that_means_nothing_here_is_a_sentence(int4: Path, rule: str, sen
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ("'expert.gate' = 'nvfp4'\n'expert.up' = 'int4'", "gate_proj' nvfp4 and '.*up_proj' int4, which engines fuse"),
-        ("'expert.gate' = 'nvfp4'", "gate_proj' nvfp4 and '.*up_proj' bf16, which engines fuse"),
-        ("'*shared*gate*' = 'fp8'", "gate_proj' fp8 and '.*up_proj' bf16, which engines fuse"),
-        ("'attention.q_a' = 'fp8'", "kv_a_proj_with_mqa' bf16 and '.*q_a_proj' fp8, which engines fuse"),
+        (
+            "'expert.gate' = 'nvfp4'\n'expert.up' = 'int4'\n'expert' = 'nvfp4'",
+            "gate_proj' nvfp4 .by its rule 'expert.gate'. and '.*up_proj' int4 .by its rule 'expert.up'., which engines fuse",
+        ),
+        ("'*shared*gate*' = 'fp8'", "gate_proj' fp8 .* and '.*up_proj' bf16 .as no rule names it., which engines fuse"),
+        ("'attention.q_a' = 'fp8'", "kv_a_proj_with_mqa' bf16 .* and '.*q_a_proj' fp8 .*, which engines fuse"),
+        ("'expert.down' = 'int4'\n'expert' = 'nvfp4'", "engines have one encoding for all experts of a layer"),
+        ("'*.experts.[01].*' = 'nvfp4'", "experts.0.* nvfp4 .* and '.*experts.2.* bf16 .*one encoding for all experts"),
         ("'expert' = 'nvfp4'\n'expert.down' = 'int4'", "'expert.down' never counts, as rules above it"),
         ("'vision' = 'fp8'\n'mtp' = 'fp8'", r"no weight that the recipe names \(it names vision, mtp\)"),
     ],
@@ -154,6 +159,107 @@ def test_a_rule_that_means_nothing_here_is_a_sentence(int4: Path, rule: str, sen
 def test_rules_that_engines_or_each_other_leave_no_room_are_a_sentence(int4: Path, rules: str, sentence: str) -> None:
     with pytest.raises(KconvertError, match=sentence):
         plan(int4, by(f"[encodings]\n{rules}"))
+
+
+def test_a_role_that_the_model_lacks_is_told_with_the_plan(int4: Path) -> None:
+    notes = plan(int4, by("[encodings]\n'expert' = 'nvfp4'\n'vision' = 'fp8'")).facts["notes"]
+    assert notes == ["the recipe's vision = fp8 has no effect, as the model has no weight in this role"]
+
+
+def test_experts_of_several_layers_may_have_several_encodings(int4: Path) -> None:
+    facts = plan(int4, by("[encodings]\n'model.layers.1.*experts.*' = 'mxfp4'\n'expert' = 'nvfp4'")).facts
+    assert {"int4 group 32 -> mxfp4", "int4 group 32 -> nvfp4"} <= facts["lossy"].keys()
+
+
+def test_what_is_kept_stays_with_what_config_json_says_of_it(int4_copy: Path, tmp_path: Path) -> None:
+    config = json.loads((int4_copy / "config.json").read_text())
+    table = config.get("quantization_config") or config["text_config"]["quantization_config"]
+    table["config_groups"]["group_0"]["input_activations"] = inputs = {"num_bits": 8, "type": "float", "dynamic": True}
+    (int4_copy / "config.json").write_text(json.dumps(config))
+    convert(plan(int4_copy, by("[encodings]\n'attention' = 'fp8'\n'expert' = 'keep'")), tmp_path / "out")
+    verify(int4_copy, tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = [group for group in table["config_groups"].values() if group["format"] == "pack-quantized"]
+    assert group["input_activations"] == inputs
+    assert (group["weights"]["num_bits"], table["format"]) == (4, "mixed-precision")
+    found = labels(tmp_path / "out")
+    assert (found["expert.up"], found["attention.o"]) == ({"int4 group 32"}, {"fp8 channel"})
+    assert read_mix(tmp_path / "out" / "recipe.toml").rules == (("attention", "fp8"), ("expert", "keep"))
+
+
+def test_modelopts_weights_are_kept_in_modelopts_dialect(int4: Path, tmp_path: Path) -> None:
+    convert(plan(int4, Recipe("nvfp4", layout="modelopt", attention="fp8")), tmp_path / "mixed")
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    layers = config["quantization_config"]["quantized_layers"]
+    layers["model.layers.2.mlp.experts"] = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    recipe = by("layout = 'modelopt'\n[encodings]\n'attention' = 'bf16'\n'*' = 'keep'")
+    convert(plan(tmp_path / "mixed", recipe), tmp_path / "out")
+    verify(tmp_path / "mixed", tmp_path / "out")
+    assert labels(tmp_path / "out")["attention.o"] == {"bf16"}
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quantized_layers"]
+    assert kept["model.layers.2.mlp.experts"]["quant_algo"] == "W4A16_NVFP4"
+    assert kept["model.layers.1.mlp.experts"]["quant_algo"] == "NVFP4"
+    assert not any("attn" in name for name in kept)
+
+
+def test_a_flat_declaration_of_modelopt_is_kept(int4: Path, tmp_path: Path) -> None:
+    convert(plan(int4, Recipe("nvfp4", layout="modelopt")), tmp_path / "nvfp4")
+    convert(
+        plan(tmp_path / "nvfp4", by("layout = 'modelopt'\n[encodings]\n'attention' = 'fp8'\n'expert' = 'keep'")),
+        tmp_path / "out",
+    )
+    verify(tmp_path / "nvfp4", tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quantized_layers"]
+    assert layers["model.layers.1.mlp.experts"] == {"quant_algo": "NVFP4", "group_size": 16}
+    assert layers["model.layers.1.self_attn.o_proj"] == {"quant_algo": "FP8"}
+
+
+def test_what_another_dialect_declares_cannot_be_kept(int4: Path, fp8: Path) -> None:
+    with pytest.raises(
+        KconvertError, match=r"cannot stay int4 group 32, as .* does not say that in the dialect modelopt"
+    ):
+        plan(int4, by("layout = 'modelopt'\n[encodings]\n'attention' = 'fp8'\n'expert' = 'keep'"))
+    with pytest.raises(KconvertError, match=r"cannot stay fp8 block 128x128, as .* the dialect compressed-tensors"):
+        plan(fp8, by("[encodings]\n'attention' = 'fp8'\n'expert' = 'keep'"))
+
+
+def test_a_recipe_that_keeps_everything_is_the_source_again(int4: Path) -> None:
+    with pytest.raises(KconvertError, match="nothing to convert"):
+        plan(int4, by("[encodings]\n'*' = 'keep'"))
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4", "deepseek-v4.1"])
+def test_deepseek_v4_keeps_its_fp8_beside_experts_in_nvfp4(tmp_path: Path, name: str) -> None:
+    sizes = {"layers": 5, "experts": 2, "hidden": 256, "moe_intermediate": 128, "vocab": 128, "heads": 4, "q_rank": 128}
+    convert(plan_synthetic(SampleRecipe(name, sizes)), tmp_path / "v4")
+    rules = "layout = 'modelopt'\n[encodings]\n'layers.*.experts.*' = 'nvfp4'\n'*' = 'keep'"
+    convert(plan(tmp_path / "v4", by(rules)), tmp_path / "out")
+    verify(tmp_path / "v4", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (table["quant_method"], table["moe_quant_algo"]) == ("fp8", "NVFP4")
+    convert(plan(tmp_path / "v4", Recipe("nvfp4", layout="modelopt")), tmp_path / "whole")
+    out, whole = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "whole"))
+    assert out == whole
+    with pytest.raises(KconvertError, match="no engine reads beside the FP8 that stays"):
+        plan(tmp_path / "v4", by(rules.replace("'*'", "'shared' = 'bf16'\n'*'")))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"group_size": 64}, "--group-size 64 is for INT4, of which {} writes none"),
+        ({"convention": "compressed-tensors"}, "--convention compressed-tensors is for INT4, of which {} writes none"),
+        ({"scales": "mse"}, "scales by mse are not for {}"),
+    ],
+)
+def test_options_that_nothing_takes_are_refused_by_name(options: dict[str, Any], sentence: str) -> None:
+    for to in ("bf16", "gguf", "mlx", "int8"):
+        with pytest.raises(KconvertError, match=sentence.format(f"--to {to}")):
+            Recipe(to, **options)
+    with pytest.raises(KconvertError, match=sentence.format("the recipe")):
+        by("[encodings]\n'expert' = 'int8'\n'attention' = 'keep'", **options)
+    assert by("[encodings]\n'expert' = 'int4'", **options)
 
 
 def test_a_recorded_recipe_is_toml_whatever_its_globs_are() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kconvert.cli.options import json_option, links_option, location_or_gguf, quiet_option
-from kconvert.cli.running import progress
+from kconvert.cli.running import progress, stored_bytes
 from kconvert.errors import counted
 
 
@@ -30,8 +30,7 @@ def check(output: str, certificate: Path, as_json: bool, quiet: bool) -> None:
     """
     import kconvert
 
-    total = sum(path.stat().st_size for path in Path(output).glob("*.safetensors"))
-    with progress(total, quiet) as advance:
+    with progress(stored_bytes(output), quiet) as advance:
         found = kconvert.check_certificate(output, certificate, advance)
     facts = {
         "tensors": len(found.tensors),

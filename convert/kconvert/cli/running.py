@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,6 +73,14 @@ def carry_out(
     if as_json or not quiet:
         outcome = Outcome.now(plan, delivery, seconds, inexact, launch, *earlier)
         click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else outcome.as_text())
+
+
+def stored_bytes(output: str) -> int:
+    """The size of the files with weights that are there; 0 of what lies on the Hub."""
+    from kconvert.models.amx import KT_GLOB
+
+    files = [path for glob in ("*.safetensors", "*.gguf", KT_GLOB) for path in Path(output).glob(glob)]
+    return sum(path.stat().st_size for path in files or [Path(output)] if path.is_file())
 
 
 @contextmanager

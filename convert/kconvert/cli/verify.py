@@ -23,7 +23,7 @@ from kconvert.cli.options import (
     report_option,
     selection_options,
 )
-from kconvert.cli.running import progress
+from kconvert.cli.running import progress, stored_bytes
 from kconvert.errors import CheckFailed, counted
 from kconvert.proof.parity.metrics import CEILINGS, FLOORS, Errors, spelled
 
@@ -136,7 +136,7 @@ def verify(
     """
     import kconvert
     from kconvert.checkpoint.gguf_files import is_gguf
-    from kconvert.models.amx import KT_GLOB, is_amx
+    from kconvert.models.amx import is_amx
     from kconvert.proof.logits import compare_logits
     from kconvert.report import check_report_path
 
@@ -150,15 +150,14 @@ def verify(
         _check_certifiable(certificate, sample)
     if report is not None:
         check_report_path(report)
-    files = [path for glob in ("*.safetensors", "*.gguf", KT_GLOB) for path in Path(output).glob(glob)]
-    total = sum(path.stat().st_size for path in files or [Path(output)] if path.is_file())
-    with progress(int(total * sample), quiet) as advance:
+    with progress(int(stored_bytes(output) * sample), quiet) as advance:
         found = kconvert.verify(
             source,
             output,
             sample=sample,
             keep_going=report is not None,
             thorough=report is not None or as_json,
+            digest=certificate is not None,
             advance=advance,
             **options,
         )
@@ -166,11 +165,11 @@ def verify(
     said = compare_logits(found.source, found.output, text=text, tokens=tokens) if wanted else None
     _tell(found, said, report, as_json, quiet)
     if certificate is not None:
-        with progress(found.output.checkpoint.nbytes, quiet) as advance:
+        tensors = found.output.checkpoint.tensors
+        with progress(sum(t.nbytes for t in tensors.values() if t.name not in found.digests), quiet) as advance:
             digest = kconvert.certify(found, certificate, advance)
         if not (quiet or as_json):
-            tensors = counted(len(found.output.checkpoint.tensors), "tensor")
-            click.echo(f"certified: {tensors} of DST, read once more, in {certificate} (sha256 {digest})")
+            click.echo(f"certified: {counted(len(tensors), 'tensor')} of DST in {certificate} (sha256 {digest})")
 
 
 def _check_certifiable(certificate: Path, sample: float) -> None:
@@ -256,4 +255,6 @@ def _agreement_of_weights(report: Report) -> str:
     judges = {comparison.judged_by for comparison in report.comparisons}
     if "limits" in judges:
         return f"{near if judges == {'limits'} else f'{equal} or {near}'} {report.reference}"
-    return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}"
+    signs = sum(comparison.judged_by == "values" and not comparison.equal for comparison in report.comparisons)
+    lost = f", but for the signs of zeros in {counted(signs, 'weight')}" if signs else ""
+    return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}{lost}"

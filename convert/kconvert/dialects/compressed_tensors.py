@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,20 @@ def read(table: Table) -> QuantizationConfig:
         else:
             spared |= dict.fromkeys(targets)
     return QuantizationConfig(tuple(schemes), table.names("ignore"), tuple(spared))
+
+
+def entries(table: Table, names: Iterable[tuple[str, ...]]) -> Iterator[Mapping[str, Any] | None]:
+    """The config group that says how each of these modules is quantised, by any of its names; None where none does."""
+    table = table.table(INNER) if INNER in table else table
+    groups = table.table("config_groups")
+    found = read(table)
+    said = [group.values for group in (_group(groups, name) for name in groups.values) if "weights" in group]
+    formats = (scheme.format for scheme in found.schemes)
+    whole = [{**values, "format": format} for values, format in zip(said, formats, strict=True)]
+    numbers = {id(scheme): number for number, scheme in enumerate(found.schemes)}
+    for module in names:
+        scheme = found.scheme_for(*module)
+        yield None if scheme is None else whole[numbers[id(scheme)]]
 
 
 def _check_storage(table: Table) -> None:

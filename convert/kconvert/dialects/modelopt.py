@@ -10,7 +10,7 @@ Sources: https://github.com/NVIDIA/Model-Optimizer, `export/quant_utils.py`, `ex
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -102,7 +102,7 @@ def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[st
     it finds them by `quantized_layers` only."""
     quantised = list(quantised)
     if any(name.startswith(LANGUAGE_MODEL) and RESPELT[0] in name for name in quantised):
-        return mixed_table({"NVFP4": quantised}, unquantised)
+        return mixed_table([(entry("NVFP4"), quantised)], unquantised)
     group = {"input_activations": FLOAT4, "weights": FLOAT4, "targets": ["Linear"]}
     return {
         "config_groups": {"group_0": group},
@@ -122,19 +122,42 @@ FUSED = {
 }
 
 
-def mixed_table(quantised: Mapping[str, Sequence[str]], unquantised: Iterable[str]) -> dict[str, Any]:
-    """MIXED_PRECISION: Linears by algorithm, experts by the module that has them all, under every name that engines use."""
+def entry(algorithm: str) -> dict[str, Any]:
+    """What `quantized_layers` says of a module."""
+    return {"quant_algo": algorithm, **({"group_size": FLOAT4["group_size"]} if algorithm == "NVFP4" else {})}
+
+
+def entries(table: Table, names: Iterable[str]) -> Iterator[Mapping[str, Any] | None]:
+    """What a table says of each of these modules, in the words of `quantized_layers`; None where it says nothing."""
+    table = table.table(INNER) if INNER in table else table
+    layers = table.table_if_any("quantized_layers").values
+    algorithm = table.text("quant_algo", MIXED)
+    usual = entry(algorithm) | {"group_size": size} if (size := table.values.get("group_size")) else entry(algorithm)
+    targets = {table.target(name): said for name, said in layers.items()} if layers else {EVERYTHING[0]: usual}
+    found = QuantizationConfig(
+        tuple(Scheme(str(n), targets=(target,)) for n, target in enumerate(targets)), inside=True
+    )
+    said = list(targets.values())
+    for name in names:
+        scheme = found.scheme_for(name)
+        yield None if scheme is None else said[int(scheme.format)]
+
+
+def mixed_table(
+    quantised: Iterable[tuple[Mapping[str, Any], Sequence[str]]], unquantised: Iterable[str]
+) -> dict[str, Any]:
+    """MIXED_PRECISION: Linears by what is said of them, experts by the module that has them all, under every name that engines
+    use."""
     unquantised = list(unquantised)
-    algorithms = {name: algorithm for algorithm, names in quantised.items() for name in names}
-    inside: dict[str, set[str]] = defaultdict(set)
-    for name in (*algorithms, *unquantised):
-        inside[_experts_of(name)].add(algorithms.get(name, ""))
-    layers: dict[str, dict[str, Any]] = {}
-    for name, algorithm in algorithms.items():
+    said = {name: entry for entry, names in quantised for name in names}
+    inside: dict[str, set[int]] = defaultdict(set)
+    for name in (*said, *unquantised):
+        inside[_experts_of(name)].add(id(said.get(name)))
+    layers: dict[str, Mapping[str, Any]] = {}
+    for name, entry in said.items():
         whole = _experts_of(name) if len(inside[_experts_of(name)]) == 1 else name
         if whole not in layers:
-            size = {"group_size": FLOAT4["group_size"]} if algorithm == "NVFP4" else {}
-            layers |= {key: {"quant_algo": algorithm, **size} for key in _spellings(whole)}
+            layers |= dict.fromkeys(_spellings(whole), entry)
     for fused, parts in FUSED.items():
         for name in [name for name in layers if name.endswith(f".{parts[0]}")]:
             around = name.removesuffix(parts[0])
@@ -142,7 +165,7 @@ def mixed_table(quantised: Mapping[str, Sequence[str]], unquantised: Iterable[st
                 layers[around + fused] = layers[name]
     return {
         "quantized_layers": layers,
-        "ignore": _ignore(algorithms, unquantised),
+        "ignore": _ignore(said, unquantised),
         "quant_algo": MIXED,
         "producer": PRODUCER,
         "quant_method": "modelopt_mixed",  # else SGLang leaves out what is not FP8

@@ -5,7 +5,7 @@
 | codes | weight_packed | weight | U8 [out, in / 2]; e2m1 (see formats.mx), the first column in the low nibble |
 | scale | weight_scale | weight_scale | F8_E4M3 [out, in / 16] |
 | global scale | weight_global_scale | weight_scale_2 | F32 [1], [] or [1, 1] |
-| of activations | | input_scale | F32 []; 1 where kconvert writes it, as nobody has measured |
+| of activations | input_global_scale | input_scale | F32 [1], []; one is 1 / the other; 1 where nobody has measured |
 
 Value of a weight: bf16(code * step), the product rounded to f32, and so is step: f32(scale) / global scale in
 compressed-tensors' `nvfp4-pack-quantized`, f32(scale) * global scale in ModelOpt's NVFP4. The names tell which it is.
@@ -29,6 +29,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 GROUP = 16
 # Codes and global scale, by whether that multiplies.
 NAMES = {False: ("weight_packed", "weight_global_scale"), True: ("weight", "weight_scale_2")}
+INPUTS = {False: "input_global_scale", True: "input_scale"}
 SUFFIXES = frozenset({"weight_scale", *NAMES[False], *NAMES[True], ZERO_POINT})
 FORMATS = {"nvfp4-pack-quantized": False, "nvfp4": True}
 KINDS = frozenset((format, "float") for format in FORMATS)
@@ -64,7 +66,8 @@ EXTREME = 126  # powers of two to this one either way are normal floats, and so 
 class Nvfp4(Format):
     """`multiplies`: ModelOpt's names and global scale. `unused`: zero points that lie beside it.
 
-    `inputs`: a scale of activations is written beside it, which engines want that quantise these.
+    `inputs`: a scale of activations is written beside it, which engines want that quantise these. `measured`: it comes from the
+    source, where its inverse lies beside the weight.
 
     How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error; `exact`:
     groups that do not come back are counted; `strict`: they are an error.
@@ -73,6 +76,7 @@ class Nvfp4(Format):
     multiplies: bool = False
     unused: tuple[Part, ...] = ()
     inputs: bool = False
+    measured: bool = False
     mse: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
@@ -114,9 +118,15 @@ class Nvfp4(Format):
             Part(codes, "U8", (rows, cols // 2)),
             Part("weight_scale", "F8_E4M3", (rows, cols // GROUP), values="nonnegative"),
             Part(global_scale, "F32", (1,), every=None, values="positive"),
-            *([Part("input_scale", "F32", (), every=None, constant=ONE)] if self.inputs else []),
+            *self._inputs,
             *self.unused,
         )
+
+    @property
+    def _inputs(self) -> tuple[Part, ...]:
+        if self.measured:
+            return (Part(INPUTS[self.multiplies], "F32", () if self.multiplies else (1,), every=None),)
+        return (Part(INPUTS[True], "F32", (), every=None, constant=ONE),) if self.inputs else ()
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import nvfp4 as kernels
@@ -157,7 +167,10 @@ class Nvfp4(Format):
         if isinstance(source, Nvfp4):
             return self._respell(source, inputs, parts)
         codes, packed = (side[0].reshape(-1, MX_GROUP // 2) for side in (inputs, parts))
+        packed[:] = codes
         lost = kernels.encode_mxfp4(codes, inputs[1], self._factor(parts), packed, parts[1].reshape(-1, 2))
+        if lost < 0:
+            raise ValueError("it has a value that is not finite")
         return self._counted(lost)
 
     def _respell(self, source: Nvfp4, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
@@ -174,6 +187,8 @@ class Nvfp4(Format):
         if not 0 < after < math.inf:
             raise ValueError(f"its global scale {before} has no inverse that an F32 can hold")
         parts[2].view("f4")[0] = after
+        if self.measured:
+            parts[3].view("f4")[0] = _inverse(inputs[3].view("f4")[0])
         steps = kernels.steps_of(before, source.multiplies), kernels.steps_of(after, self.multiplies)
         return self._counted(kernels.count_changed(parts[0].reshape(-1, GROUP // 2), parts[1], *steps))
 
@@ -181,6 +196,21 @@ class Nvfp4(Format):
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have values that no codes and scales reproduce")
         return lost if self.exact else 0
+
+
+def _inverse(scale: Tile) -> Tile | float:
+    """Of a scale of activations; 1 where there is none, as beside an expert that no token reached."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        found = np.float32(1) / scale
+    return found if 0 < found < math.inf else 1.0
+
+
+@lru_cache
+def with_measured(source: Nvfp4, target: Nvfp4) -> tuple[Nvfp4, Nvfp4]:
+    """Both with the scale of activations that compressed-tensors has and ModelOpt calls by its inverse."""
+    return replace(source, measured=True), replace(target, measured=True)
 
 
 def from_scheme(scheme: Scheme) -> Nvfp4 | None:

@@ -6,8 +6,9 @@ A JSON object:
 - `standard` ("exact" or "limits"), `reference`: what the weights were held to, in words; `notes` of that check;
 - `source`: `name`, and the digests of its `files` (config.json, the index) and of the `headers` of its safetensors files;
 - `weights`: each weight's and plain tensor's outcome, see OUTCOMES; `not_compared`: tensors that belong to none of these;
-- `tensors`: `dtype`, `shape` and `sha256` of the bytes of each tensor; `files`: the sha256 of config.json and each side file;
-  of a GGUF file, that of its header.
+- `tensors`: `dtype`, `shape` and `sha256` of the bytes of each tensor; `files`: the sha256 of config.json and each side file.
+  Of a model in GGUF, whose files may have any name, each part is there by its number, with the sha256 of all in it that is no
+  tensor.
 
 It is not signed: whoever can write it can write another.
 """
@@ -77,8 +78,9 @@ class Certificate:
 def certify(report: Report, path: str | os.PathLike[str], advance: Advance | None = None) -> str:
     """Write the certificate of a check that passed to `path`; returns the sha256 of its text.
 
-    The output is read once more. CheckFailed when the check failed or the output has changed since it began; KconvertError when
-    the check was of a sample, or `path` is something else than a certificate. `advance` is called with bytes read.
+    What of the output the check has not digested is read once more, see verify. CheckFailed when the check failed or the output
+    has changed since it began; KconvertError when the check was of a sample, or `path` is something else than a certificate.
+    `advance` is called with bytes read.
     """
     target = Path(path)
     check_path(target)
@@ -109,8 +111,9 @@ def check_path(path: Path) -> None:
 
 def _document(report: Report, path: Path, advance: Advance) -> dict[str, Any]:
     source, output = report.source.checkpoint, report.output.checkpoint
-    tensors = [*output.tensors.values()]
-    digests = tensor_digests(output, tensors, advance)
+    left = [tensor for tensor in output.tensors.values() if tensor.name not in report.digests]
+    names = (tensor.name for tensor in left)
+    digests = {**report.digests, **dict(zip(names, tensor_digests(output, left, advance), strict=True))}
     weights, not_compared = _outcomes(report)
     return {
         "schema": SCHEMA,
@@ -126,10 +129,9 @@ def _document(report: Report, path: Path, advance: Advance) -> dict[str, Any]:
         "output": output.name,
         "weights": weights,
         "not_compared": not_compared,
-        "files": {name: file_digest(output, name) for name in _files(output, path)},
+        "files": {title: file_digest(output, name) for title, name in _files(output, path).items()},
         "tensors": {
-            tensor.name: Entry(tensor.dtype, tensor.shape, digest)._asdict()
-            for tensor, digest in zip(tensors, digests, strict=True)
+            name: Entry(tensor.dtype, tensor.shape, digests[name])._asdict() for name, tensor in output.tensors.items()
         },
     }
 
@@ -165,20 +167,22 @@ def _uncovered(checkpoint: Checkpoint, compared: Iterable[Tensor]) -> list[str]:
     return [tensor.name for tensor in checkpoint.tensors.values() if count(tensor) < tensor.nbytes]
 
 
-def _files(checkpoint: Checkpoint, certificate: Path) -> list[str]:
-    """The files besides weights and index that make a model what it is; not the certificate, if it lies there.
+def _files(checkpoint: Checkpoint, certificate: Path) -> dict[str, str]:
+    """The files besides weights and index that make a model what it is, by what they are called in a certificate; not that
+    itself, if it lies there.
 
-    Of a GGUF file the header does, which `file_digest` takes for it.
+    Of a GGUF file what is no tensor does, which `file_digest` takes for it.
     """
     if isinstance(checkpoint, GgufCheckpoint):
-        return list(checkpoint.files)
+        count = len(checkpoint.files)
+        return {f"part {number} of {count}": name for number, name in enumerate(checkpoint.files, 1)}
     names = [*checkpoint.side_files, *(file for file in checkpoint.left_out if why_left_out(file) == DECLARATION)]
     if checkpoint.has(CONFIG_NAME):
         names.append(CONFIG_NAME)
     if checkpoint.directory is not None:
         itself = certificate.resolve()
         names = [name for name in names if (checkpoint.directory / name).resolve() != itself]
-    return sorted(names)
+    return {name: name for name in sorted(names)}
 
 
 def _check_unchanged(checkpoint: Checkpoint) -> None:
@@ -202,9 +206,13 @@ def check_certificate(
     wanted = read_certificate(Path(certificate))
     checkpoint = _open(output)
     _check_tables(checkpoint, wanted, Path(certificate))
-    for name, digest in wanted.files.items():
-        if file_digest(checkpoint, name) != digest:
-            raise CheckFailed(f"{checkpoint.root / name} is not the file of the certificate, its sha256 differs")
+    files = _files(checkpoint, Path(certificate))
+    for title, digest in wanted.files.items():
+        if file_digest(checkpoint, files[title]) != digest:
+            part = "" if title == files[title] else ", in what is no tensor"
+            raise CheckFailed(
+                f"{checkpoint.root / files[title]} is not the file of the certificate, its sha256 differs{part}"
+            )
     tensors = [*checkpoint.tensors.values()]
     with closing(tensor_digests(checkpoint, tensors, advance or (lambda nbytes: None))) as digests:
         for tensor, digest in zip(tensors, digests, strict=True):
@@ -232,7 +240,7 @@ def _open(output: str | os.PathLike[str]) -> Checkpoint:
 def _check_tables(checkpoint: Checkpoint, wanted: Certificate, certificate: Path) -> None:
     """CheckFailed for the first tensor or file that is missing, extra, or of another dtype or shape."""
     _check_names(checkpoint.title, "tensor", wanted.tensors, checkpoint.tensors)
-    _check_names(checkpoint.title, "file", wanted.files, frozenset(_files(checkpoint, certificate)))
+    _check_names(checkpoint.title, "file", wanted.files, _files(checkpoint, certificate))
     for name, entry in wanted.tensors.items():
         tensor = checkpoint.tensors[name]
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):

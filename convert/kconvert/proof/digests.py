@@ -6,8 +6,9 @@ import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.checkpoint.download import feed
@@ -58,14 +59,64 @@ def _digest(reader: Reader, tensor: Tensor, buffers: Buffers) -> str:
     return found.hexdigest()
 
 
+class Listener(Reader):
+    """A reader that digests the tensors which pass through it from beginning to end, in order, as far as they do."""
+
+    def __init__(self, reader: Reader, tensors: Iterable[Tensor]) -> None:
+        self._reader = reader
+        self._tensors = {(tensor.file, tensor.start): tensor for tensor in tensors if tensor.nbytes}
+        self._begun: dict[tuple[str, int], tuple[Tensor, hashlib._Hash]] = {}  # by where they go on
+        self._heard: dict[str, str] = {}
+
+    def heard(self) -> dict[str, str]:
+        """The digests of the tensors that have passed since this was asked, by name; others begin anew."""
+        found, self._heard, self._begun = self._heard, {}, {}
+        return found
+
+    def path(self, file: str) -> Path:
+        return self._reader.path(file)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def read(self, file: str, start: int, nbytes: int) -> bytes:
+        found = self._reader.read(file, start, nbytes)
+        self._listen(file, start, found)
+        return found
+
+    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
+        found = self._reader.fetch(file, start, nbytes, room)
+        self._listen(file, start, found)
+        return found
+
+    def _listen(self, file: str, start: int, data: bytes | memoryview) -> None:
+        begun = self._begun.pop((file, start), None)
+        if begun is None and (tensor := self._tensors.get((file, start))) and tensor.name not in self._heard:
+            begun = tensor, hashlib.sha256()
+        if begun is None:
+            return
+        tensor, digest = begun
+        digest.update(data)
+        if (end := start + len(data)) == tensor.start + tensor.nbytes:
+            self._heard[tensor.name] = digest.hexdigest()
+        else:
+            self._begun[file, end] = begun
+
+
 def file_digest(checkpoint: Checkpoint, name: str) -> str:
-    """Of a file beside the weights; of one with weights, what lies before them."""
-    if (weights := checkpoint.files.get(name)) is not None:
-        starts = (tensor.start for tensor in checkpoint.tensors.values() if tensor.file == name)
-        with checkpoint.reader() as reader:
-            return hashlib.sha256(reader.read(name, 0, min(starts, default=weights.nbytes))).hexdigest()
+    """Of a file beside the weights; of one with weights, all that belongs to no tensor: the header, and what lies between and
+    behind them."""
     found = hashlib.sha256()
-    feed(found.update, checkpoint.side_file(name))
+    if (weights := checkpoint.files.get(name)) is None:
+        feed(found.update, checkpoint.side_file(name))
+        return found.hexdigest()
+    places = sorted((tensor.start, tensor.nbytes) for tensor in checkpoint.tensors.values() if tensor.file == name)
+    with checkpoint.reader() as reader:
+        position = 0
+        for start, nbytes in (*places, (weights.nbytes, 0)):
+            for first in range(position, start, CHUNK):
+                found.update(reader.read(name, first, min(CHUNK, start - first)))
+            position = start + nbytes
     return found.hexdigest()
 
 

@@ -9,13 +9,17 @@ from dataclasses import replace
 
 from kconvert.checkpoint.listing import CONFIG_NAME
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.dialects.tables import MLX_KEY
+from kconvert.dialects.mlx import SIGNS as SIGNS_OF_MLX
+from kconvert.dialects.tables import KEYS, MLX_KEY
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.mlx import HALVES
 from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 
+# What a header of its files says, before all tensors.
+METADATA = re.compile(rb'"__metadata__" ?: ?{[^{}]*"format" ?: ?"mlx"')
+BEGINNING = 4096  # bytes
 # What only MLX calls its tensors so.
 SIGNS = re.compile(rf"\.(?:switch_mlp|{'|'.join(HALVES)})\.")
 MTP_NOTE = (
@@ -45,14 +49,35 @@ def expected(original: Model, converted: Model) -> tuple[Model, tuple[str, ...]]
 
 
 def is_mlx(model: Model) -> bool:
-    """Whether a checkpoint is one of MLX's: by its config.json, or by stacks and halves of kv_b as only it has them."""
-    return MLX_KEY in model.checkpoint.config or any(SIGNS.search(name) for name in model.checkpoint.tensors)
+    """Whether a checkpoint is one of MLX's: by its config.json, by stacks and halves of kv_b as only it has them, or by what
+    its files say."""
+    checkpoint = model.checkpoint
+    return (
+        MLX_KEY in checkpoint.config or any(SIGNS.search(name) for name in checkpoint.tensors) or _says_so(checkpoint)
+    )
+
+
+def _says_so(checkpoint: Checkpoint) -> bool:
+    """Whether the first file with weights does."""
+    name = next(iter(checkpoint.files), "")
+    if not name.endswith(".safetensors"):
+        return False
+    with checkpoint.reader() as reader:
+        beginning = reader.read(name, 0, min(BEGINNING, checkpoint.files[name].nbytes))
+    return METADATA.search(beginning) is not None
 
 
 def misdeclared(checkpoint: Checkpoint) -> Iterator[str]:
-    """A sentence for each quantised module whose shapes are not those of what config.json says of it, or of all."""
+    """A sentence for each quantised module whose shapes are not those of what config.json says of it, or of all; or one where
+    it does not say it to mlx-lm."""
     usual = checkpoint.config.get(MLX_KEY)
     if not isinstance(usual, dict):
+        legacy = checkpoint.config.get(KEYS[0])
+        if isinstance(legacy, dict) and SIGNS_OF_MLX & legacy.keys() and "quant_method" not in legacy:
+            yield (
+                f"{checkpoint.root / CONFIG_NAME} has no {MLX_KEY!r}, by which mlx-lm loads quantised weights; copy "
+                f"{KEYS[0]} to that key"
+            )
         return
     for name, scales in checkpoint.tensors.items():
         module, _, last = name.rpartition(".")

@@ -28,6 +28,7 @@ from kconvert.models.sorting import Plain
 from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
+from kconvert.proof.digests import Listener
 from kconvert.proof.gguf import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 Advance: TypeAlias = Callable[[int], None]
 Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
+Digests: TypeAlias = dict[str, str]
 WORST = 10
 EXCERPT = 48  # columns around the worst element
 
@@ -66,7 +68,8 @@ class Report:
     `skipped` those that were not (a sample). `thorough`: the figures are of all values. `faults` are sentences, none of a good
     output; `notes` are no faults.
     `comparisons` are the weights', in natural order of their names; `spreads` their distributions by role and format;
-    `worst` are those with the lowest SQNR of all that differ, the worst first.
+    `worst` are those with the lowest SQNR of all that differ, the worst first. `digests` are the sha256 of the output's tensors
+    that were read whole and in order, where these were asked for.
     """
 
     source: Model
@@ -84,6 +87,7 @@ class Report:
     comparisons: tuple[Comparison, ...] = ()
     spreads: Mapping[tuple[str, str], Spread] = field(default_factory=dict)
     worst: tuple[Excerpt, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def verify(
@@ -96,6 +100,7 @@ def verify(
     exclude: Iterable[str] = (),
     keep_going: bool = False,
     thorough: bool = True,
+    digest: bool = False,
     advance: Advance | None = None,
 ) -> Report:
     """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
@@ -106,7 +111,8 @@ def verify(
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
     Every value is compared; unless `thorough`, which takes longer, figures are of some first rows of each weight, and of what
-    differs. `advance` is called with bytes of output compared.
+    differs. With `digest` the report has what a certificate needs, so that the output need not be read again for it.
+    `advance` is called with bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     whole = understand(open_checkpoint(source))
@@ -118,16 +124,14 @@ def verify(
         if not keep_going:
             raise
         return _unreadable(original, Path(output), standard, str(unreadable))
-    pairs, faults = relate(expected, converted)
-    differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
+    (pairs, faults), differences = relate(expected, converted), tuple(_side_file_faults(expected, converted))
     faults += [*_declaration_faults(converted), *(differences if standard.exact else ())]
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
     tally = _Tally(converted.checkpoint.title, keep_going, faults)
-    with original.checkpoint.reader() as ours, converted.checkpoint.reader() as theirs:
-        for outcome in _compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)):
-            tally.add(outcome)
+    with original.checkpoint.reader() as ours, _reader(converted.checkpoint, digest) as theirs:
+        tally.add_all(_compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)))
         worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
     return Report(
         original,
@@ -145,7 +149,13 @@ def verify(
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
+        digests=tally.digests,
     )
+
+
+def _reader(checkpoint: Checkpoint, digest: bool) -> Reader:
+    reader = checkpoint.reader()
+    return Listener(reader, checkpoint.tensors.values()) if digest else reader
 
 
 def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
@@ -163,6 +173,12 @@ class _Tally:
     faults: list[str]
     comparisons: list[Comparison] = field(default_factory=list)
     spreads: dict[tuple[str, str], Spread] = field(default_factory=dict)
+    digests: Digests = field(default_factory=dict)
+
+    def add_all(self, outcomes: Iterable[tuple[Outcome, Digests]]) -> None:
+        for outcome, heard in outcomes:
+            self.digests |= heard
+            self.add(outcome)
 
     def add(self, outcome: Outcome) -> None:
         fault = outcome
@@ -247,7 +263,8 @@ def _declaration_faults(converted: Model) -> list[str]:
     return faults or list(undeclared(converted.checkpoint))
 
 
-def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[str]:
+def _side_file_faults(expected: Model, output: Model) -> Iterator[str]:
+    original, converted = expected.checkpoint, output.checkpoint
     for name in original.side_files:
         if name not in converted.side_files:
             yield f"{converted.root / name} is missing; the source has it"
@@ -257,8 +274,8 @@ def _side_file_faults(original: Checkpoint, converted: Checkpoint) -> Iterator[s
 
 def _compare_all(
     pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
-) -> Iterator[Outcome]:
-    """The outcome of each pair, in order, and what is wrong with several together."""
+) -> Iterator[tuple[Outcome, Digests]]:
+    """The outcome of each pair, in order, and what is wrong with several together; and the digests that were heard by then."""
     import torch
 
     torch.set_num_threads(1)
@@ -268,7 +285,10 @@ def _compare_all(
     desk = Desk()
     sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]
 
-    def compare(number: int) -> Outcome:
+    def compare(number: int) -> tuple[Outcome, Digests]:
+        return _compared(number), theirs.heard() if isinstance(theirs, Listener) else {}
+
+    def _compared(number: int) -> Outcome:
         match pairs[number]:
             case Weight() as a, Weight() as b:
                 return compare_weights(a, b, ours, theirs, standard, desk, thorough)
@@ -281,7 +301,7 @@ def _compare_all(
         advance(size)
         yield outcome
     if standard.exact:
-        yield from fused_faults(_weights(pairs), theirs)
+        yield from ((fault, {}) for fault in fused_faults(_weights(pairs), theirs))
 
 
 def _tensors(item: Weight | Plain) -> tuple[Tensor, ...]:

@@ -38,6 +38,8 @@ LINEAR_ROUTERS = frozenset({"qwen2_moe", "qwen3_moe"})
 Table: TypeAlias = Callable[[Any, list[str], list[str]], dict[str, Any]]
 # quantization_config -> what else declares it, by the files' names
 Beside: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]]
+# What a config.json says of some Linears, and their names
+Declared: TypeAlias = tuple[Mapping[str, Any], Sequence[str]]
 # What a weight is called in the output
 Names: TypeAlias = Callable[["Weight"], str]
 
@@ -69,8 +71,20 @@ class Target:
         """The encoding that the weight is to have; None: it is not taken."""
         return self.format if self.takes(weight) else None
 
+    def leaves(self, weight: Weight) -> bool:
+        """Whether the weight is to stay as it is, with what the source's config.json says of it."""
+        return False
+
+    def said(self, model: Model, weights: Sequence[Weight]) -> Sequence[Declared]:
+        """What the output's config.json says of weights that stay as they are; KconvertError where it cannot."""
+        return ()
+
     def check(self, model: Model) -> None:
         """KconvertError where what was asked for can mean nothing in this model."""
+
+    def notes(self, model: Model) -> list[str]:
+        """What of it has no effect there."""
+        return []
 
     @property
     def words(self) -> str:
@@ -83,9 +97,14 @@ class Target:
         return {}
 
     def declare(
-        self, format: Format, quantised: Mapping[Format, Sequence[str]], others: Sequence[str]
+        self,
+        format: Format,
+        quantised: Mapping[Format, Sequence[str]],
+        others: Sequence[str],
+        left: Sequence[Declared] = (),
     ) -> dict[str, Any]:
-        """quantization_config: `quantised` are Linears by encoding, of which the usual one is `format`."""
+        """quantization_config: `quantised` are Linears by encoding, of which the usual one is `format`; `left` those that stay
+        as they are, with what is said of them."""
         assert self.table is not None
         return self.table(format, [name for names in quantised.values() for name in names], list(others))
 

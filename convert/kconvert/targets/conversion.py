@@ -25,6 +25,7 @@ from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import EXPERTS, HELD, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
 from kconvert.targets.mixed.fused import mates
+from kconvert.targets.mixed.measured import measured, notes, with_inputs
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
 
@@ -147,6 +148,8 @@ class Conversion:
         return {}
 
     def _encoding(self, weight: Weight, choice: Format | None) -> Format:
+        if choice is weight.format:
+            return choice
         if choice is not None:
             return self._fit(choice, weight)
         if _is_encoded(weight) and not self.target.spares:
@@ -199,9 +202,8 @@ class Conversion:
         else:
             shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
             mates = self._mates[weight.name] if change.encoding.settles(weight.format) else ()
-            yield Transcode(
-                weight.name, *shape, weight.format, weight.tensors, change.encoding, (), output, slot, mates
-            )
+            source, tensors, target = with_inputs(weight, change.encoding)
+            yield Transcode(weight.name, *shape, source, tensors, target, (), output, slot, mates)
 
     @cached_property
     def _mates(self) -> Mapping[str, tuple[Mate, ...]]:
@@ -244,7 +246,8 @@ class Conversion:
         yield from self.model.dropped
         for weight in self.model.weights:
             if weight.companions and not (weight.format.quantised and self._change(weight).keeps_codes):
-                yield from weight.companions
+                taken = measured(weight, self.encoding(weight))
+                yield from (tensor for tensor in weight.companions if tensor is not taken)
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""
@@ -260,12 +263,15 @@ class Conversion:
         )
 
     def _notes(self, steps: Sequence[Step]) -> list[str]:
-        """Which weights get scales that are powers of two though nobody asked for them."""
+        """Which rules have no effect, and which weights get scales that are powers of two though nobody asked for them."""
+        told = [*self.target.notes(self.model), *notes(steps)]
         if self.recipe.scales == POWERS:
-            return []
+            return told
         changed = (step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Fp8))
         labels = dict.fromkeys(step.source.label for step in changed if step.target.may_have_powers)
-        return [f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels]
+        return told + [
+            f"{label} becomes FP8 by scales that are powers of two, which keep its values" for label in labels
+        ]
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
@@ -278,7 +284,9 @@ class Conversion:
             weights[self.encoding(weight).quantised and not is_held].append(weight)
         if not weights[True]:
             return config
-        quantised = self._by_encoding(weights[True])
+        left = [weight for weight in weights[True] if self.target.leaves(weight)]
+        kept = {weight.name for weight in left}
+        quantised = self._by_encoding(weight for weight in weights[True] if weight.name not in kept)
         others = [*map(self.name, weights[False]), *self._plain_linears()]
         table = self.target.declare(self._declared(weights[True]), quantised, others)
         if self._block and self.target.spares:

@@ -77,7 +77,7 @@ def nvfp4(format: Nvfp4, quantised: list[str], unquantised: list[str]) -> dict[s
 def beside_modelopt(table: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     from kconvert.dialects.modelopt import BESIDE, table_beside
 
-    return {BESIDE: table_beside(table)}
+    return {BESIDE: table_beside(table)} if "quant_algo" in table else {}  # DeepSeek-V4 has none
 
 
 def _deepseek_v4(format: Format, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:

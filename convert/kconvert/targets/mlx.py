@@ -33,11 +33,14 @@ from kconvert.targets.base import WIDE, facts_of, read_bytes, refuse_loss
 from kconvert.targets.recipe import Recipe
 
 METADATA = {"format": "mlx"}
-# The models that mlx-lm has a class for which reads what is written here (0.32.2).
+# The models that mlx-lm has a class for which reads what is written here (0.32.2); of bailing_hybrid that of Ling-3.
 MODELS = frozenset(
-    {"deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "kimi_k2", "kimi_k25", "kimi_k3"}
-    | {"minimax_m2", "minimax_m3_vl", "mixtral", "qwen3_moe", "qwen3_5_moe"}
+    {"bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "kimi_k2", "kimi_k25"}
+    | {"kimi_k3", "minimax_m2", "minimax_m3_vl", "mixtral", "qwen3_moe", "qwen3_5_moe"}
 )
+ARCHITECTURES = {"bailing_hybrid": "BailingMoeV3ForCausalLM"}  # by which mlx-lm tells classes of one type apart
+# What its classes want to find in config.json where transformers' have it by themselves.
+WANTED: Mapping[str, Mapping[str, Any]] = {"bailing_hybrid": {"q_lora_rank": None}, "glm4_moe": {"rope_scaling": None}}
 
 WIDE_NOTE = (
     "with F32 scales and biases mx.dequantize gives every product exactly; they take 32 bits a group more than in BF16"
@@ -51,7 +54,8 @@ NARROW_NOTE = (
 def plan_mlx(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     """The plan of a directory for mlx-lm; see targets.planner. KconvertError for a model that it has no class for."""
     kind = model.checkpoint.config.get("model_type")
-    if kind not in MODELS:
+    architecture = ARCHITECTURES.get(str(kind))
+    if kind not in MODELS or (architecture and model.checkpoint.config.get("architectures") != [architecture]):
         raise KconvertError(
             f"{model.checkpoint.root} is a {kind or 'model without a model_type'}, and mlx-lm 0.32.2 has no class that reads "
             f"such a model from what kconvert writes; it has for {', '.join(sorted(MODELS))}"
@@ -201,7 +205,8 @@ class _Mlx:
             elif self.stays(weight) and weight.expert is None and weight.role != "attention.kv_b":
                 modules[weight.name] = self.format(weight)
         told = {name: kind for name, format in modules.items() if (kind := _kind(format)) is not None}
-        return mlx_config(self.model.checkpoint.config, told)
+        config = self.model.checkpoint.config
+        return {**WANTED.get(str(config.get("model_type")), {}), **mlx_config(config, told)}
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         """What a user wants to know of the plan that has these steps."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from kconvert.errors import KconvertError
 from kconvert.formats.conventions import CONVENTIONS, KIMI
 from kconvert.formats.engines.mlx import Affine
+from kconvert.formats.packed import Packed
 from kconvert.targets.base import ATTENTIONS, DEFAULT_SHARD_SIZE, MIXED, POWERS, RESTS, SCALES, WIDE, Target
-from kconvert.targets.mixed.rules import Mix, read_mix
+from kconvert.targets.mixed.rules import ENCODINGS, KEEP, Mix, read_mix
 from kconvert.targets.mixed.target import mixed_target
 from kconvert.targets.registry import TARGETS, layouts_of, targets_for
 
@@ -60,7 +61,27 @@ class Recipe:
             raise KconvertError(
                 f"the rest as {self.rest!r} is not possible for {self.to}; for gguf it is {' or '.join(RESTS)}"
             )
+        self._check_rules()
         self._check_scales()
+
+    @property
+    def _written(self) -> tuple[Format, ...]:
+        """The encodings that may be written, by no rules yet."""
+        if self.mix is not None:
+            return tuple(ENCODINGS[self.mix.layout][word] for _, word in self.mix.rules if word != KEEP)
+        return ((TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))).format,)
+
+    @property
+    def _what(self) -> str:
+        """What is written, for sentences."""
+        return f"--to {self.to}" if self.mix is None else "the recipe"
+
+    def _check_rules(self) -> None:
+        """KconvertError for rules of INT4 where nothing becomes that."""
+        asked = {"group-size": (self.group_size, 32), "convention": (self.convention, KIMI.name)}
+        for option, (value, usual) in asked.items():
+            if value != usual and not any(isinstance(format, Packed) for format in self._written):
+                raise KconvertError(f"--{option} {value} is for INT4, of which {self._what} writes none; leave it out")
 
     def _check_target(self) -> None:
         if self.mix is not None and self.to != MIXED:
@@ -82,19 +103,19 @@ class Recipe:
             )
         if self.scales == "mse" and self.require_exact:
             raise KconvertError("exact values have their own scales; leave out either --scales mse or --require-exact")
+        if self.scales == "mse" and all(format.scaled(mse=True) is None for format in self._written):
+            raise KconvertError(f"scales by mse are not for {self._what}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
         if self.mix is not None:
             if self.scales in (POWERS, WIDE):
                 own = "fp8" if self.scales == POWERS else "mlx"
                 raise KconvertError(f"--scales {self.scales} is for --to {own}, not for a recipe")
             return
-        target = TARGETS[self.to].get(self.layout) or next(iter(TARGETS[self.to].values()))
-        if self.scales == "mse" and target.format.scaled(mse=True) is None:
-            raise KconvertError(f"scales by mse are not for {self.to}, but for int4, fp8, mxfp4, mxfp8 and nvfp4")
-        if self.scales == WIDE and not isinstance(target.format, Affine):
+        (format,) = self._written
+        if self.scales == WIDE and not isinstance(format, Affine):
             raise KconvertError(
                 f"--scales {WIDE} is for mlx, not for {self.to}, whose scales have a dtype of their own"
             )
-        if self.scales == POWERS and target.format.with_powers() is None:
+        if self.scales == POWERS and format.with_powers() is None:
             what = f"{self.to} {self.layout}".strip()
             raise KconvertError(
                 f"--scales ue8m0 is for FP8 in blocks, whose scales engines take as powers of two, not for {what}"

@@ -18,6 +18,7 @@ from kconvert.formats.stacks import MxStack
 from kconvert.models.catalogue import load_manifest
 from kconvert.models.manifest import Manifest, Names
 from kconvert.models.model import natural_key, understand
+from kconvert.models.roles import fusion
 from kconvert.models.rules import Match
 from kconvert.models.sizes import lookup
 from kconvert.models.stacks import Stack, unstack
@@ -62,6 +63,7 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
             drafts.append(_invent_weight(name, match, _spelling(manifest, config, match, scheme), recipe.seed))
         else:
             drafts.append(_invent_tensor(name, match, match.rule.dtype, bound, recipe.seed))
+    drafts = _fuse(drafts, {name: match.rule.role for name, match in names})
     slots = _slots(bound.stacks.values(), {draft.name for draft in drafts if draft.target.quantised})
     drafts = [draft._replace(slot=slots.get(draft.name)) for draft in drafts]
     container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
@@ -72,6 +74,17 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
     return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()
+
+
+def _fuse(drafts: Iterable[Transcode], roles: Mapping[str, str]) -> list[Transcode]:
+    """What engines fuse shares what is one number of the whole weight, as in published releases."""
+    drafts = list(drafts)
+    groups: dict[object, list[Mate]] = {}
+    for draft in drafts:
+        if draft.mates:
+            groups.setdefault(fusion(roles[draft.name], draft.name) or draft.name, []).extend(draft.mates)
+    together = {mate.name: group for group in map(tuple, groups.values()) for mate in group}
+    return [draft._replace(mates=together[draft.name]) if draft.mates else draft for draft in drafts]
 
 
 def _slots(stacks: Iterable[Stack], quantised: Container[str] = ()) -> dict[str, Slot]:

@@ -31,6 +31,7 @@ PARAMETERS = {
     "glm-5.3": 753_329_940_480,
     "gpt-oss": 116_829_156_672,  # model card: 116.83B
     "kimi-k2-instruct": 1_026_408_232_448,
+    "kimi-k2-thinking-nvfp4": 1_026_408_232_448,
     "kimi-k2-thinking": 1_026_408_232_448,
     "kimi-k2.5": 1_026_879_376_368,  # K2 and 471M of vision
     "kimi-k2.6": 1_026_879_376_368,

@@ -340,6 +340,22 @@ def test_a_file_is_certified_with_its_header(int4: Path, file: Path, tmp_path: P
         assert words in found.stderr
 
 
+def test_a_certified_file_may_have_another_name_but_nothing_behind_its_tensors(
+    int4: Path, file: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    def check(path: Path) -> Result:
+        return CliRunner().invoke(main, ["check", str(path), str(tmp_path / "proof.json")])
+
+    assert run_verify(int4, file, "--certificate", tmp_path / "proof.json").exit_code == 0
+    path = tmp_path / "Kimi-K2-Q4_0.gguf"
+    path.write_bytes(file.read_bytes())
+    assert check(path).exit_code == 0
+    path.write_bytes(file.read_bytes() + b"payload")
+    found = check(path)
+    assert found.exit_code == 1
+    assert f"{path} is not the file of the certificate, its sha256 differs, in what is no tensor" in found.stderr
+
+
 def test_a_report_has_all_faults_and_figures(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
     def edit(tensors: Tensors) -> None:
         flip(UP, 2)(tensors)

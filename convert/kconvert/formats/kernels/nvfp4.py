@@ -32,6 +32,7 @@ NORMAL = U(5 << 23)  # a twelfth of such a number is none of the subnormal ones
 LARGEST = np.uint8(0x7E)  # 448 as e4m3
 GROUP = 16
 LOWEST, HIGHEST = -9, 8  # powers of two that e4m3 has
+OVERFLOWING = np.uint8(253)  # the first exponent of e8m0 whose product with the largest e2m1 no F32 has
 
 
 @inline
@@ -176,25 +177,39 @@ def encode_nvfp4(tile: Any, unit: Any, exact: Any, search: Any, packed: Any, sca
     return lost
 
 
+@inline
+def _is_infinite(codes: Any, step: Any) -> Any:
+    """Whether bf16(e2m1 * step) of any of these u8 [bytes] is."""
+    for byte in codes:
+        for nibble in (byte, np.uint8(byte >> np.uint8(4))):
+            if U(bits_of(round_bf16(widen_e2m1(nibble) * step)) & INFINITE) == INFINITE:
+                return True
+    return False
+
+
 @kernel
 def encode_mxfp4(codes: Any, exponents: Any, unit: Any, packed: Any, scale: Any) -> Any:
-    """MXFP4's codes u8 [groups, 16] and exponents u8 [groups] -> packed u8 [groups, 16], scale u8 [groups, 2].
+    """MXFP4's codes u8 [groups, 16] and exponents u8 [groups] -> scale u8 [groups, 2], beside packed u8 [groups, 16], which has
+    the codes already.
 
-    The codes are the same ones and each scale is there twice where e4m3 has it, a multiple of the power of two `unit`. Returns
-    how many groups of 16 have other values than they had.
+    Each scale is there twice where e4m3 has it, a multiple of the power of two `unit`; else the group gets others, and codes of
+    its own. Returns how many groups of 16 have other values than they had, -1 where a value is not finite.
     """
     lost = 0
-    whole = np.int32(U(bits_of(unit) >> U(23)))
+    known = _scales(np.int32(U(bits_of(unit) >> U(23))))
     tile, nibbles = np.empty((2, GROUP), np.float32), np.empty(8, np.uint16)
     halves, scales = packed.reshape(-1, 8), scale.reshape(-1)
     for group in range(codes.shape[0]):
-        exponent = np.int32(exponents[group]) - whole
-        if LOWEST <= exponent <= HIGHEST:
-            code = np.uint8(np.int32(1) << (exponent + np.int32(9))) if exponent < -6 else np.uint8((exponent + 7) << 3)
+        code = known[exponents[group]]
+        if code:
             scale[group, 0] = scale[group, 1] = code
-            packed[group] = codes[group]
-            continue
+            if exponents[group] < OVERFLOWING:
+                continue
         step = power(exponents[group])
+        if exponents[group] >= OVERFLOWING and _is_infinite(codes[group], step):
+            return -1
+        if code:
+            continue
         for i in range(GROUP):
             byte = codes[group, i]
             tile[i >> 3, 2 * (i & 7)] = widen_e2m1(byte) * step
@@ -202,6 +217,17 @@ def encode_mxfp4(codes: Any, exponents: Any, unit: Any, packed: Any, scale: Any)
         for half in range(2):
             lost += _encode_group(tile, half, unit, True, False, nibbles, halves, 2 * group + half, scales)
     return lost
+
+
+@inline
+def _scales(whole: Any) -> Any:
+    """u8 [256]: for each exponent of e8m0, less `whole`, what e4m3 has for it; 0 for nothing."""
+    known = np.zeros(256, np.uint8)
+    for number in range(256):
+        exponent = np.int32(number) - whole
+        if LOWEST <= exponent <= HIGHEST:
+            known[number] = np.int32(1) << (exponent + np.int32(9)) if exponent < -6 else (exponent + 7) << 3
+    return known
 
 
 @kernel

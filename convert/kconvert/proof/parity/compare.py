@@ -6,15 +6,16 @@ Both sides are decoded by compressed-tensors, torch or a reference, see oracle, 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
-from kconvert.formats.nvfp4 import ONE
+from kconvert.formats.nvfp4 import ONE, Nvfp4
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
 from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
-from kconvert.proof.parity.faults import fault_of
+from kconvert.proof.parity.faults import fault_of, lost_signs
 from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
@@ -23,6 +24,7 @@ from kconvert.proof.parity.witnesses.registry import witness_of
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time
+F32 = struct.Struct("<f")
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
 # amax make of Gaussian weights, and the largest rounding of the grid, with room for scales that clip to lower the squared
@@ -151,6 +153,7 @@ def compare_weights(
             rows = replace(chunk, quickly=False)
             different = fault_of(rows, judge)
         fault = fault or different
+        figures.equal &= different is not None or not lost_signs(rows)
         if thorough or different or not rows.moderate():
             figures.add(rows)
         elif head:
@@ -228,15 +231,25 @@ def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reade
 
 
 def _input_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
-    """The scale of activations beside a weight that was quantised is 1, as nobody has measured any, or what the source had."""
+    """The scale of activations beside a weight that was quantised is 1, as nobody has measured any, or what the source had, in
+    ModelOpt's NVFP4 the inverse of what compressed-tensors' has."""
     if not theirs.format.quantised or ours.format == theirs.format:
         return None
-    known = {ONE, *(source.read(tensor.file, tensor.start, tensor.nbytes) for tensor in ours.companions)}
+    measured = {tensor.name: source.read(tensor.file, tensor.start, tensor.nbytes) for tensor in ours.companions}
+    inverse = _inverse(measured.get(f"{ours.name}.input_global_scale", b""))
+    known = {inverse} if inverse and isinstance(theirs.format, Nvfp4) else {ONE, *measured.values()}
     for tensor in theirs.companions:
         if tensor.name.endswith(".input_scale") and output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
             made = "if something else than kconvert made this checkpoint, judge it with --close"
-            return f"tensor {tensor.name!r} is not 1, and nothing in the source measured activations; {made}"
+            return f"tensor {tensor.name!r} is not 1, nor what the source has measured of activations; {made}"
     return None
+
+
+def _inverse(scale: bytes) -> bytes:
+    """1 / an F32 in F32, as bytes; none where that is no positive number."""
+    if len(scale) != F32.size or not 0 < (value := F32.unpack(scale)[0]) < math.inf or value <= 2.0**-128:
+        return b""
+    return F32.pack(1 / value)
 
 
 def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, desk: Desk) -> str | None:

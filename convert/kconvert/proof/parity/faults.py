@@ -22,11 +22,19 @@ def fault_of(rows: Rows, judge: str) -> str | None:
     """
     renamed = rows.ours.format.label == rows.theirs.format.label
     if judge == "values" or (judge == "bytes" and (renamed or witness_of(rows.theirs.format).has_many_spellings)):
-        if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found):
+        if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows):
             return None
         if judge == "values":
             return _value_fault(rows)
     return _byte_fault(rows) if judge == "bytes" else None
+
+
+def lost_signs(rows: Rows) -> bool:
+    """Whether what differs is the sign of zeros, and the output's encoding has none."""
+    if not witness_of(rows.theirs.format).loses_signs or rows.same:
+        return False
+    found, expected = rows.found, rows.expected.to(rows.found.dtype)
+    return not same_bits(expected, found) and same_bits(expected + 0, found + 0)
 
 
 def _value_fault(rows: Rows) -> str:

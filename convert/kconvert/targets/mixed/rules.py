@@ -6,9 +6,11 @@
     "model.layers.0.*" = "bf16"
     "attention" = "fp8"
     "expert" = "nvfp4"
+    "*" = "keep"
 
 A role is as `kconvert inspect` has it, `attention.o`, or its first word for all of that kind. What has `*`, `?` or `[` is a
-glob of whole names of weights. Weights that no rule names become BF16 where they are quantised and stay as they are otherwise.
+glob of whole names of weights. Weights that no rule names become BF16 where they are quantised and stay as they are otherwise;
+those to `keep` stay as they are, with what config.json says of them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from kconvert.formats.int8 import Int8
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
-from kconvert.models.roles import fusion
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,11 +41,12 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from kconvert.models.model import Model, Weight
+    from kconvert.models.model import Weight
 
 Matcher: TypeAlias = "Callable[[Weight], bool]"
 COMPRESSED, MODELOPT = "compressed-tensors", "modelopt"
 BF16 = {"bf16": Dense("BF16")}
+KEEP = "keep"  # in the place of an encoding: that of the source
 # What each dialect can say of a weight, by the words that follow a rule.
 ENCODINGS: Mapping[str, Mapping[str, Format]] = {
     COMPRESSED: {
@@ -59,23 +61,6 @@ ENCODINGS: Mapping[str, Mapping[str, Format]] = {
     },
     MODELOPT: {**BF16, "nvfp4": Nvfp4(True, inputs=True), "fp8": Fp8("tensor", scale_name="weight_scale", inputs=True)},
 }
-# First words of roles that a model may have.
-ROLES = frozenset(
-    {
-        "expert",
-        "shared",
-        "dense",
-        "attention",
-        "linear",
-        "other",
-        "lm_head",
-        "embedding",
-        "router",
-        "vision",
-        "projector",
-        "mtp",
-    }
-)
 SIGNS = "*?["
 RECORD = "recipe.toml"
 
@@ -86,48 +71,6 @@ class Mix:
 
     layout: str
     rules: tuple[tuple[str, str], ...]
-
-    def check(self, model: Model) -> None:
-        """KconvertError for a rule that can mean nothing in this model."""
-        roles = {weight.role for weight in model.weights}
-        for selector, _ in self.rules:
-            fits = matcher(selector)
-            if any(sign in selector for sign in SIGNS):
-                if not any(fits(weight) for weight in model.weights):
-                    longest = max((weight.name for weight in model.weights), key=len, default="")
-                    raise KconvertError(
-                        f"the recipe's {selector!r} matches no weight; globs are of whole names, of which {longest!r} is one"
-                    )
-            elif selector not in ROLES and not any(_is_within(role, selector) for role in roles):
-                raise KconvertError(
-                    f"the recipe's {selector!r} is no role of this model ({', '.join(sorted(roles))}), and no glob either"
-                )
-        self._check_order(model)
-
-    def _check_order(self, model: Model) -> None:
-        """KconvertError for a rule that those before it leave nothing, and for fused weights that get several encodings."""
-        rules = [(selector, word, matcher(selector)) for selector, word in self.rules]
-        fitting, counting = set[str](), set[str]()
-        first: dict[object, tuple[str, str]] = {}
-        for weight in model.weights:
-            hits = [(selector, word) for selector, word, fits in rules if fits(weight)]
-            fitting.update(selector for selector, _ in hits)
-            counting.update(selector for selector, _ in hits[:1])
-            word = hits[0][1] if hits else "bf16"
-            group = fusion(weight.role, weight.name)
-            name, other = first.setdefault(group or weight.name, (weight.name, word))
-            if word != other:
-                raise KconvertError(
-                    f"the recipe makes {name!r} {other} and {weight.name!r} {word}, which engines fuse into one matrix; "
-                    "give both the same encoding"
-                )
-        if shadowed := [selector for selector, _ in self.rules if selector in fitting - counting]:
-            raise KconvertError(
-                f"the recipe's {shadowed[0]!r} never counts, as rules above it fit the same weights; move it above them"
-            )
-        if not fitting:
-            named = ", ".join(selector for selector, _ in self.rules)
-            raise KconvertError(f"{model.checkpoint.root} has no weight that the recipe names (it names {named})")
 
     @property
     def text(self) -> str:
@@ -169,10 +112,10 @@ def parse_mix(text: str, source: str, layout: str = "") -> Mix:
     if not isinstance(rules, dict) or not rules:
         raise KconvertError(f'{source}: encodings is no table of roles and globs, such as "expert" = "nvfp4"')
     for selector, word in rules.items():
-        if not isinstance(word, str) or word not in ENCODINGS[layout]:
+        if word != KEEP and (not isinstance(word, str) or word not in ENCODINGS[layout]):
             raise KconvertError(
                 f"{source}: encodings.{selector!r} is {brief(word)}, which {layout} has no word for; it has "
-                f"{', '.join(ENCODINGS[layout])} (write a name with dots in quotes)"
+                f"{', '.join((*ENCODINGS[layout], KEEP))} (write a name with dots in quotes)"
             )
     return Mix(layout, tuple(rules.items()))
 
@@ -193,11 +136,15 @@ def _quoted(text: str) -> str:
 
 def matcher(selector: str) -> Matcher:
     """Whether a weight has this role, or a name that this glob matches."""
-    if not any(sign in selector for sign in SIGNS):
-        return lambda weight: _is_within(weight.role, selector)
+    if not is_glob(selector):
+        return lambda weight: is_within(weight.role, selector)
     match = re.compile(translate(selector)).match
     return lambda weight: match(weight.name) is not None
 
 
-def _is_within(role: str, selector: str) -> bool:
+def is_glob(selector: str) -> bool:
+    return any(sign in selector for sign in SIGNS)
+
+
+def is_within(role: str, selector: str) -> bool:
     return role == selector or role.startswith(f"{selector}.")

@@ -32,6 +32,7 @@ class Witness(Generic[F]):
 
     by_library = True  # whether compressed-tensors decodes it
     has_many_spellings = False  # whether codes that give back every value are right, whichever they are
+    loses_signs = False  # whether zeros are positive, whatever they were
     decodes_parts_of_blocks = False  # whether rows can be decoded without the others that share their scales
 
     @property

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 class AffineWitness(Witness[Affine]):
     by_library = False
+    loses_signs = True
 
     def claims(self, source: Format) -> bool:
         return True
