@@ -32,9 +32,10 @@ MAY: Mapping[str, str] = {
     "targets": "errors version formats checkpoint dialects models planning",
     "run": "errors version formats checkpoint hub planning",
     "proof": "errors version formats checkpoint dialects models hub address planning",
-    "report": "errors version formats checkpoint dialects models hub address planning targets run proof",
+    "serving": "errors formats checkpoint dialects models hub address planning targets",
+    "report": "errors version formats checkpoint dialects models hub address planning targets run proof serving",
     "": "errors version formats checkpoint models hub address planning targets run proof report",
-    "cli": "errors version formats checkpoint models hub address planning targets run proof report",
+    "cli": "errors version formats checkpoint models hub address planning targets run proof serving report",
     "qat": "",
 }
 MOST_ENTRIES = 14  # in a folder, but for its __init__.py
