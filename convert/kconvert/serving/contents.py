@@ -131,9 +131,6 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
     labels = {weight.format.label for weight in meant if weight.format.quantised or experts}
     first = next((weight for weight in meant if weight.format.quantised), meant[0])
     last = next((weight for weight in meant if weight.role == "expert.down"), None)
-    blocks = [
-        weight for weight in (*meant, *rest) if isinstance(weight.format, Fp8) and weight.format.strategy == "block"
-    ]
     return {
         "encoding": "" if len(labels) > 1 else first.format.label,
         "others": frozenset(weight.format.label for weight in rest) if experts else frozenset(labels),
@@ -144,7 +141,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
         "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
         "width": last.cols if last is not None else 0,
         "sliced": dict(_sliced(rest)),
-        "ragged": next((weight.name for weight in blocks if _is_ragged(weight)), ""),
+        "ragged": next((weight.name for weight in (*meant, *rest) if _is_ragged(weight)), ""),
     }
 
 
@@ -157,9 +154,7 @@ def _sliced(weights: Iterable[Weight]) -> Iterable[tuple[str, int]]:
 
 
 def _is_ragged(weight: Weight) -> bool:
-    assert isinstance(weight.format, Fp8)
-    rows, columns = weight.format.block
-    return bool(weight.rows % rows or weight.cols % columns)
+    return isinstance(weight.format, Fp8) and weight.format.is_ragged(weight.rows, weight.cols)
 
 
 def contents_of_amx(model: AmxModel) -> Contents:
