@@ -34,9 +34,10 @@ MAY: Mapping[str, str] = {
     "targets": "errors version formats checkpoint dialects models planning",
     "run": "errors version formats checkpoint hub stores planning",
     "proof": "errors version formats checkpoint dialects models hub stores address planning",
-    "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof",
+    "serving": "errors formats checkpoint dialects models hub address planning targets",
+    "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof serving",
     "": "errors version chat formats checkpoint models hub stores address planning targets run proof report",
-    "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof report",
+    "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof serving report",
     "qat": "",
 }
 MOST_ENTRIES = 14  # in a folder, but for its __init__.py

@@ -23,6 +23,7 @@ import pytest
 from click.testing import CliRunner
 
 from kconvert.cli import main
+from kconvert.serving.table import engines
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+ENGINE_FLAGS = {word for engine in engines().values() for words in engine.flags.values() for word in words}
 FOLDERS = ("benchmarks", "convert", "docs", "examples", "findings", "manifests", "qat", "tests")
 NEEDS = {"docs/QAT.md": "transformers", "docs/PROOF.md": "jinja2"}
 SIZES = "--layers 2 --experts 4 --hidden 256 --moe-intermediate 512 --intermediate 512 --vocab 512 --heads 4 -q"
@@ -185,7 +187,7 @@ def check_options(words: list[str], command: click.Command) -> None:
     """Each option is one of the command's, or of one of a group's, and takes the value behind it, unless that is a WORD."""
     known = list(options_of(command))
     for at, word in enumerate(words):
-        if not word.startswith("-") or word.startswith("--kt-"):
+        if not word.startswith("-") or word in ENGINE_FLAGS:
             continue
         meant = [option for option in known if word in (*option.opts, *option.secondary_opts)]
         assert meant, f"there is no option {word}"

@@ -192,15 +192,16 @@ def small(kconvert, tmp_path_factory):
 def test_the_main_job_ends_with_a_summary_and_no_progress_bar_without_a_terminal(kconvert, small, tmp_path):
     result = kconvert("int4-to-bf16", small, tmp_path / "dst")
     assert (result.returncode, result.stderr) == (0, "")
-    (line,) = result.stdout.splitlines()
+    line, served = result.stdout.splitlines()
     assert re.match(r"wrote .* in 1 shard to \S+ in \S+ s \(.* GB/s\), peak memory ", line)
+    assert served.startswith("engines: ")
 
 
 def test_a_rerun_of_a_finished_job_says_that_it_was_finished(run, small, tmp_path):
     command = ["int4-to-bf16", small, tmp_path / "dst"]
     first = json.loads(run(*command, "--json").stdout)
     assert first["written_bytes"] == first["bytes"]
-    (line,) = run(*command).stdout.splitlines()
+    line, _ = run(*command).stdout.splitlines()
     assert re.fullmatch(r"\S+ was finished already, \S+ kB in 1 shard; no shard was written again", line)
     again = json.loads(run(*command, "--json").stdout)
     assert (again["bytes"], again["written_bytes"], again["bytes_per_second"]) == (first["bytes"], 0, 0)
@@ -272,7 +273,7 @@ def test_quiet_is_silent(run, small, tmp_path):
 def test_verbose_prints_the_plan_first(run, small, tmp_path):
     lines = run("int4-to-bf16", small, tmp_path / "dst", "-v").stdout.splitlines()
     assert lines[0].startswith("source: ")
-    assert lines[-1].startswith("wrote ")
+    assert lines[-2].startswith("wrote ")
 
 
 def test_what_is_printed_as_json_is_json(run, small, tmp_path):

@@ -20,13 +20,18 @@ from kconvert.targets.conversion import Conversion
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 
-@pytest.fixture(scope="session")
-def kimi_k2() -> Model:
-    """Kimi-K2-Thinking without a byte of its weights, with two experts a layer for brevity."""
-    made = plan_synthetic(SampleRecipe("kimi-k2-thinking", {"experts": 2}))
+def weightless(like: str, **sizes: int) -> Model:
+    """A model without a byte of its weights."""
+    made = plan_synthetic(SampleRecipe(like, sizes))
     outputs = [output for step in made.steps for output in step.outputs]
     tensors = {name: Tensor(name, dtype, shape, "file", 0, 0) for name, dtype, shape in outputs}
-    return understand(Checkpoint(Path("k2"), made.facts["config"], tensors, {}, {}, ()))
+    return understand(Checkpoint(Path(like), made.facts["config"], tensors, {}, {}, ()))
+
+
+@pytest.fixture(scope="session")
+def kimi_k2() -> Model:
+    """Kimi-K2-Thinking, with two experts a layer for brevity."""
+    return weightless("kimi-k2-thinking", experts=2)
 
 
 def test_the_default_layout_lists_the_489_linears_of_k2_that_stay(kimi_k2: Model) -> None:
@@ -108,7 +113,33 @@ def test_names_below_a_language_model_are_listed_with_and_without_its_prefix() -
         *names,
         "lm_head",
         "model.layers.0.self_attn.o_proj",
+        # As transformers calls them, which has wqkv of the tower in three parts.
+        "model.language_model.layers.0.self_attn.o_proj",
+        "model.vision_tower",
     ]
+
+
+NESTED = {
+    "kimi-k2.5": ("vision_tower.encoder.blocks.0.wqkv", "model.vision_tower.layers.0.attn.q_proj"),
+    "kimi-k3": ("vision_tower.encoder.blocks.0.wqkv", "mm_projector.proj.0"),
+    "minimax-m3": ("vision_tower.anything", "model.vision_tower.anything"),
+}
+OUTPUTS = [("mxfp4", "experts"), ("int8", "experts"), ("int8", "all"), ("fp8", "compressed-tensors"), ("int4", "")]
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize(("to", "layout"), OUTPUTS, ids="".join)
+def test_ignore_hits_what_stays_by_every_engines_name_and_nothing_else(name: str, to: str, layout: str) -> None:
+    conversion = Conversion(weightless(name, layers=4, experts=2), Recipe(to, layout=layout))
+    ignore = conversion.config()["quantization_config"]["ignore"]
+    assert all(entry.startswith("re:") or entry == "lm_head" for entry in ignore)
+    for weight in conversion.model.weights:
+        inner = weight.name.removeprefix("language_model.").removeprefix("model.")
+        for called in {weight.name, inner, f"model.{inner}", f"model.language_model.{inner}"}:
+            ignored = any(match_name(called, pattern) for pattern in ignore)
+            assert ignored == isinstance(conversion.encoding(weight), Dense), called
+    if any(plain.role in ("vision", "vision_tower") for plain in conversion.model.plain):
+        assert all(any(match_name(called, pattern) for pattern in ignore) for called in NESTED[name])
 
 
 def test_a_pattern_that_would_hit_a_quantised_linear_gives_way_to_names() -> None:

@@ -353,3 +353,22 @@ def test_a_part_that_holds_no_codes_declares_none(fp8: dict[str, Path], tmp_path
     convert(plan(fp8["all"], Recipe("int4", include=chosen)), tmp_path / "part")
     assert "quantization_config" not in json.loads((tmp_path / "part/config.json").read_text())
     verify(fp8["all"], tmp_path / "part", include=chosen)
+
+
+@pytest.mark.parametrize(("width", "layout"), [(192, "experts"), (192, "compressed-tensors"), (128, "experts")])
+def test_experts_whose_blocks_are_cut_off_are_a_finding_that_offers_scales_by_channel(
+    sample: Callable[..., Path], tmp_path: Path, width: int, layout: str
+) -> None:
+    source = sample(tmp_path / "int4", moe_intermediate=width, q_rank=128, kv_rank=128)
+    findings = plan(source, Recipe("fp8", layout=layout)).facts.get("findings", [])
+    assert [("compressed-tensors-channel" in f, "refuse experts" in f) for f in findings] == [(True, True)] * (
+        width == 192
+    )
+    assert "findings" not in plan(source, Recipe("fp8", layout="compressed-tensors-channel")).facts
+
+
+def test_a_projection_whose_blocks_are_cut_off_is_a_finding_for_transformers_alone(int4: Path) -> None:
+    """kv_a_proj_with_mqa has 576 rows in the published model, too."""
+    (finding,) = plan(int4, Recipe("fp8", layout="all")).facts["findings"]
+    assert "kv_a_proj_with_mqa" in finding
+    assert "refuse experts" not in finding

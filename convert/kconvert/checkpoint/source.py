@@ -160,10 +160,15 @@ class Reader:
         self.close()
 
 
-def open_directory(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+def open_directory(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    enough: Callable[[Iterable[Tensor]], bool] | None = None,
+) -> Checkpoint:
     """Read configuration, index and headers of the checkpoint in directory `path`.
 
-    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main.
+    A repository of the Hub's cache (`models--org--name`) will do, too: its snapshot of `revision`, by default of main. With
+    `enough` files are read until it is true of one's tensors, and these are the checkpoint's.
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a link
     that leads outside the directory (see `links_allowed`), and for a directory that holds something else than a model.
     """
@@ -178,9 +183,12 @@ def open_directory(path: str | os.PathLike[str], revision: str | None = None) ->
 
             def headers(files: list[str]) -> Iterator[list[Tensor]]:
                 for file in files:
-                    yield read_header(str(root / file), listing.files[file].nbytes, partial(reader.read, file), file)
+                    found = read_header(str(root / file), listing.files[file].nbytes, partial(reader.read, file), file)
+                    yield found
+                    if enough is not None and enough(found):
+                        return
 
-            return assemble(listing, headers)
+            return assemble(listing, headers, spare_index=enough is not None)
     except OSError as error:
         raise explain_os_error(error, f"cannot read {error.filename or path}") from None
 

@@ -58,24 +58,26 @@ def _repack(
     source: str, destination: str, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
 ) -> None:
     import kconvert
-    from kconvert.report.summary import launch_command
+    from kconvert.report.summary import launch_amx
+    from kconvert.serving.place import place_of_plan
     from kconvert.targets.amx import AmxRecipe, plan_repack
 
     chosen = {name: options.pop(name) for name in ("scales", "form", "with_rest")}
     recipe = AmxRecipe(method, numa, shard_size=shard_size, **chosen)
     plan = plan_repack(kconvert.inspect(source, pinned(source, destination, revision, **options)), recipe)
-    carry_out(plan, destination, launch=launch_command(Path(destination), method, numa, str(source)), **options)
+    carry_out(plan, destination, launch=launch_amx(place_of_plan(plan, destination), source), **options)
 
 
 def _resplit(
     source: str, destination: str, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
 ) -> None:
     from kconvert.models.amx import open_amx
-    from kconvert.report.summary import launch_command
+    from kconvert.report.summary import launch_amx
+    from kconvert.serving.place import place_of_plan
     from kconvert.targets.amx import plan_resplit
 
     if revision is not None:
         raise click.UsageError("--revision is for SRC; leave it out with --from-amx")
     model = open_amx(Path(source))
-    launch = launch_command(Path(destination), model.method, numa, str(model.record.get("source") or "MODEL"))
-    carry_out(plan_resplit(model, numa, form, shard_size), destination, launch=launch, **options)
+    plan = plan_resplit(model, numa, form, shard_size)
+    carry_out(plan, destination, launch=launch_amx(place_of_plan(plan, destination)), **options)

@@ -16,6 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from kconvert.planning.plan import Plan
+    from kconvert.report.summary import Summary
 
 
 def pinned(source: str, destination: str, revision: str | None, *, overwrite: bool, **_: Any) -> str | None:
@@ -35,10 +36,10 @@ def carry_out(
     as_json: bool,
     quiet: bool,
     verbose: bool,
-    launch: str = "",
+    launch: Summary | None = None,
     **terms: Any,
 ) -> None:
-    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that uses the result.
+    """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that serves the result.
 
     `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
     """

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import QuantizationConfig, both_names, matches
-from kconvert.dialects.fields import PATTERN, SCALE_FORMAT, UE8M0, Table, bare_name, brief, powers_of_two
+from kconvert.dialects.fields import (
+    LANGUAGE_MODEL,
+    PATTERN,
+    SCALE_FORMAT,
+    UE8M0,
+    Table,
+    bare_name,
+    brief,
+    powers_of_two,
+)
 from kconvert.dialects.presets import PRESETS
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
@@ -176,16 +185,21 @@ KIMI_IGNORE = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*ml
 
 
 def packed_table(group_size: int, quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
-    """`pack-quantized` INT4 as in Kimi-K2-Thinking; its patterns where they say just what is meant."""
-    unquantised = both_names(unquantised)
-    hit = [name for name in (*unquantised, *both_names(quantised)) if any(matches(name, p) for p in KIMI_IGNORE)]
+    """`pack-quantized` INT4 as in Kimi-K2-Thinking; its patterns where they say just what is meant, see ignore_list."""
+    quantised, unquantised = tuple(both_names(quantised)), tuple(unquantised)
+    forms, names = _forms(quantised), both_names(unquantised)
+    as_kimi = all(any(matches(name, pattern) for pattern in KIMI_IGNORE) for name in names)
+    if as_kimi and not any(matches(form, pattern) for form in forms for pattern in KIMI_IGNORE):
+        ignore = list(KIMI_IGNORE)
+    else:
+        ignore = _everywhere(forms, unquantised, quantised) if _is_inside(unquantised) else names
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
     return {
         "quant_method": NAME,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, "dynamic": False}}},
-        "ignore": list(KIMI_IGNORE) if hit == unquantised else unquantised,
+        "ignore": ignore,
     }
 
 
@@ -279,8 +293,37 @@ USUAL_IGNORE = ("lm_head", r"re:.*\.gate$", "re:.*q_a_proj$", "re:.*kv_a_proj_wi
 
 
 def ignore_list(quantised: Iterable[str], unquantised: Iterable[str]) -> list[str]:
-    """`ignore`: the usual patterns as far as they hit nothing quantised, and names for the rest."""
-    quantised = tuple(both_names(quantised))
-    patterns = [p for p in USUAL_IGNORE if not any(matches(name, p) for name in quantised)]
-    rest = (name for name in both_names(unquantised) if not any(matches(name, p) for p in patterns))
-    return [*patterns, *rest]
+    """`ignore`: the usual patterns as far as they hit nothing quantised, and names for the rest.
+
+    Of a language model inside a larger one each engine calls the modules otherwise, and cuts those beside it (a vision tower)
+    otherwise, too: for these there are patterns alone, which hit them by every name.
+    """
+    quantised, unquantised = tuple(both_names(quantised)), tuple(unquantised)
+    forms = _forms(quantised)
+    usual = [pattern for pattern in USUAL_IGNORE if not any(matches(form, pattern) for form in forms)]
+    rest = tuple(name for name in unquantised if not any(matches(name, pattern) for pattern in usual))
+    return [*usual, *(_everywhere(forms, rest, quantised) if _is_inside(unquantised) else both_names(rest))]
+
+
+def _is_inside(names: Iterable[str]) -> bool:
+    """Whether these are a language model's inside a larger one."""
+    return any(LANGUAGE_MODEL in name for name in names)
+
+
+def _everywhere(forms: Collection[str], unquantised: Sequence[str], quantised: Iterable[str]) -> list[str]:
+    """Patterns that hit these modules of a model inside a larger one, whatever an engine calls them, and none quantised."""
+    beside = dict.fromkeys(bare_name(name).partition(".")[0] for name in unquantised)
+    known = [PATTERN + rf".*{re.escape(word)}.*" for word in beside if word not in ("layers", "lm_head")]
+    known = ["re:.*lm_head", *known, *KIMI_IGNORE[1:]]
+    rest, chosen = unquantised, []
+    for pattern in known:
+        left = tuple(name for name in rest if not matches(name, pattern))
+        if len(left) < len(rest) and not any(matches(form, pattern) for form in forms):
+            chosen.append(pattern)
+            rest = left
+    return [*chosen, *patterns(rest, quantised)]
+
+
+def _forms(names: Iterable[str]) -> Collection[str]:
+    """The names with one number for all: what patterns without numbers hit of these, they hit of those."""
+    return {NUMBER.sub("0", name) for name in names}

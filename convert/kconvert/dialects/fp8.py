@@ -9,12 +9,12 @@ module (NVIDIA's keeps that of the MTP layers), V4.1 MXFP8 in its Engram tables,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kconvert.dialects.base import EVERYTHING, QuantizationConfig, both_names
-from kconvert.dialects.fields import SCALE_FORMAT, UE8M0, Table, brief, powers_of_two
+from kconvert.dialects.fields import LANGUAGE_MODEL, SCALE_FORMAT, UE8M0, Table, bare_name, brief, powers_of_two
 from kconvert.errors import KconvertError
 from kconvert.formats.base import Scheme
 
@@ -29,6 +29,7 @@ NVFP4 = Scheme("nvfp4", 4, "float", strategy="tensor_group", group_size=16, targ
 # Where a release says in which encoding its routed experts are.
 EXPERTS_KEYS = ("moe_quant_algo", "routed_experts_quant_method", "store_dtype", "expert_dtype")
 EXPERTS_SCHEMES = {"nvfp4": NVFP4, "mxfp4": MXFP4, "fp4": FP4, "mxfp8": replace(MXFP8, targets=EXPERTS)}
+LANGUAGE_MODELS = frozenset({"model", "language_model", "layers", "lm_head"})  # how names of one may begin
 USUAL_NAMES = ("fp8", "float8", "f8", "bf16", "bfloat16")
 DEEPSEEK_V4 = "deepseek_v4"
 
@@ -68,9 +69,11 @@ def fp8_table(unquantised: Iterable[str], powers: bool = False, block: tuple[int
 
     `unquantised` are the Linears that stay as they are.
 
-    vLLM compares whole names and SGLang dotted paths; neither takes patterns here, so every name is spelt out.
+    vLLM compares whole names and SGLang dotted paths; neither takes patterns here, so every name is spelt out. transformers has
+    a language model inside a larger one, and what is beside it, by names of its own.
     """
-    names = both_names(unquantised)
+    unquantised = tuple(unquantised)
+    names = [*both_names(unquantised), *_in_transformers(unquantised)]
     table: dict[str, Any] = {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -79,3 +82,14 @@ def fp8_table(unquantised: Iterable[str], powers: bool = False, block: tuple[int
     }
     table |= {SCALE_FORMAT: UE8M0} if powers else {}
     return {**table, "modules_to_not_convert": names} if names else table
+
+
+def _in_transformers(modules: Sequence[str]) -> Iterator[str]:
+    """What transformers calls modules of a language model inside a larger one; of what is beside that the whole, as it cuts
+    some of its modules in parts."""
+    for name in modules:
+        if name.startswith(LANGUAGE_MODEL) and bare_name(name).startswith("layers."):
+            yield f"model.{LANGUAGE_MODEL}{bare_name(name)}"
+    yield from dict.fromkeys(
+        f"model.{word}" for name in modules if (word := name.partition(".")[0]) not in LANGUAGE_MODELS
+    )

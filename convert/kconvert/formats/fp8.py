@@ -80,6 +80,10 @@ class Fp8(Format):
     def __post_init__(self) -> None:
         object.__setattr__(self, "powers", self.powers or self.scale_dtype in E8M0)
 
+    def is_ragged(self, rows: int, cols: int) -> bool:
+        """Whether the last blocks of such a matrix are cut off at an edge."""
+        return self.strategy == "block" and bool(rows % self.block[0] or cols % self.block[1])
+
     @property
     def label(self) -> str:
         return "fp8 block {}x{}".format(*self.block) if self.strategy == "block" else f"fp8 {self.strategy}"

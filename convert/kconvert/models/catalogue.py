@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 GENERIC = "generic"
-MERGED_TABLES = ("dims", "defaults", "indices", "limits", "also", "spelling", "side_files")
+MERGED_TABLES = ("dims", "defaults", "indices", "limits", "also", "spelling", "serving", "side_files")
 RULES = ("weights", "tensors")
 MERGED_LISTS = (*RULES, "stacks")
 
@@ -126,6 +126,7 @@ def parse(table: Mapping[str, Any]) -> Manifest:
         stacks=tuple(StackRule(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),
         also=table.get("also", {}),
         spelling=table.get("spelling", {}),
+        serving=table.get("serving", {}),
         config=table.get("config", {}),
         side_files=table.get("side_files", {}),
         shard_name=table.get("shard_name", SHARD_NAME),

@@ -37,8 +37,8 @@ class UnknownSizeError(KconvertError):
 class Manifest:
     """A model family; the fields are those of the TOML file.
 
-    `accepts_any` (the generic manifest) demands no names. `config`, `side_files` (name -> text) and `shard_name` are what
-    `kconvert sample` writes.
+    `accepts_any` (the generic manifest) demands no names. `serving` is what engines are told, by engine. `config`, `side_files`
+    (name -> text) and `shard_name` are what `kconvert sample` writes.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Manifest:
     stacks: tuple[StackRule, ...]
     also: Mapping[str, str]
     spelling: Mapping[str, Mapping[str, Any]]
+    serving: Mapping[str, Mapping[str, Any]]
     config: dict[str, Any]
     side_files: Mapping[str, str]
     shard_name: str
@@ -217,6 +218,14 @@ class Names:
     def size(self, expression: str) -> int:
         """The value of an expression over the model's sizes."""
         return evaluate(expression, self._sizes)
+
+    def parameters(self, role: str) -> int:
+        """The elements of all tensors in roles that begin with this word."""
+        return sum(
+            math.prod(shape) * math.prod(len(self._numbers[placeholder]) for placeholder in rule.placeholders)
+            for rule, shape, _ in self._families
+            if rule.role.partition(".")[0] == role
+        )
 
     def match(self, name: str) -> Match | None:
         """What is known of `name`, a Linear's module or a whole tensor name."""

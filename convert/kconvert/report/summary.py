@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import resource
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kconvert.checkpoint.side_files import why_left_out
-from kconvert.errors import counted, human
+from kconvert.errors import KconvertError, counted, human
 from kconvert.formats.base import FATES
 from kconvert.models.copies import undecoded
 from kconvert.models.model import Model, Weight, natural_key
@@ -20,6 +18,10 @@ from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import existing, free_bytes, survey
+from kconvert.serving.contents import contents_of_plan
+from kconvert.serving.launch import launch
+from kconvert.serving.place import Place, place_of_amx, source_of
+from kconvert.serving.table import takers
 
 if TYPE_CHECKING:
     from kconvert.models.amx import AmxModel
@@ -196,11 +198,11 @@ class Outcome(Summary):
         delivery: Delivery,
         seconds: float,
         inexact: Mapping[str, int],
-        launch: str = "",
+        launch: Summary | None = None,
         earlier: int = 0,
     ) -> Outcome:
-        """Of a run that began when `earlier` bytes of shards were finished already."""
-        found = _sampled_gains(plan)
+        """Of a run that began when `earlier` bytes of shards were finished already; `launch` is the command that serves it."""
+        found, served = _sampled_gains(plan), launch or _served(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         written = 0 if earlier >= _shard_bytes(plan) else plan.output_bytes - earlier
         facts = {
@@ -216,7 +218,7 @@ class Outcome(Summary):
             "dropped": list(plan.facts.get("dropped", ())),
         }
         facts |= _error_facts(found)
-        facts |= {"launch": launch} if launch else {}
+        facts |= served.facts
         kept = delivery.push is not None and not delivery.passing  # in the directory, and on the Hub too
         where = f"{delivery} and {delivery.push}" if kept else str(delivery)
         output = f"{human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')}"
@@ -230,8 +232,19 @@ class Outcome(Summary):
             line = f"wrote {output} to {where} {speed}"
         notes = [line, *_fates(plan, "lossy"), *_exactness(plan, inexact, earlier), *_dropped(plan)]
         notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
-        notes += [*plan.facts.get("notes", ()), *([f"launch: {launch}"] if launch else ())]
+        notes += [*plan.facts.get("notes", ()), *served.lines]
         return cls(facts, tuple(notes))
+
+
+def _served(plan: Plan) -> Summary:
+    """The engines that take what the plan writes, and how; nothing of a part that is no model."""
+    try:
+        found = [*takers(contents_of_plan(plan))]
+    except KconvertError:
+        return Summary({}, ())
+    named = ", ".join(f"{engine.title} ({cell.by})" for engine, cell in found)
+    facts = {"engines": {engine.name: cell.by for engine, cell in found}}
+    return Summary(facts, (f"engines: {named or 'none is known to take this'}",))
 
 
 def _shard_bytes(plan: Plan) -> int:
@@ -265,26 +278,11 @@ def _error_facts(found: Mapping[str, Gain]) -> dict[str, Any]:
     return {"sqnr_db": {label: asdict(gain) for label, gain in found.items()}, "relative_frobenius": frobenius}
 
 
-def launch_command(weights: Path, method: str, numa: int, model: str) -> str:
-    """How SGLang with KTransformers serves `model` with the experts in `weights`; the loader checks none of these flags."""
-    flags = [
-        "--model",
-        model,
-        "--kt-weight-path",
-        str(weights),
-        "--kt-method",
-        method,
-        "--kt-threadpool-count",
-        str(numa),
-    ]
-    return shlex.join(["python", "-m", "sglang.launch_server", *flags])
-
-
 def summarise_amx(model: AmxModel) -> Summary:
     """`kconvert inspect` of AMX weights: what the loader cannot see, and the command that fits."""
     checkpoint, record = model.checkpoint, model.record
     origin = "@".join(str(record[key]) for key in ("source", "revision") if record.get(key))
-    launch = launch_command(checkpoint.root, model.method, model.numa, str(record.get("source") or "MODEL"))
+    launch = launch_amx(place_of_amx(model))
     nbytes = sum(tensor.nbytes for weight in model.weights for tensor in weight.tensors)
     experts = sum(model.layers.values())
     facts = {
@@ -301,7 +299,7 @@ def summarise_amx(model: AmxModel) -> Summary:
         "rest": len(model.rest),
         "source": origin or None,
         "written_by": f"kconvert {record['kconvert']}" if "kconvert" in record else None,
-        "launch": launch,
+        **launch.facts,
     }
     scales = f", scales by {record['scales']}" if "scales" in record else ""
     lines = [
@@ -311,9 +309,24 @@ def summarise_amx(model: AmxModel) -> Summary:
         f"[{model.intermediate}, {model.hidden}], down [{model.hidden}, {model.intermediate}]",
         f"source: {origin or 'not recorded'}",
         *([f"besides the experts: {counted(len(model.rest), 'tensor')}"] if model.rest else []),
-        f"launch: {launch}",
+        *launch.lines,
     ]
     return Summary(facts, tuple(lines))
+
+
+def launch_amx(place: Place, source: str | None = None) -> Summary:
+    """The command that serves AMX weights beside the checkpoint that they were made from, if need be with a path to fill in."""
+    try:
+        model = source_of(place, source)
+        notes: tuple[str, ...] = ()
+    except KconvertError:
+        model = replace(place, address=f"/path/to/{place.made_from or 'SOURCE'}", root=None)
+        notes = (f"put the place of the checkpoint that it was made from for {model.address}",)
+    try:
+        line = launch(place, "ktransformers", source=model).line
+    except KconvertError as error:
+        return Summary({"no_launch": str(error)}, (f"no launch: {error}",))
+    return Summary({"launch": line}, (*notes, f"launch: {line}"))
 
 
 def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:

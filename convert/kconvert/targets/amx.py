@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint
+from kconvert.dialects import without_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import Format
 from kconvert.formats.engines.amx import METHODS, Amx, AmxCodes, AmxScales
@@ -129,7 +130,7 @@ def _plan(
     parameters: int,
 ) -> Plan:
     config = {
-        **checkpoint.config,
+        **without_quantization(checkpoint.config),  # which is not how these weights are quantised
         # What KTransformers' `kt` command shows of a model.
         "amx_quantization": {"converted": True, "method": f"int{recipe.bits}", "numa_count": recipe.numa},
     }

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format
+from kconvert.formats.fp8 import Fp8
 from kconvert.planning.containers import Container, Safetensors
 from kconvert.planning.steps import Step, count_steps
 
@@ -149,9 +150,26 @@ def facts_of(
         **told,
         "dropped": list(dropped),
         **({} if notes is None else {"notes": list(notes)}),
-        **({"findings": list(model.findings)} if model.findings else {}),
+        **({"findings": list(model.findings)} if model.findings and "findings" not in told else {}),
         "left_out": list(model.checkpoint.left_out),
     }
+
+
+def is_ragged(format: Format, rows: int, cols: int) -> bool:
+    """Whether a matrix has blocks of FP8 that are cut off at an edge."""
+    return isinstance(format, Fp8) and format.is_ragged(rows, cols)
+
+
+def ragged_blocks(model: Model, encoding: Callable[[Weight], Format], offer: bool) -> str:
+    """What is worth knowing of the weights that get such blocks, of which there are some; `offer` scales by channel instead."""
+    cut = [weight for weight in model.weights if is_ragged(encoding(weight), weight.rows, weight.cols)]
+    first = cut[0]
+    experts = any(weight.role.partition(".")[0] == "expert" for weight in cut)
+    return (
+        f"{first.name!r} [{first.rows}, {first.cols}] ends within a block of FP8 ({counted(len(cut), 'weight')} so); "
+        f"transformers 5.23 reads such wrongly, silently{', and vLLM and SGLang refuse experts so' * experts}"
+        f"{'; --layout compressed-tensors-channel has a scale for each row instead' * offer}"
+    )
 
 
 def read_bytes(model: Model) -> int:

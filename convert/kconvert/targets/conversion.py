@@ -23,6 +23,7 @@ from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
+from kconvert.targets import base
 from kconvert.targets.base import EXPERTS, HELD, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
 from kconvert.targets.mixed.fused import mates
 from kconvert.targets.mixed.measured import measured, notes, with_inputs
@@ -258,8 +259,12 @@ class Conversion:
             **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
         }
         dropped = (tensor.name for tensor in self.left_behind())
+        told: dict[str, Any] = {}
+        if any(base.is_ragged(change.encoding, *kind[:2]) for kind, change in self._changes.items()):
+            finding = base.ragged_blocks(self.model, self.encoding, offer=not self.target.spares)
+            told["findings"] = [*self.model.findings, finding]
         return facts_of(
-            self.model, recipe.to, asked, steps, read_bytes(self.model), {}, dropped, self._notes(steps) or None
+            self.model, recipe.to, asked, steps, read_bytes(self.model), told, dropped, self._notes(steps) or None
         )
 
     def _notes(self, steps: Sequence[Step]) -> list[str]:

@@ -34,7 +34,9 @@ def test_method_numa_shapes_and_origin_are_in_every_header_and_in_kconvert_json(
 def test_kt_config_json_says_what_the_kt_command_shows(two: Path, source: Path) -> None:
     config = json.loads((two / "config.json").read_text())
     assert config.pop("amx_quantization") == {"converted": True, "method": "int4", "numa_count": 2}
-    assert config == json.loads((source / "config.json").read_text())
+    expected = json.loads((source / "config.json").read_text())
+    del expected["quantization_config"]  # not how these weights are quantised
+    assert config == expected
 
 
 @pytest.mark.parametrize("form", ["safetensors", "kt"])

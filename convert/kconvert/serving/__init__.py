@@ -1,0 +1,1 @@
+"""Which engine takes what, and the command that serves it."""

@@ -1,0 +1,182 @@
+"""What an engine finds in a directory, from its headers and config.json: the facts by which it takes it or not.
+
+One layer with routed experts stands for all that have some: a checkpoint that is served has one encoding for its experts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kconvert.checkpoint.gguf_files import SUFFIX as GGUF
+from kconvert.checkpoint.listing import CONFIG_NAME
+from kconvert.checkpoint.safetensors import Tensor, parse_header
+from kconvert.checkpoint.source import Checkpoint
+from kconvert.dialects.registry import dialect_of
+from kconvert.dialects.tables import declarations
+from kconvert.errors import KconvertError
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.packed import Packed
+from kconvert.models.amx import AmxModel
+from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
+from kconvert.models.manifest import Manifest
+from kconvert.models.model import Model, Weight, understand
+from kconvert.models.roles import guess
+from kconvert.models.sizes import lookup
+from kconvert.planning.plan import Plan
+
+SWITCH = ".switch_mlp."  # what MLX calls the experts of a layer
+LAYER = re.compile(r"(?:.*?\.)?layers\.[0-9]+\.")
+# Last words of the roles of matrices that tensor parallelism cuts by rows, and by columns.
+BY_ROWS = frozenset({"gate", "up", "q", "k", "v", "q_b", "kv_b"})
+BY_COLUMNS = frozenset({"down", "o"})
+
+
+@dataclass(frozen=True)
+class Contents:
+    """`kind` is safetensors, amx, gguf or mlx; `nbytes` are those of all its files.
+
+    `encoding` is that of the routed experts (of the Linears, where there are none), `dialect` what declares it, `others` are
+    the labels of the other Linears that are quantised; `expert` is the name of a matrix of an expert, `parts` are the suffixes
+    of its tensors, `scale` is the dtype of its scales, `group` the number of columns that one is for, `density` its bytes for a
+    value. `width` is that of an expert, `sliced` has lengths of other quantised matrices that GPUs share, by name; `ragged` is
+    a matrix in blocks of FP8 of which the last are cut off. `numa` is the number of nodes that AMX weights are split for.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    nbytes: int
+    encoding: str = "*"
+    dialect: str = ""
+    others: frozenset[str] = frozenset()
+    expert: str = ""
+    parts: str = ""
+    scale: str = ""
+    group: int = 1
+    density: float = 0.0
+    width: int = 0
+    sliced: Mapping[str, int] = field(default_factory=dict)
+    ragged: str = ""
+    numa: int = 0
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return manifest_for(self.config) if self.config else load_manifest(GENERIC)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type") or "")
+
+    @cached_property
+    def section(self) -> Mapping[str, Any]:
+        """config.json as its language model's keys are looked for."""
+        try:
+            return self.manifest.section(dict(self.config))
+        except KconvertError:
+            return self.config
+
+    def number(self, *keys: str) -> int | None:
+        """The first positive number that config.json has at one of these keys of the language model."""
+        found = (lookup(self.section, key) for key in keys)
+        return next((value for value in found if type(value) is int and value > 0), None)
+
+
+def contents_of(checkpoint: Checkpoint) -> Contents:
+    """Of a checkpoint of safetensors files, all of its tensors or those of some files; KconvertError as `kconvert.inspect`."""
+    nbytes = sum(stat.nbytes for stat in checkpoint.files.values())
+    dialect = _dialect(checkpoint.config)
+    if dialect == "mlx" or any(SWITCH in name for name in checkpoint.tensors):
+        return Contents("mlx", checkpoint.config, nbytes, dialect=dialect)
+    model = understand(replace(checkpoint, tensors=_one_layer(checkpoint.tensors)), partial=True)
+    experts = [weight for weight in model.weights if _is_expert(weight.role)]
+    facts = _facts(model, experts or list(model.weights), experts)
+    return Contents("safetensors", checkpoint.config, nbytes, dialect=dialect, **facts)
+
+
+def _dialect(config: Mapping[str, Any]) -> str:
+    """What declares the quantisation, by the first of its names; "" where nothing does."""
+    manifest = manifest_for(config)
+    if manifest.has_encoded_stacks(config):
+        return str(manifest.stacked_method)
+    tables = declarations(config)
+    return dialect_of(tables[0]).METHODS[0] if tables else ""
+
+
+def holds_expert(tensors: Iterable[str]) -> bool:
+    """Whether a routed expert's matrix, or a stack of them, is among these."""
+    return any("experts" in name and _is_expert(guess(name.rpartition(".")[0]).name) for name in tensors)
+
+
+def _is_expert(role: str) -> bool:
+    return role.partition(".")[0] == "expert"
+
+
+def _one_layer(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of the first layer with routed experts; all of them where none has some."""
+    first = next((name for name in tensors if holds_expert([name])), "")
+    layer = LAYER.match(first)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(layer[0])} if layer else tensors
+
+
+def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str, Any]:
+    """What the weights that count tell; the encoding is "" where they have several."""
+    if not meant:
+        return {"encoding": "bf16"}
+    rest = [weight for weight in model.weights if weight.format.quantised and not _is_expert(weight.role)]
+    labels = {weight.format.label for weight in meant if weight.format.quantised or experts}
+    first = next((weight for weight in meant if weight.format.quantised), meant[0])
+    last = next((weight for weight in meant if weight.role == "expert.down"), None)
+    return {
+        "encoding": "" if len(labels) > 1 else first.format.label,
+        "others": frozenset(weight.format.label for weight in rest) if experts else frozenset(labels),
+        "expert": first.name,
+        "parts": " ".join(tensor.name.rpartition(".")[2] for tensor in first.tensors),
+        "scale": first.tensors[1].dtype if len(first.tensors) > 1 else "",
+        "group": first.format.group_size or 1 if isinstance(first.format, Packed) else 1,
+        "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
+        "width": last.cols if last is not None else 0,
+        "sliced": dict(_sliced(rest)),
+        "ragged": next((weight.name for weight in (*meant, *rest) if _is_ragged(weight)), ""),
+    }
+
+
+def _sliced(weights: Iterable[Weight]) -> Iterable[tuple[str, int]]:
+    """Name and length of what GPUs share, of each of these that they cut."""
+    for weight in weights:
+        word = weight.role.rpartition(".")[2]
+        if word in BY_ROWS or word in BY_COLUMNS:
+            yield weight.name, weight.rows if word in BY_ROWS else weight.cols
+
+
+def _is_ragged(weight: Weight) -> bool:
+    return isinstance(weight.format, Fp8) and weight.format.is_ragged(weight.rows, weight.cols)
+
+
+def contents_of_amx(model: AmxModel) -> Contents:
+    """Of AMX weights; config.json is their source's, where somebody put it there."""
+    nbytes = sum(stat.nbytes for stat in model.checkpoint.files.values())
+    label = model.method.lower()
+    return Contents("amx", model.checkpoint.config, nbytes, label, width=model.intermediate, numa=model.numa)
+
+
+def contents_of_plan(plan: Plan) -> Contents:
+    """Of what the plan writes."""
+    nbytes = sum(shard.nbytes for shard in plan.shards)
+    if plan.shards[0].name.endswith(GGUF):
+        return Contents("gguf", {}, nbytes)
+    config = json.loads(plan.texts.get(CONFIG_NAME, b"{}"))
+    if "numa" in plan.facts:
+        return Contents("amx", config, nbytes, str(plan.facts["to"]).lower(), numa=int(plan.facts["numa"]))
+    tensors: dict[str, Tensor] = {}
+    for shard in plan.shards:
+        text = shard.header[8:]
+        tensors |= {t.name: t for t in parse_header(shard.name, shard.nbytes, text, shard.name)}
+        if holds_expert(shard.tensors):
+            break
+    contents = contents_of(Checkpoint(Path(), config, tensors, {}, {}, ()))
+    return replace(contents, nbytes=nbytes)

@@ -1,0 +1,158 @@
+"""The command by which an engine serves what is in a directory, or the sentence why it cannot."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kconvert.errors import KconvertError, counted, human
+from kconvert.serving.experts import Experts, on_the_cpu
+from kconvert.serving.memory import CONTEXT_KEYS, Room, check_room
+from kconvert.serving.place import Place, source_of
+from kconvert.serving.table import Cell, Engine, Output, cell_of, engines, output_of, takers
+from kconvert.serving.wishes import Wishes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command that starts an engine, how that takes the weights (`by`), the room on each GPU, and what is worth knowing."""
+
+    engine: Engine
+    command: Sequence[str]
+    by: str
+    room: Room | None
+    notes: Sequence[str]
+
+    @property
+    def line(self) -> str:
+        return shlex.join(self.command)
+
+    def as_dict(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "engine": self.engine.name,
+            "package": self.engine.package,
+            "by": self.by,
+            "command": list(self.command),
+            "line": self.line,
+            "notes": list(self.notes),
+        }
+        if self.room is not None:
+            facts |= {"weight_bytes_per_gpu": self.room.weights, "usable_bytes_per_gpu": self.room.usable}
+            facts |= {"cache_tokens": self.room.tokens} if self.room.token else {}
+        return facts
+
+
+def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Place | None = None) -> Launch:
+    """The command by which the engine of this name serves `place`; KconvertError, with what would do instead, if it cannot.
+
+    `source` is the checkpoint that weights without their model were made from, where it is known already.
+    """
+    wishes, served = wishes or Wishes(), engines()[engine]
+    output, cell = _taken(place, served)
+    wishes.check(served, cell.source)
+    model = (source or source_of(place, wishes.source)) if cell.source else place
+    if cell.source and model.root is not None:
+        _taken(model, engines()["sglang"])  # which runs all but the experts of it
+    gpus = wishes.gpus or 1
+    words = [*(word.format(model.address) for word in served.command), *_told(served, model, place)]
+    if wishes.gpus is not None:
+        words += served.ask("gpus", gpus)
+    if wishes.context is not None:
+        words += served.ask("context", _possible(place, wishes.context))
+    shared = _on_the_gpus if "weights" not in served.flags else on_the_cpu
+    experts = shared(served, place, model, output, cell, wishes)
+    notes = [*([served.note] if served.note else []), *experts.notes, *_roomy(served, experts.room)]
+    return Launch(served, (*words, *experts.words, *wishes.more), cell.by, experts.room, notes)
+
+
+def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
+    """How the engine takes what is there; KconvertError where it does not."""
+    contents = place.contents
+    output = output_of(contents)
+    if output is None:
+        what = " and ".join(filter(None, (contents.dialect, contents.encoding or "several encodings")))
+        raise KconvertError(
+            f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know; `kconvert convert "
+            f"{shlex.quote(place.address)} DST --to bf16` makes what it runs"
+        )
+    cell = cell_of(engine, output, contents)
+    if cell.no:
+        others = ", ".join(other.title for other, _ in takers(contents) if other.command)
+        advice = [f"`{_remedy(place, output, cell.instead)}` makes what it runs"] if cell.instead else []
+        advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
+        what = contents.encoding if contents.kind == "safetensors" else output.to.upper()
+        raise KconvertError(
+            f"{engine.title} cannot run {place.address} ({what or 'several encodings'}): {cell.no}; "
+            + (", and ".join(advice) or "no other engine is known to run it either")
+        )
+    return output, cell
+
+
+def _remedy(place: Place, output: Output, options: str) -> str:
+    """The command that makes what the engine takes, of this or, where that cannot be read, of what it was made from."""
+    source = "SRC" if output.is_part or output.kind == "gguf" else shlex.quote(place.address)
+    command, _, options = options.partition(" ") if options.startswith("repack-amx") else ("convert", "", options)
+    return f"kconvert {command} {source} DST {options}"
+
+
+def _told(engine: Engine, model: Place, place: Place) -> Iterator[str]:
+    """What the engine has to be told of the model itself."""
+    if model.revision is not None:
+        yield from ("--revision", model.revision)
+    if model.remote_code and "remote_code" in engine.flags:
+        yield from engine.ask("remote_code")
+    contents = model.contents if model.contents.config else place.contents
+    serving = contents.manifest.serving.get(engine.parsers or engine.name, {})
+    yield from serving.get("flags", ())
+    for what in ("tools", "reasoning"):
+        if what in serving and (what == "tools" or model.thinks):
+            yield from engine.ask(what, serving[what])
+
+
+def _possible(place: Place, context: int) -> int:
+    most = place.contents.number(*CONTEXT_KEYS)
+    if most is not None and context > most:
+        raise KconvertError(
+            f"{place.address} has a context of {most:,} tokens, and {context:,} are more; give --context {most}"
+        )
+    return context
+
+
+def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cell: Cell, wishes: Wishes) -> Experts:
+    """All of the model on the GPUs; KconvertError where they cannot share it, or hold it."""
+    contents, unit, gpus = place.contents, output.unit(place.contents), wishes.gpus or 1
+    words = _parallel(engine, place, unit, gpus) if engine.share else []
+    room = None
+    if wishes.gpu_memory is not None:
+        room = check_room(engine, contents, contents.nbytes, gpus, wishes.gpu_memory, wishes.context)
+    notes = [
+        f"{counted(gpus, 'GPU')} cannot share {name!r} in blocks of {unit}, and {engine.title} may refuse it: fewer GPUs can"
+        for name, length in contents.sliced.items()
+        if contents.others == {contents.encoding} and length % (gpus * unit)
+    ]
+    return Experts(words, room, notes[:1])
+
+
+def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
+    """What lets that many GPUs share the experts; KconvertError where they cannot share the heads of attention."""
+    contents = place.contents
+    heads = contents.number("num_attention_heads")
+    if heads is not None and heads % gpus:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise KconvertError(
+            f"{place.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
+        )
+    if not contents.width % (gpus * unit):
+        return []
+    return engine.ask("expert_parallel", gpus)
+
+
+def _roomy(engine: Engine, room: Room | None) -> Iterator[str]:
+    if room is not None:
+        cache = f", which holds {room.tokens:,} tokens" if room.token else ""
+        yield (
+            f"each GPU has {human(room.weights)} of weights; {engine.title} keeps {human(room.usable - room.weights)} for its "
+            f"cache{cache}"
+        )

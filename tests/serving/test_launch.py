@@ -1,0 +1,319 @@
+"""`kconvert launch`: the command that serves a directory, and the sentence where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kconvert import KconvertError
+from kconvert.serving import experts, machine
+from kconvert.serving.launch import launch
+from kconvert.serving.place import look_at
+
+from .conftest import Made, refused, run, words_of
+
+K2 = "kimi-k2-thinking"
+Written = Callable[..., Path]
+
+
+def command(*arguments: object) -> str:
+    result = run("launch", *arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.strip()
+
+
+def reconfigured(source: Path, root: Path, **keys: Any) -> Path:
+    """A copy with other keys in config.json; None takes one away."""
+    shutil.copytree(source, root, ignore=shutil.ignore_patterns(".kconvert"))
+    config = {**json.loads((root / "config.json").read_text()), **keys}
+    (root / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return root
+
+
+def test_kimi_k2_thinking_is_served_by_vllm_as_its_model_card_says(like: Made) -> None:
+    root = like(K2)
+    assert command(root, "--engine", "vllm", "--gpus", 4) == (
+        f"vllm serve {root} --trust-remote-code --enable-auto-tool-choice --tool-call-parser kimi_k2 "
+        "--reasoning-parser kimi_k2 --tensor-parallel-size 4"
+    )
+
+
+def test_and_by_sglang(like: Made) -> None:
+    root = like(K2)
+    assert command(root, "--engine", "sglang", "--gpus", 4, "--context", 4096) == (
+        f"python -m sglang.launch_server --model {root} --trust-remote-code --tool-call-parser kimi_k2 "
+        "--reasoning-parser kimi_k2 --tp 4 --context-length 4096"
+    )
+
+
+def test_and_by_ktransformers_with_all_flags_without_which_it_does_not_start(like: Made) -> None:
+    root = like(K2)
+    flags = words_of(command(root, "--engine", "ktransformers", "--cores", 56, "--numa", 2, "--gpu-experts", 3))
+    assert flags["--model"] == flags["--kt-weight-path"] == str(root)
+    assert flags["--kt-method"] == "RAWINT4"
+    assert (flags["--kt-cpuinfer"], flags["--kt-threadpool-count"], flags["--kt-num-gpu-experts"]) == ("56", "2", "3")
+
+
+@pytest.mark.parametrize(
+    ("to", "layout", "method"),
+    [
+        ("bf16", "", "BF16"),
+        ("fp8", "experts", "FP8"),
+        ("fp8", "all", "FP8"),
+        ("fp8", "compressed-tensors", "FP8"),
+        ("fp8", "compressed-tensors-channel", "FP8_PERCHANNEL"),
+    ],
+)
+def test_ktransformers_gets_the_method_of_the_encoding(written: Written, to: str, layout: str, method: str) -> None:
+    assert words_of(command(written(to, layout), "--engine", "ktransformers"))["--kt-method"] == method
+
+
+def test_the_path_is_a_whole_one_and_quoted(like: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(like(K2), tmp_path / "my model")
+    monkeypatch.chdir(tmp_path)
+    line = command("my model", "--engine", "vllm")
+    assert shlex.split(line)[2] == str(tmp_path / "my model")
+
+
+def test_remote_code_is_trusted_only_where_the_model_has_some(like: Made, tmp_path: Path) -> None:
+    bare = reconfigured(like(K2), tmp_path / "bare", auto_map=None)
+    assert "--trust-remote-code" not in command(bare, "--engine", "vllm")
+    (bare / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["t.T", None]}}))
+    assert "--trust-remote-code" in command(bare, "--engine", "vllm")
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "parsers"),
+    [
+        ("kimi-k3", "vllm", ("kimi_k3", "kimi_k3")),
+        ("deepseek-v4", "vllm", ("deepseek_v4", "deepseek_v4")),
+        ("deepseek-v4", "sglang", ("deepseekv4", "deepseek-v4")),
+        ("gpt-oss", "sglang", ("gpt-oss", "gpt-oss")),
+        ("minimax-m3", "vllm", ("minimax_m3", "minimax_m3")),
+    ],
+)
+def test_parsers_are_the_models_own(like: Made, name: str, engine: str, parsers: tuple[str, str]) -> None:
+    flags = words_of(command(like(name), "--engine", engine))
+    assert (flags["--tool-call-parser"], flags["--reasoning-parser"]) == parsers
+
+
+def test_a_model_whose_template_knows_tools_but_no_thinking_gets_no_reasoning_parser(
+    like: Made, tmp_path: Path
+) -> None:
+    root = reconfigured(like(K2), tmp_path / "instruct")
+    (root / "chat_template.jinja").write_text("{% if tools %}<|im_system|>tool_declare{% endif %}")
+    line = command(root, "--engine", "sglang")
+    assert "--tool-call-parser kimi_k2" in line
+    assert "--reasoning-parser" not in line
+
+
+@pytest.mark.parametrize(("gpus", "parallel"), [(1, False), (2, False), (4, False), (8, True)])
+@pytest.mark.parametrize(("engine", "flag"), [("vllm", "--enable-expert-parallel"), ("sglang", "--ep-size")])
+def test_experts_in_blocks_that_gpus_cannot_cut_are_dealt_out_whole(
+    written: Written, gpus: int, parallel: bool, engine: str, flag: str
+) -> None:
+    """512 / 8 is no multiple of 128."""
+    flags = words_of(command(written("fp8", "experts"), "--engine", engine, "--gpus", gpus))
+    assert (flag in flags) is parallel
+    assert flags.get("--ep-size", str(gpus)) in ("", str(gpus))
+
+
+def test_int4_and_channels_are_cut_further(like: Made, written: Written) -> None:
+    for root in (like(K2), written("fp8", "compressed-tensors-channel")):
+        assert "--enable-expert-parallel" not in command(root, "--engine", "vllm", "--gpus", 16)
+    assert "--enable-expert-parallel" in command(like(K2), "--engine", "vllm", "--gpus", 32)  # 512 / 32 is half a group
+
+
+def test_what_else_gpus_cannot_share_in_blocks_is_a_note(written: Written) -> None:
+    result = run("launch", written("fp8", "all"), "--engine", "vllm", "--gpus", 8)
+    assert "--enable-expert-parallel" in result.stdout
+    assert "8 GPUs cannot share 'model.layers.1.mlp.shared_experts" in result.stderr
+
+
+def test_heads_that_gpus_cannot_share_are_named(like: Made) -> None:
+    line = refused("launch", like(K2), "--engine", "vllm", "--gpus", 3)
+    assert "32 attention heads" in line
+    assert "1, 2, 4, 8" in line
+
+
+@pytest.mark.parametrize(
+    ("to", "layout", "engine", "instead"),
+    [
+        ("int8", "experts", "sglang", "--to fp8 --layout compressed-tensors-channel"),
+        ("mxfp4", "experts", "ktransformers", "--to mxfp4 --layout ktransformers"),
+        ("mxfp8", "experts", "sglang", "--to fp8"),
+        ("nvfp4", "compressed-tensors", "sglang", "--to nvfp4 --layout modelopt"),
+        ("mxfp4", "ktransformers", "vllm", "--to mxfp4 --layout experts"),
+        ("bf16", "", "llama.cpp", "--to gguf"),
+        ("bf16", "", "mlx", "--to mlx"),
+    ],
+)
+def test_what_an_engine_cannot_run_is_refused_with_what_would_do(
+    written: Written, to: str, layout: str, engine: str, instead: str
+) -> None:
+    line = refused("launch", written(to, layout), "--engine", engine)
+    assert "cannot run" in line
+    assert f"{instead}` makes what it runs" in line
+
+
+def test_int4_in_groups_of_128_is_refused_for_ktransformers_which_would_answer_nan(written: Written) -> None:
+    root = written("int4", source=K2, group_size=128)
+    assert "NaN" in refused("launch", root, "--engine", "ktransformers")
+    assert "--kt" not in command(root, "--engine", "sglang")
+
+
+def test_kimi_k3_is_refused_for_ktransformers(like: Made) -> None:
+    assert "no code for this model" in refused("launch", like("kimi-k3"), "--engine", "ktransformers")
+
+
+def test_gguf_files_are_for_llama_cpp_and_mlx_directories_for_mlx(written: Written) -> None:
+    gguf, mlx = written("gguf"), written("mlx")
+    (file,) = gguf.glob("*.gguf")
+    for address in (gguf, file):
+        assert command(address, "--engine", "llama.cpp", "--context", 2048) == (
+            f"llama-server --jinja --model {file} --ctx-size 2048"
+        )
+    assert command(mlx, "--engine", "mlx").startswith(f"mlx_lm.server --model {mlx}")
+    assert "llama.cpp runs it as it is" in refused("launch", gguf, "--engine", "vllm")
+    assert "MLX runs it as it is" in refused("launch", mlx, "--engine", "sglang")
+
+
+def test_what_an_engine_cannot_be_asked_for_is_said(written: Written, like: Made) -> None:
+    assert "llama.cpp cannot be asked for --gpus" in refused(
+        "launch", written("gguf"), "--engine", "llama.cpp", "--gpus", 2
+    )
+    assert "vLLM cannot be asked for --cores and --numa" in refused(
+        "launch", like(K2), "--engine", "vllm", "--numa", 2, "--cores", 8
+    )
+
+
+def test_memory_that_is_too_small_is_refused_with_what_would_do(like: Made) -> None:
+    nbytes = sum(path.stat().st_size for path in like(K2).glob("*.safetensors"))
+    tight = f"{nbytes}B"
+    line = refused("launch", like(K2), "--engine", "vllm", "--gpus", 1, "--gpu-memory", tight)
+    assert "do not fit into 1 GPU" in line
+    assert "or 2 of this size" in line
+
+
+def test_the_cache_of_the_context_has_to_fit_too(like: Made) -> None:
+    options = ("launch", like(K2), "--engine", "vllm", "--gpus", 1, "--gpu-memory", "40MB")
+    line = refused(*options)
+    assert "262,144 of the model's context" in line
+    fits = line.partition("--context ")[2].split()[0]
+    result = run(*options, "--context", fits)
+    assert result.exit_code == 0
+    assert f"which holds {int(fits):,} tokens" in result.stderr
+    assert "asked for" in refused(*options, "--context", int(fits) + 1)
+
+
+def test_gigabytes_are_meant_by_a_number_alone(like: Made) -> None:
+    facts = json.loads(command(like(K2), "--engine", "vllm", "--gpus", 2, "--gpu-memory", 80, "--json"))
+    assert facts["usable_bytes_per_gpu"] == 72_000_000_000
+
+
+def test_a_context_beyond_the_models_is_refused(like: Made) -> None:
+    assert "--context 262144" in refused("launch", like(K2), "--engine", "sglang", "--context", 300_000)
+
+
+def test_ktransformers_gets_as_many_experts_on_gpus_as_fit(like: Made) -> None:
+    options = (like(K2), "--engine", "ktransformers", "--gpus", 1, "--context", 1)
+    plenty = words_of(command(*options, "--gpu-memory", 24))
+    assert plenty["--kt-num-gpu-experts"] == "4"
+    nbytes = sum(path.stat().st_size for path in like(K2).glob("*.safetensors"))
+    experts_bytes = 4 * 3 * 2 * (512 * 256 // 2 + 512 * 256 // 32 * 2)
+    memory = int((nbytes - experts_bytes / 2) / 0.88) + 5_000
+    assert words_of(command(*options, "--gpu-memory", f"{memory}B"))["--kt-num-gpu-experts"] in ("1", "2")
+    assert words_of(command(*options))["--kt-num-gpu-experts"] == "0"
+
+
+def test_numa_nodes_that_cannot_share_an_expert_are_refused_or_not_chosen(
+    like: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "give --numa 4" in refused("launch", like(K2), "--engine", "ktransformers", "--numa", 5)
+    monkeypatch.setattr(experts, "numa_nodes", lambda: 7)
+    assert words_of(command(like(K2), "--engine", "ktransformers"))["--kt-threadpool-count"] == "4"
+
+
+def test_the_machine_has_a_core_and_a_node_at_least() -> None:
+    assert machine.physical_cores() >= 1
+    assert machine.numa_nodes() >= 1
+
+
+def test_json_has_the_command_word_by_word_and_the_notes(like: Made) -> None:
+    facts = json.loads(command(like(K2), "--engine", "ktransformers", "--json"))
+    assert shlex.split(facts["line"]) == facts["command"]
+    assert facts["package"] == "sglang-kt kt-kernel"
+    assert any("sglang-kt" in note for note in facts["notes"])
+    assert facts["by"] == "RAWINT4"
+
+
+def test_flags_behind_two_hyphens_are_handed_on(like: Made) -> None:
+    assert command(like(K2), "--engine", "vllm", "--", "--port", "8001").endswith(" --port 8001")
+
+
+def test_exec_runs_the_command_in_place_of_kconvert(like: Made, tmp_path: Path) -> None:
+    fake = tmp_path / "vllm"
+    fake.write_text('#!/bin/sh\necho "started: $@"\n')
+    fake.chmod(0o755)
+    words = ["launch", str(like(K2)), "--engine", "vllm", "--exec"]
+    code = "import sys; from kconvert.cli import main; main(sys.argv[1:], prog_name='kconvert')"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": str(tmp_path)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"started: serve {like(K2)}")
+
+
+def test_exec_of_what_is_not_installed_is_one_sentence(like: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = run("launch", like(K2), "--engine", "vllm", "--exec")
+    assert result.exit_code == 2
+    assert "install vllm" in result.stderr
+
+
+def test_it_reads_headers_of_one_file_and_imports_neither_torch_nor_transformers(
+    sample: Written, tmp_path: Path
+) -> None:
+    root = sample(tmp_path / "many", moe_intermediate=512)
+    shards = sorted(root.glob("*.safetensors"))
+    assert len(shards) > 3
+    last = shards[-1].read_bytes()
+    shards[-1].write_bytes(b"\xff" * len(last))  # nobody looks there
+    code = (
+        "import sys; from kconvert.cli import main\n"
+        "try: main(sys.argv[1:], prog_name='kconvert')\n"
+        "finally: print(*sys.modules, file=sys.stderr)"
+    )
+    words = ["launch", str(root), "--engine", "vllm", "--gpus", "2", "--gpu-memory", "80"]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("vllm serve"), result.stderr
+    loaded = {name.partition(".")[0] for name in result.stderr.split()}
+    assert not loaded & {"torch", "transformers", "numpy", "numba", "huggingface_hub", "compressed_tensors"}
+
+
+def test_nothing_to_serve_is_one_sentence(tmp_path: Path, like: Made) -> None:
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused("launch", tmp_path / "empty", "--engine", "vllm")
+    assert "nowhere" in refused("launch", tmp_path / "nowhere", "--engine", "vllm")
+    broken = reconfigured(like(K2), tmp_path / "broken", quantization_config={"quant_method": "unheard-of"})
+    assert "unheard-of" in refused("launch", broken, "--engine", "vllm")
+
+
+def test_the_same_from_python(like: Made) -> None:
+    found = launch(look_at(str(like(K2))), "vllm")
+    assert found.line == command(like(K2), "--engine", "vllm")
+    with pytest.raises(KconvertError, match="GGUF"):
+        launch(look_at(str(like(K2))), "llama.cpp")

@@ -1,0 +1,110 @@
+"""AMX weights are served beside the checkpoint that they were made from, which has to be found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Made, refused, run, words_of
+
+K2 = "kimi-k2-thinking"
+
+
+@pytest.fixture(scope="module")
+def amx(like: Made, shelf: Path) -> Path:
+    root = shelf / "amx"
+    assert run("repack-amx", like(K2), root, "--method", "AMXINT4", "--numa", 2, "-q").exit_code == 0
+    return root
+
+
+def launched(*arguments: object) -> dict[str, str]:
+    result = run("launch", *arguments, "--engine", "ktransformers")
+    assert result.exit_code == 0, result.stderr
+    return words_of(result.stdout.strip())
+
+
+def test_the_source_beside_the_weights_is_found_and_the_nodes_are_the_weights(amx: Path, like: Made) -> None:
+    flags = launched(amx, "--cores", 56)
+    assert (flags["--model"], flags["--kt-weight-path"]) == (str(like(K2)), str(amx))
+    assert (flags["--kt-method"], flags["--kt-threadpool-count"], flags["--kt-cpuinfer"]) == ("AMXINT4", "2", "56")
+    assert {"--trust-remote-code", "--kt-num-gpu-experts", "--tool-call-parser", "--reasoning-parser"} <= flags.keys()
+
+
+def test_a_source_elsewhere_is_asked_for(amx: Path, like: Made, tmp_path: Path) -> None:
+    moved = tmp_path / "amx"
+    shutil.copytree(amx, moved)
+    assert "does not lie beside it; say where it is with --source" in refused(
+        "launch", moved, "--engine", "ktransformers"
+    )
+    assert launched(moved, "--source", like(K2))["--model"] == str(like(K2))
+
+
+def test_a_source_on_the_hub_is_told_by_its_id_and_commit_without_a_look(amx: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "amx"
+    shutil.copytree(amx, moved)
+    record = json.loads((moved / "kconvert.json").read_text())
+    (moved / "kconvert.json").write_text(json.dumps({**record, "source": "org/model", "revision": "abc"}))
+    flags = launched(moved)
+    assert (flags["--model"], flags["--revision"]) == ("org/model", "abc")
+    assert flags["--tool-call-parser"] == "kimi_k2"
+
+
+def test_nodes_that_the_weights_are_not_split_for_are_refused_with_the_command_that_splits_them(amx: Path) -> None:
+    line = refused("launch", amx, "--engine", "ktransformers", "--numa", 4)
+    assert f"kconvert repack-amx --from-amx {amx} DST --numa 4" in line
+
+
+def test_a_source_that_sglang_cannot_run_is_refused(written: Callable[..., Path], tmp_path: Path) -> None:
+    int8 = written("int8", "experts")
+    assert run("repack-amx", int8, tmp_path / "amx", "--method", "AMXINT8", "--numa", 1, "-q").exit_code == 0
+    line = refused("launch", tmp_path / "amx", "--engine", "ktransformers", "--source", int8)
+    assert "SGLang cannot run" in line
+
+
+def test_other_engines_are_told_what_to_make(amx: Path) -> None:
+    line = refused("launch", amx, "--engine", "vllm")
+    assert "kconvert convert SRC DST --to bf16" in line
+    assert "KTransformers runs it as it is" in line
+
+
+def test_a_source_is_wanted_by_nothing_else(like: Made) -> None:
+    assert "--source is for" in refused("launch", like(K2), "--engine", "vllm", "--source", like(K2))
+
+
+@pytest.mark.parametrize("how", ["repack-amx", "inspect", "resplit"])
+def test_the_commands_that_repack_and_inspect_print_are_those_of_launch(
+    amx: Path, like: Made, tmp_path: Path, how: str
+) -> None:
+    if how == "inspect":
+        result, weights, numa = run("inspect", amx), amx, "2"
+    elif how == "repack-amx":
+        weights, numa = tmp_path / "out", "1"
+        result = run("repack-amx", like(K2), weights, "--method", "AMXINT4", "--numa", 1)
+    else:
+        weights, numa = amx.parent / "four", "4"
+        result = run("repack-amx", "--from-amx", amx, weights, "--numa", 4)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("launch: ")]
+    options = ("--source", like(K2)) if how == "repack-amx" else ()
+    assert words_of(line.removeprefix("launch: ")) == launched(weights, *options)
+    assert words_of(line)["--kt-threadpool-count"] == numa
+    if how == "resplit":
+        shutil.rmtree(weights)
+
+
+def test_every_conversion_says_at_its_end_who_takes_the_result(like: Made, tmp_path: Path) -> None:
+    result = run("convert", like(K2), tmp_path / "out", "--to", "fp8")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("engines: ")]
+    assert line.split()[1] == "transformers"
+    assert "KTransformers (FP8)" in line
+    facts = json.loads(run("convert", like(K2), tmp_path / "json", "--to", "mxfp8", "--json").stdout)
+    assert list(facts["engines"]) == ["vllm"]
+
+
+def test_a_part_of_a_model_is_no_fault_of_the_summary(like: Made, tmp_path: Path) -> None:
+    parts = ("--include", "*.shared_experts.*", "--include", "*experts.0.*")
+    result = run("convert", like(K2), tmp_path / "out", "--to", "bf16", *parts)
+    assert result.exit_code == 0, result.output
