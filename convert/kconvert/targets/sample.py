@@ -27,7 +27,7 @@ from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Mate, Slot, Step, Transcode, copy_of
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
-from kconvert.targets.tokens import TOKENIZERS
+from kconvert.targets.tokens import tokenizer_files, with_ids
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,8 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     slots = _slots(bound.stacks.values(), {draft.name for draft in drafts if draft.target.quantised})
     drafts = [draft._replace(slot=slots.get(draft.name)) for draft in drafts]
     container = Safetensors(recipe.shard_size, manifest.shard_name, recipe.scatter)
-    side_files = {
-        name: TOKENIZERS[name](bound.size("vocab")) if name in TOKENIZERS else text.encode()
-        for name, text in manifest.side_files.items()
-    }
+    vocab = bound.size("vocab")
+    config, side_files = with_ids(config, vocab), tokenizer_files(vocab, manifest.side_files)
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
     return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()

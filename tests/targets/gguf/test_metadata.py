@@ -87,7 +87,7 @@ def test_kimis_special_tokens_have_the_names_of_its_tokenizer(copy: Callable[[st
     assert read["tokenizer.ggml.tokens"][256:260] == ["th", "<|reserved_token_257|>", "[EOS]", "<|reserved_token_259|>"]
     assert read["tokenizer.ggml.token_type"][255:260] == [1, 1, 3, 3, 3]
     assert (read["tokenizer.ggml.eos_token_id"], read["tokenizer.ggml.bos_token_id"]) == (258, 257)
-    assert read["tokenizer.chat_template"].startswith("{% for message in messages %}")
+    assert "for message in messages" in read["tokenizer.chat_template"]
 
 
 def merged_from(ranks: Mapping[bytes, int], token: bytes) -> list[bytes]:
