@@ -78,7 +78,7 @@ def write_holes(folder: Path, like: str) -> None:
     for name, text in sorted(plan.texts.items(), key=lambda item: item[0] == "config.json"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text)
+        path.write_bytes(bytes(text))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from kconvert.models.model import natural_key
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Step, Transcode
+from kconvert.planning.texts import Text
 from kconvert.run.finalize import finalize
 from kconvert.run.journal import Journal
 from kconvert.run.writer import ShardWriter
@@ -128,7 +129,7 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
     parameters = covered.parameters + sum(tensor.numel() for tensor in rest.values())
     table = packed_table(config.group_size, matrices, list(_plain_linears(model, rest)))
     own = config_of(model) if source is None else source.config
-    texts = {
+    texts: dict[str, Text] = {
         QAT_CONFIG_NAME: config.to_json().encode(),
         **({} if source else _side_texts(model, tokenizer)),
         **container.texts(with_quantization(own, table), shards, parameters),

@@ -75,12 +75,12 @@ def _as_checkpoint(plan: Plan) -> Checkpoint:
         for step in plan.steps
         for (name, dtype, shape), place in zip(step.outputs, step.writes, strict=True)
     }
-    return Checkpoint(Path(), json.loads(plan.texts[CONFIG_NAME]), tensors, {}, {}, ())
+    return Checkpoint(Path(), json.loads(bytes(plan.texts[CONFIG_NAME])), tensors, {}, {}, ())
 
 
 def _check_transformers(model: nn.Module, plan: Plan) -> None:
     name = plain_class(base_model(model)).__name__
-    quantization = json.loads(plan.texts[CONFIG_NAME])["quantization_config"]
+    quantization = json.loads(bytes(plan.texts[CONFIG_NAME]))["quantization_config"]
     quantised = _load(model, _shapes(plan), {**quantization, "dequantize": True})
     loaded = quantised or _load(model, _shapes(plan, decoded=True))
     if loaded is None:

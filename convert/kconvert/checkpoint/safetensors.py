@@ -22,6 +22,7 @@ from kconvert.formats.dtypes import DTYPE_BITS, tensor_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 KEYS = ("dtype", "shape", "data_offsets")
+Described: TypeAlias = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 Entry: TypeAlias = tuple[str, tuple[int, ...], int, int]  # dtype, shape, start from the end of the header, bytes
 LENGTH = struct.Struct("<Q")
 (LFS_POINTER,) = LENGTH.unpack(b"version ")  # how the text begins that Git LFS leaves in a file's place
@@ -194,33 +195,31 @@ def _laid_out(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[bool, int], int
     return (nbytes % PAGE != 0, -DTYPE_BITS[dtype]), nbytes, f'{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":'
 
 
-def layout(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[Tensor]]:
-    """Lay out (name, dtype, shape) triples as one file: the header's bytes and the tensors in its order, of no file yet.
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """tensor_bytes, known already of most tensors."""
+    return _laid_out(dtype, shape)[1]
 
-    The header is padded with spaces to a page and tensors of whole pages come first, so that these begin on page boundaries
-    and can be written without the page cache. Then come wide dtypes, so that every tensor is aligned to its element;
-    otherwise the given order stays.
+
+def in_order(tensors: Iterable[Described]) -> list[Described]:
+    """(name, dtype, shape) triples as they lie in a file.
+
+    Tensors of whole pages come first, so that these begin on page boundaries and can be written without the page cache. Then
+    come wide dtypes, so that every tensor is aligned to its element; otherwise the given order stays.
     """
-    ordered = sorted(tensors, key=lambda tensor: _laid_out(tensor[1], tensor[2])[0])
+    return sorted(tensors, key=lambda tensor: _laid_out(tensor[1], tensor[2])[0])
+
+
+def encode_header(ordered: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file in which these tensors lie one behind the other, padded with spaces to a page."""
     lines = [f'{{"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
     position = 0
     for name, dtype, shape in ordered:
         _, nbytes, kind = _laid_out(dtype, shape)
-        lines.append(f"{encode_basestring(name)}:{kind}[{position},{position + nbytes}]}}")
-        position += nbytes
+        lines.append(f"{encode_basestring(name)}:{kind}[{position},{(position := position + nbytes)}]}}")
     text = f"{','.join(lines)}}}".encode()
     data_start = math.ceil((LENGTH.size + len(text)) / PAGE) * PAGE
     if data_start - LENGTH.size > MAX_HEADER_BYTES:
         raise KconvertError(
             f"a shard of {len(ordered)} tensors needs a header over {MAX_HEADER_BYTES} bytes; choose a smaller --shard-size"
         )
-    header = LENGTH.pack(data_start - LENGTH.size) + text.ljust(data_start - LENGTH.size)
-    placed = []
-    position = data_start
-    for name, dtype, shape in ordered:
-        nbytes = _laid_out(dtype, shape)[1]
-        placed.append(Tensor(name, dtype, shape, "", position, nbytes))
-        position += nbytes
-    return header, placed
+    return LENGTH.pack(data_start - LENGTH.size) + text.ljust(data_start - LENGTH.size)

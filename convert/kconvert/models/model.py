@@ -26,7 +26,7 @@ from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
 from kconvert.models.manifest import Manifest, Names, UnknownSizeError
 from kconvert.models.roles import Role, guess
-from kconvert.models.rules import Match, matrix
+from kconvert.models.rules import matrix
 from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain, Sorted, shows_experts, sort_out
 from kconvert.models.stacks import Stack
@@ -291,7 +291,8 @@ def _weight(
     match = names.linear(name) or names.tensor(f"{name}.weight")
     shape = None if match is None else match.shape
     # A config.json nested in a larger model's calls the weights as they are called in there.
-    scheme = quantization.scheme_for(name, name.removeprefix(names.manifest.prefix))
+    inside = name.removeprefix(names.manifest.prefix)
+    scheme = quantization.scheme_for(name, inside) if inside != name else quantization.scheme_for(name)
     if scheme is not None and match is not None:
         scheme = match.rule.applied(scheme)
     try:
@@ -311,14 +312,11 @@ def _weight(
     if shape is not None and len(shape) == 3 and shape[0] != tensors[0].shape[0]:
         raise KconvertError(f"{tensors[0]} stacks {tensors[0].shape[0]} matrices, but the model has {shape[0]} experts")
     companions = tuple(tensor for tensor in found.values() if tensor not in tensors) if len(found) > len(parts) else ()
-    role = _role(name, match, guesses)
-    return Weight(name, role.name, rows, cols, format, tensors, role.layer, role.expert, companions)
-
-
-def _role(name: str, match: Match | None, guesses: bool) -> Role:
     if match is not None:
-        return Role(match.rule.role, match.layer, match.expert)
-    return guess(name) if guesses else Role("other")
+        role, layer, expert = match.rule.role, match.layer, match.expert
+    else:
+        role, layer, expert = guess(name) if guesses else Role("other")
+    return Weight(name, role, rows, cols, format, tensors, layer, expert, companions)
 
 
 def format_counts(weights: Iterable[Weight]) -> Counter[str]:

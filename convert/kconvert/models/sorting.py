@@ -69,8 +69,11 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
     tensors, modules = gather(checkpoint.tensors, names)
     tensors, stacks = unstack(tensors, names.stacks)
     sorted_ = Sorted(modules, stacks=stacks)
+    last, is_matrix = "", names.is_matrix("")
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
+        if module != last:  # the tensors of a weight mostly follow one another
+            last, is_matrix = module, names.is_matrix(module)
         match = names.tensor(name)
         if match is not None and (tensor.dtype == match.rule.dtype or tensor.dtype in DTYPES):
             if tensor.shape != match.shape:
@@ -79,7 +82,7 @@ def sort_out(checkpoint: Checkpoint, names: Names) -> Sorted:
         elif suffix in CACHE:
             # They describe activations, not weights, and lose their meaning with the quantisation.
             sorted_.dropped.append(tensor)
-        elif names.is_matrix(module) and _is_part(suffix):
+        elif is_matrix and _is_part(suffix):
             sorted_.modules.setdefault(module, {})[intern(suffix)] = tensor
         elif (spelling := names.in_stack(name)) is not None and _is_part(spelling[1]):
             stack, suffix = spelling

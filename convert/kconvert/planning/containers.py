@@ -6,40 +6,52 @@ Names, offsets and shard numbers are fixed here, so the output's bytes depend on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from io import SEEK_END, BytesIO
+from functools import lru_cache, partial
+from itertools import groupby, repeat
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, SHARD_NAME
-from kconvert.checkpoint.safetensors import layout
+from kconvert.checkpoint.safetensors import Described, encode_header, in_order, size_of
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
-from kconvert.planning.steps import Described, Place, Step
+from kconvert.planning.steps import Place, Step, Transcode
+from kconvert.planning.texts import Made, Text, digest_of
 
 METADATA = {"format": "pt"}
+LINES, SEPARATOR = 4096, ",\n    "  # of the index
 FORMS = ("safetensors", "kt")  # of AMX weights: Safetensors, and Apart in a tree of .kt files
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file: its header (empty for a file that is one tensor's bytes) and its size in bytes, header included.
+    """One output file: what is its header (empty for a file that is one tensor's bytes) and its size in bytes, header included.
 
     `padding` of these are zeros between the tensors and behind them, which no step writes.
     """
 
     name: str
-    header: bytes
+    text: Text
     nbytes: int
     tensors: tuple[str, ...]
     padding: int = 0
 
     @property
+    def header(self) -> bytes:
+        return bytes(self.text)
+
+    @property
+    def digest(self) -> bytes:
+        """The header's SHA-256."""
+        return digest_of(self.text)
+
+    @property
     def is_empty(self) -> bool:
         """Whether none of its tensors has an element."""
-        return self.nbytes == len(self.header) + self.padding
+        return self.nbytes == len(self.text) + self.padding
 
 
 class Container(Protocol):
@@ -49,7 +61,7 @@ class Container(Protocol):
         """Give every output tensor its file and offset."""
         ...
 
-    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
+    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, Text]:
         """config.json and what lists the tensors, in the order in which they are written."""
         ...
 
@@ -70,61 +82,78 @@ class Safetensors:
     def place(self, drafts: Iterable[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See Container."""
         steps = list(drafts)
-        outputs = list(first_written(steps))
-        numbers = shard_numbers(outputs, self.shard_size)
+        numbers = shard_numbers(sizes_of(steps), self.shard_size)
         total = numbers[-1] + 1
         if self.scatter and total == 1:
             raise KconvertError(
                 "all tensors fit into one shard, there is nothing to scatter; choose a smaller --shard-size"
             )
-        contents: list[list[Described]] = [[] for _ in range(total)]
-        for number, tensors in zip(numbers, outputs, strict=True):
-            for k, tensor in enumerate(tensors):
-                contents[(number + k * self.scatter) % total].append(tensor)
-        counts = [len(tensors) for tensors in outputs]
-        del outputs  # headers and places are the peak of planning a large model
-        shards: list[Shard] = []
-        places: list[Iterator[Place]] = []  # of what is in a shard, in the order in which it was put there
-        for number, content in enumerate(contents, start=1):
-            if not content:
-                raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
-            shard, found = self._shard(self.shard_name.format(number=number, total=total), content)
-            shards.append(shard)
-            places.append(iter(found))
-            content.clear()
+        shards: dict[int, Shard] = {}
         stacks: dict[str, Place] = {}
-        for i, (number, count) in enumerate(zip(numbers, counts, strict=True)):
-            writes = [next(places[(number + k * self.scatter) % total]) for k in range(count)]
+        # Shard by shard: what is known of one tensor after the other would be the peak of planning a large model.
+        for group in [range(len(steps))] if self.scatter else _runs(numbers):
+            self._place(steps, group, numbers, shards, stacks)
+        if len(shards) < total:
+            raise KconvertError("a shard would be left without tensors; choose a larger --shard-size")
+        return tuple(steps), tuple(shards[number] for number in range(total))
+
+    def _place(
+        self, steps: list[Step], group: range, numbers: list[int], shards: dict[int, Shard], stacks: dict[str, Place]
+    ) -> None:
+        """Make the shards of these steps, whose tensors are in no others, and give them their places."""
+        total = numbers[-1] + 1
+        outputs = list(first_written((steps[i] for i in group), set(stacks)))
+        contents: dict[int, list[Described]] = defaultdict(list)
+        for i, tensors in zip(group, outputs, strict=True):
+            for k, tensor in enumerate(tensors):
+                contents[(numbers[i] + k * self.scatter) % total].append(tensor)
+        places: dict[int, Iterator[Place]] = {}  # of what is in a shard, in the order in which it was put there
+        for number, content in contents.items():
+            name = self.shard_name.format(number=number + 1, total=total)
+            shards[number], found = self._shard(name, content)
+            places[number] = iter(found)
+        for i, tensors in zip(group, outputs, strict=True):
+            writes = [next(places[(numbers[i] + k * self.scatter) % total]) for k in range(len(tensors))]
             steps[i] = placed(steps[i], writes, stacks)
-        return tuple(steps), tuple(shards)
 
     def _shard(self, name: str, content: list[Described]) -> tuple[Shard, list[Place]]:
         """The shard of these tensors, and the place of each of them."""
-        header, tensors = layout(content, self.metadata)
-        starts = {tensor.name: tensor.start for tensor in tensors}
-        names = tuple([tensor.name for tensor in tensors])
-        shard = Shard(name, header, tensors[-1].start + tensors[-1].nbytes, names)
+        ordered = in_order(content)
+        names, dtypes, shapes = map(tuple, zip(*ordered, strict=True))
+        kinds = tuple(map(_shared, dtypes, shapes))
+        header = Made(partial(_header, names, kinds, self.metadata))
+        starts, position = {}, len(header)
+        for tensor, dtype, shape in ordered:
+            starts[tensor] = position
+            position += size_of(dtype, shape)
+        shard = Shard(name, header, position, names)
         return shard, [Place(name, starts[tensor]) for tensor, _, _ in content]
 
-    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
+    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, Text]:
         """config.json and the index, which carries total_size in bytes of tensors and total_parameters."""
         shards = tuple(shards)
-        total = sum(shard.nbytes - len(shard.header) for shard in shards)
-        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-        if len(weight_map) != sum(len(shard.tensors) for shard in shards):
-            raise KconvertError(
-                "two weights have the same name in the output; this is a fault of kconvert, please report it"
-            )
+        total = sum(shard.nbytes - len(shard.text) for shard in shards)
         metadata = {"total_size": total, "total_parameters": parameters}
-        return {CONFIG_NAME: json_bytes(config), INDEX_NAME: _index_bytes(metadata, weight_map)}
+        return {CONFIG_NAME: json_bytes(config), INDEX_NAME: Made(partial(_index, metadata, shards))}
 
 
-def shard_numbers(outputs: Iterable[list[Described]], shard_size: int) -> list[int]:
-    """The shard of what each draft writes, counted from 0."""
+@lru_cache(maxsize=4096)
+def _shared(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """The two as one object for all tensors of a kind."""
+    return dtype, shape
+
+
+def _header(
+    names: Iterable[str], kinds: Iterable[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> Iterator[bytes]:
+    yield encode_header([(name, *kind) for name, kind in zip(names, kinds, strict=True)], metadata)
+
+
+def shard_numbers(sizes: Iterable[int], shard_size: int) -> list[int]:
+    """The shard of each draft, counted from 0, by how many bytes it is the first to write."""
     numbers: list[int] = []
     number = filled = 0
-    for tensors in outputs:
-        size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
+    for size in sizes:
         if filled and filled + size > shard_size:
             number, filled = number + 1, 0
         filled += size
@@ -132,9 +161,34 @@ def shard_numbers(outputs: Iterable[list[Described]], shard_size: int) -> list[i
     return numbers
 
 
-def first_written(drafts: Iterable[Step]) -> Iterator[list[Described]]:
-    """The tensors that each draft writes, but for those that one before it writes another matrix of."""
+def sizes_of(drafts: Iterable[Step]) -> Iterator[int]:
+    """How many bytes each draft is the first to write."""
     stacks: set[str] = set()
+    known: dict[tuple[int, int, int], int] = {}  # of weights of one kind, by the identity of their format
+    for draft in drafts:
+        if draft.slot is not None:
+            (tensors,) = first_written([draft], stacks)
+            yield sum(tensor_bytes(dtype, shape) for _, dtype, shape in tensors)
+        elif isinstance(draft, Transcode):
+            kind = id(draft.target), draft.rows, draft.cols
+            if kind not in known:
+                known[kind] = sum(part.nbytes for part in draft.target_parts)
+            yield known[kind]
+        else:
+            yield draft.nbytes
+
+
+def _runs(numbers: list[int]) -> Iterator[range]:
+    """The drafts of each shard."""
+    begin = 0
+    for _, group in groupby(numbers):
+        end = begin + len(list(group))
+        yield range(begin, end)
+        begin = end
+
+
+def first_written(drafts: Iterable[Step], stacks: set[str]) -> Iterator[list[Described]]:
+    """The tensors that each draft writes, but for those that one before it writes another matrix of, which are in `stacks`."""
     for draft in drafts:
         tensors = draft.outputs
         if draft.slot is not None:
@@ -169,21 +223,31 @@ class Apart:
             shards += files
         return tuple(steps), tuple(shards)
 
-    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
+    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, Text]:
         """config.json; the files' names say the rest."""
         return {CONFIG_NAME: json_bytes(config)}
 
 
-def _index_bytes(metadata: Mapping[str, Any], weight_map: Mapping[str, str]) -> bytes:
-    """As json_bytes spells it, with sorted names, but line by line: half a million take json seconds and twice the memory."""
+def _index(metadata: Mapping[str, Any], shards: Sequence[Shard]) -> Iterator[bytes]:
+    """As json_bytes spells it, with sorted names, but bit by bit: half a million take json seconds and twice the memory."""
+    names = [name for shard in shards for name in shard.tensors]
+    files = [file for shard in shards for file in repeat(encode_basestring(shard.name), len(shard.tensors))]
     head, tail = json_bytes({"metadata": metadata, "weight_map": {"": ""}}).split(b'"": ""')
-    text, comma, quoted = BytesIO(head), "", cache(encode_basestring)
-    text.seek(0, SEEK_END)
-    for name in sorted(weight_map):
-        text.write(f"{comma}{encode_basestring(name)}: {quoted(weight_map[name])}".encode())
-        comma = ",\n    "
-    text.write(tail)
-    return text.getvalue()
+    yield head
+    order = sorted(range(len(names)), key=names.__getitem__)
+    comma, before = "", None
+    for begin in range(0, len(order), LINES):
+        lines = []
+        for i in order[begin : begin + LINES]:
+            if (name := names[i]) == before:
+                raise KconvertError(
+                    "two weights have the same name in the output; this is a fault of kconvert, please report it"
+                )
+            lines.append(f"{encode_basestring(name)}: {files[i]}")
+            before = name
+        yield f"{comma}{SEPARATOR.join(lines)}".encode()
+        comma = SEPARATOR
+    yield tail
 
 
 def json_bytes(table: Mapping[str, Any]) -> bytes:

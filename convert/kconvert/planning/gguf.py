@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.safetensors import Described
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
-from kconvert.planning.containers import Shard, first_written, placed, shard_numbers
-from kconvert.planning.steps import Described, Place, Step
+from kconvert.planning.containers import Shard, first_written, placed, shard_numbers, sizes_of
+from kconvert.planning.steps import Place, Step
+from kconvert.planning.texts import Text
 
 if TYPE_CHECKING:
     from gguf.gguf_writer import GGUFValue
@@ -34,8 +36,8 @@ class Gguf:
     def place(self, drafts: Iterable[Step]) -> tuple[tuple[Step, ...], tuple[Shard, ...]]:
         """See containers.Container."""
         steps = list(drafts)
-        outputs = list(first_written(steps))
-        numbers = shard_numbers(outputs, self.shard_size)
+        outputs = list(first_written(steps, set()))
+        numbers = shard_numbers(sizes_of(steps), self.shard_size)
         contents: list[list[Described]] = [[] for _ in range(numbers[-1] + 1)]
         for number, tensors in zip(numbers, outputs, strict=True):
             contents[number] += tensors
@@ -53,7 +55,7 @@ class Gguf:
             steps[i] = placed(steps[i], [starts[name] for name, _, _ in tensors], stacks)
         return tuple(steps), tuple(shards)
 
-    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, bytes]:
+    def texts(self, config: Mapping[str, Any], shards: Iterable[Shard], parameters: int) -> dict[str, Text]:
         """None: what config.json says is in the metadata."""
         return {}
 

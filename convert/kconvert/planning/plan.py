@@ -11,6 +11,7 @@ from typing import Any
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.planning.containers import Container, Shard
 from kconvert.planning.steps import Step, Transcode
+from kconvert.planning.texts import Text, digest_of
 from kconvert.version import __version__
 
 
@@ -25,7 +26,7 @@ class Plan:
     source: Checkpoint | None
     steps: tuple[Step, ...]
     shards: tuple[Shard, ...]
-    texts: Mapping[str, bytes]
+    texts: Mapping[str, Text]
     facts: Mapping[str, Any]
 
     @property
@@ -44,7 +45,7 @@ class Plan:
         digest = hashlib.sha256(f"{__version__} {self.recipe}".encode())
         for shard in self.shards:
             digest.update(f"{shard.name} {shard.nbytes}".encode())
-            digest.update(shard.header)
+            digest.update(shard.digest)
         # By identity: formats that are equal may still make codes by different rules, which belong to the plan.
         spelled: dict[tuple[int, int], str] = {}
         quoted = cache(repr)  # a file's name, which many steps read from
@@ -59,7 +60,7 @@ class Plan:
                 digest.update(repr([mate.name for mate in step.mates]).encode())
         for name, text in self.texts.items():
             digest.update(name.encode())
-            digest.update(text)
+            digest.update(digest_of(text))
         digest.update(repr(sorted(self.side_files.items())).encode())
         return digest.hexdigest()
 
@@ -101,5 +102,5 @@ class Output:
     def plan(self) -> Plan:
         """With a place for every byte; KconvertError where there is none."""
         steps, shards = self.container.place(self.drafts)
-        texts = {**self.texts, **self.container.texts(self.config, shards, self.parameters)}
+        texts: dict[str, Text] = {**self.texts, **self.container.texts(self.config, shards, self.parameters)}
         return Plan(self.recipe, self.source, steps, shards, texts, self.facts(steps))

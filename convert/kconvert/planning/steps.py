@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.safetensors import Described, Tensor
 from kconvert.formats import Format, Part, parts_of
-from kconvert.formats.base import FATES
+from kconvert.formats.base import FATES, tensor_name
 from kconvert.formats.dtypes import tensor_bytes
-
-Described: TypeAlias = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 
 
 class Place(NamedTuple):
@@ -92,7 +90,7 @@ class Transcode(NamedTuple):
         if self.slot is not None:
             return [self.slot.whole(part) for part in self.target_parts]
         name = self.output or self.name
-        return [(part.tensor_of(name), part.dtype, part.shape) for part in self.target_parts]
+        return [(tensor_name(name, part.suffix), part.dtype, part.shape) for part in self.target_parts]
 
     def placed(self, writes: tuple[Place, ...]) -> Transcode:
         """In half the time of `_replace`, as a large model has a quarter of a million."""

@@ -19,7 +19,7 @@ def finalize(plan: Plan, journal: Journal) -> None:
     for name in plan.side_files:
         _copy(plan, journal, name)
     for name, text in plan.texts.items():
-        write_file(journal.destination / name, journal.partial(name), text)
+        write_file(journal.destination / name, journal.partial(name), bytes(text))
 
 
 def _copy(plan: Plan, journal: Journal, name: str) -> None:
