@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from kconvert.dialects.mlx import mlx_config, module_of
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format, parts_of
 from kconvert.formats.base import check_form
 from kconvert.formats.dense import Dense
@@ -226,7 +226,7 @@ class _Mlx:
             yield "codes of INT4 and INT8 are the source's words, scales the source's values, biases computed without rounding"
             yield WIDE_NOTE if self.recipe.scales == WIDE else NARROW_NOTE
         if made[Heads]:
-            yield f"kv_b of {made[Heads]} layers is split by heads and in part transposed; its values stay"
+            yield f"kv_b of {counted(made[Heads], 'layer')} is split by heads and in part transposed; its values stay"
         items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
         if not all(map(self.stays, items)):
             yield "mlx-lm does not load the layers that predict further tokens (MTP), so they stay behind"

@@ -103,10 +103,11 @@ def _made(fate: str) -> str:
 
 
 def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[str]) -> Iterator[str]:
-    yield "of the weights and tensors, " + "; ".join(f"{count:,} are {what}" for what, count in counts.items())
+    said = (f"{count:,} {'is' if count == 1 else 'are'} {what}" for what, count in counts.items())
+    yield "of the weights and tensors, " + "; ".join(said)
     heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
     if heads:
-        yield f"kv_b of {len(heads):,} layers is split by head into k_b, transposed, and v_b"
+        yield f"kv_b of {counted(len(heads), 'layer')} is split by head into k_b, transposed, and v_b"
     if left_out:
         yield (
             f"left out, as llama.cpp has no use for them or reads them from another file (towers, layers for drafting, a head "

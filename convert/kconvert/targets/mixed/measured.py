@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.safetensors import Tensor
+from kconvert.errors import counted
 from kconvert.formats import Format
 from kconvert.formats.nvfp4 import INPUTS, Nvfp4, with_measured
 from kconvert.planning.steps import Step, Transcode
@@ -38,6 +39,6 @@ def notes(steps: Sequence[Step]) -> Iterator[str]:
     targets = (step.target for step in steps if isinstance(step, Transcode))
     if count := sum(isinstance(target, Nvfp4) and target.measured for target in targets):
         yield (
-            f"input_scale of {count} weights is 1 / input_global_scale in F32, of which the inverse is another number for one "
-            "in six"
+            f"input_scale of {counted(count, 'weight')} is 1 / input_global_scale in F32, of which the inverse is another "
+            "number for one in six"
         )

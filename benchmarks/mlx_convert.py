@@ -1,0 +1,101 @@
+"""`--to mlx` beside mlx-lm's own way from the same INT4 checkpoint, both in fresh processes that find it cold.
+
+mlx-lm's side is what `mlx_lm.convert` does after it has made a tokenizer: load the model, save weights and config. Both write
+affine integers of 4 bits in groups of 32, of which the script compares every stack of experts.
+
+    pip install 'kconvert-toolkit[mlx]'
+    python benchmarks/mlx_convert.py [--dir DIR] [--model-gb 2]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+
+from common import (
+    GB,
+    KCONVERT,
+    Child,
+    alternate,
+    arguments,
+    machine,
+    make_cold,
+    nbytes,
+    remove,
+    run,
+    sample,
+    spread,
+    table,
+    tensor_files,
+    verdict,
+)
+
+TARGET = 5
+EXPERT_BYTES = 3 * 2048 * 7168 * 2
+LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
+THEIRS = """
+import sys
+from pathlib import Path
+from mlx_lm.utils import load_model, save_config, save_model
+source, target = map(Path, sys.argv[1:])
+model, config = load_model(source, lazy=True)
+save_model(target, model, donate_model=True)
+save_config(config, config_path=target / "config.json")
+"""
+COMPARE = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+sides = [{k: v for f in sorted(Path(p).glob("*.safetensors")) for k, v in mx.load(str(f)).items()} for p in sys.argv[1:]]
+names = [name for name in sides[0] if "switch_mlp" in name]
+assert names and all(mx.array_equal(sides[0][name], sides[1][name]) for name in names), "they differ"
+print(len(names))
+"""
+
+
+def main() -> None:
+    parser = arguments(__doc__, runs=3)
+    parser.add_argument("--model-gb", type=float, default=2, help="size of the model in BF16 [2]")
+    options = parser.parse_args()
+    experts = max(1, round(options.model_gb * GB / EXPERT_BYTES))
+    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    ours, theirs = options.dir / "mlx-kconvert", options.dir / "mlx-lm"
+
+    def kconvert() -> Child:
+        return cold(source, ours, [KCONVERT, "convert", source, ours, "--to", "mlx", "-q"])
+
+    def mlx_lm() -> Child:
+        return cold(source, theirs, [sys.executable, "-c", THEIRS, source, theirs])
+
+    results = alternate(options.runs, {"kconvert": kconvert, "mlx-lm": mlx_lm})
+    same = run([sys.executable, "-c", COMPARE, ours, theirs]).stdout.strip()
+    written = nbytes(tensor_files(ours))
+    rows = [
+        [
+            name,
+            spread([child.seconds for child in children], 2, "s"),
+            spread([child.cpu for child in children], 2, "s"),
+            spread([child.peak / 1e6 for child in children], 0, "MB"),
+        ]
+        for name, children in results.items()
+    ]
+    print(
+        f"\nread {nbytes(tensor_files(source)) / GB:.2f} GB, wrote {written / GB:.2f} GB; {same} tensors of stacks are equal"
+    )
+    table(["", "wall time", "CPU", "peak RSS"], rows)
+    ratios = [b.seconds / a.seconds for a, b in zip(results["kconvert"], results["mlx-lm"], strict=True)]
+    print(f"mlx-lm / kconvert, pair by pair: {spread(ratios)}  {verdict(median(ratios), TARGET, at_most=False)}")
+    machine(options.dir)
+    remove(ours)
+    remove(theirs)
+
+
+def cold(source: Path, target: Path, command: list[str | Path]) -> Child:
+    remove(target)
+    make_cold(source)
+    return run(command)
+
+
+if __name__ == "__main__":
+    main()
