@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.pretokenizers import KIMI, NAMES, changes_text, name_of, steps_of
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
-from kconvert.targets.gguf.pretokenizers import KIMI, NAMES, changes_text, name_of, steps_of
 from kconvert.targets.tokens import spelt
 
 if TYPE_CHECKING:
