@@ -116,9 +116,7 @@ def verify(
     try:
         expected, converted, notes = _open_output(original, whole, output, bool(include or exclude or keep_going))
     except CheckFailed as unreadable:
-        if not keep_going:
-            raise
-        return _unreadable(original, Path(output), standard, str(unreadable))
+        return _unreadable(original, Path(output), standard, unreadable, keep_going)
     pairs, faults = relate(expected, converted)
     differences = tuple(_side_file_faults(expected.checkpoint, converted.checkpoint))
     said = compare_metadata(whole, converted.checkpoint)
@@ -150,10 +148,13 @@ def verify(
     )
 
 
-def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
+def _unreadable(original: Model, output: Path, standard: Standard, fault: CheckFailed, keep_going: bool) -> Report:
+    """The report of an output that cannot be read, if one is wanted in spite of that."""
+    if not keep_going:
+        raise fault
     nothing = Checkpoint(output, {}, {}, {}, {}, ())
     found = replace(original, checkpoint=nothing, quantization=QuantizationConfig(), weights=(), plain=())
-    return Report(original, found, standard, "nothing, as it cannot be read", (fault,))
+    return Report(original, found, standard, "nothing, as it cannot be read", (str(fault),))
 
 
 @dataclass

@@ -274,6 +274,14 @@ def test_a_directory_whose_name_is_no_unicode_is_converted(copy: Callable[[str],
     assert to_gguf(root.rename(root.with_name("model-\udcff")))["general.name"] == "model-?"
 
 
+def test_a_directory_that_is_called_like_a_part_of_a_model_is_converted(
+    copy: Callable[[str], Path], to_gguf: ToGguf
+) -> None:
+    root = copy("qwen3-moe")
+    read = to_gguf(root.rename(root.with_name("m-00001-of-00002")))
+    assert [path.name for path in read.files] == ["m.gguf"]
+
+
 def test_a_model_without_mapping_is_refused(bf16: Path, raw: Any, tmp_path: Path) -> None:
     checkpoint = raw.load(bf16)
     checkpoint.config["model_type"] = "some_model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from kconvert.targets.base import EXPERTS, Target, Targets
 if TYPE_CHECKING:
     from kconvert.models.model import Model
 
+PART = re.compile(r"(-[0-9]{5}-of-[0-9]{5})+$")
 TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
 
@@ -37,9 +39,11 @@ def architecture_of(model: Model) -> str:
 
 
 def title_of(model: Model) -> str:
-    """What the model is called, as far as its directory or repository says; in Unicode, which a path need not be."""
+    """What the model is called, as far as its directory or repository says; in Unicode, which a path need not be, and not as
+    parts of split files are, for which engines would look for the others."""
     name = model.checkpoint.name.encode(errors="replace").decode()
-    return name.partition("@")[0].rpartition("/")[2] if "/" in name else name
+    name = name.partition("@")[0].rpartition("/")[2] if "/" in name else name
+    return PART.sub("", name) or "model"
 
 
 def section_of(model: Model) -> Mapping[str, Any]:
