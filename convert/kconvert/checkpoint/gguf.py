@@ -63,9 +63,10 @@ BLOCKS = {type.name: type for type in TYPES.values()}
 
 
 class Array(NamedTuple):
-    """A value that is a list of so many items, which are left in the file."""
+    """A value that is a list of so many items, which are left in the file, see `read_array`."""
 
     items: int
+    start: int
 
 
 Value: TypeAlias = "int | float | bool | str | Array"
@@ -101,6 +102,17 @@ def read_gguf(file: str, size: int, read: Callable[[int, int], bytes], inside: s
     alignment = _alignment(cursor, metadata)
     data_start = -(-cursor.position // alignment) * alignment
     return Header(metadata, _placed(cursor, entries, data_start, alignment, inside))
+
+
+def read_array(file: str, size: int, read: Callable[[int, int], bytes], array: Array) -> list[Any] | None:
+    """The items of a list in the header of `file`, see `read_gguf`; None if they are lists themselves."""
+    cursor = _Cursor(file, size, read)
+    cursor.skip(array.start)
+    kind, count = cursor.number("I"), cursor.number("Q")
+    if kind in SCALARS:
+        code = f"<{count}{SCALARS[kind]}"
+        return list(struct.unpack(code, cursor.take(struct.calcsize(code))))
+    return [cursor.text("an item", LONGEST_TEXT) for _ in range(count)] if kind == STRING else None
 
 
 class _Cursor:
@@ -154,7 +166,8 @@ class _Cursor:
         if kind == STRING:
             return self.text(f"the key {key!r}", LONGEST_TEXT)
         if kind == ARRAY:
-            return Array(self._skip_array(key, 1))
+            start = self.position
+            return Array(self._skip_array(key, 1), start)
         raise self.fault(f"the key {key!r} has a value of the unknown type {kind}")
 
     def _skip_array(self, key: str, depth: int) -> int:

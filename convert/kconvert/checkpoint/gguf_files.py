@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.files import is_directory
-from kconvert.checkpoint.gguf import MAGIC, Header, Value, read_gguf
+from kconvert.checkpoint.gguf import MAGIC, Array, Header, Value, read_array, read_gguf
 from kconvert.checkpoint.listing import STATE_DIR, FileStat
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
@@ -48,6 +49,15 @@ class GgufCheckpoint(Checkpoint):
 
     def has(self, name: str) -> bool:
         return False
+
+    def items(self, key: str) -> list[Any] | None:
+        """The list under a key of the metadata; None where there is none, or one of lists."""
+        value = self.metadata.get(key)
+        if not isinstance(value, Array):
+            return None
+        with self.reader() as reader:
+            size = self.files[self.name].nbytes
+            return read_array(str(self.root / self.name), size, partial(reader.read, self.name), value)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:

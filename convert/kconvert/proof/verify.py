@@ -29,7 +29,8 @@ from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
 from kconvert.proof.digests import Listener
-from kconvert.proof.gguf import open_related
+from kconvert.proof.gguf.metadata import compare_metadata
+from kconvert.proof.gguf.tensors import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
 from kconvert.proof.parity.fused import fused_faults
@@ -110,9 +111,8 @@ def verify(
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
-    Every value is compared; unless `thorough`, which takes longer, figures are of some first rows of each weight, and of what
-    differs. With `digest` the report has what a certificate needs, so that the output need not be read again for it.
-    `advance` is called with bytes of output compared.
+    Every value is compared; unless `thorough`, figures are of some rows and of what differs. With `digest` the report has what a
+    certificate needs, so that the output need not be read again for it. `advance` gets bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     whole = understand(open_checkpoint(source))
@@ -121,11 +121,10 @@ def verify(
     try:
         expected, converted, notes = _open_output(original, whole, output, bool(include or exclude or keep_going))
     except CheckFailed as unreadable:
-        if not keep_going:
-            raise
-        return _unreadable(original, Path(output), standard, str(unreadable))
+        return _unreadable(original, Path(output), standard, unreadable, keep_going)
     (pairs, faults), differences = relate(expected, converted), tuple(_side_file_faults(expected, converted))
-    faults += [*_declaration_faults(converted), *(differences if standard.exact else ())]
+    said = compare_metadata(whole, converted.checkpoint)
+    faults += [*_declaration_faults(converted), *(differences if standard.exact else ()), *said.faults]
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
@@ -145,7 +144,7 @@ def verify(
         skipped=len(pairs) - len(chosen),
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
-        notes=notes if standard.exact else (*notes, *differences),
+        notes=(*notes, *said.notes, *(() if standard.exact else differences)),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
@@ -158,10 +157,13 @@ def _reader(checkpoint: Checkpoint, digest: bool) -> Reader:
     return Listener(reader, checkpoint.tensors.values()) if digest else reader
 
 
-def _unreadable(original: Model, output: Path, standard: Standard, fault: str) -> Report:
+def _unreadable(original: Model, output: Path, standard: Standard, fault: CheckFailed, keep_going: bool) -> Report:
+    """The report of an output that cannot be read, if one is wanted in spite of that."""
+    if not keep_going:
+        raise fault
     nothing = Checkpoint(output, {}, {}, {}, {}, ())
     found = replace(original, checkpoint=nothing, quantization=QuantizationConfig(), weights=(), plain=())
-    return Report(original, found, standard, "nothing, as it cannot be read", (fault,))
+    return Report(original, found, standard, "nothing, as it cannot be read", (str(fault),))
 
 
 @dataclass

@@ -169,7 +169,7 @@ def contents_of_plan(plan: Plan) -> Contents:
     nbytes = sum(shard.nbytes for shard in plan.shards)
     if plan.shards[0].name.endswith(GGUF):
         return Contents("gguf", {}, nbytes)
-    config = json.loads(plan.texts.get(CONFIG_NAME, b"{}"))
+    config = json.loads(bytes(plan.texts.get(CONFIG_NAME, b"{}")))
     if "numa" in plan.facts:
         return Contents("amx", config, nbytes, str(plan.facts["to"]).lower(), numa=int(plan.facts["numa"]))
     tensors: dict[str, Tensor] = {}

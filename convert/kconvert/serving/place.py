@@ -66,7 +66,7 @@ def place_of_amx(model: AmxModel) -> Place:
 
 def place_of_plan(plan: Plan, destination: str) -> Place:
     """The AMX weights that the plan will write there."""
-    record = json.loads(plan.texts[RECORD])
+    record = json.loads(bytes(plan.texts[RECORD]))
     made_from = "@".join(filter(None, (str(record.get(key) or "") for key in ("source", "revision"))))
     root = Path(os.path.abspath(destination))
     return Place(str(root), contents_of_plan(plan), root, made_from=made_from)

@@ -539,6 +539,6 @@ def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> N
 
 
 def test_every_architecture_is_one_that_gguf_knows() -> None:
-    from kconvert.proof.gguf import ARCHITECTURES
+    from kconvert.proof.gguf.tensors import ARCHITECTURES
 
     assert set(ARCHITECTURES) <= set(gguf.MODEL_ARCH_NAMES.values())

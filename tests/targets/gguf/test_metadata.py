@@ -18,12 +18,13 @@ from kconvert.targets.tokens import spelt
 
 Source = Callable[[str], Path]
 ToGguf = Callable[..., Any]
+# The architecture, and the way in which the tokenizer of the sample cuts texts: by Kimi's own code, or as tokenizer.json says.
 ARCHITECTURES = {
     "kimi-k2-thinking": ("deepseek2", "kimi-k2"),
     "kimi-k2.5": ("deepseek2", "kimi-k2"),
-    "deepseek-v3": ("deepseek2", "deepseek-v3"),
-    "qwen3-moe": ("qwen3moe", "qwen2"),
-    "gpt-oss": ("gpt-oss", "gpt-4o"),
+    "deepseek-v3": ("deepseek2", "gpt-2"),
+    "qwen3-moe": ("qwen3moe", "gpt-2"),
+    "gpt-oss": ("gpt-oss", "gpt-2"),
 }
 
 
@@ -125,12 +126,12 @@ def test_added_tokens_are_special_or_the_users(copy: Callable[[str], Path], to_g
         {"id": 258, "content": "<|end|>", "special": False},
         {"id": 259, "content": "stop", "special": True},
     ]
-    table["model"]["merges"] = [["t", "h"], ["a ", "b"]]
+    table["model"]["merges"] = [["t", "h"]]
     (root / "tokenizer.json").write_text(json.dumps(table))
     read = to_gguf(root)
     assert read["tokenizer.ggml.tokens"][257:261] == ["<think>", "<|end|>", "stop", "[PAD260]"]
     assert read["tokenizer.ggml.token_type"][256:261] == [1, 4, 3, 3, 5]
-    assert read["tokenizer.ggml.merges"] == ["t h", "aĠ b"]
+    assert read["tokenizer.ggml.merges"] == ["t h"]
 
 
 def test_layers_for_drafting_and_towers_stay_out_and_are_told(source: Source) -> None:
@@ -224,13 +225,28 @@ def test_a_vocabulary_that_is_none_is_refused(
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": [1]}', "without id or content"),
         ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}, "added_tokens": 5}', "has no list of added tokens"),
         ('{"model": {"vocab": {"\\ud800": 1}, "merges": ["a b"]}}', "has text that is no Unicode"),
-        ('{"model": {"vocab": {"a": 900}, "merges": ["a b"]}}', "has the token 900, but the model's vocab_size is 320"),
+        ('{"model": {"vocab": {"a": 1}, "merges": ["a b"]}}', "has the merge 'a b', but no token 'b'"),
+        ('{"model": {"vocab": {"a": 1, "b": 2}, "merges": [["a", "b"]]}}', "but no token 'ab'"),
+        ('{"model": {"vocab": {"a": 1, "b": 1}}}', "has two tokens with the id 1, 'a' the first"),
+        (
+            '{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 1, "content": "<x>"}]}',
+            "has two tokens with the id 1, '<x>' the second",
+        ),
     ],
 )
 def test_a_tokenizer_that_is_none_is_refused(copy: Callable[[str], Path], content: str, sentence: str) -> None:
     root = copy("qwen3-moe")
     (root / "tokenizer.json").write_text(content)
     with pytest.raises(KconvertError, match=sentence):
+        plan(root, Recipe("gguf"))
+
+
+def test_a_token_beyond_the_embeddings_is_refused(copy: Callable[[str], Path]) -> None:
+    root = copy("qwen3-moe")
+    table = json.loads((root / "tokenizer.json").read_text())
+    table["model"]["vocab"]["far"] = 900
+    (root / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(KconvertError, match="has the token 900, but the model's vocab_size is 320"):
         plan(root, Recipe("gguf"))
 
 
@@ -256,6 +272,14 @@ def test_a_chat_template_that_is_no_unicode_is_refused(copy: Callable[[str], Pat
 def test_a_directory_whose_name_is_no_unicode_is_converted(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
     root = copy("qwen3-moe")
     assert to_gguf(root.rename(root.with_name("model-\udcff")))["general.name"] == "model-?"
+
+
+def test_a_directory_that_is_called_like_a_part_of_a_model_is_converted(
+    copy: Callable[[str], Path], to_gguf: ToGguf
+) -> None:
+    root = copy("qwen3-moe")
+    read = to_gguf(root.rename(root.with_name("m-00001-of-00002")))
+    assert [path.name for path in read.files] == ["m.gguf"]
 
 
 def test_a_model_without_mapping_is_refused(bf16: Path, raw: Any, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The models that llama.cpp knows and kconvert writes: by model_type in config.json, its architecture and its pre-tokenizer."""
+"""The models that llama.cpp knows and kconvert writes: by model_type in config.json, its architecture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import KconvertError
 from kconvert.formats.engines.ggml import Q4_0
@@ -12,25 +13,19 @@ from kconvert.targets.base import EXPERTS, Target, Targets
 if TYPE_CHECKING:
     from kconvert.models.model import Model
 
+PART = re.compile(r"(-[0-9]{5}-of-[0-9]{5})+$")
 TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
 
-class Architecture(NamedTuple):
-    """`name` is llama.cpp's, `pre` how it calls the way in which the tokenizer cuts text into words before merging."""
-
-    name: str
-    pre: str
-
-
 ARCHITECTURES = {
-    "deepseek_v3": Architecture("deepseek2", "deepseek-v3"),
-    "kimi_k2": Architecture("deepseek2", "kimi-k2"),
-    "qwen3_moe": Architecture("qwen3moe", "qwen2"),
-    "gpt_oss": Architecture("gpt-oss", "gpt-4o"),
+    "deepseek_v3": "deepseek2",
+    "kimi_k2": "deepseek2",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
 }
 
 
-def architecture_of(model: Model) -> Architecture:
+def architecture_of(model: Model) -> str:
     """What llama.cpp calls the model; KconvertError where kconvert has no mapping of its tensors."""
     model_type = section_of(model).get("model_type")
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
@@ -44,9 +39,11 @@ def architecture_of(model: Model) -> Architecture:
 
 
 def title_of(model: Model) -> str:
-    """What the model is called, as far as its directory or repository says; in Unicode, which a path need not be."""
+    """What the model is called, as far as its directory or repository says; in Unicode, which a path need not be, and not as
+    parts of split files are, for which engines would look for the others."""
     name = model.checkpoint.name.encode(errors="replace").decode()
-    return name.partition("@")[0].rpartition("/")[2] if "/" in name else name
+    name = name.partition("@")[0].rpartition("/")[2] if "/" in name else name
+    return PART.sub("", name) or "model"
 
 
 def section_of(model: Model) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from kconvert.planning.gguf import Gguf
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.targets.base import facts_of, refuse_loss
-from kconvert.targets.gguf.architectures import Architecture, architecture_of, section_of, title_of
+from kconvert.targets.gguf.architectures import architecture_of, section_of, title_of
 from kconvert.targets.gguf.metadata import Fields, add_hyperparameters
 from kconvert.targets.gguf.tensors import Tensors
 from kconvert.targets.gguf.vocabulary import add_vocabulary
@@ -39,7 +39,7 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     checkpoint = replace(chosen.checkpoint, side_files={})
 
     def facts(steps: Sequence[Step]) -> dict[str, Any]:
-        asked = {"rest": recipe.rest, "architecture": architecture.name}
+        asked = {"rest": recipe.rest, "architecture": architecture}
         origins, read = _origins(steps), sum(_read_bytes(step) for step in steps)
         dropped = (*tensors.left_out, *(tensor.name for tensor in chosen.dropped))
         notes = list(_notes(steps, origins, tensors.left_out))
@@ -57,25 +57,25 @@ def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
         yield step
 
 
-def _check_layers(model: Model, architecture: Architecture, layers: int) -> None:
+def _check_layers(model: Model, architecture: str, layers: int) -> None:
     """KconvertError for layers without experts, where llama.cpp wants some in each."""
     dense = next((weight for weight in model.weights if weight.role.startswith("dense.")), None)
-    if dense is not None and architecture.name != "deepseek2":
+    if dense is not None and architecture != "deepseek2":
         raise KconvertError(
-            f"{dense.tensors[0]} is of a layer without experts, which llama.cpp's {architecture.name} has not"
+            f"{dense.tensors[0]} is of a layer without experts, which llama.cpp's {architecture} has not"
         )
     if not layers:
         raise KconvertError(f"{model.checkpoint.root}/config.json: num_hidden_layers is 0")
 
 
-def _metadata(model: Model, architecture: Architecture, layers: int, experts: str) -> Mapping[str, GGUFValue]:
+def _metadata(model: Model, architecture: str, layers: int, experts: str) -> Mapping[str, GGUFValue]:
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(None, architecture.name)
-    add_hyperparameters(writer, model, architecture.name, layers, experts)
+    writer = GGUFWriter(None, architecture)
+    add_hyperparameters(writer, model, architecture, layers, experts)
     section = section_of(model)
     size = Fields(section, f"{model.checkpoint.root}/config.json").integer("vocab_size")
-    add_vocabulary(writer, model.checkpoint, section, architecture.pre, size)
+    add_vocabulary(writer, model.checkpoint, section, size)
     return writer.kv_data[0]
 
 

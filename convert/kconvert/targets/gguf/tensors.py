@@ -25,7 +25,7 @@ from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of
-from kconvert.targets.gguf.architectures import Architecture, section_of
+from kconvert.targets.gguf.architectures import section_of
 from kconvert.targets.gguf.metadata import Fields
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Tensors:
 
     model: Model
     whole: Model
-    architecture: Architecture
+    architecture: str
     layers: int
     q4_0: Q4_0
     rest: Q8_0 | None
@@ -204,7 +204,7 @@ class Tensors:
         found = self._names.get_name(inner, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise KconvertError(
-                f"{tensor!r} has no place in llama.cpp's {self.architecture.name} of {self.layers} layers; give a checkpoint "
+                f"{tensor!r} has no place in llama.cpp's {self.architecture} of {self.layers} layers; give a checkpoint "
                 "of that model, with its own config.json"
             )
         return str(found)
@@ -214,7 +214,7 @@ class Tensors:
         from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
         known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-        return get_tensor_name_map(MODEL_ARCH(known[self.architecture.name]), self.layers)
+        return get_tensor_name_map(MODEL_ARCH(known[self.architecture]), self.layers)
 
 
 # What the gguf package's table lacks, and its own word for it: at the beginning or the end of a name.

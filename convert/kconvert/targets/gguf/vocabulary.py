@@ -8,11 +8,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.pretokenizers import KIMI, NAMES, changes_text, name_of, steps_of
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.targets.tokens import spelt
@@ -27,21 +29,25 @@ TIKTOKEN, TOKENIZER, CONFIG, TEMPLATE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-KIMI_PRE = "kimi-k2"
+KIMIS_CLASS = "TikTokenTokenizer"  # the one in Kimi's repositories; transformers' own read tokenizer.json
 RESERVED = 256  # special tokens behind the others in Kimi's tokenizer
 SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 LONGEST = 1024  # bytes of a token
+LARGEST = 1 << 27  # bytes of a file; a tokenizer.json of 256,000 tokens has 20 MB
+LONGEST_TEMPLATE = 1 << 24  # bytes; one has some 10,000
 # A tokenizer may call them no special ones.
 LOOKS_SPECIAL = (("<|", "|>"), ("<\uff5c", "\uff5c>"))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`tokens` by id, each with its spelling and type; `merges` are pairs with a space between."""
+    """`tokens` by id, each with its spelling and type; `merges` are pairs with a space between; `begins` is whether a text gets
+    a token in front, where the tokenizer itself says so."""
 
     tokens: Mapping[int, tuple[str, int]]
     merges: list[str]
     pre: str
+    begins: bool | None = None
 
     @property
     def ids(self) -> dict[str, int]:
@@ -54,12 +60,19 @@ class Files:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
+    @property
+    def root(self) -> Path:
+        return self._checkpoint.root
+
     def has(self, name: str) -> bool:
         return name in self._checkpoint.side_files
 
     def read(self, name: str) -> bytes:
         try:
-            return self._checkpoint.side_file(name).read_bytes()
+            path = self._checkpoint.side_file(name)
+            if (nbytes := path.stat().st_size) > LARGEST:
+                raise self.fault(name, f"has {nbytes:,} bytes, over the limit of {LARGEST:,}")
+            return path.read_bytes()
         except OSError as error:
             raise self.fault(name, f"cannot be read ({error.strerror})") from None
 
@@ -90,17 +103,12 @@ class Files:
         )
 
 
-def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, config: Mapping[str, Any], pre: str, size: int) -> None:
+def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, config: Mapping[str, Any], size: int) -> None:
     """All keys of the tokenizer, for `size` rows of embeddings; ids without a token are called [PAD…]."""
     files = Files(checkpoint)
     settings = files.table(CONFIG)
-    name = next(filter(files.has, (TIKTOKEN, TOKENIZER)), None)
-    if name is None:
-        raise KconvertError(
-            f"{checkpoint.root} has neither {TOKENIZER} nor {TIKTOKEN}, and a GGUF needs the model's tokenizer; fetch it "
-            "from its release"
-        )
-    vocabulary = _from_tiktoken(files, settings, size) if name == TIKTOKEN else _from_json(files, pre)
+    name = _file_of(files, settings, config)
+    vocabulary = _from_tiktoken(files, settings, size) if name == TIKTOKEN else _from_json(files)
     if not vocabulary.merges:
         raise files.fault(name, "has no merges")
     if max(vocabulary.tokens) >= size:
@@ -109,17 +117,47 @@ def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, config: Mapping[s
             "not of one model"
         )
     listed = [vocabulary.tokens.get(i, (f"[PAD{i}]", UNUSED)) for i in range(size)]
+    _check_once(files, name, (token for token, _ in listed))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([token for token, _ in listed])
     writer.add_token_types([kind for _, kind in listed])
     writer.add_token_merges(vocabulary.merges)
+    if vocabulary.begins is not None and not isinstance(settings.get("add_bos_token"), bool):
+        writer.add_add_bos_token(vocabulary.begins)
     _add_special(writer, settings, config, vocabulary.ids, size)
+    _add_template(writer, files, settings)
+
+
+def _file_of(files: Files, settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The file that the model's own tokenizer reads: by its class, else by the model."""
+    kind = settings.get("tokenizer_class")
+    kimis = kind == KIMIS_CLASS if isinstance(kind, str) else str(config.get("model_type")).startswith("kimi")
+    for name in (TIKTOKEN, TOKENIZER) if kimis else (TOKENIZER,):
+        if files.has(name):
+            return name
+    what = f"has neither {TOKENIZER} nor {TIKTOKEN}" if kimis else f"has no {TOKENIZER}"
+    raise KconvertError(f"{files.root} {what}, and a GGUF needs the model's tokenizer; fetch it from its release")
+
+
+def _check_once(files: Files, name: str, tokens: Iterable[str]) -> None:
+    """KconvertError for a token that has two ids, of which llama.cpp would know one."""
+    seen: set[str] = set()
+    for token in tokens:
+        if token in seen:
+            raise files.fault(name, f"has the token {token!r:.80} under two ids")
+        seen.add(token)
+
+
+def _add_template(writer: GGUFWriter, files: Files, settings: Mapping[str, Any]) -> None:
     template = files.text(TEMPLATE) if files.has(TEMPLATE) else settings.get("chat_template")
     if isinstance(template, list):  # several by name
         entries = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
         template = next(entries, {}).get("template")
     if isinstance(template, str):
+        if len(template.encode()) > LONGEST_TEMPLATE:
+            where = TEMPLATE if files.has(TEMPLATE) else CONFIG
+            raise files.fault(where, f"has a chat template over the limit of {LONGEST_TEMPLATE:,} bytes")
         writer.add_chat_template(template)
 
 
@@ -144,7 +182,7 @@ def _add_special(
 KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # as GGUF spells them
 
 
-def _from_json(files: Files, pre: str) -> Vocabulary:
+def _from_json(files: Files) -> Vocabulary:
     table = files.table(TOKENIZER)
     model = table.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -152,31 +190,70 @@ def _from_json(files: Files, pre: str) -> Vocabulary:
         raise files.fault(TOKENIZER, "is no BPE with a vocabulary")
     if model.get("byte_fallback"):
         raise files.fault(TOKENIZER, "is no BPE of bytes, but of characters")
+    tokens = _tokens(files, vocab, table.get("added_tokens") or [])
+    merges = model.get("merges") or []
+    if not isinstance(merges, list):
+        raise files.fault(TOKENIZER, "has no list of merges")
+    listed = [_merge(files, merge, vocab) for merge in merges]
+    if why := _not_llamas(table, model):
+        raise KconvertError(
+            f"{files.root}/{TOKENIZER} {why}, so llama.cpp would make other tokens of a text than the model has"
+        )
+    return Vocabulary(tokens, listed, name_of(table) or "", _begins(table))
+
+
+def _not_llamas(table: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+    """What llama.cpp has not of a tokenizer; None if it has all."""
+    if kind := changes_text(table):
+        return f"changes texts first ({kind:.40}), which llama.cpp does not do"
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return "marks the parts of a word, which llama.cpp does not do"
+    if name_of(table) is None:
+        found = json.dumps(table.get("pre_tokenizer"), ensure_ascii=False)
+        return f"cuts texts into words by {found:.300}, as none of those does that are known here ({', '.join(NAMES.values())})"
+    return None
+
+
+def _begins(table: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a special token in front of a text."""
+    for step in steps_of(table.get("post_processor"), "processors"):
+        parts = step.get("single") if isinstance(step, dict) else None
+        if isinstance(parts, list) and parts and isinstance(parts[0], dict):
+            return "SpecialToken" in parts[0]
+    return False
+
+
+def _tokens(files: Files, vocab: Mapping[str, Any], added: object) -> dict[int, tuple[str, int]]:
+    """The vocabulary and the added tokens, some of which may be in it, by id."""
     if any(type(number) is not int or number < 0 for number in vocab.values()):
         raise files.fault(TOKENIZER, "has tokens whose ids are no numbers")
     tokens = {number: (token, NORMAL) for token, number in vocab.items()}
-    added = table.get("added_tokens") or []
+    if len(tokens) < len(vocab):
+        twice = next(token for token, number in vocab.items() if tokens[number][0] != token)
+        raise files.fault(TOKENIZER, f"has two tokens with the id {vocab[twice]}, {twice!r:.80} the first")
     if not isinstance(added, list):
         raise files.fault(TOKENIZER, "has no list of added tokens")
     for entry in added:
         number, content = (entry.get("id"), entry.get("content")) if isinstance(entry, dict) else (None, None)
         if type(number) is not int or number < 0 or not isinstance(content, str):
             raise files.fault(TOKENIZER, "has added tokens without id or content")
+        if tokens.get(number, (content, NORMAL))[0] != content:
+            raise files.fault(TOKENIZER, f"has two tokens with the id {number}, {content!r:.80} the second")
         special = entry.get("special") or any(content.startswith(a) and content.endswith(b) for a, b in LOOKS_SPECIAL)
         tokens[number] = (content, CONTROL if special else USER_DEFINED)
-    merges = model.get("merges") or []
-    if not isinstance(merges, list):
-        raise files.fault(TOKENIZER, "has no list of merges")
-    return Vocabulary(tokens, [_merge(files, merge) for merge in merges], pre)
+    return tokens
 
 
-def _merge(files: Files, merge: object) -> str:
+def _merge(files: Files, merge: object, vocab: Mapping[str, Any]) -> str:
     """A merge as one string; new files have the two parts apart."""
-    if isinstance(merge, str) and merge.count(" ") == 1:
-        return merge
-    if isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge):
-        return " ".join(part.replace(" ", "Ġ") for part in merge)
-    raise files.fault(TOKENIZER, f"has a merge that is no pair ({merge!r:.40})")
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        raise files.fault(TOKENIZER, f"has a merge that is no pair ({merge!r:.40})")
+    if unknown := next((token for token in (*parts, "".join(parts)) if token not in vocab), None):
+        raise files.fault(TOKENIZER, f"has the merge {merge!r:.80}, but no token {unknown!r:.80}")
+    if any(" " in part for part in parts):
+        raise files.fault(TOKENIZER, f"has a merge with a space in it ({merge!r:.80}), as no BPE of bytes has")
+    return " ".join(parts)
 
 
 def _from_tiktoken(files: Files, settings: Mapping[str, Any], size: int) -> Vocabulary:
@@ -194,7 +271,7 @@ def _from_tiktoken(files: Files, settings: Mapping[str, Any], size: int) -> Voca
         entry = named.get(str(number))
         content = entry.get("content") if isinstance(entry, dict) else None
         tokens[number] = (content if isinstance(content, str) else f"<|reserved_token_{number}|>", CONTROL)
-    return Vocabulary(tokens, merges, KIMI_PRE)
+    return Vocabulary(tokens, merges, KIMI)
 
 
 def _ranks(files: Files) -> dict[bytes, int]:
