@@ -128,7 +128,7 @@ OUTPUTS = [("mxfp4", "experts"), ("int8", "experts"), ("int8", "all"), ("fp8", "
 
 
 @pytest.mark.parametrize("name", NESTED)
-@pytest.mark.parametrize(("to", "layout"), OUTPUTS, ids="".join)
+@pytest.mark.parametrize(("to", "layout"), OUTPUTS)
 def test_ignore_hits_what_stays_by_every_engines_name_and_nothing_else(name: str, to: str, layout: str) -> None:
     conversion = Conversion(weightless(name, layers=4, experts=2), Recipe(to, layout=layout))
     ignore = conversion.config()["quantization_config"]["ignore"]

@@ -39,7 +39,7 @@ def test_every_output_that_is_written_has_a_row_and_no_other_output_has_one() ->
     }
 
 
-@pytest.mark.parametrize(("model", "to", "layout"), MADE, ids="-".join)
+@pytest.mark.parametrize(("model", "to", "layout"), MADE)
 def test_an_output_is_known_by_its_headers_and_config_as_what_it_was_made_as(
     like: Callable[[str], Path], model: str, to: str, layout: str
 ) -> None:

@@ -50,7 +50,7 @@ FORMS = [("int4", ""), ("fp8", "experts"), ("mxfp4", "all"), ("fp8", "compressed
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize(("to", "layout"), FORMS, ids="".join)
+@pytest.mark.parametrize(("to", "layout"), FORMS)
 def test_codes_give_the_logits_of_their_values(source: Path, tmp_path: Path, to: str, layout: str) -> None:
     if to == "int4":  # made anew, so that its config.json is ours and not the published one
         convert(plan(source, Recipe("bf16")), tmp_path / "values")

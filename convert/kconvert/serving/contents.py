@@ -92,7 +92,7 @@ def contents_of(checkpoint: Checkpoint) -> Contents:
     dialect = _dialect(checkpoint.config)
     if dialect == "mlx" or any(SWITCH in name for name in checkpoint.tensors):
         return Contents("mlx", checkpoint.config, nbytes, dialect=dialect)
-    model = understand(replace(checkpoint, tensors=_one_layer(checkpoint.tensors)), partial=True)
+    model = understand(_one_layer(checkpoint), partial=True)
     experts = [weight for weight in model.weights if _is_expert(weight.role)]
     facts = _facts(model, experts or list(model.weights), experts)
     return Contents("safetensors", checkpoint.config, nbytes, dialect=dialect, **facts)
@@ -116,11 +116,20 @@ def _is_expert(role: str) -> bool:
     return role.partition(".")[0] == "expert"
 
 
-def _one_layer(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of the first layer with routed experts; all of them where none has some."""
-    first = next((name for name in tensors if holds_expert([name])), "")
-    layer = LAYER.match(first)
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(layer[0])} if layer else tensors
+def _one_layer(checkpoint: Checkpoint) -> Checkpoint:
+    """Of the checkpoint the first layer with routed experts, in a model without those behind it; all where none has some."""
+    first = next((name for name in checkpoint.tensors if holds_expert([name])), "")
+    layer, number = LAYER.match(first), guess(first.rpartition(".")[0]).layer
+    if layer is None or number is None:
+        return checkpoint
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(layer[0])}
+    manifest = manifest_for(checkpoint.config)
+    try:
+        # Half a million names need not be made only to look for a few.
+        config = manifest.resize(checkpoint.config, {"layers": number + 1})
+    except KconvertError:  # a model of which no manifest knows the layers
+        config = checkpoint.config
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str, Any]:
