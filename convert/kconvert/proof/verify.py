@@ -111,8 +111,8 @@ def verify(
     `standard` says what a weight is held to, by default to the very bytes that belong there. `sample` is the share of the
     tensors whose values are compared, the same ones every time and some of each role; `include` and `exclude` must be those
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
-    Every value is compared; unless `thorough`, figures are of some rows and of what differs. With `digest` the report has what a
-    certificate needs, so that the output need not be read again for it. `advance` gets bytes of output compared.
+    Every value is compared; unless `thorough`, figures are of some rows and of what differs. With `digest` the report has what
+    a certificate needs, and the output need not be read again for it. `advance` gets bytes of output compared.
     """
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
     whole = understand(open_checkpoint(source))
