@@ -259,7 +259,8 @@ def test_one_bad_chat_among_many_is_told(smoke):
         (Script(models=()), {}, "lists no model"),
         (Script(listing=b"<html>", content_type="text/html"), {}, "but with no list of models"),
         (Script(listing=b'{"data": 3}'), {}, "but with no list of models"),
-        (Script(), {"timeout": 0}, "timeout, max_tokens and concurrency are at least 1"),
+        (Script(), {"concurrency": 1001}, "concurrency between 1 and 1000"),
+        (Script(), {"timeout": 0}, "timeout is positive, max_tokens at least 1"),
     ],
 )
 def test_no_such_server_or_model_is_an_error_and_no_failed_check(smoke, script, options, words):

@@ -127,8 +127,8 @@ def _why_empty(answer: Answer, limit: int) -> str:
         return f"the answer was cut at max_tokens {limit}{thinking}; --max-tokens allows more"
     if answer.reasoning:
         return (
-            f"`content` is empty and all is in {where}, though the model came to its end: the reasoning parser is another "
-            f"model's; {REASONING_PARSER}"
+            f"`content` is empty and all is in {where}, though the model came to its end: it ended within its thoughts, or the "
+            f"reasoning parser is another model's; {REASONING_PARSER}"
         )
     return "the answer is empty: neither content nor reasoning"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 import ssl
@@ -130,6 +131,13 @@ class Server:
             return (
                 f"{self.url}: the server speaks no TLS that is trusted here; is its address http:// and not https://?"
             )
+        codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
+        if errno.EMFILE in codes:
+            return (
+                f"{self.url}: more chats at once than this process may have open files; raise ulimit -n, or ask fewer"
+            )
+        if codes & {errno.ENETUNREACH, errno.EHOSTUNREACH}:
+            return f"{self.url}: no way leads from here to that host"
         if any(type(cause).__name__ == "ConnectError" for cause in causes):
             return f"{self.url}: nothing listens there; start the server, or give its address"
         return f"{self.url} closed the connection without an answer; what does its log say?"

@@ -14,6 +14,8 @@ from kconvert.chat.checks import AT_ONCE, CALLS, CHATS, LONG, Checker, Talk, Tim
 from kconvert.chat.server import Server, Unanswered, connected
 from kconvert.errors import CheckFailed, KconvertError
 
+MOST_AT_ONCE = 1000  # connections that the client opens
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -68,8 +70,10 @@ def smoke(
     KconvertError when there is no such server, it wants another key, or it serves several models and none is named. What is
     wrong with the answers is in the report.
     """
-    if timeout <= 0 or max_tokens < 1 or long_words < 0 or concurrency < 1:
-        raise KconvertError("timeout, max_tokens and concurrency are at least 1, and long_words is not negative")
+    if timeout <= 0 or max_tokens < 1 or long_words < 0 or not 1 <= concurrency <= MOST_AT_ONCE:
+        raise KconvertError(
+            f"timeout is positive, max_tokens at least 1, long_words not negative and concurrency between 1 and {MOST_AT_ONCE}"
+        )
     checks: dict[str, Checker] = {**CHATS, **(CALLS if tools else {}), **(LONG if long_words else {})}
     checks |= AT_ONCE if concurrency > 1 else {}
 

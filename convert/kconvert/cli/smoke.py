@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--long-words", type=click.IntRange(0), default=2000, show_default=True, help="Words of the long input; 0: none."
 )
-@click.option("--concurrency", type=click.IntRange(1, 4096), default=1, help="Then also so many chats at once.")
+@click.option("--concurrency", type=click.IntRange(1, 1000), default=1, help="Then also so many chats at once.")
 @json_option
 @quiet_option
 def smoke(
