@@ -18,9 +18,9 @@ from torch import nn
 from kconvert.errors import KconvertError
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, find_experts
-from kconvert_qat.kept import Kept
+from kconvert_qat.grids.kept import Kept
+from kconvert_qat.grids.serving import Place, State
 from kconvert_qat.names import Matrix, matrices_of, select
-from kconvert_qat.serving import Place, State
 
 STATE = "_kconvert_qat"
 ORIGINAL = "_kconvert_original"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from kconvert.errors import KconvertError
-from kconvert_qat.grids import GRIDS, Grid
+from kconvert_qat.grids.table import GRIDS, Grid
 
 CONFIG_NAME = "qat_config.json"  # beside the config.json of what was trained
 GRADIENTS = ("straight-through", "clip")

@@ -16,9 +16,9 @@ import torch
 
 from kconvert.formats.conventions import CONVENTIONS, Convention
 from kconvert.formats.reference import packed as reference
-from kconvert_qat import codes
-from kconvert_qat.grids import GRIDS
-from kconvert_qat.memory import array_of, in_threads
+from kconvert_qat.grids import codes
+from kconvert_qat.grids.memory import array_of, in_threads
+from kconvert_qat.grids.table import GRIDS
 
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK = 1 << 18  # values that are work enough for a thread

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from kconvert.errors import KconvertError
-from kconvert_qat import QATConfig, at_step, detach, prepare, serving
+from kconvert_qat import QATConfig, at_step, detach, prepare
 from kconvert_qat.experts import find_experts
 from kconvert_qat.grid import fake_quantise
-from kconvert_qat.kept import version_of
+from kconvert_qat.grids import serving
+from kconvert_qat.grids.kept import version_of
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import fp8, mx, nvfp4, packed
-from kconvert_qat.codes import Blocks
+from kconvert_qat.grids.codes import Blocks
 
 BLOCK = 128
 POWERS = "ue8m0"

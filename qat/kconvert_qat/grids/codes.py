@@ -15,7 +15,7 @@ import torch
 
 from kconvert.formats.base import Format
 from kconvert.formats.dense import Dense
-from kconvert_qat.memory import array_of, in_threads
+from kconvert_qat.grids.memory import array_of, in_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from kconvert.errors import KconvertError
-from kconvert_qat.codes import Codes
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight
 from kconvert_qat.grid import DTYPES, StraightThrough, encode, fake_quantise
-from kconvert_qat.kept import Kept, version_of
+from kconvert_qat.grids.codes import Codes
+from kconvert_qat.grids.kept import Kept, version_of
 
 
 @dataclass

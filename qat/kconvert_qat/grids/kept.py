@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from kconvert_qat.memory import array_of, in_threads
+from kconvert_qat.grids.memory import array_of, in_threads
 
 if TYPE_CHECKING:
-    from kconvert_qat.codes import Codes
+    from kconvert_qat.grids.codes import Codes
 
 WORDS = 1 << 21  # of a piece of a fingerprint, whatever the number of threads
 
