@@ -138,7 +138,7 @@ def test_a_global_scale_whose_inverse_changes_values_is_counted_or_refused(
     assert convert(plan(root, Recipe("gguf")), tmp_path / "out") == {weight: 3}
     verify(root, tmp_path / "out")
     said = kconvert("convert", root, tmp_path / "said", "--to", "gguf").stdout
-    assert f"1 / global scale, in F32, changes values of 3 groups in 1 weight" in said
+    assert "1 / global scale, in F32, changes values of 3 groups in 1 weight" in said
     with pytest.raises(KconvertError, match=rf"{weight}.*3 of its groups have other values by 1 / global scale"):
         convert(plan(root, Recipe("gguf", require_exact=True)), tmp_path / "exact")
 

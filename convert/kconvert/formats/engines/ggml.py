@@ -5,12 +5,13 @@
 | Q4_0 | scale F16; 16 bytes, byte j has n of value j in its low and of value j + 16 in its high nibble | (n - 8) * scale |
 | Q8_0 | scale F16; 32 codes I8 | code * scale |
 | MXFP4 | scale E8M0; e2m1 codes as in Q4_0 | code * 2^(scale - 127) |
-| NVFP4 | 64 values: 4 scales E4M3, without sign; of each 16 values 8 bytes, value j low and value j + 8 high | code * scale * factor |
+| NVFP4 | of 64 values: 4 scales E4M3, without sign; 8 bytes for each 16 values, j low and j + 8 high | code * scale * factor |
 
-Values are products in f32, exact in it but for the factor: an F32 for the weight, in a tensor of its own, [experts] of a stack. Q4_0 takes the codes of four-bit integers with a scale for each 32 columns or a
-multiple, and their scales as far as F16 has them: the nearest otherwise, and then the groups are counted. Every bf16 scale from
-2^-17 up to 65,280 is one of F16's. MXFP4 takes every group of MXFP4 as it is, NVFP4 those of NVFP4: the global scale of ModelOpt is the factor, that of
-compressed-tensors has it as its inverse, and groups are counted whose bf16 values are not the same by it. Q8_0 rounds:
+Values are products in f32, exact in it but for the factor: an F32 for the weight in a tensor of its own, [experts] of a stack.
+Q4_0 takes the codes of four-bit integers with a scale for each 32 columns or a multiple, and their scales as far as F16 has
+them: the nearest otherwise, and then the groups are counted. Every bf16 scale from 2^-17 up to 65,280 is one of F16's. MXFP4
+takes every group of MXFP4 as it is, and NVFP4 those of NVFP4. Its factor is ModelOpt's global scale, or 1 / that of
+compressed-tensors; groups are counted whose bf16 values are not the same by that. Q8_0 rounds:
 
     scale = amax / 127, code = round_half_away(value * (1 / scale)), with the scale in f32; it is stored as F16
 

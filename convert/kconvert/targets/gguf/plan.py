@@ -114,8 +114,8 @@ def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[
     if spelt_out := [step for step in respelt if not step.target.takes_codes(step.source)]:
         yield (
             f"{counted(len(spelt_out), 'weight')} in nvfp4 become{'s' * (len(spelt_out) == 1)} {spelt_out[0].target.label}, "
-            f"{spelt_out[0].name!r} the first: llama.cpp computes this model without the global scales of their blocks, or they "
-            f"have columns that are no multiple of {BLOCKS['NVFP4'][0]}"
+            f"{spelt_out[0].name!r} the first: llama.cpp computes this model without the global scales of their blocks, or "
+            f"they have columns that are no multiple of {BLOCKS['NVFP4'][0]}"
         )
     if left_out:
         yield (

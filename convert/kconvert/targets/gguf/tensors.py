@@ -94,9 +94,6 @@ class Tensors:
         target = self._target(weight)
         if target == weight.format:
             return copy_of(weight.tensors[0]._replace(name=name))
-        if isinstance(target, Nvfp4Blocks):
-            stem, shape = name.removesuffix(".weight"), (weight.rows, weight.cols)
-            return Transcode(weight.name, *shape, weight.format, weight.tensors, target, (), stem)
         return _whole(weight, name, target, (weight.rows, weight.cols))
 
     def _expert(self, weight: Weight) -> Step:
@@ -241,9 +238,12 @@ SPELLINGS = {
 
 
 def _whole(weight: Weight, name: str, target: Format, shape: tuple[int, ...]) -> Transcode:
-    """The weight as the tensor `name` in `shape`."""
-    whole = Whole(target, shape)
-    return Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, whole, (), name)
+    """The weight as the tensor `name` in `shape`, and beside it the factor of NVFP4."""
+    if isinstance(target, Nvfp4Blocks):
+        name = name.removesuffix(".weight")
+    else:
+        target = Whole(target, shape)
+    return Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, (), name)
 
 
 def _name(item: Weight | Plain) -> str:

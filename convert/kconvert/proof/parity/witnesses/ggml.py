@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 PLAIN = frozenset({"F32", "F16", "BF16"})
-E2M1 = {"MXFP4": (1, 16), "NVFP4": (4, 8)}  # whose codes are such: bytes before them, and bytes whose nibbles belong together
+E2M1 = {
+    "MXFP4": (1, 16),
+    "NVFP4": (4, 8),
+}  # whose codes are such: bytes before them, and bytes whose nibbles belong together
 BY_HEAD = " by head"  # what the label of blocks that lie across their weight ends with
 
 

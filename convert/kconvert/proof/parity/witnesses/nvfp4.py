@@ -41,7 +41,7 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return values.view(shape).bfloat16()
 
     def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        """Codes times scales, exact in F32, times the global factor; of compressed-tensors' scale that is the inverse, in F32."""
+        """Codes times scales, exact in F32, times the global factor: the inverse, in F32, of compressed-tensors' scale."""
         import torch
         from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
