@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from kimi_release import as_released
 
 from kconvert import Recipe, convert, plan, verify
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
@@ -26,6 +27,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, sizes in SIZES.items():
         convert(plan_synthetic(SampleRecipe(name, {**SMALL, **sizes})), root / name)
+        as_released(root / name)
         words = {"eos_token": "th", "bos_token": {"content": "a"}, "chat_template": "{% for m in messages %}"}
         edit(root / name, "tokenizer_config.json", **words)
         convert(plan(root / name, Recipe("gguf")), root / "made")
