@@ -28,8 +28,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, sizes in SIZES.items():
         convert(plan_synthetic(SampleRecipe(name, {**SMALL, **sizes})), root / name)
         as_released(root / name)
-        words = {"eos_token": "th", "bos_token": {"content": "a"}, "chat_template": "{% for m in messages %}"}
-        edit(root / name, "tokenizer_config.json", **words)
+        edit(root / name, "tokenizer_config.json", eos_token="th", bos_token={"content": "a"})
+        (root / name / "chat_template.jinja").write_text("{% for m in messages %}")
         convert(plan(root / name, Recipe("gguf")), root / "made")
         (root / "made" / f"{name}.gguf").rename(root / f"{name}.gguf")
         shutil.rmtree(root / "made")
