@@ -520,6 +520,22 @@ def test_an_outline_that_leads_elsewhere(job: Job, name: str) -> None:
     job.check_error(run_command("finalize", job.destination), "plan.json is not what kconvert wrote")
 
 
+@pytest.mark.parametrize(
+    ("at", "value"), [("ranks", 0), ("ranks", 10**12), ("ranks", -1), (1, -5), (2, -1), (2, 10**15)]
+)
+def test_an_outline_of_sizes_that_cannot_be(job: Job, at: str | int, value: int) -> None:
+    assert job.run("--worker", "0/2").exit_code == 0
+    path = job.destination / ".kconvert" / "ranks" / "plan.json"
+    outline = json.loads(path.read_text())
+    if isinstance(at, str):
+        outline[at] = value
+    else:
+        outline["shards"][0][at] = value
+    path.write_text(json.dumps(outline))
+
+    job.check_error(run_command("finalize", job.destination), "plan.json is not what kconvert wrote")
+
+
 # What a rank is told, and tells.
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from kconvert.checkpoint.files import sync_directory
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.planning.plan import Plan
+from kconvert.run.state.ranks import MOST
 
 RANKS = "ranks"
 OUTLINE = "plan.json"
@@ -52,13 +53,16 @@ class Outline:
             raise explain_os_error(error, f"cannot read {path}") from None
         except (ValueError, TypeError, KeyError, RecursionError):
             outline = None
-        if outline is None or outline.ranks < 1 or not all(map(_is_inside, outline.names)):
+        if outline is None or not outline.is_sound:
             raise KconvertError(f"{path} is not what kconvert wrote; start again in another directory")
         return outline
 
     @property
-    def names(self) -> list[str]:
-        return [*(name for name, *_ in self.shards), *self.small]
+    def is_sound(self) -> bool:
+        """Whether what a file says can be: nothing in it may lead out of DST, or be larger than there is."""
+        names = [*(name for name, *_ in self.shards), *self.small]
+        sizes = all(0 <= header <= nbytes for _, nbytes, header, _ in self.shards)
+        return 0 < self.ranks <= MOST and sizes and all(map(_is_inside, names))
 
     def put(self, state: Path, token: str) -> Outline:
         """Into DST/.kconvert, unless there is one; returns that which is there. `token` is no other process's."""
