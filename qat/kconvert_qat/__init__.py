@@ -1,4 +1,4 @@
-"""Quantisation-aware training of MoE experts on the exact INT4 grid that is shipped, and its export bit for bit."""
+"""Quantisation-aware training of MoE experts on the exact grid that is shipped, and its export bit for bit."""
 
 from kconvert_qat.attach import Coverage, at_step, coverage, detach, prepare
 from kconvert_qat.config import QATConfig

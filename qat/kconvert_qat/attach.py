@@ -18,7 +18,8 @@ from torch import nn
 from kconvert.errors import KconvertError
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, find_experts
-from kconvert_qat.grid import DTYPES, fake_quantise
+from kconvert_qat.grids.kept import Kept
+from kconvert_qat.grids.serving import Place, State
 from kconvert_qat.names import Matrix, matrices_of, select
 
 STATE = "_kconvert_qat"
@@ -26,34 +27,28 @@ ORIGINAL = "_kconvert_original"
 
 
 @dataclass
-class State:
-    """What all the prepared modules of a model share. While it is not `active` they see their weights as they are."""
-
-    config: QATConfig
-    active: bool
-
-    def serve(self, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-        """The weight as the exported checkpoint has it."""
-        config = self.config
-        options = (config.group_size, config.convention, config.gradient == "clip")
-        return fake_quantise(weight.mT, *options).mT if transposed else fake_quantise(weight, *options)
-
-
-@dataclass
 class Attached:
-    """What a prepared module knows: the parameters that it sees fake-quantised, and whether they are transposed."""
+    """What a prepared module knows: where the parameters lie that it sees fake-quantised, what they were served as last, and
+    for each the Linear whose weight must be quantised by the same number, where there is one."""
 
     state: State
-    transposed: dict[str, bool]
+    places: dict[str, Place]
+    kept: dict[str, Kept]
+    mates: dict[str, nn.Module]
 
     def serve(self, module: nn.Module, parameter: str) -> torch.Tensor:
         lists = getattr(module, "parametrizations", None)
         if self.state.config.lora == "merged" or lists is None or parameter not in lists:
-            return self.state.serve(getattr(module, parameter), self.transposed[parameter])
-        value = self.state.serve(lists[parameter].original, self.transposed[parameter])
+            return self.quantised(getattr(module, parameter), parameter)
+        value = self.quantised(lists[parameter].original, parameter)
         for adapter in lists[parameter]:
             value = adapter(value)
         return value
+
+    def quantised(self, weight: torch.Tensor, parameter: str) -> torch.Tensor:
+        mate: Any = self.mates.get(parameter)
+        kept = self.kept.setdefault(parameter, Kept())
+        return self.state.serve(weight, self.places[parameter], kept, None if mate is None else mate.weight.detach())
 
 
 class Served:
@@ -83,7 +78,7 @@ class Coverage:
         modules = len({id(weight.module) for weight in self.weights})
         return (
             f"{len(self.matrices):,} expert matrices with {self.parameters:,} parameters in {modules:,} modules, "
-            f"{self.config.convention} group {self.config.group_size}"
+            f"{self.config.label}"
         )
 
 
@@ -99,12 +94,19 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> Coverage:
     found = find_experts(model)
     matrices = matrices_of(model, found)
     weights = select(found, matrices, config)
-    for weight in weights:
-        _check(weight, config)
-    state = State(config, active=config.start_step == 0)
+    mates = _mates(weights, config)
     adapted = {id(layer.get_base_layer()): layer for layer in _adapted_linears(model)}
+    if config.lora == "merged" and any(id(mate) in adapted for mate in mates.values()):
+        raise KconvertError(
+            f"{config.grid} has one number for gate and up, whose sums with adapters are in Linears apart; use lora='unmerged'"
+        )
+    for weight in weights:
+        Place.of(weight, config).check(weight.tensor, config)
+    state = State(config, active=config.start_step == 0)
     for weight in weights:
         _attach(_fake_quantised, weight.module, weight, state)
+        if (mate := mates.get(weight.key)) is not None:
+            vars(weight.module)[STATE].mates[weight.parameter] = mate
         if config.lora == "merged" and (layer := adapted.get(id(weight.module))) is not None:
             _attach(_fake_quantised_sum, layer, weight, state)
     return coverage(model)
@@ -121,7 +123,7 @@ def coverage(model: nn.Module) -> Coverage:
     weights = select(found, matrices, config)
     for weight in weights:
         attached = attached_to(weight.module)
-        if attached is None or weight.parameter not in attached.transposed:
+        if attached is None or weight.parameter not in attached.places:
             raise KconvertError(f"{weight.key} is not fake-quantised; was its module replaced after prepare?")
     covered = {id(weight.module) for weight in weights}
     for layer in _adapted_linears(model):
@@ -150,6 +152,7 @@ def at_step(model: nn.Module, step: int) -> bool:
     for module in model.modules():
         if (attached := attached_to(module)) is not None:
             active = attached.state.active = step >= attached.state.config.start_step
+            attached.state.step = step
     return active
 
 
@@ -168,23 +171,23 @@ def _adapted_linears(model: nn.Module) -> list[Any]:
     return [layer for layer in adapters_of(model) if isinstance(layer.get_base_layer(), nn.Linear)]
 
 
-def _check(weight: ExpertWeight, config: QATConfig) -> None:
-    inputs = weight.shape[1]
-    if inputs % config.group_size:
-        raise KconvertError(f"{weight.key} has {inputs} inputs, which do not divide into groups of {config.group_size}")
-    if weight.tensor.dtype not in DTYPES:
-        raise KconvertError(
-            f"{weight.key} is {weight.tensor.dtype}; quantisation-aware training needs BF16 or F32 weights"
-        )
+def _mates(weights: list[ExpertWeight], config: QATConfig) -> dict[str, nn.Module]:
+    """Of gate and up in Linears of their own, by their keys, the other's module, where they share a number."""
+    pairs: dict[str, list[ExpertWeight]] = {}
+    for weight in weights if config.spec.fuses else ():
+        if not weight.stacked and weight.pieces[0] in ("gate", "up"):
+            pairs.setdefault(weight.path.rpartition(".")[0], []).append(weight)
+    both = [pair for pair in pairs.values() if len(pair) == 2]
+    return {one.key: other.module for pair in both for one, other in (pair, pair[::-1])}
 
 
 def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWeight, state: State) -> None:
     attached = attached_to(module)
     if attached is None:
-        attached = Attached(state, {})
+        attached = Attached(state, {}, {}, {})
         module.__dict__[STATE] = attached
         module.__class__ = swapped(type(module))
-    attached.transposed[weight.parameter] = weight.transposed
+    attached.places[weight.parameter] = Place.of(weight, state.config)
 
 
 @cache
@@ -196,7 +199,7 @@ def _fake_quantised(original: Any) -> type:
         attached = self._kconvert_qat
         if not attached.state.active:
             return original.forward(self, *args, **kwargs)
-        weights = {parameter: attached.serve(self, parameter) for parameter in attached.transposed}
+        weights = {parameter: attached.serve(self, parameter) for parameter in attached.places}
         return original.forward(Served(self, weights), *args, **kwargs)
 
     return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})
@@ -215,6 +218,6 @@ def _fake_quantised_sum(original: Any) -> type:
         weight = linear.weight
         for adapter in self.active_adapters:
             weight = weight + self.get_delta_weight(adapter)
-        return nn.functional.linear(inputs, attached.state.serve(weight, False), linear.bias)
+        return nn.functional.linear(inputs, attached.quantised(weight, "weight"), linear.bias)
 
     return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})

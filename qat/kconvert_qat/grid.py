@@ -1,108 +1,178 @@
-"""Fake quantisation: the values that the exported INT4 checkpoint will have, in the forward pass of training.
+"""Fake quantisation: the values that the exported checkpoint will have, in the forward pass of training.
 
-One arithmetic serves the trainer, the exporter and the checks: `fake_quantise` is the exact INT4 encoder of
-formats.packed followed by its decoder. A group that codes and a scale reproduce already, as after decoding a checkpoint,
-stays as it is; any other gets the scale and codes of the convention's rule. It is one opaque operator, so that
-torch.compile cannot elide the rounding of scales to bf16, which would change 7% of the values.
+One arithmetic serves the trainer, the exporter and the checks: `fake_quantise` is the encoder of the grid's format and then its
+decoder. A group that codes and a scale reproduce already, as after decoding a checkpoint, stays as it is; any other gets
+scale and codes of the convention's rule. It is one opaque operator, so that torch.compile cannot elide the rounding of scales
+to bf16, which would change 7% of the values of INT4.
 """
 
 from __future__ import annotations
 
-import ctypes
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from kconvert.formats.conventions import CONVENTIONS, Convention
 from kconvert.formats.reference import packed as reference
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from kconvert_qat.grids import codes
+from kconvert_qat.grids.memory import array_of, in_threads
+from kconvert_qat.grids.table import GRIDS
 
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK = 1 << 18  # values that are work enough for a thread
 REFERENCE_CHUNK = 1 << 26  # values at a time on other devices, where a pass needs some thirty bytes for each
+INT4 = "int4"
 
 
-def fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip: bool = False) -> torch.Tensor:
-    """[..., in] bf16 or f32 -> the INT4 values of the weight cast to bf16, in the weight's dtype; `group_size` divides `in`.
+def fake_quantise(
+    weight: torch.Tensor,
+    group_size: int,
+    convention: str,
+    clip: bool = False,
+    grid: str = INT4,
+    mate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[..., rows, in] bf16 or f32 -> the grid's values of the weight cast to bf16, in the weight's dtype.
 
-    The gradient passes straight through; with `clip` not where the rule's code had to be clamped (kimi's never has).
-    A group with a value that is not finite becomes NaN.
+    The gradient passes straight through; with `clip`, for INT4, not where the rule's code had to be clamped (kimi's never has).
+    `mate` is what engines fuse with the weight. A group with a value that is not finite becomes NaN.
     """
-    served: torch.Tensor = torch.ops.kconvert.fake_quantise(weight, group_size, convention, clip)
+    served: torch.Tensor = torch.ops.kconvert.fake_quantise(weight, group_size, convention, clip, grid, mate)
     return served
 
 
 @torch.library.custom_op("kconvert::fake_quantise", mutates_args=())
-def _fake_quantise(weight: torch.Tensor, group_size: int, convention: str, clip: bool) -> torch.Tensor:
-    rule = CONVENTIONS[convention]
-    groups = weight.detach().contiguous().view(-1, group_size)
-    served = torch.empty_like(groups)
-    if weight.is_cpu:
-        _by_kernel(groups, rule, served)
-    elif weight.is_cuda:
-        from kconvert_qat import cuda
-
-        cuda.fake_quantise(groups, rule, served)
+def _fake_quantise(
+    weight: torch.Tensor,
+    group_size: int,
+    convention: str,
+    clip: bool,
+    grid: str = "int4",
+    mate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    weight = weight.detach().contiguous()
+    served = torch.empty_like(weight)
+    if grid == INT4 and (weight.is_cpu or weight.is_cuda):
+        _int4(weight.view(-1, group_size), CONVENTIONS[convention], served.view(-1, group_size))
+    elif weight.is_cpu:
+        codes.serve(weight, GRIDS[grid].blocks(group_size, convention), reaches(weight, mate, grid), served)
     else:
-        step = max(1, REFERENCE_CHUNK // group_size)
-        for first in range(0, len(groups), step):
-            served[first : first + step] = reference.fake_quantise(groups[first : first + step], group_size, rule)
-    return served.view(weight.shape)
+        served = _by_reference(weight, group_size, convention, grid, reaches(weight, mate, grid))
+    return served
 
 
 @_fake_quantise.register_fake
-def _(weight: torch.Tensor, group_size: int, convention: str, clip: bool) -> torch.Tensor:
+def _(
+    weight: torch.Tensor,
+    group_size: int,
+    convention: str,
+    clip: bool,
+    grid: str = "int4",
+    mate: torch.Tensor | None = None,
+) -> torch.Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def _by_kernel(groups: torch.Tensor, rule: Convention, served: torch.Tensor) -> None:
-    """The kernel on as many threads as torch uses; it runs without the GIL."""
+def encode(
+    weight: torch.Tensor, group_size: int, convention: str, grid: str, mate: torch.Tensor | None = None
+) -> codes.Codes:
+    """What `fake_quantise` decodes, of a weight in the CPU's memory."""
+    return codes.encode(weight, GRIDS[grid].blocks(group_size, convention), reaches(weight, mate, grid))
+
+
+def reaches(weight: torch.Tensor, mate: torch.Tensor | None, grid: str) -> Sequence[float]:
+    """For each matrix in [..., rows, cols] the largest finite magnitude in it and its mate, as bf16; 0 where no grid asks."""
+    matrices = weight.detach().reshape(-1, *weight.shape[-2:])
+    if not GRIDS[grid].fuses:
+        return [0.0] * len(matrices)
+    largest = _largest(matrices)
+    return largest if mate is None else [max(pair) for pair in zip(largest, _largest(mate.detach()[None]), strict=True)]
+
+
+def _largest(matrices: torch.Tensor) -> list[float]:
+    flat = matrices.flatten(1)
+    low, high = flat.aminmax(dim=1)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        low, high = flat.nan_to_num(0, 0, 0).aminmax(dim=1)
+    return torch.maximum(-low, high).bfloat16().tolist()
+
+
+def _by_reference(
+    weight: torch.Tensor, group_size: int, convention: str, grid: str, reach: Sequence[float]
+) -> torch.Tensor:
+    """Some matrices at a time."""
+    matrices = weight.view(-1, *weight.shape[-2:]) if weight.dim() > 1 else weight.view(1, 1, -1)
+    served = torch.empty_like(matrices)
+    limits = torch.tensor(reach, dtype=torch.float32)
+    step = max(1, REFERENCE_CHUNK // max(1, matrices[0].numel()))
+    for first in range(0, len(matrices), step):
+        chosen = slice(first, first + step)
+        values = matrices[chosen].bfloat16().float()
+        lost = _spread(~values.isfinite(), GRIDS[grid].rows, group_size)
+        found = GRIDS[grid].reference(values.masked_fill(lost, 0), limits[chosen], group_size, convention)
+        served[chosen] = found.masked_fill(lost, torch.nan)
+    return served.view(weight.shape)
+
+
+def _spread(lost: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """bool [n, rows, cols]: true all over a block with one that is."""
+    if not bool(lost.any()):
+        return lost
+    down, across = lost.shape[1:]
+    blocks = torch.nn.functional.max_pool2d(lost.float(), (rows, cols), ceil_mode=True)
+    return blocks.repeat_interleave(rows, 1)[:, :down].repeat_interleave(cols, 2)[..., :across].bool()
+
+
+def _int4(groups: torch.Tensor, rule: Convention, served: torch.Tensor) -> None:
+    if groups.is_cuda:
+        from kconvert_qat import cuda
+
+        cuda.fake_quantise(groups, rule, served)
+        return
     from kconvert.formats.kernels import packed as kernels
 
-    def work(values: NDArray[Any], target: NDArray[Any]) -> None:
-        kernels.fake_quantise(
-            values, np.float32(rule.divisor), np.float32(rule.lowest), rule.rounds, rule.zero_bits, target
-        )
+    inputs, outputs = array_of(groups), array_of(served)
+    step = max(-(-len(groups) // torch.get_num_threads()), CHUNK // groups.shape[1])
 
-    threads = min(torch.get_num_threads(), -(-groups.numel() // CHUNK))
-    inputs, outputs = _array(groups), _array(served)
-    if threads <= 1:
-        work(inputs, outputs)
-        return
-    step = -(-len(groups) // threads)
-    starts = range(0, len(groups), step)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, (inputs[k : k + step] for k in starts), (outputs[k : k + step] for k in starts)))
+    def work(first: int) -> None:
+        chosen = slice(first, first + step)
+        sizes = np.float32(rule.divisor), np.float32(rule.lowest), rule.rounds, rule.zero_bits
+        kernels.fake_quantise(inputs[chosen], *sizes, outputs[chosen])
 
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    """The contiguous tensor's memory [groups, g]. Not by numpy(), after which FSDP2 could not free the storage."""
-    nbytes = tensor.numel() * tensor.element_size()
-    if not nbytes:
-        return np.empty(tensor.shape, np.uint16)
-    memory: Any = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    array: NDArray[Any] = np.frombuffer(memory, "u2" if tensor.dtype == torch.bfloat16 else "f4")
-    return array.reshape(tensor.shape)
+    in_threads(work, range(0, len(groups), step))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    weight, ctx.group_size, ctx.convention, ctx.clip = inputs
+    weight, ctx.group_size, ctx.convention, ctx.clip, *_ = inputs
     if ctx.clip:
         ctx.save_for_backward(weight)
 
 
-def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
     if ctx.clip:
         (weight,) = ctx.saved_tensors
         gradient = torch.ops.kconvert.clip_gradient(gradient, weight, ctx.group_size, ctx.convention)
-    return gradient, None, None, None
+    return gradient, None, None, None, None, None
 
 
 _fake_quantise.register_autograd(_backward, setup_context=_setup_context)
+
+
+class StraightThrough(torch.autograd.Function):
+    """What was served before, as if it were made of the weight now: the values themselves, and `fake_quantise`'s gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, served: torch.Tensor, group_size: int, convention: str, clip: bool
+    ) -> torch.Tensor:
+        _setup_context(ctx, (weight, group_size, convention, clip), served)
+        return served.view_as(served)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        return _backward(ctx, gradient)[0], None, None, None, None
 
 
 @torch.library.custom_op("kconvert::clip_gradient", mutates_args=())

@@ -21,11 +21,11 @@ from kconvert.dialects import KEYS, quantization_tables, read_quantization
 from kconvert.errors import KconvertError
 from kconvert.formats import QUANTISED_SUFFIXES, Format, from_scheme
 from kconvert.formats.base import Scheme
-from kconvert.formats.packed import Packed
 from kconvert.models.catalogue import manifest_for
 from kconvert.models.rules import Match
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
+from kconvert_qat.grids.native import is_on_grid
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iter
     for matrix in matrices:
         scheme = quantization.scheme_for(matrix.name)
         format = _format(scheme)
-        if format != Packed(config.group_size):
+        if format is None or not is_on_grid(format, config):
             have = format.label if format else scheme or "not quantised"
             raise KconvertError(
-                f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is int4 group {config.group_size}"
+                f"config.json: {KEYS[0]} has {matrix.name!r} as {have}, but the QAT grid is {config.label}"
             )

@@ -15,10 +15,12 @@ from kconvert.formats.reference import packed as reference
 from kconvert.proof.logits import Agreement, Routing, agreement, expert_modules, overlap
 from kconvert.proof.parity.metrics import sqnr
 from kconvert_qat.attach import Coverage
+from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight
 from kconvert_qat.grid import fake_quantise
 
 SAMPLED_GROUPS = 4096  # of each weight
+SAMPLED_MATRICES = 8  # likewise
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,39 @@ def weight_sqnr(covered: Coverage) -> dict[str, float | None]:
     """For each weight, by its key: dB of its values to what the grid changes in them, on a sample; None when it is nothing."""
     ratios = {}
     for weight in covered.weights:
-        values = sampled_groups(weight, covered.config.group_size)
-        served = fake_quantise(values, covered.config.group_size, covered.config.convention)
-        signal, noise = values.double().square().sum(), (values.double() - served.double()).square().sum()
+        values = _sampled(weight, covered.config)
+        signal = values.double().square().sum()
+        noise = (values.double() - _served(values, covered.config).double()).square().sum()
         ratios[weight.key] = sqnr(float(signal), float(noise))
     return ratios
 
 
 def sampled_codes(covered: Coverage) -> dict[str, torch.Tensor]:
-    """The codes int8 [groups, group size] of a sample of each weight, the same one every time."""
-    rule = CONVENTIONS[covered.config.convention]
+    """The codes int8 [groups, group size] of a sample of each weight, the same one every time; of other grids than INT4 the
+    values that they stand for."""
+    config = covered.config
     codes = {}
     for weight in covered.weights:
-        values = sampled_groups(weight, covered.config.group_size).bfloat16().float()
-        codes[weight.key] = reference.quantise_exact(values, rule)[0].to(torch.int8)
+        values = _sampled(weight, config).bfloat16()
+        if config.grid == "int4":
+            found = reference.quantise_exact(values.float(), CONVENTIONS[config.convention])[0].to(torch.int8)
+        else:
+            found = _served(values, config)
+        codes[weight.key] = found
     return codes
+
+
+def _served(values: torch.Tensor, config: QATConfig) -> torch.Tensor:
+    return fake_quantise(values, config.group_size, config.convention, False, config.grid)
+
+
+def _sampled(weight: ExpertWeight, config: QATConfig) -> torch.Tensor:
+    """`sampled_groups`, or the first rows of some matrices where blocks have several."""
+    if config.spec.rows == 1:
+        return sampled_groups(weight, config.group_size)
+    tensor = _own(weight)
+    matrices = tensor.reshape(-1, *tensor.shape[-2:])
+    return matrices[:: max(1, len(matrices) // SAMPLED_MATRICES), : config.spec.rows]
 
 
 def changed_share(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -100,7 +120,12 @@ def changed_share(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor])
 
 def sampled_groups(weight: ExpertWeight, group_size: int) -> torch.Tensor:
     """Evenly spaced groups of the weight's own values [groups, group size]; of a sharded weight, of this rank's part."""
+    groups = _own(weight).reshape(-1, group_size)
+    return groups[:: max(1, len(groups) // SAMPLED_GROUPS)]
+
+
+def _own(weight: ExpertWeight) -> torch.Tensor:
+    """This rank's part, matrices [out, in]."""
     tensor = weight.tensor.detach()
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    groups = (tensor.mT if weight.transposed else tensor).reshape(-1, group_size)
-    return groups[:: max(1, len(groups) // SAMPLED_GROUPS)]
+    return tensor.mT if weight.transposed else tensor

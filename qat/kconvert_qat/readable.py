@@ -42,6 +42,8 @@ DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 ADVICE = (
@@ -79,7 +81,7 @@ def _as_checkpoint(plan: Plan) -> Checkpoint:
 
 
 def _check_transformers(model: nn.Module, plan: Plan) -> None:
-    name = plain_class(base_model(model)).__name__
+    name, grid = plain_class(base_model(model)).__name__, str(plan.facts["to"]).upper()
     quantization = json.loads(bytes(plan.texts[CONFIG_NAME]))["quantization_config"]
     quantised = _load(model, _shapes(plan), {**quantization, "dequantize": True})
     loaded = quantised or _load(model, _shapes(plan, decoded=True))
@@ -87,22 +89,23 @@ def _check_transformers(model: nn.Module, plan: Plan) -> None:
         raise KconvertError(f"transformers fails to load a {name} from what would be written; {ADVICE}")
     if random := sorted(loaded["missing_keys"]):
         raise KconvertError(
-            f"transformers has no INT4 for {random[0]!r} of a {name}, which it keeps fused, and would load random values; "
+            f"transformers has no {grid} for {random[0]!r} of a {name}, which it keeps fused, and would load random values; "
             f"{ADVICE}"
         )
     if unread := sorted(loaded["unexpected_keys"]):
         raise KconvertError(f"transformers would not read {unread[0]!r} into a {name}; {ADVICE}")
     if quantised is None:
         logging.getLogger(__name__).warning(
-            "transformers %s fails to load the INT4 checkpoint of this %s, with an error; `kconvert int4-to-bf16` makes one of "
-            "it that it loads",
+            "transformers %s fails to load the %s checkpoint of this %s, with an error; `kconvert convert --to bf16` makes one "
+            "of it that it loads",
             version("transformers"),
+            grid,
             name,
         )
 
 
 def _shapes(plan: Plan, decoded: bool = False) -> Shapes:
-    """The tensors that `plan` writes, or those of its INT4 `decoded`, without their values."""
+    """The tensors that `plan` writes, or with its codes `decoded`, without their values."""
     shapes: Shapes = {}
     for step in plan.steps:
         outputs = step.outputs

@@ -1,7 +1,7 @@
-"""Fine-tuning of a checkpoint on text files with fake-quantised experts, up to the INT4 checkpoint: `kconvert qat train`.
+"""Fine-tuning of a checkpoint on text files with fake-quantised experts, up to what is shipped: `kconvert qat train`.
 
-OUTPUT gets `masters` (the trained weights), `int4` (what is shipped), `log.json` and `training.png`, and while it runs
-`checkpoints`. The same request again goes on from the last checkpoint.
+OUTPUT gets `masters` (the trained weights), a directory called as the grid (what is shipped), `log.json` and `training.png`,
+and while it runs `checkpoints`. The same request again goes on from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Advance = Callable[[int, dict[str, Any]], None]
 class TrainRequest:
     """`model` is a checkpoint in BF16 or F32 that transformers knows, with its tokenizer; `text` are files of UTF-8.
 
-    `source` is the INT4 checkpoint that `model` was converted from: its grid must be the one in `config`, and the output
+    `source` is the quantised checkpoint that `model` was converted from: its grid must be the one in `config`, and the output
     takes its config.json and side files. `teacher` is a checkpoint, for `config.distillation` above 0. Sequences have
     `block` tokens. The optimiser is AdamW with a cosine schedule and a warm-up of 5%; `masters` is the dtype of the
     weights that it updates (in bf16 most updates at such a learning rate are rounded away). `for_transformers` is that of
@@ -81,6 +81,10 @@ class TrainRequest:
         if not 0 < self.learning_rate < 1:
             raise KconvertError(f"a learning rate of {self.learning_rate} cannot train; it must be between 0 and 1")
 
+    @property
+    def shipped(self) -> Path:
+        return self.output / self.config.grid
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, default=str) + "\n"
 
@@ -95,6 +99,7 @@ class Outcome:
     loss_before: float
     loss_quantised: float
     loss_trained: float
+    shipped: Path
 
 
 def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
@@ -132,13 +137,13 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     trained = held_out_loss(shipped, held_out)
     export(
         shipped,
-        request.output / "int4",
+        request.shipped,
         source=None if origin is None else origin.root,
         tokenizer=tokenizer,
         overwrite=True,
         for_transformers=request.for_transformers,
     )
-    return Outcome(request.output, str(covered), request.steps, before, quantised, trained)
+    return Outcome(request.output, str(covered), request.steps, before, quantised, trained, request.shipped)
 
 
 def load_model(path: Path, dtype: torch.dtype) -> Any:

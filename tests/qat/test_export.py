@@ -135,7 +135,7 @@ def test_an_export_of_some_experts_warns_that_transformers_loads_it_by_way_of_bf
     model = tiny("qwen")
     prepare(model, QATConfig(targets=(target,)))
     export(model, tmp_path / "int4")
-    assert "`kconvert int4-to-bf16` makes one" in caplog.text
+    assert "`kconvert convert --to bf16` makes one" in caplog.text
     kconvert.convert(kconvert.plan(tmp_path / "int4", kconvert.Recipe("bf16")), tmp_path / "bf16")
     assert torch.equal(load(tmp_path / "bf16")(ids).logits, model(ids).logits)
 

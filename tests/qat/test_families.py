@@ -168,7 +168,7 @@ def assert_served(model, loaded):
     trained = dict(model.state_dict())
     for name, module in model.named_modules():
         if (attached := attached_to(module)) is not None:
-            trained |= {f"{name}.{weight}": attached.serve(module, weight) for weight in attached.transposed}
+            trained |= {f"{name}.{weight}": attached.serve(module, weight) for weight in attached.places}
     state = loaded.state_dict()
     assert state.keys() == trained.keys()
     assert [name for name in state if not torch.equal(state[name], trained[name].to(state[name].dtype))] == []

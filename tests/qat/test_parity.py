@@ -2,9 +2,10 @@
 
 import copy
 
+import pytest
 import torch
 
-from kconvert_qat import prepare
+from kconvert_qat import QATConfig, prepare
 from kconvert_qat.parity import changed_share, compare, sampled_codes, weight_sqnr
 
 
@@ -28,6 +29,18 @@ def test_the_grid_of_gaussian_weights_is_some_20_db_below_them_and_nothing_below
     model = tiny()
     covered = prepare(model)
     assert all(18 < ratio < 23 for ratio in weight_sqnr(covered).values())
+    before = sampled_codes(covered)
+    assert set(changed_share(before, sampled_codes(covered)).values()) == {0.0}
+    with torch.no_grad():
+        for weight in covered.weights:
+            weight.tensor.neg_()
+    assert all(share > 0.5 for share in changed_share(before, sampled_codes(covered)).values())
+
+
+@pytest.mark.parametrize(("grid", "least", "most"), [("mxfp4", 16, 22), ("nvfp4", 18, 24), ("fp8-block", 28, 36)])
+def test_other_grids_are_measured_alike(tiny, family, grid, least, most):
+    covered = prepare(tiny(family), QATConfig(grid=grid))
+    assert all(least < ratio < most for ratio in weight_sqnr(covered).values())
     before = sampled_codes(covered)
     assert set(changed_share(before, sampled_codes(covered)).values()) == {0.0}
     with torch.no_grad():

@@ -177,7 +177,7 @@ def test_a_source_on_another_grid_is_refused(request_, tiny, tmp_path):
     model = tiny()
     prepare(model)
     export(model, tmp_path / "source")
-    with pytest.raises(KconvertError, match="QAT grid is int4 group 16"):
+    with pytest.raises(KconvertError, match="QAT grid is int4 kimi group 16"):
         train(request_(config=QATConfig(group_size=16), source=tmp_path / "source"))
 
 

@@ -12,8 +12,9 @@ import click
 
 from kconvert.cli.options import json_option, links_option, quiet_option
 from kconvert.errors import KconvertError
-from kconvert.formats.conventions import CONVENTIONS
 
+GRIDS = ("int4", "mxfp4", "nvfp4", "fp8-block")
+KEPT = ("served", "codes", "nothing")
 directory = click.Path(file_okay=False, path_type=Path)
 text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -33,7 +34,7 @@ class TextCommand(click.Command):
 
 @click.group()
 def qat() -> None:
-    """Train a model's experts on the exact INT4 grid that is shipped.
+    """Train a model's experts on the exact grid that is shipped.
 
     \b
     Example: kconvert qat train --model ./bf16 --text corpus/*.txt --steps 1000 --output ./trained
@@ -52,12 +53,14 @@ def qat() -> None:
 )
 @click.option("--steps", required=True, type=click.IntRange(1), help="Optimiser steps.")
 @click.option("--output", required=True, type=directory, help="Where everything goes.")
-@click.option("--source", type=directory, help="The INT4 checkpoint that MODEL was converted from.")
+@click.option("--source", type=directory, help="The quantised checkpoint that MODEL was made from.")
 @click.option("--teacher", type=directory, help="A checkpoint to distil from, mostly MODEL.")
 @click.option("--distillation", type=click.FloatRange(0, 1), help="Weight of the teacher [default: 0.5 with one].")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Softens both distributions.")
-@click.option("--convention", type=click.Choice(list(CONVENTIONS)), default="kimi", show_default=True)
-@click.option("--group-size", type=click.IntRange(8), default=32, show_default=True, help="Inputs to a scale.")
+@click.option("--grid", type=click.Choice(GRIDS), default=GRIDS[0], show_default=True, help="What is shipped.")
+@click.option("--convention", default="", help="The rule that makes codes [default: the grid's first; kimi for int4].")
+@click.option("--group-size", type=click.IntRange(8), default=None, help="Inputs to a scale [default: 32 for int4].")
+@click.option("--keep", type=click.Choice(KEPT), default=KEPT[0], show_default=True, help="Of the grid, within a step.")
 @click.option("--target", "targets", multiple=True, help="Role or glob of names; repeatable [default: every expert].")
 @click.option("--start-step", type=click.IntRange(0), default=0, show_default=True, help="Steps without the grid.")
 @click.option(
@@ -72,17 +75,17 @@ def qat() -> None:
 @click.option("--save-every", type=click.IntRange(1), default=100, show_default=True, help="Steps between checkpoints.")
 @click.option("--gradient-checkpointing", is_flag=True, help="Keep the quantised experts of one layer at a time.")
 @click.option(
-    "--for-transformers/--not-for-transformers", default=True, show_default=True, help="INT4 only if that loads it."
+    "--for-transformers/--not-for-transformers", default=True, show_default=True, help="Only what that loads."
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @links_option
 @json_option
 @quiet_option
 def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) -> None:
-    """Fine-tune MODEL on text with fake-quantised experts, and write its INT4 checkpoint.
+    """Fine-tune MODEL on text with fake-quantised experts, and write its quantised checkpoint.
 
-    OUTPUT gets `int4` (what is shipped: its weights are the values that training saw, bit for bit), `masters`, `log.json`
-    and `training.png`. Run the same command again to go on after an interruption.
+    OUTPUT gets a directory called as the grid (what is shipped: its weights are the values that training saw, bit for bit),
+    `masters`, `log.json` and `training.png`. Run the same command again to go on after an interruption.
 
     \b
     Example: kconvert qat train --model ./bf16 --text corpus/*.txt --steps 1000 --teacher ./bf16 --output ./trained
@@ -97,6 +100,7 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
 
     if options["distillation"] is None:
         options["distillation"] = 0.5 if options["teacher"] else 0.0
+    options["group_size"] = options["group_size"] or 0
     options["targets"] = options["targets"] or ("expert",)
     grid = {name: options.pop(name) for name in tuple(options) if name in QATConfig.__dataclass_fields__}
     request = TrainRequest(text=text, config=QATConfig(**grid), **options)
@@ -105,7 +109,7 @@ def train(text: tuple[Path, ...], as_json: bool, quiet: bool, **options: Any) ->
         click.echo(json.dumps(asdict(outcome), indent=2, default=str))
     elif not quiet:
         click.echo(
-            f"wrote {outcome.output / 'int4'}: {outcome.covered}\n"
+            f"wrote {outcome.shipped}: {outcome.covered}\n"
             f"held-out loss: {outcome.loss_before:.4f} as it came, {outcome.loss_quantised:.4f} on the grid before training, "
             f"{outcome.loss_trained:.4f} after {outcome.steps:,} steps"
         )

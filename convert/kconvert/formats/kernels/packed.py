@@ -44,6 +44,8 @@ SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1
 HEAD = 8  # values that fill a vector
 # Codes from 1 to 8 span less than this, rounded products included; values that never were INT4 nearly always span more.
 WIDEST = np.float32(8.0625)
+STAGED = 64  # groups
+KEPT = np.float32(0)  # in the place of a step
 
 
 def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
@@ -292,24 +294,34 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
 def fake_quantise(values: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, served: Any) -> None:
     """What encode_exact and decode make of values [groups, g]: bf16 bits in u16, or f32 that is rounded to bf16 first.
 
-    `served` has the type of `values`. Groups with a value that is not finite become NaN.
+    `served` has the type of `values`. Groups with a value that is not finite become NaN. Several groups go through each stage
+    together: the divisions of one need not wait for the largest value of the next.
     """
     size = values.shape[1]
     codes = np.empty(size, np.uint8)
     tile = np.empty((1, size), np.float32)
-    for group in range(values.shape[0]):
-        amax, smallest = _extremes(values, group)
-        if amax < INFINITE and _may_be_exact(amax, smallest):
-            for i in range(size):
-                tile[0, i] = load_bf16(values[group, i])
-            if _exact_scale(tile, 0, amax, lowest, codes):
+    amax, smallest, steps = np.empty(STAGED, np.uint32), np.empty(STAGED, np.uint32), np.empty(STAGED, np.float32)
+    for first in range(0, values.shape[0], STAGED):
+        count = min(STAGED, values.shape[0] - first)
+        for k in range(count):
+            amax[k], smallest[k] = _extremes(values, first + k)
+        for k in range(count):
+            steps[k] = _step(_rule(amax[k], divisor, zero_scale)) if amax[k] < INFINITE else np.float32(np.nan)
+        for k in range(count):
+            if amax[k] < INFINITE and _may_be_exact(amax[k], smallest[k]):
                 for i in range(size):
-                    store_bf16(served, group, i, tile[0, i])
+                    tile[0, i] = load_bf16(values[first + k, i])
+                if _exact_scale(tile, 0, amax[k], lowest, codes):
+                    steps[k] = KEPT
+                    for i in range(size):
+                        store_bf16(served, first + k, i, tile[0, i])
+        for k in range(count):
+            step = steps[k]
+            if step == KEPT:
                 continue
-        step = _step(_rule(amax, divisor, zero_scale)) if amax < INFINITE else np.float32(np.nan)
-        for i in range(size):
-            shifted = _shifted(load_bf16(values[group, i]), step, lowest, rounds)
-            store_bf16(served, group, i, (shifted - SHIFT) * step)
+            for i in range(size):
+                shifted = _shifted(load_bf16(values[first + k, i]), step, lowest, rounds)
+                store_bf16(served, first + k, i, (shifted - SHIFT) * step)
 
 
 @inline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kconvert.formats.conventions import NVFP4_STEPS
-from kconvert.formats.reference.mx import round_e2m1, unpack_e2m1
+from kconvert.formats.reference.mx import E2M1, round_e2m1, unpack_e2m1
 from kconvert.formats.reference.packed import squared_error
 
 GROUP = 16
@@ -51,16 +51,16 @@ def encode(weight: torch.Tensor, factor: float, mse: bool = False) -> tuple[torc
     return codes[:, ::2] | (codes[:, 1::2] << 4), scale.view(torch.float8_e4m3fn)
 
 
-def _step(scale: torch.Tensor, factor: float) -> torch.Tensor:
+def _step(scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """e4m3 bits -> f32, one step for 16 columns."""
     return (scale.view(torch.float8_e4m3fn).float() * factor).unsqueeze(-1)
 
 
-def _codes(groups: torch.Tensor, scale: torch.Tensor, factor: float) -> torch.Tensor:
+def _codes(groups: torch.Tensor, scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     return round_e2m1(groups / _step(scale, factor))
 
 
-def _served(groups: torch.Tensor, scale: torch.Tensor, factor: float) -> torch.Tensor:
+def _served(groups: torch.Tensor, scale: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """The values that come back, f32."""
     codes = _codes(groups, scale, factor)
     values = unpack_e2m1((codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous())
@@ -74,3 +74,23 @@ def comes_back(
     served = decode(packed, scale, global_scale, multiplies)
     same = (served == weight) & (torch.signbit(served) == torch.signbit(weight))
     return same.view(*scale.shape, GROUP).all(-1)
+
+
+def fake_quantise(weight: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """f32 [n, rows, cols] of bf16 values and the largest magnitudes [n], which make the factors -> bf16, as it comes back.
+
+    Groups that codes and a scale reproduce stay, with the signs of zeros; others go by `encode`.
+    """
+    factor = torch.tensor([global_factor(float(value)) for value in reach], device=weight.device).view(-1, 1, 1)
+    groups = weight.view(*weight.shape[:-1], -1, GROUP)
+    amax = groups.abs().amax(-1)
+    rule = (amax / (6 * factor)).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).clamp(min=1)
+    served = _served(groups, rule, factor)
+    kept = amax == 0
+    for code in E2M1[1:]:
+        wanted = amax / (code * factor)
+        scale = wanted.clamp(max=448).to(torch.float8_e4m3fn)
+        sound = (scale.float() == wanted) & (scale.float() > 0)
+        come_back = _served(groups, torch.where(sound, scale.view(torch.uint8), 1), factor)
+        kept |= sound & (come_back == groups).all(-1)
+    return torch.where(kept.unsqueeze(-1), groups, served).flatten(-2).bfloat16()

@@ -1,0 +1,169 @@
+"""What fake quantisation adds to a step of training, for the build at hand and for one before, in turns.
+
+    python benchmarks/qat_once_a_step.py [--before PYTHONPATH] [--device cuda] [--grid int4] [--keep served]
+
+Fused experts in BF16 with 512 tokens for each, forward and backward, with 8 micro-batches a step and with 1; after each step
+every weight changes. Measured is how long a prepared module waits for its weights, over the rest of the same step, so that what
+else runs on the machine slows both. The builds take turns, each in a process of its own. Targets: at most 5% with 8
+micro-batches, 20% with 1 on the CPU, and the kernel forward and backward at most 1.3 times a copy (1.2 on CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from statistics import median
+
+from common import machine, spread, table, verdict
+
+JOBS = {"8 micro-batches": 8, "1 micro-batch": 1, "kernel / copy": 0}
+LIMITS = {"8 micro-batches": 0.05, "1 micro-batch": 0.20, "kernel / copy": 1.3}
+ON_CUDA = {**LIMITS, "kernel / copy": 1.2}
+
+CHILD = """
+import json, sys, time
+import torch
+from torch import nn
+import kconvert_qat
+from kconvert_qat import QATConfig, attach, prepare
+from kconvert_qat.grid import fake_quantise
+
+device, experts, hidden, width, tokens, options = json.loads(sys.argv[1])
+config = QATConfig(**options)
+
+class Experts(nn.Module):
+    is_transposed, is_concatenated, has_gate, has_bias = False, True, True, False
+
+    def __init__(self):
+        super().__init__()
+        shapes = {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)}
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
+            setattr(self, name, nn.Parameter(weight))
+
+    def forward(self, x):
+        gate, up = torch.bmm(x, self.gate_up_proj.mT).chunk(2, -1)
+        return torch.bmm(nn.functional.silu(gate) * up, self.down_proj.mT)
+
+def wait():
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+def step(model, batches):
+    for _ in range(batches):
+        model["experts"](x).sum().backward()
+    wait()
+
+def seconds(work):
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - started
+
+waited = [0.0]
+real = attach.Attached.serve
+
+def serve(self, *args):
+    found = []
+    waited[0] += seconds(lambda: found.append(real(self, *args)))
+    return found[0]
+
+attach.Attached.serve = serve
+
+def share(batches):
+    waited[0] = 0.0
+    whole = seconds(lambda: step(prepared, batches))
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            parameter.neg_()  # all of it, which BF16 would round away of a small update
+            parameter.grad = None
+    return waited[0] / (whole - waited[0])
+
+def kernel():
+    leaf = prepared["experts"].gate_up_proj.detach().clone().requires_grad_()
+    gradient = torch.ones_like(leaf)
+    more = (options["grid"],) if "grid" in options else ()
+    def both_ways():
+        served = fake_quantise(leaf, config.group_size, config.convention, False, *more)
+        torch.autograd.grad(served, leaf, gradient)
+
+    pairs = [seconds(both_ways) / seconds(lambda: leaf.detach().clone()) for _ in range(5)]
+    return sorted(pairs)[2]
+
+torch.manual_seed(0)
+x = torch.randn(experts, tokens, hidden, dtype=torch.bfloat16, device=device)
+prepared = nn.ModuleDict({"experts": Experts()})
+prepare(prepared, config)
+print(json.dumps(kconvert_qat.__file__), flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    print(json.dumps(share(job) if job else kernel()), flush=True)
+"""
+
+
+class Build:
+    """A process that has one of the builds."""
+
+    def __init__(self, path: str | None, request: list[object]) -> None:
+        environment = dict(os.environ) if path is None else {**os.environ, "PYTHONPATH": path}
+        command = [sys.executable, "-c", CHILD, json.dumps(request)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.place = self._answer()
+
+    def ask(self, job: int) -> float:
+        """What the grid adds to a step of `job` micro-batches, a part of it; 0: the kernel to a copy."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{job}\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        answer = json.loads(self._process.stdout.readline())
+        return str(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", metavar="PYTHONPATH", help="of the build before [default: the one at hand alone]")
+    parser.add_argument("--runs", type=int, default=7, help="of each kind [7]")
+    parser.add_argument("--experts", type=int, default=2, help="[2]")
+    parser.add_argument("--hidden", type=int, default=2048, help="[2048]")
+    parser.add_argument("--width", type=int, default=1024, help="of an expert [1024]")
+    parser.add_argument("--tokens", type=int, default=512, help="of an expert [512]")
+    parser.add_argument("--device", default="cpu", help="[cpu]")
+    parser.add_argument("--grid", help="of the build at hand [int4]")
+    parser.add_argument("--keep", help="likewise [served]")
+    options = parser.parse_args()
+    sizes = [options.device, options.experts, options.hidden, options.width, options.tokens]
+    own = {key: value for key in ("grid", "keep") if (value := getattr(options, key))}
+    builds = {"now": Build(None, [*sizes, own])}
+    if options.before:
+        builds = {"before": Build(options.before, [*sizes, {}]), **builds}
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in range(options.runs + 1):
+        for job, number in JOBS.items():
+            for name, build in builds.items():
+                measured = build.ask(number)
+                if run:  # the first is for what is compiled and allocated once
+                    found.setdefault((job, name), []).append(measured)
+    for build in builds.values():
+        build.close()
+    table(["", *builds], [[job, *(spread(found[job, name], 3) for name in builds)] for job in JOBS])
+    for job, limit in (LIMITS if options.device == "cpu" else ON_CUDA).items():
+        value = median(found[job, "now"])
+        print(f"{job}: {value:.3f} {verdict(value, limit)}")
+    machine()
+
+
+if __name__ == "__main__":
+    main()

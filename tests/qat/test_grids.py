@@ -1,0 +1,211 @@
+"""MXFP4, NVFP4 and block FP8: each bit for bit what its encoder and decoder make, by kernel, torch, eager and compiled."""
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
+from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
+
+from kconvert.errors import KconvertError
+from kconvert_qat import QATConfig, attach, detach, prepare
+from kconvert_qat.experts import find_experts
+from kconvert_qat.grid import _by_reference, encode, fake_quantise, reaches
+from kconvert_qat.grids.table import GRIDS
+
+NEW = [(name, convention) for name, grid in GRIDS.items() for convention in grid.conventions if name != "int4"]
+ALL = [(name, convention) for name, grid in GRIDS.items() for convention in grid.conventions]
+each = pytest.mark.parametrize(("grid", "convention"), NEW)
+every = pytest.mark.parametrize(("grid", "convention"), ALL)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+
+
+def assert_same(a, b):
+    assert a.dtype == b.dtype
+    assert torch.equal(bits(a), bits(b))
+
+
+def weights(rows=200, cols=192):
+    """Two matrices: Gaussian groups, groups of zeros of both signs, subnormal and enormous ones, and values on each grid."""
+    torch.manual_seed(0)
+    weight = torch.randn(2, rows, cols).bfloat16() * 0.02
+    weight[0, 0, :64] = 0
+    weight[0, 0, 40] = -0.0
+    weight[0, 1] *= 2.0**-120
+    weight[0, 2, ::3] = 0
+    weight[0, 3] *= 2.0**100
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    weight[1, :40] = (codes[torch.randint(0, 16, (40, cols))] * 2.0 ** torch.randint(-9, -2, (40, 1))).bfloat16()
+    return weight
+
+
+def options(grid, convention):
+    return GRIDS[grid].size, convention, False, grid
+
+
+def by_encoder(weight, grid, convention):
+    """Each matrix by the format that an export writes, whole."""
+    format = GRIDS[grid].format(GRIDS[grid].size, convention)
+    found = []
+    for matrix, reach in zip(weight, reaches(weight, None, grid), strict=True):
+        parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(*matrix.shape)]
+        if grid == "nvfp4":
+            format.settle(reach, parts)
+        format.encode(matrix.bfloat16().float().numpy(), parts)
+        tile = np.empty(matrix.shape, np.float32)
+        format.decode(parts, 0, tile)
+        found.append(torch.from_numpy(tile).to(weight.dtype))
+    return torch.stack(found)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_trainer_sees_what_the_encoder_writes_and_the_decoder_reads(grid, convention, dtype):
+    weight = weights().to(dtype) * (1 if dtype == torch.bfloat16 else 1.001)
+    served = fake_quantise(weight, *options(grid, convention))
+    assert_same(served, by_encoder(weight, grid, convention))
+    size, reach = GRIDS[grid].size, reaches(weight, None, grid)
+    assert_same(served, _by_reference(weight, size, convention, grid, reach))
+    assert_same(served, encode(weight, size, convention, grid).values())
+
+
+@every
+def test_compiled_equals_eager(grid, convention):
+    weight = weights(130, 128)
+    compiled = torch.compile(lambda w: fake_quantise(w * 1, *options(grid, convention)) + 0, fullgraph=True)
+    assert_same(compiled(weight), fake_quantise(weight, *options(grid, convention)) + 0)
+
+
+@each
+def test_the_gradient_passes_straight_through(grid, convention):
+    weight = weights().float().requires_grad_()
+    fake_quantise(weight, *options(grid, convention)).mul(torch.arange(192.0)).sum().backward()
+    assert torch.equal(weight.grad, torch.arange(192.0).expand(2, 200, -1))
+
+
+@every
+def test_what_is_on_the_grid_stays(grid, convention):
+    if convention == "f32":
+        pytest.skip("the scale of a block is amax / 448, which a bf16 amax does not tell")
+    once = fake_quantise(weights(), *options(grid, convention))
+    assert_same(fake_quantise(once, *options(grid, convention)), once)
+
+
+def test_the_mxfp4_rule_is_the_one_of_compressed_tensors():
+    """Its own scales and rounding to FP4; groups of zeros apart, whose sign of zero the library drops."""
+    weight = weights()[0, 4:, :64]
+    groups = weight.reshape(-1, 2, 32)
+    scale = torch.pow(2.0, generate_mx_scales(groups.abs().amax(-1)).float() - 127).unsqueeze(-1)
+    wanted = (cast_to_fp4(groups.float() / scale) * scale).bfloat16()
+    assert torch.equal(fake_quantise(weight, *options("mxfp4", "compressed-tensors")).view(-1, 2, 32), wanted)
+
+
+@every
+def test_a_group_with_a_value_that_is_not_finite_becomes_nan_alone(grid, convention):
+    weight = weights()
+    weight[0, 140, 3], weight[1, 10, 150] = float("inf"), float("nan")
+    served = fake_quantise(weight, *options(grid, convention))
+    size, rows = GRIDS[grid].size, GRIDS[grid].rows
+    first = {1: 1, 128: 200 - 128}[rows] * size  # the second row of blocks is short
+    second = {1: 1, 128: 128}[rows] * min(size, 192 - 150 // size * size)
+    assert int(served.isnan().sum()) == first + second
+    assert served[0, 140, :size].isnan().all()
+    reach = reaches(weight, None, grid)
+    wanted = _by_reference(weight, size, convention, grid, reach)
+    assert torch.equal(served.isnan(), wanted.isnan())
+    assert torch.equal(served.nan_to_num(0), wanted.nan_to_num(0))
+    assert torch.equal(encode(weight, size, convention, grid).values().isnan(), wanted.isnan())
+
+
+@each
+def test_the_operator_is_sound_by_torchs_own_check(grid, convention):
+    weight = weights(130, 128).float().requires_grad_()
+    torch.library.opcheck(torch.ops.kconvert.fake_quantise.default, (weight, *options(grid, convention)))
+
+
+def quantised(model, grid, convention):
+    """A copy whose expert matrices are the grid's values, one by one; gate and up by the larger of their magnitudes."""
+    import copy
+
+    model = copy.deepcopy(model)
+    for weight in find_experts(model):
+        data = weight.tensor.data
+        for expert in range(len(data) if weight.stacked else 1):
+            matrices = [weight.matrix(data, expert, piece) for piece in weight.pieces]
+            pair = torch.cat(matrices)
+            for matrix in matrices:
+                mate = pair.contiguous() if grid == "nvfp4" else None
+                matrix.copy_(fake_quantise(matrix.contiguous(), *options(grid, convention), mate))
+    return model
+
+
+@each
+def test_a_prepared_model_computes_what_the_quantised_one_does(tiny, family, ids, grid, convention):
+    model = tiny(family)
+    before, wanted = model(ids).logits, quantised(model, grid, convention)(ids).logits
+    prepare(model, QATConfig(grid=grid, convention=convention))
+    assert torch.equal(model(ids).logits, wanted)
+    assert not torch.equal(wanted, before)
+    detach(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+@each
+def test_the_gradients_are_those_of_the_quantised_model(tiny, family, ids, grid, convention):
+    model = tiny(family)
+    wanted = quantised(model, grid, convention)
+    prepare(model, QATConfig(grid=grid, convention=convention))
+    for one in (model, wanted):
+        one(ids).logits.float().square().mean().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad), name
+
+
+def test_gate_and_up_in_linears_of_their_own_share_the_scale_of_nvfp4(module_list):
+    """As engines fuse them; it shows where one of the two is much smaller."""
+    with torch.no_grad():
+        for expert in module_list.experts:
+            expert.up_proj.weight.mul_(2.0**20)
+    x = torch.randn(5, 64).bfloat16()
+    prepare(module_list, QATConfig(grid="nvfp4"))
+    expert = module_list.experts[0]
+    wanted = fake_quantise(expert.gate_proj.weight, *options("nvfp4", "power-of-two"), expert.up_proj.weight)
+    alone = fake_quantise(expert.gate_proj.weight, *options("nvfp4", "power-of-two"))
+    assert not torch.equal(wanted, alone)
+    assert torch.equal(attach.attached_to(expert.gate_proj).serve(expert.gate_proj, "weight"), wanted)
+    first = module_list(x)
+    with torch.no_grad():
+        expert.up_proj.weight.mul_(2.0**-20)
+    assert torch.equal(attach.attached_to(expert.gate_proj).serve(expert.gate_proj, "weight"), alone)
+    assert not torch.equal(module_list(x), first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": "int3"}, "grid is 'int3', but it must be one of int4, mxfp4, nvfp4, fp8-block"),
+        ({"grid": "mxfp4", "group_size": 64}, "group_size is 64, but it must be 32, as mxfp4 has no other"),
+        ({"grid": "nvfp4", "convention": "kimi"}, "convention is 'kimi', but it must be one of power-of-two"),
+        ({"grid": "mxfp4", "gradient": "clip"}, "gradient is 'clip', but it must be straight-through for mxfp4"),
+    ],
+)
+def test_a_grid_that_there_is_not_is_refused(options, message):
+    with pytest.raises(KconvertError, match=message):
+        QATConfig(**options)
+
+
+def test_a_configuration_goes_to_json_and_back():
+    for grid, convention in ALL:
+        config = QATConfig(grid=grid, convention=convention)
+        assert QATConfig.from_json(config.to_json()) == config
+
+
+def test_a_width_that_does_not_divide_is_refused_and_changes_nothing(tiny):
+    model = tiny()
+    experts = model.model.layers[1].mlp.experts
+    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.detach()[..., :40].clone())
+    with pytest.raises(KconvertError, match="40 inputs, which do not divide into groups of 32"):
+        prepare(model, QATConfig(grid="mxfp4"))
+    assert attach.attached_to(experts) is None

@@ -1,0 +1,289 @@
+"""Once a step: what a weight is served as is computed once for each of its versions, and is never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from kconvert.errors import KconvertError
+from kconvert_qat import QATConfig, at_step, detach, prepare
+from kconvert_qat.experts import find_experts
+from kconvert_qat.grid import fake_quantise
+from kconvert_qat.grids import serving
+from kconvert_qat.grids.kept import version_of
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The shapes of all that is computed, in order."""
+    shapes = []
+    for name in ("fake_quantise", "encode"):
+        real = getattr(serving, name)
+
+        def counting(weight, *args, real=real):
+            shapes.append(tuple(weight.shape))
+            return real(weight, *args)
+
+        monkeypatch.setattr(serving, name, counting)
+    return shapes
+
+
+def by_hand(model):
+    """A copy, not prepared, whose experts are the grid's values of what the model's are now."""
+    model = copy.deepcopy(model)
+    detach(model)
+    for weight in find_experts(model):
+        data = weight.tensor.data
+        served = fake_quantise(data.mT if weight.transposed else data, 32, "kimi")
+        data.copy_(served.mT if weight.transposed else served)
+    return model
+
+
+def first_expert(model):
+    return find_experts(model)[0].tensor
+
+
+@pytest.mark.parametrize("keep", ["served", "codes"])
+def test_micro_batches_checkpointing_and_evaluation_compute_the_grid_once_a_step(tiny, family, ids, computed, keep):
+    model = tiny(family, dtype=torch.float32)
+    weights = len(prepare(model, QATConfig(keep=keep)).weights)
+    model.gradient_checkpointing_enable()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(2):
+        at_step(model, step)
+        model.train()
+        for batch in ids:
+            model(batch[None], use_cache=False).logits.square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        assert len(computed) == weights * (step + 1)
+    model.eval()
+    wanted = by_hand(model)(ids).logits
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, wanted)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted)
+    assert torch.equal(model(ids).logits, wanted)
+    assert len(computed) == weights * 3
+
+
+@pytest.mark.parametrize("keep", ["served", "codes"])
+def test_training_is_the_same_to_the_bit_whatever_is_kept(tiny, family, ids, keep):
+    def trained(keep):
+        model = tiny(family, dtype=torch.float32)
+        prepare(model, QATConfig(keep=keep))
+        optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(2):
+            for batch in ids:
+                model(batch[None]).logits.square().mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return list(model.parameters())
+
+    assert all(map(torch.equal, trained(keep), trained("nothing")))
+
+
+def in_place(weight):
+    with torch.no_grad():
+        weight.mul_(1.5)
+
+
+def through_data(weight):
+    weight.data.mul_(1.5)
+
+
+def through_one_value_of_data(weight):
+    weight.data.view(-1)[777] += 3
+
+
+def through_other_data(weight):
+    weight.data = weight.data * 1.5
+
+
+def through_numpy(weight):
+    weight.detach().numpy()[...] *= 1.5
+
+
+def through_a_view(weight):
+    weight.detach()[1].neg_()
+
+
+def through_preserved_version(weight):
+    """As FSDP2 gathers."""
+    with torch.autograd._unsafe_preserve_version_counter(weight), torch.no_grad():
+        weight.copy_(weight * 1.5)
+
+
+def by_negation(weight):
+    weight.data.neg_()
+
+
+def by_swapping_experts(weight):
+    weight.data.copy_(weight.data.flip(0).clone())
+
+
+def by_an_optimiser(weight, kind=torch.optim.AdamW, **options):
+    weight.grad = torch.ones_like(weight)
+    kind([weight], lr=1e-2, **options).step()
+    weight.grad = None
+
+
+def by_the_optimisers_loop(weight):
+    by_an_optimiser(weight, foreach=False)
+
+
+def by_the_optimisers_lists(weight):
+    by_an_optimiser(weight, foreach=True)
+
+
+def by_the_fused_optimiser(weight):
+    by_an_optimiser(weight, fused=True)
+
+
+WAYS = [
+    in_place,
+    through_data,
+    through_one_value_of_data,
+    through_other_data,
+    through_numpy,
+    through_a_view,
+    through_preserved_version,
+    by_negation,
+    by_swapping_experts,
+    by_the_optimisers_loop,
+    by_the_optimisers_lists,
+    by_the_fused_optimiser,
+]
+
+
+@pytest.mark.parametrize("keep", ["served", "codes"])
+@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
+def test_a_weight_that_changed_is_seen(tiny, ids, change, keep):
+    model = tiny(dtype=torch.float32)
+    prepare(model, QATConfig(keep=keep))
+    before = model(ids).logits
+    change(first_expert(model))
+    wanted = by_hand(model)(ids).logits
+    assert torch.equal(model(ids).logits, wanted)
+    assert not torch.equal(wanted, before)
+
+
+def test_another_parameter_in_its_place_and_loaded_weights_are_seen(tiny, ids):
+    model, other = tiny(), tiny(seed=1)
+    prepare(model)
+    model(ids)
+    weight = find_experts(model)[0]
+    setattr(weight.module, weight.parameter, nn.Parameter(find_experts(other)[0].tensor.detach().clone()))
+    assert torch.equal(model(ids).logits, by_hand(model)(ids).logits)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(ids).logits, by_hand(model)(ids).logits)
+    state = tiny(seed=2).state_dict()
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(ids).logits, by_hand(model)(ids).logits)
+
+
+def test_a_parameter_that_the_grid_cannot_have_is_refused_in_the_next_forward(tiny, ids):
+    model = tiny()
+    prepare(model)
+    weight = find_experts(model)[0]
+    for swapped, message in (
+        (torch.randn(4, 64, 40), "40 inputs, which do not divide"),
+        (torch.randn(4, 64, 64).half(), "float16"),
+    ):
+        setattr(weight.module, weight.parameter, nn.Parameter(swapped))
+        with pytest.raises(KconvertError, match=message):
+            model(ids)
+
+
+def test_a_copy_has_what_is_its_own(tiny, ids, computed):
+    model = tiny()
+    weights = len(prepare(model).weights)
+    before = model(ids).logits
+    twin = copy.deepcopy(model)
+    in_place(first_expert(twin))
+    computed.clear()
+    assert torch.equal(twin(ids).logits, by_hand(twin)(ids).logits)
+    assert len(computed) == weights  # nothing was copied
+    assert torch.equal(model(ids).logits, before)
+    assert len(computed) == weights
+
+
+def test_what_is_kept_is_not_saved_with_the_model(tiny, ids):
+    model = tiny()
+    prepare(model)
+    size = len(pickle.dumps(model.model.layers[1].mlp.experts.__dict__["_kconvert_qat"]))
+    model(ids)
+    assert len(pickle.dumps(model.model.layers[1].mlp.experts.__dict__["_kconvert_qat"])) < size + 1000
+
+
+def test_what_somebody_wrote_into_is_computed_again(tiny, ids):
+    model = tiny()
+    prepare(model)
+    before = model(ids).logits
+    experts = model.model.layers[1].mlp.experts
+    attached = experts.__dict__["_kconvert_qat"]
+    with torch.no_grad():
+        attached.serve(experts, "gate_up_proj").zero_()
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_frozen_experts_are_computed_once_for_all_steps(tiny, ids, computed):
+    model = tiny()
+    weights = len(prepare(model).weights)
+    for step in range(3):
+        at_step(model, step)
+        model(ids)
+    assert len(computed) == weights
+
+
+def test_merged_adapters_are_seen_at_every_step_and_kept_between(tiny, ids, computed):
+    peft = pytest.importorskip("peft")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = tiny(dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=targets, init_lora_weights=False))
+    weights = len(prepare(adapted).weights)
+    for _ in range(2):
+        computed.clear()
+        for batch in ids:
+            adapted(batch[None]).logits.square().mean().backward()
+        assert len(computed) == weights
+        for parameter in adapted.parameters():
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+                parameter.grad = None
+    adapted.eval()
+    first = adapted(ids).logits
+    assert torch.equal(copy.deepcopy(adapted)(ids).logits, first)
+
+
+def test_a_compiled_model_is_never_stale(tiny):
+    model = tiny()
+    model.set_experts_implementation("grouped_mm")
+    prepare(model)
+    experts = model.model.layers[1].mlp.experts
+    inputs = torch.randn(6, 64).bfloat16(), torch.arange(12).view(6, 2) % 4, torch.rand(6, 2).bfloat16()
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs), experts(*inputs))
+    for change in (in_place, through_data):
+        change(experts.gate_up_proj)
+        assert torch.equal(compiled(*inputs), experts(*inputs))
+
+
+def test_an_unknown_thing_to_keep_is_refused():
+    with pytest.raises(KconvertError, match="keep is 'all', but it must be one of served, codes, nothing"):
+        QATConfig(keep="all")
+
+
+def test_the_version_of_a_weight_is_all_of_its_bits():
+    weight = torch.randn(4, 64, 64)
+    before = version_of(weight, 0)
+    assert version_of(weight.clone(), 5) == before
+    assert version_of(weight.view(4, 32, 128), 0) != before
+    assert version_of(torch.zeros(2, 64), 0) != version_of(-torch.zeros(2, 64), 0)
+    for flat in (0, 4097, weight.numel() - 1):
+        changed = weight.clone()
+        changed.view(-1)[flat] *= -1
+        assert version_of(changed, 0) != before
+    assert version_of(weight.roll(64 * 64), 0) != before
