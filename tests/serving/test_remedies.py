@@ -82,10 +82,24 @@ def test_ktransformers_takes_no_stacks_of_gpt_oss_whose_rows_it_would_misread(wr
 
 
 def test_ktransformers_is_for_models_with_experts(like: Made, tmp_path: Path) -> None:
-    assert run("sample", tmp_path / "dense", "--layers", 1, "--intermediate", 256, "--hidden", 256, "--heads", 4, "--vocab", 512).exit_code == 0
-    assert "routed experts, and this has none" in refused(
-        "launch", tmp_path / "dense", "--engine", "ktransformers"
+    assert (
+        run(
+            "sample",
+            tmp_path / "dense",
+            "--layers",
+            1,
+            "--intermediate",
+            256,
+            "--hidden",
+            256,
+            "--heads",
+            4,
+            "--vocab",
+            512,
+        ).exit_code
+        == 0
     )
+    assert "routed experts, and this has none" in refused("launch", tmp_path / "dense", "--engine", "ktransformers")
 
 
 def test_ktransformers_reads_modelopts_nvfp4_by_its_kernel_for_avx2(written: Written) -> None:

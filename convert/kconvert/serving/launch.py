@@ -76,7 +76,9 @@ def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
         what = " and ".join(filter(None, (contents.dialect, contents.encoding or "several encodings")))
         advice = _remedies(engine, place, made_for(engine, contents))
         raise KconvertError(
-            "; ".join((f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know", *advice))
+            "; ".join(
+                (f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know", *advice)
+            )
         )
     cell = cell_of(engine, output, contents)
     if cell.no:
