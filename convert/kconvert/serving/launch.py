@@ -55,10 +55,12 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     model = (source or source_of(place, wishes.source)) if cell.source else place
     if cell.source and model.root is not None:
         _taken(model, engines()["sglang"])  # which runs all but the experts of it
+        _check_source(place, model)
     gpus = wishes.gpus or 1
     environment = ["env", *cell.environment] if cell.environment else []
     words = [*environment, *(word.format(model.address) for word in served.command), *_told(served, model, place)]
     if wishes.gpus is not None:
+        _check_heads(model, gpus)
         words += served.ask("gpus", gpus)
     if wishes.context is not None:
         words += served.ask("context", _possible(place, wishes.context))
@@ -136,6 +138,26 @@ def _possible(place: Place, context: int) -> int:
     return context
 
 
+def _check_source(place: Place, model: Place) -> None:
+    """KconvertError where the experts of `place` are none of this model's."""
+    here, there = ((contents.width, contents.hidden) for contents in (place.contents, model.contents))
+    if all(here) and here != there:
+        raise KconvertError(
+            f"{place.address} has experts of {here[0]} x {here[1]}, and those of {model.address} are {there[0]} x {there[1]}; "
+            "give the checkpoint that it was made from with --source"
+        )
+
+
+def _check_heads(model: Place, gpus: int) -> None:
+    """KconvertError where that many GPUs cannot share the heads of attention."""
+    heads = model.contents.number("num_attention_heads")
+    if heads is not None and heads % gpus:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise KconvertError(
+            f"{model.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
+        )
+
+
 def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cell: Cell, wishes: Wishes) -> Experts:
     """All of the model on the GPUs; KconvertError where they cannot share it, or hold it."""
     contents, unit, gpus = place.contents, output.unit(place.contents), wishes.gpus or 1
@@ -152,17 +174,8 @@ def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cel
 
 
 def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
-    """What lets that many GPUs share the experts; KconvertError where they cannot share the heads of attention."""
-    contents = place.contents
-    heads = contents.number("num_attention_heads")
-    if heads is not None and heads % gpus:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise KconvertError(
-            f"{place.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
-        )
-    if not contents.width % (gpus * unit):
-        return []
-    return engine.ask("expert_parallel", gpus)
+    """What lets that many GPUs share the experts."""
+    return engine.ask("expert_parallel", gpus) if place.contents.width % (gpus * unit) else []
 
 
 def _roomy(engine: Engine, room: Room | None) -> Iterator[str]:
