@@ -14,7 +14,7 @@ from kconvert.cli import main
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 WIDE = {**SIZES, "moe_intermediate": 512, "heads": 32}
-SMALL = {"layers": 4, "experts": 4, "hidden": 256, "moe_intermediate": 256, "vocab": 512}
+SMALL = {"layers": 4, "experts": 4, "hidden": 256, "moe_intermediate": 256, "vocab": 512, "heads": 8}
 Made = Callable[[str], Path]
 
 

@@ -317,3 +317,27 @@ def test_the_same_from_python(like: Made) -> None:
     assert found.line == command(like(K2), "--engine", "vllm")
     with pytest.raises(KconvertError, match="GGUF"):
         launch(look_at(str(like(K2))), "llama.cpp")
+
+
+@pytest.mark.parametrize(("name", "state"), [("config.json", False), ("config.json", True)])
+def test_what_no_engine_loads_is_not_served(like: Made, tmp_path: Path, name: str, state: bool) -> None:
+    root = reconfigured(like(K2), tmp_path / "half")
+    (root / name).unlink()
+    if state:
+        (root / ".kconvert").mkdir()
+    said = "unfinished, run the conversion again" if state else "no engine loads it without"
+    assert said in refused("launch", root, "--engine", "vllm")
+
+
+def test_heads_that_gpus_cannot_share_are_named_of_ktransformers_too(like: Made) -> None:
+    assert "32 attention heads" in refused("launch", like(K2), "--engine", "ktransformers", "--gpus", 3)
+
+
+def test_gpus_that_would_hold_the_weights_can_share_the_heads_too(like: Made) -> None:
+    nbytes = sum(path.stat().st_size for path in like(K2).glob("*.safetensors"))
+    line = refused("launch", like(K2), "--engine", "vllm", "--gpus", 1, "--gpu-memory", f"{nbytes * 2 // 5}B")
+    assert "or 4 of this size" in line  # 3 have no use for 32 heads
+
+
+def test_gpus_without_memory_are_a_wrong_option(like: Made) -> None:
+    assert "give its GB" in run("launch", like(K2), "--engine", "vllm", "--gpu-memory", 0).stderr

@@ -108,3 +108,16 @@ def test_a_part_of_a_model_is_no_fault_of_the_summary(like: Made, tmp_path: Path
     parts = ("--include", "*.shared_experts.*", "--include", "*experts.0.*")
     result = run("convert", like(K2), tmp_path / "out", "--to", "bf16", *parts)
     assert result.exit_code == 0, result.output
+
+
+def test_another_models_checkpoint_is_no_source(amx: Path, like: Made, tmp_path: Path) -> None:
+    line = refused("launch", amx, "--engine", "ktransformers", "--source", like("mixtral"))
+    assert "experts of 512 x 256" in line
+    assert "256 x 256" in line
+
+
+def test_amx_weights_that_are_half_written_are_unfinished(amx: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(amx, half)
+    (half / "kconvert.json").unlink()
+    assert "unfinished, run the conversion again" in refused("launch", half, "--engine", "ktransformers")

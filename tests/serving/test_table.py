@@ -71,10 +71,11 @@ def test_what_would_do_instead_is_an_output_that_the_engine_takes() -> None:
     rows = {row.asked: row for row in outputs()}
     rows["--to fp8"] = rows["--to fp8 --layout experts"]
     rows["--to int4 --group-size 32"] = rows["--to int4"]
+    rows["repack-amx --method AMXINT8 --numa 1"] = rows["repack-amx --method AMXINT8"]
     for row in outputs():
         for name, cell in row.cells.items():
             assert bool(cell.by) != bool(cell.no) or cell.models, (row.asked, name)
-            if cell.no:
+            if cell.instead:
                 assert rows[cell.instead].cells[name].by, (row.asked, name)
 
 
@@ -96,7 +97,7 @@ def test_parsers_are_those_of_engines_that_there_are() -> None:
     for manifest in load_manifests().values():
         assert manifest.serving.keys() <= engines().keys()
         for told in manifest.serving.values():
-            assert told.keys() <= {"tools", "reasoning", "flags", "no"}
+            assert told.keys() <= {"tools", "reasoning", "flags", "instead", "no"}
 
 
 def test_int4_in_other_groups_than_32_is_nothing_for_ktransformers(like: Callable[[str], Path]) -> None:

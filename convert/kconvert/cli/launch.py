@@ -21,7 +21,10 @@ class Gigabytes(Size):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         text = str(value)
-        return super().convert(f"{text}GB" if text.replace(".", "", 1).isdecimal() else text, param, ctx)
+        found = super().convert(f"{text}GB" if text.replace(".", "", 1).isdecimal() else text, param, ctx)
+        if found < 1000**2:
+            self.fail(f"{value!r} is no memory of a GPU; give its GB", param, ctx)
+        return found
 
 
 @click.command()

@@ -44,8 +44,9 @@ class Contents:
     `encoding` is that of the routed experts (of the Linears, where there are none), `dialect` what declares it, `others` are
     the labels of the other Linears that are quantised; `expert` is the name of a matrix of an expert, `parts` are the suffixes
     of its tensors, `scale` is the dtype of its scales, `group` the number of columns that one is for, `density` its bytes for a
-    value. `width` is that of an expert, `sliced` has lengths of other quantised matrices that GPUs share, by name; `ragged` is
-    a matrix in blocks of FP8 of which the last are cut off. `numa` is the number of nodes that AMX weights are split for.
+    value. `width` is that of an expert, `hidden` the length of what goes into it, `sliced` has lengths of other quantised
+    matrices that GPUs share, by name; `ragged` is a matrix in blocks of FP8 of which the last are cut off. `numa` is the number
+    of nodes that AMX weights are split for.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Contents:
     group: int = 1
     density: float = 0.0
     width: int = 0
+    hidden: int = 0
     sliced: Mapping[str, int] = field(default_factory=dict)
     ragged: str = ""
     numa: int = 0
@@ -149,6 +151,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
         "group": first.format.group_size or 1 if isinstance(first.format, Packed) else 1,
         "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
         "width": last.cols if last is not None else 0,
+        "hidden": last.rows if last is not None else 0,
         "sliced": dict(_sliced(rest)),
         "ragged": next((weight.name for weight in (*meant, *rest) if _is_ragged(weight)), ""),
     }
@@ -170,7 +173,15 @@ def contents_of_amx(model: AmxModel) -> Contents:
     """Of AMX weights; config.json is their source's, where somebody put it there."""
     nbytes = sum(stat.nbytes for stat in model.checkpoint.files.values())
     label = model.method.lower()
-    return Contents("amx", model.checkpoint.config, nbytes, label, width=model.intermediate, numa=model.numa)
+    return Contents(
+        "amx",
+        model.checkpoint.config,
+        nbytes,
+        label,
+        width=model.intermediate,
+        hidden=model.hidden,
+        numa=model.numa,
+    )
 
 
 def contents_of_plan(plan: Plan) -> Contents:

@@ -26,7 +26,8 @@ def _tables() -> Iterator[str]:
     for output in outputs():
         for name, cell in output.cells.items():
             if cell.no:
-                yield f"| {_named(output)} | {engines()[name].title} | {cell.no} | `{cell.instead}` |"
+                instead = f"`{cell.instead}`" if cell.instead else EMPTY
+                yield f"| {_named(output)} | {engines()[name].title} | {cell.no} | {instead} |"
 
 
 def _unit(output: Output) -> str:

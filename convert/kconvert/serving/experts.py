@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kconvert.errors import KconvertError, counted
 from kconvert.serving.contents import Contents
 from kconvert.serving.machine import numa_nodes, physical_cores
-from kconvert.serving.memory import Room, check_room
+from kconvert.serving.memory import CONTEXT_KEYS, Room, check_room
 from kconvert.serving.place import Place
 from kconvert.serving.table import Cell, Engine, Output
 from kconvert.serving.wishes import Wishes
@@ -89,9 +89,7 @@ def _experts_on_gpus(engine: Engine, model: Place, wishes: Wishes) -> tuple[int,
     room = check_room(engine, contents, rest + int(asked * one), gpus, memory, wishes.context)
     if wishes.gpu_experts is not None:
         return asked, room
-    spare = (
-        room.usable - room.weights - room.token * (wishes.context or contents.number("max_position_embeddings") or 0)
-    )
+    spare = room.usable - room.weights - room.token * (wishes.context or contents.number(*CONTEXT_KEYS) or 0)
     count = min(experts, int(spare * gpus / one))
     return count, check_room(engine, contents, rest + int(count * one), gpus, memory, wishes.context)
 

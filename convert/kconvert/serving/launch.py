@@ -11,7 +11,7 @@ from kconvert.errors import KconvertError, counted, human
 from kconvert.serving.experts import Experts, on_the_cpu
 from kconvert.serving.memory import CONTEXT_KEYS, Room, check_room
 from kconvert.serving.place import Place, source_of
-from kconvert.serving.table import Cell, Engine, Output, cell_of, engines, output_of, takers
+from kconvert.serving.table import Cell, Engine, Output, cell_of, engines, made_for, output_of, takers
 from kconvert.serving.wishes import Wishes
 
 
@@ -55,9 +55,12 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     model = (source or source_of(place, wishes.source)) if cell.source else place
     if cell.source and model.root is not None:
         _taken(model, engines()["sglang"])  # which runs all but the experts of it
+        _check_source(place, model)
     gpus = wishes.gpus or 1
-    words = [*(word.format(model.address) for word in served.command), *_told(served, model, place)]
+    environment = ["env", *cell.environment] if cell.environment else []
+    words = [*environment, *(word.format(model.address) for word in served.command), *_told(served, model, place)]
     if wishes.gpus is not None:
+        _check_heads(model, gpus)
         words += served.ask("gpus", gpus)
     if wishes.context is not None:
         words += served.ask("context", _possible(place, wishes.context))
@@ -73,14 +76,16 @@ def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
     output = output_of(contents)
     if output is None:
         what = " and ".join(filter(None, (contents.dialect, contents.encoding or "several encodings")))
+        advice = _remedies(engine, place, made_for(engine, contents))
         raise KconvertError(
-            f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know; `kconvert convert "
-            f"{shlex.quote(place.address)} DST --to bf16` makes what it runs"
+            "; ".join(
+                (f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know", *advice)
+            )
         )
     cell = cell_of(engine, output, contents)
     if cell.no:
         others = ", ".join(other.title for other, _ in takers(contents) if other.command)
-        advice = [f"`{_remedy(place, output, cell.instead)}` makes what it runs"] if cell.instead else []
+        advice = _remedies(engine, place, cell.instead, output.is_part)
         advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
         what = contents.encoding if contents.kind == "safetensors" else output.to.upper()
         raise KconvertError(
@@ -90,11 +95,24 @@ def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
     return output, cell
 
 
-def _remedy(place: Place, output: Output, options: str) -> str:
-    """The command that makes what the engine takes, of this or, where that cannot be read, of what it was made from."""
-    source = "SRC" if output.is_part or output.kind == "gguf" else shlex.quote(place.address)
+def _remedies(engine: Engine, place: Place, options: str, is_part: bool = False) -> list[str]:
+    """What makes what the engine takes, if anything does: of this or, where that cannot be, of what it was made from."""
+    if not options:
+        return []
     command, _, options = options.partition(" ") if options.startswith("repack-amx") else ("convert", "", options)
-    return f"kconvert {command} {source} DST {options}"
+    if is_part or not _is_source(engine, place):
+        return [f"`kconvert {command} SRC DST {options}` makes what it runs, unless its source SRC is that already"]
+    return [f"`kconvert {command} {shlex.quote(place.address)} DST {options}` makes what it runs"]
+
+
+def _is_source(engine: Engine, place: Place) -> bool:
+    """Whether a checkpoint for this engine can be made of it."""
+    contents = place.contents
+    if contents.kind != "safetensors":
+        return False
+    # Of stacks like gpt-oss's only the codes are mapped to other containers.
+    stacked = contents.manifest.stacked_method and not contents.manifest.has_encoded_stacks(contents.config)
+    return not stacked or "safetensors" in engine.reads
 
 
 def _told(engine: Engine, model: Place, place: Place) -> Iterator[str]:
@@ -120,6 +138,26 @@ def _possible(place: Place, context: int) -> int:
     return context
 
 
+def _check_source(place: Place, model: Place) -> None:
+    """KconvertError where the experts of `place` are none of this model's."""
+    here, there = ((contents.width, contents.hidden) for contents in (place.contents, model.contents))
+    if all(here) and here != there:
+        raise KconvertError(
+            f"{place.address} has experts of {here[0]} x {here[1]}, and those of {model.address} are {there[0]} x {there[1]}; "
+            "give the checkpoint that it was made from with --source"
+        )
+
+
+def _check_heads(model: Place, gpus: int) -> None:
+    """KconvertError where that many GPUs cannot share the heads of attention."""
+    heads = model.contents.number("num_attention_heads")
+    if heads is not None and heads % gpus:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise KconvertError(
+            f"{model.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
+        )
+
+
 def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cell: Cell, wishes: Wishes) -> Experts:
     """All of the model on the GPUs; KconvertError where they cannot share it, or hold it."""
     contents, unit, gpus = place.contents, output.unit(place.contents), wishes.gpus or 1
@@ -136,17 +174,8 @@ def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cel
 
 
 def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
-    """What lets that many GPUs share the experts; KconvertError where they cannot share the heads of attention."""
-    contents = place.contents
-    heads = contents.number("num_attention_heads")
-    if heads is not None and heads % gpus:
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise KconvertError(
-            f"{place.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
-        )
-    if not contents.width % (gpus * unit):
-        return []
-    return engine.ask("expert_parallel", gpus)
+    """What lets that many GPUs share the experts."""
+    return engine.ask("expert_parallel", gpus) if place.contents.width % (gpus * unit) else []
 
 
 def _roomy(engine: Engine, room: Room | None) -> Iterator[str]:

@@ -50,7 +50,8 @@ def check_room(engine: Engine, contents: Contents, weights: int, gpus: int, memo
     room = Room(math.ceil(weights / gpus), usable, token_bytes(contents, gpus))
     have = f"{counted(gpus, 'GPU')} of {human(memory)}"
     if room.weights >= usable:
-        least = math.ceil(weights / usable) if usable else 0
+        least, heads = math.ceil(weights / usable), contents.number("num_attention_heads") or 1
+        least = next((n for n in range(least, heads + 1) if heads % n == 0), least)
         raise KconvertError(
             f"{human(weights)} of weights do not fit into {have}, of which {engine.title} fills {engine.share:.0%}: that takes "
             f"{human(weights / engine.share / gpus)} for each of {gpus}, or {least} of this size"
@@ -60,6 +61,6 @@ def check_room(engine: Engine, contents: Contents, weights: int, gpus: int, memo
         whose = "asked for" if context else "of the model's context"
         raise KconvertError(
             f"{have} hold {human(weights)} of weights and the cache of {room.tokens:,} tokens, not the {wanted:,} {whose}; "
-            f"give --context {room.tokens} or more GPUs"
+            f"give {f'--context {room.tokens} or ' if room.tokens else ''}more GPUs"
         )
     return room

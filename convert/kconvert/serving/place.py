@@ -11,6 +11,7 @@ from typing import Any
 
 from kconvert.address import open_checkpoint
 from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, open_directory
 from kconvert.errors import KconvertError
@@ -52,8 +53,11 @@ def look_at(address: str, revision: str | None = None) -> Place:
         return _place(checkpoint, contents_of(checkpoint), hub.repo, revision or hub.revision)
     root = Path(os.path.abspath(address))
     if is_amx(root):
+        _check_finished(root, (RECORD,) if (root / STATE_DIR).is_dir() else ())
         return place_of_amx(open_amx(root))
     checkpoint = open_directory(address, revision, enough=_enough)
+    # Our conversions write config.json and the index last; others may have a single file and no index.
+    _check_finished(checkpoint.root, (CONFIG_NAME, INDEX_NAME) if (root / STATE_DIR).is_dir() else (CONFIG_NAME,))
     return _place(checkpoint, contents_of(checkpoint), str(checkpoint.root))
 
 
@@ -92,6 +96,16 @@ def source_of(place: Place, asked: str | None) -> Place:
         # Nothing of it is fetched only to be told where it is.
         return Place(hub.repo, place.contents, None, hub.revision, "auto_map" in place.contents.config)
     return look_at(where)
+
+
+def _check_finished(root: Path, wanted: Iterable[str]) -> None:
+    missing = next((name for name in wanted if not (root / name).exists()), None)
+    if missing is not None:
+        unfinished = (root / STATE_DIR).is_dir()
+        advice = (
+            "it is unfinished, run the conversion again" if unfinished else "no engine loads it without; fetch that"
+        )
+        raise KconvertError(f"{root} has no {missing}: {advice}")
 
 
 def _enough(tensors: Iterable[Tensor]) -> bool:

@@ -55,12 +55,18 @@ class Cell:
     by: str = ""
     no: str = ""
     instead: str = ""
+    otherwise: str = ""
     evidence: str = "source"
     models: Sequence[str] = ()
     whole_blocks: bool = False
     source: bool = False
     flags: Sequence[str] = ()
+    environment: Sequence[str] = ()
     names: Sequence[str] = ()
+
+    def looks_for(self, expert: str) -> bool:
+        """Whether the engine finds a matrix of an expert under this name."""
+        return not self.names or any(fnmatchcase(expert, names) for names in self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,24 +155,28 @@ def output_of(contents: Contents) -> Output | None:
 
 def cell_of(engine: Engine, output: Output, contents: Contents) -> Cell:
     """What the engine does with this directory: of a cell with conditions, the way that they turn out."""
-    if contents.kind not in engine.reads:
-        what = f"it reads {KINDS[engine.reads[0]]}, and this is {KINDS[contents.kind]}"
-        return Cell(no=what, instead=_made_for(engine, contents))
     served = contents.manifest.serving.get(engine.name, {})
     if "no" in served:
         return Cell(no=str(served["no"]))
+    if contents.kind not in engine.reads:
+        what = f"it reads {KINDS[engine.reads[0]]}, and this is {KINDS[contents.kind]}"
+        return Cell(no=what, instead=made_for(engine, contents))
+    if "weights" in engine.flags and contents.kind == "safetensors" and not contents.width:
+        return Cell(no="it is for models with routed experts, and this has none")
     cell = output.cells.get(engine.name, Cell(no="nobody has tried it"))
-    if cell.models:
-        return replace(cell, no="", instead="") if contents.model_type in cell.models else cell
-    if not cell.no and (fault := _fault(engine, cell, output.unit(contents), contents)):
-        return replace(cell, no=fault, instead=cell.instead or "--to fp8 --layout compressed-tensors-channel")
-    return cell
+    if cell.models and contents.model_type in cell.models:
+        return replace(cell, no="", instead="")
+    if not cell.looks_for(contents.expert):
+        why = cell.no or f"its {cell.by} does not look for experts called as {contents.expert!r}"
+        cell = replace(cell, no=why, instead=cell.otherwise)
+    elif not cell.no and (fault := _fault(engine, cell, output.unit(contents), contents)):
+        cell = replace(cell, no=fault, instead=cell.otherwise or "--to fp8 --layout compressed-tensors-channel")
+    # The names of some models leave a single way to an engine.
+    return replace(cell, instead=served.get("instead", cell.instead)) if cell.no else cell
 
 
 def _fault(engine: Engine, cell: Cell, unit: int, contents: Contents) -> str:
     """Why a cell that holds for others does not hold for this directory; "" if it does."""
-    if cell.names and not any(fnmatchcase(contents.expert, names) for names in cell.names):
-        return f"its {cell.by} does not look for experts called as {contents.expert!r}"
     if cell.whole_blocks and contents.ragged:
         return f"it misreads blocks that are cut off at an edge, silently, and {contents.ragged!r} has some"
     if engine.command and contents.width % unit:
@@ -174,7 +184,7 @@ def _fault(engine: Engine, cell: Cell, unit: int, contents: Contents) -> str:
     return ""
 
 
-def _made_for(engine: Engine, contents: Contents) -> str:
+def made_for(engine: Engine, contents: Contents) -> str:
     """What makes the kind of directory that the engine reads, of models that can be had so."""
     from kconvert.targets.gguf.architectures import ARCHITECTURES
     from kconvert.targets.mlx import MODELS

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf import GGUFReader, ReaderTensor, quants
+from kimi_release import as_released
 
 from kconvert import Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
@@ -58,11 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if not (root / name).exists():
             convert(plan_synthetic(SampleRecipe(name, {**COMMON, **SIZES[name]})), root / name)
-            if name.startswith("kimi"):  # its own class reads tiktoken.model; that of a sample reads tokenizer.json
-                settings = root / name / "tokenizer_config.json"
-                settings.write_text(
-                    json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "TikTokenTokenizer"})
-                )
+            as_released(root / name)
         return root / name
 
     return make
