@@ -19,6 +19,8 @@ SIZES: dict[str, dict[str, int]] = {
     "deepseek-v3": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "qwen3-moe": {"layers": 2, "heads": 4, "kv_heads": 2, "head": 32},
     "gpt-oss": {"layers": 2, "heads": 4, "kv_heads": 2, "head": 32},
+    "glm-4-moe": {"layers": 2, "dense_layers": 1, "intermediate": 256, "heads": 4, "kv_heads": 2, "head": 32},
+    "minimax-m2": {"layers": 2, "heads": 4, "kv_heads": 2, "head": 128},
 }
 COMMON = {"experts": 4, "hidden": 128, "moe_intermediate": 64, "vocab": 320}
 

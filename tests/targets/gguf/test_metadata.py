@@ -25,6 +25,8 @@ ARCHITECTURES = {
     "deepseek-v3": ("deepseek2", "gpt-2"),
     "qwen3-moe": ("qwen3moe", "gpt-2"),
     "gpt-oss": ("gpt-oss", "gpt-2"),
+    "glm-4-moe": ("glm4moe", "gpt-2"),
+    "minimax-m2": ("minimax-m2", "gpt-2"),
 }
 
 
@@ -89,6 +91,17 @@ def test_kimis_special_tokens_have_the_names_of_its_tokenizer(copy: Callable[[st
     assert read["tokenizer.ggml.token_type"][255:260] == [1, 1, 3, 3, 3]
     assert (read["tokenizer.ggml.eos_token_id"], read["tokenizer.ggml.bos_token_id"]) == (258, 257)
     assert "for message in messages" in read["tokenizer.chat_template"]
+
+
+def test_a_part_of_each_head_has_rotary_positions(source: Source, to_gguf: ToGguf) -> None:
+    assert to_gguf(source("glm-4-moe"))["glm4moe.rope.dimension_count"] == 16
+    assert to_gguf(source("minimax-m2"))["minimax-m2.rope.dimension_count"] == 64
+
+
+def test_an_answer_ends_with_each_of_several_tokens(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
+    """GLM's end with the turn of the user, or of a tool."""
+    read = to_gguf(edit(copy("glm-4-moe"), eos_token_id=[258, 261, 262]))
+    assert (read["tokenizer.ggml.eot_token_id"], read["tokenizer.ggml.eom_token_id"]) == (261, 262)
 
 
 def merged_from(ranks: Mapping[bytes, int], token: bytes) -> list[bytes]:
@@ -177,6 +190,13 @@ def test_the_plan_says_what_is_the_sources_and_what_is_not(source: Source) -> No
             "norm_topk_prob is 'false', but llama.cpp needs true or false",
         ),
         ("kimi-k2-thinking", {"num_hidden_layers": 1}, r"layers\.1\..* no place in llama.cpp's deepseek2 of 1 layers"),
+        ("minimax-m2", {"scoring_func": "softmax"}, "scoring_func is 'softmax', not sigmoid"),
+        ("minimax-m2", {"rotary_dim": 256}, "rotary_dim rotates 256 numbers of heads that have 128"),
+        (
+            "glm-4-moe",
+            {"partial_rotary_factor": None},
+            "partial_rotary_factor is missing, but llama.cpp needs a number",
+        ),
         ("kimi-k2-thinking", {"scoring_func": "softmax"}, "scoring_func is 'softmax', not sigmoid"),
         ("kimi-k2-thinking", {"rope_scaling": {"type": "linear", "factor": 2}}, "by 'linear'"),
         ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is not true"),

@@ -15,11 +15,11 @@ from gguf import quants
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 
-from kconvert import KconvertError, Recipe, convert, plan
+from kconvert import KconvertError, Recipe, convert, plan, verify
 
 Source = Callable[[str], Path]
 ToGguf = Callable[..., Any]
-MODELS = ["kimi-k2-thinking", "kimi-k2.5", "deepseek-v3", "qwen3-moe"]
+MODELS = ["kimi-k2-thinking", "kimi-k2.5", "deepseek-v3", "qwen3-moe", "glm-4-moe"]
 PROJECTIONS = ("gate", "up", "down")
 # llama.cpp's names -> what stands in a layer.
 PLAIN = {
@@ -35,6 +35,7 @@ PLAIN = {
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
+    **{f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
@@ -74,6 +75,8 @@ def test_every_value_is_the_sources(source: Source, to_gguf: ToGguf, tmp_path: P
     wanted["output.weight"] = "lm_head.weight"
     for layer in range(2):
         wanted |= {f"blk.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in PLAIN.items()}
+        if name == "glm-4-moe":
+            wanted[f"blk.{layer}.post_attention_norm.weight"] = wanted.pop(f"blk.{layer}.ffn_norm.weight")
     seen = set()
     for ours, theirs in wanted.items():
         if theirs in values:
@@ -100,7 +103,14 @@ def test_every_value_is_the_sources(source: Source, to_gguf: ToGguf, tmp_path: P
     assert seen == read.tensors.keys()
 
 
-@pytest.mark.parametrize("name", [*MODELS, "gpt-oss"])
+@pytest.mark.parametrize("name", [*MODELS, "gpt-oss", "minimax-m2"])
+def test_verify_finds_every_value_and_key(source: Source, to_gguf: ToGguf, tmp_path: Path, name: str) -> None:
+    root = source(name)
+    to_gguf(root)
+    verify(root, tmp_path / "gguf")
+
+
+@pytest.mark.parametrize("name", [*MODELS, "gpt-oss", "minimax-m2"])
 def test_norms_and_routers_are_f32_and_other_matrices_bf16(source: Source, to_gguf: ToGguf, name: str) -> None:
     read = to_gguf(source(name))
     for tensor in read.tensors:

@@ -49,6 +49,21 @@ SAME_BY_ARCHITECTURE = {
         "attention.value_length": ("head_dim",),
         "expert_feed_forward_length": ("moe_intermediate_size",),
     },
+    "glm4moe": {
+        "leading_dense_block_count": ("first_k_dense_replace",),
+        "attention.head_count_kv": ("num_key_value_heads",),
+        "attention.key_length": ("head_dim",),
+        "attention.value_length": ("head_dim",),
+        "expert_feed_forward_length": ("moe_intermediate_size",),
+        "expert_weights_norm": ("norm_topk_prob",),
+    },
+    "minimax-m2": {
+        "attention.head_count_kv": ("num_key_value_heads",),
+        "attention.key_length": ("head_dim",),
+        "attention.value_length": ("head_dim",),
+        "rope.dimension_count": ("rotary_dim",),
+        "expert_feed_forward_length": ("intermediate_size",),
+    },
     "gpt-oss": {
         "attention.head_count_kv": ("num_key_value_heads",),
         "attention.key_length": ("head_dim",),

@@ -22,8 +22,11 @@ ARCHITECTURES = {
     "kimi_k2": "deepseek2",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
 }
 
+HAVE_DENSE = ("deepseek2", "glm4moe")  # layers without experts, the first ones
 # The weights whose outputs llama.cpp multiplies by the factor of their NVFP4. Its loader takes that of any weight, but what it
 # computes from deepseek2's experts goes without.
 HAS_FACTOR = {

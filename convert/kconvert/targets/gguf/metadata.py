@@ -13,7 +13,7 @@ from kconvert.models.model import Model
 from kconvert.targets.gguf.architectures import section_of, title_of
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import ExpertGatingFuncType, GGUFWriter
 
 # Of gguf.LlamaFileType: what most of the experts are, for people.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38, "NVFP4": 39}
@@ -125,11 +125,8 @@ def _add_rope(writer: GGUFWriter, fields: Fields) -> None:
 
 def _deepseek2(writer: GGUFWriter, fields: Fields) -> None:
     """Latent attention, absorbed: one head of keys and values, as long as the latent is."""
-    from gguf import ExpertGatingFuncType
-
     latent, rope, nope = (fields.integer(f"{key}") for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"))
     writer.add_head_count_kv(1)
-    writer.add_leading_dense_block_count(fields.integer("first_k_dense_replace"))
     writer.add_q_lora_rank(fields.integer("q_lora_rank"))
     writer.add_kv_lora_rank(latent)
     writer.add_key_length(latent + rope)
@@ -139,19 +136,32 @@ def _deepseek2(writer: GGUFWriter, fields: Fields) -> None:
     writer.add_rope_dimension_count(rope)
     writer.add_expert_feed_forward_length(fields.integer("moe_intermediate_size"))
     writer.add_expert_count(fields.integer("n_routed_experts"))
-    writer.add_expert_shared_count(fields.integer("n_shared_experts"))
     if fields.integer("topk_group") < fields.integer("n_group"):  # else all groups are looked at
         writer.add_expert_group_count(fields.integer("n_group"))
         writer.add_expert_group_used_count(fields.integer("topk_group"))
+    _shared_experts(writer, fields)
+
+
+def _shared_experts(writer: GGUFWriter, fields: Fields) -> None:
+    """Layers without experts first, then such with routed and shared ones."""
+    writer.add_leading_dense_block_count(fields.integer("first_k_dense_replace"))
+    writer.add_expert_shared_count(fields.integer("n_shared_experts"))
     writer.add_expert_weights_scale(fields.number("routed_scaling_factor"))
     writer.add_expert_weights_norm(fields.true("norm_topk_prob"))
+    writer.add_expert_gating_func(_sigmoid(fields))
+
+
+def _sigmoid(fields: Fields) -> ExpertGatingFuncType:
+    from gguf import ExpertGatingFuncType
+
     if fields.value("scoring_func") not in (None, "sigmoid"):  # transformers leaves it out: it knows no other
         raise KconvertError(f"config.json: scoring_func is {fields.value('scoring_func')!r:.80}, not sigmoid")
-    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    return ExpertGatingFuncType.SIGMOID
 
 
-def _grouped_query(writer: GGUFWriter, fields: Fields, experts: tuple[str, ...], width: str) -> None:
-    """Attention by groups of heads, and experts of which one of these keys says the number, and `width` the size."""
+def _grouped_query(writer: GGUFWriter, fields: Fields, experts: tuple[str, ...], width: str) -> int:
+    """Attention by groups of heads, and experts of which one of these keys says the number, and `width` the size. Returns the
+    size of a head."""
     heads = fields.integer("num_attention_heads")
     head = fields.integer("head_dim") if fields.has("head_dim") else fields.integer("hidden_size") // max(heads, 1)
     writer.add_head_count_kv(fields.integer("num_key_value_heads"))
@@ -159,6 +169,7 @@ def _grouped_query(writer: GGUFWriter, fields: Fields, experts: tuple[str, ...],
     writer.add_value_length(head)
     writer.add_expert_count(fields.integer(next(filter(fields.has, experts), experts[0])))
     writer.add_expert_feed_forward_length(fields.integer(width))
+    return head
 
 
 def _qwen3moe(writer: GGUFWriter, fields: Fields) -> None:
@@ -179,8 +190,39 @@ def _gpt_oss(writer: GGUFWriter, fields: Fields) -> None:
     _grouped_query(writer, fields, ("num_local_experts", "num_experts"), "intermediate_size")
 
 
+def _rotated(fields: Fields, head: int) -> int:
+    """How many of a head's numbers have rotary positions: as such, or as a part of them."""
+    key = "rotary_dim"
+    if fields.has(key):
+        size = fields.integer(key)
+    else:
+        key, rope = "partial_rotary_factor", fields.table("rope_parameters")
+        size = int(head * (rope if rope.has(key) else fields).number(key))
+    if not 0 < size <= head:
+        raise KconvertError(f"config.json: {key} rotates {size} numbers of heads that have {head}")
+    return size
+
+
+def _glm4moe(writer: GGUFWriter, fields: Fields) -> None:
+    """Rotary positions in a part of each head, and experts as DeepSeek has them."""
+    if fields.integer("topk_group") < fields.integer("n_group"):
+        raise KconvertError("config.json: topk_group is less than n_group, but llama.cpp knows no groups of this model")
+    head = _grouped_query(writer, fields, ("n_routed_experts",), "moe_intermediate_size")
+    writer.add_rope_dimension_count(_rotated(fields, head))
+    _shared_experts(writer, fields)
+
+
+def _minimax_m2(writer: GGUFWriter, fields: Fields) -> None:
+    """Rotary positions in a part of each head; experts by sigmoid, with a bias."""
+    head = _grouped_query(writer, fields, ("num_local_experts",), "intermediate_size")
+    writer.add_rope_dimension_count(_rotated(fields, head))
+    writer.add_expert_gating_func(_sigmoid(fields))
+
+
 OWN: Mapping[str, Callable[[GGUFWriter, Fields], None]] = {
     "deepseek2": _deepseek2,
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
+    "glm4moe": _glm4moe,
+    "minimax-m2": _minimax_m2,
 }

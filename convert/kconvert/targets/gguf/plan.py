@@ -17,7 +17,7 @@ from kconvert.planning.gguf import Gguf
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.targets.base import facts_of, refuse_loss
-from kconvert.targets.gguf.architectures import architecture_of, section_of, title_of
+from kconvert.targets.gguf.architectures import HAVE_DENSE, architecture_of, section_of, title_of
 from kconvert.targets.gguf.metadata import Fields, add_hyperparameters
 from kconvert.targets.gguf.tensors import Tensors
 from kconvert.targets.gguf.vocabulary import add_vocabulary
@@ -62,7 +62,7 @@ def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
 def _check_layers(model: Model, architecture: str, layers: int) -> None:
     """KconvertError for layers without experts, where llama.cpp wants some in each."""
     dense = next((weight for weight in model.weights if weight.role.startswith("dense.")), None)
-    if dense is not None and architecture != "deepseek2":
+    if dense is not None and architecture not in HAVE_DENSE:
         raise KconvertError(
             f"{dense.tensors[0]} is of a layer without experts, which llama.cpp's {architecture} has not"
         )

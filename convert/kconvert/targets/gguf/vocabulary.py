@@ -32,6 +32,7 @@ TIKTOKEN, TOKENIZER, CONFIG, TEMPLATE = (
 KIMIS_CLASS = "TikTokenTokenizer"  # the one in Kimi's repositories; transformers' own read tokenizer.json
 RESERVED = 256  # special tokens behind the others in Kimi's tokenizer
 SPECIAL = ("bos", "eos", "unk", "sep", "pad")
+TURNS = ("eot", "eom")  # what also ends an answer, where config.json lists several: of GLM the turn of user or tool
 LONGEST = 1024  # bytes of a token
 LARGEST = 1 << 27  # bytes of a file; a tokenizer.json of 256,000 tokens has 20 MB
 LONGEST_TEMPLATE = 1 << 24  # bytes; one has some 10,000
@@ -177,6 +178,10 @@ def _add_special(
         adds = settings.get(f"add_{word}_token")
         if isinstance(adds, bool) and word in ("bos", "eos"):
             writer.add_bool(f"tokenizer.ggml.add_{word}_token", adds)
+    ends = config.get("eos_token_id")
+    others = [end for end in ends[1:] if type(end) is int and 0 <= end < size] if isinstance(ends, list) else []
+    for word, number in zip(TURNS, others, strict=False):
+        writer.add_uint32(f"tokenizer.ggml.{word}_token_id", number)
 
 
 KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # as GGUF spells them
