@@ -3,7 +3,7 @@
     python benchmarks/llama_logits.py MODEL.gguf BF16_DIR
 
 Needs llama-cpp-python and transformers. llama.cpp rounds what goes into a matrix to the type that the matrix wants (BF16, or
-eight bits in blocks for Q4_0, Q8_0 and MXFP4), transformers computes here in F32: the difference is that arithmetic.
+eight bits in blocks for Q4_0, Q8_0, MXFP4 and NVFP4), transformers computes here in F32: the difference is that arithmetic.
 """
 
 from __future__ import annotations

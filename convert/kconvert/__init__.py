@@ -1,6 +1,7 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
-The public API is four functions, `inspect`, `plan`, `convert` and `verify`, and what they take and return:
+The public API is four functions, `inspect`, `plan`, `convert` and `verify`, and what they take and return; of many machines,
+`finalize` is the last act:
 
     plan = kconvert.plan("Kimi-K2-Thinking", kconvert.Recipe("bf16"))
     kconvert.convert(plan, "Kimi-K2-Thinking-BF16")
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from kconvert.proof.certificate import certify, check_certificate
     from kconvert.proof.verify import Report, verify
     from kconvert.run.disk import Needs
+    from kconvert.run.state.finalize import Closed
+    from kconvert.run.state.ranks import Rank
     from kconvert.targets.recipe import Recipe
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "certify",
     "check_certificate",
     "convert",
+    "finalize",
     "inspect",
     "links_allowed",
     "plan",
@@ -117,7 +121,7 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
     from kconvert.run.delivery import Delivery
-    from kconvert.run.journal import pinned_commit
+    from kconvert.run.state.journal import pinned_commit
 
     return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
 
@@ -144,6 +148,8 @@ def check(
     overwrite: bool = False,
     push: str | None = None,
     disk_budget: int | None = None,
+    worker: str | None = None,
+    finalize_when_complete: bool = False,
 ) -> Needs:
     """What a run of `plan` into `destination` needs, in bytes, and finds finished already; arguments as for `convert`.
 
@@ -153,7 +159,8 @@ def check(
     from kconvert.run import job
     from kconvert.run.delivery import Delivery
 
-    return job.check(plan, Delivery.to(destination, push), overwrite, disk_budget)
+    terms = job.Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
+    return job.check(plan, Delivery.to(destination, push), terms)
 
 
 def convert(
@@ -167,6 +174,8 @@ def convert(
     found: Callable[[int], None] | None = None,
     push: str | None = None,
     disk_budget: int | None = None,
+    worker: str | None = None,
+    finalize_when_complete: bool = False,
     command: str = "kconvert.convert",
 ) -> dict[str, int]:
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
@@ -179,6 +188,10 @@ def convert(
     is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
     with the bytes that an earlier run has finished.
 
+    With `worker` this is one of many processes, on any machines that see SRC and DST, each of which writes its share of the
+    shards: "I/N" is number I of N, from 0 on; "slurm", "torchrun" and "kubernetes" take both from what these launchers set,
+    "auto" from whichever there is. Afterwards `finalize` closes `destination`, or with `finalize_when_complete` the last one.
+
     Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
     KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
     not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
@@ -187,13 +200,36 @@ def convert(
     from kconvert.report.card import ModelCard
     from kconvert.run.delivery import Delivery
     from kconvert.run.engine import Limits
-    from kconvert.run.job import prepared
+    from kconvert.run.job import Terms, prepared
 
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     card = ModelCard(plan, command)
-    with prepared(plan, Delivery.to(destination, push), overwrite, disk_budget, command, card) as job:
+    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
+    with prepared(plan, Delivery.to(destination, push), terms, command, card) as job:
         found(job.earlier)
         advance(job.earlier)
         inexact = job.run(Limits.choose(threads, memory), advance)
         job.finish()
     return inexact
+
+
+def finalize(destination: StrPath) -> Closed:
+    """Close the directory `destination`, to which the ranks of a conversion have written all shards (`convert` with `worker`).
+
+    Every shard is looked at: size, time and header are those that it was planned and left with. Then side files, config.json
+    and index are written, and the directory is as a run without ranks would have left it; SRC is not needed. Returns how many
+    `shards` of how many bytes (`nbytes`) there are, and whether it was closed `before`.
+
+    KconvertError when shards are missing, with the ranks that have to run again, and when `destination` is not that of ranks.
+    """
+    from pathlib import Path
+
+    from kconvert.run.state.finalize import finalize_ranks
+
+    return finalize_ranks(Path(destination))
+
+
+def _rank(worker: str | None) -> Rank | None:
+    from kconvert.run.state.ranks import Rank
+
+    return None if worker is None else Rank.parse(worker, os.environ)

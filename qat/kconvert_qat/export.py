@@ -37,8 +37,8 @@ from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.planning.texts import Text
-from kconvert.run.finalize import finalize
-from kconvert.run.journal import Journal
+from kconvert.run.state.finalize import finalize
+from kconvert.run.state.journal import Journal
 from kconvert.run.writer import ShardWriter
 from kconvert.targets.base import DEFAULT_SHARD_SIZE, is_linear_role
 from kconvert_qat.attach import Coverage, adapters_of, coverage

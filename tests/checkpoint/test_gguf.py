@@ -75,8 +75,8 @@ def test_a_file_is_read_as_its_makers_reader_reads_it(tmp_path: Path, alignment:
         if key.startswith("GGUF."):
             continue
         value = found.metadata[key]
-        assert value == (Array(len(field.data)) if isinstance(value, Array) else field.contents())
-    assert found.metadata["tokenizer.ggml.tokens"] == Array(3000)
+        assert (value.items == len(field.data)) if isinstance(value, Array) else (value == field.contents())
+    assert found.metadata["tokenizer.ggml.tokens"].items == 3000
     assert found.architecture == "deepseek2"
     assert found.name == "toy.gguf"
     with found.reader() as reader:

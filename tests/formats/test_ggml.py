@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kconvert.formats.base import Format
-from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Nvfp4Blocks
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 
@@ -36,7 +37,7 @@ def recode(target: Format, source: Format, inputs: list[Any], rows: int, cols: i
 
 
 def dequantised(blocks: Any, dtype: Type) -> Any:
-    size = {Type.Q4_0: 18, Type.Q8_0: 34, Type.MXFP4: 17}[dtype]
+    size = {Type.Q4_0: 18, Type.Q8_0: 34, Type.MXFP4: 17, Type.NVFP4: 36}[dtype]
     return quants.dequantize(blocks.reshape(-1, size), dtype)
 
 
@@ -147,6 +148,27 @@ def test_mxfp4_keeps_every_code_and_scale(source: Format) -> None:
     theirs = dequantised(blocks, Type.MXFP4).reshape(ROWS, COLS)
     assert (ours == theirs).all()
     assert (torch.from_numpy(theirs).bfloat16().float().numpy() == tile)[1:].all()
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_nvfp4_keeps_every_code_under_every_scale(multiplies: bool) -> None:
+    codes = torch.arange(16).repeat(2).expand(127, 2, 32).reshape(127, 64)
+    codes = torch.stack([codes[row].roll(row) for row in range(127)]).to(torch.uint8)
+    scale = torch.arange(127, dtype=torch.uint8)[:, None].expand(127, 4) ^ torch.arange(4, dtype=torch.uint8)
+    scale = scale.clamp(max=0x7E)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    factor = np.float32(0.1)
+    inputs = [packed.flatten().numpy(), scale.flatten().numpy(), np.array([factor]).view(np.uint8)]
+    (blocks, beside), lost = recode(Nvfp4Blocks(strict=multiplies), Nvfp4(multiplies), inputs, 127, 64)
+    assert multiplies is False or lost == 0
+    assert beside.view(np.float32) == (factor if multiplies else np.float32(1) / factor)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    wide = scale.view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
+    expected = grid[codes.long()] * wide
+    assert (dequantised(blocks, Type.NVFP4).reshape(127, 64) == expected.numpy()).all()
+    nibbles = blocks.reshape(127, 36)[:, 4:].reshape(127, 4, 8)
+    ours = np.concatenate([nibbles & 15, nibbles >> 4], -1).reshape(127, 64)
+    assert (ours == codes.numpy()).all()
 
 
 def test_rows_that_take_turns_become_two_stacks() -> None:

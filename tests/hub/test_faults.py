@@ -260,5 +260,5 @@ def test_nothing_is_printed_of_a_fault_that_passed(hub, remote, kconvert, tmp_pa
     hub.fail(SHARD, status(503), times=1)
     result = kconvert("int4-to-bf16", remote, tmp_path / "dst", *SHARDS)
     assert (result.returncode, result.stderr) == (0, "")
-    assert re.fullmatch(r"wrote .*\n", result.stdout)
+    assert re.fullmatch(r"wrote .*\nengines: .*\n", result.stdout)
     assert os.listdir(tmp_path / "dst")

@@ -37,12 +37,12 @@ def test_inspect_and_dry_run_fetch_headers_and_no_weights(hub, remote, command, 
 def test_the_size_of_the_index_tells_how_much_to_ask_for_at_first(
     hub, remote, command, int4, monkeypatch, share, requests
 ):
-    from kconvert.hub import repository
+    from kconvert.checkpoint import remote as reading
 
     sizes = [8 + int.from_bytes(path.open("rb").read(8), "little") for path in int4.glob("*.safetensors")]
     longest = max(sizes) / ((int4 / INDEX).stat().st_size / len(sizes))
-    monkeypatch.setattr(repository, "FIRST_READ", (64, 1 << 20))
-    monkeypatch.setattr(repository, "HEADER_TO_INDEX", share * longest + 0.01)
+    monkeypatch.setattr(reading, "FIRST_READ", (64, 1 << 20))
+    monkeypatch.setattr(reading, "HEADER_TO_INDEX", share * longest + 0.01)
     command.ok("inspect", remote)
     assert hub.count(r"\.safetensors$") == requests * len(sizes)
     assert hub.sent(r"\.safetensors$") < 1.1 * len(sizes) * max(sizes)

@@ -27,7 +27,7 @@ def written(root, like, vocab=512):
     sizes = {name: size for name, size in {**SIZES, "vocab": vocab}.items() if name in load_manifest(like).dims}
     for name, content in plan_synthetic(SampleRecipe(like, sizes)).texts.items():
         (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_bytes(content)
+        (root / name).write_bytes(bytes(content))
     return root
 
 

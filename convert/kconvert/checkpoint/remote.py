@@ -139,5 +139,5 @@ def check_file_name(place: object, name: str) -> None:
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
         raise KconvertError(
-            f"{place} has a file called {name!r}, which could lead anywhere; do not trust what is there"
+            f"{place} has a file called {name!r}, which could lead anywhere; do not trust this repository"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli import check, conversions, diff, inspect, launch, qat, repack, sample, smoke, verify
+from kconvert.cli import check, conversions, diff, finalize, inspect, launch, qat, repack, sample, smoke, verify
 from kconvert.errors import CheckFailed, KconvertError, explain_os_error
 from kconvert.version import __version__
 
@@ -59,6 +59,7 @@ COMMANDS = (
     conversions.fp8_to_int4,
     conversions.convert,
     repack.repack_amx,
+    finalize.finalize,
     launch.launch,
     verify.verify,
     check.check,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -87,6 +88,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
+def _parse_worker(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """As I/N, before anything is read: what is wrong with it shows at once."""
+    if value is None:
+        return None
+    from kconvert.run.state.ranks import Rank
+
+    rank = Rank.parse(value, os.environ)
+    return f"{rank.index}/{rank.count}"
+
+
 def output_options(function: Command) -> Command:
     """Options of every command that writes a checkpoint."""
     options = [
@@ -99,6 +110,14 @@ def output_options(function: Command) -> Command:
         click.option(
             "--disk-budget", type=Size(), help="Most bytes on DST's disk: delete what has served [default: keep]."
         ),
+        click.option(
+            "--worker",
+            metavar="I/N",
+            callback=_parse_worker,
+            help="Be number I of N processes, from 0 on, that share the shards; slurm, torchrun, kubernetes or auto: as "
+            "the launcher says.",
+        ),
+        click.option("--finalize-when-complete", is_flag=True, help="With --worker: who ends last closes DST."),
         json_option,
         quiet_option,
         click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),

@@ -16,6 +16,7 @@ import click
 
 if TYPE_CHECKING:
     from kconvert.planning.plan import Plan
+    from kconvert.report.ranks import Share
     from kconvert.report.summary import Summary
 
 
@@ -41,15 +42,17 @@ def carry_out(
 ) -> None:
     """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that serves the result.
 
-    `terms` are `overwrite`, `push` and `disk_budget`, as `kconvert.check` and `kconvert.convert` take them.
+    `terms` are `overwrite`, `push`, `disk_budget`, `worker` and `finalize_when_complete`, as `kconvert.convert` takes them.
     """
     import kconvert
     from kconvert.report.summary import Outcome, describe_plan
     from kconvert.run.delivery import Delivery
 
-    delivery = Delivery.to(destination, terms["push"])
+    delivery, share = Delivery.to(destination, terms["push"]), _share(plan, terms["worker"])
     if dry_run or (verbose and not as_json):
         description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
+        if share is not None:
+            description = share.describe(description)
     if dry_run:
         click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, **terms)
@@ -59,7 +62,7 @@ def carry_out(
     started = time.monotonic()
     command = shlex.join(["kconvert", *sys.argv[1:]])
     earlier: list[int] = []
-    with progress(plan.output_bytes, quiet) as advance:
+    with progress(plan.output_bytes if share is None else share.nbytes, quiet) as advance:
         inexact = kconvert.convert(
             plan,
             destination,
@@ -72,7 +75,10 @@ def carry_out(
         )
     seconds = time.monotonic() - started
     if as_json or not quiet:
-        outcome = Outcome.now(plan, delivery, seconds, inexact, launch, *earlier)
+        if share is None:
+            outcome: Summary = Outcome.now(plan, delivery, seconds, inexact, launch, *earlier)
+        else:
+            outcome = share.outcome(plan, delivery, seconds, inexact, *earlier)
         click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else outcome.as_text())
 
 
@@ -82,6 +88,16 @@ def stored_bytes(output: str) -> int:
 
     files = [path for glob in ("*.safetensors", "*.gguf", KT_GLOB) for path in Path(output).glob(glob)]
     return sum(path.stat().st_size for path in files or [Path(output)] if path.is_file())
+
+
+def _share(plan: Plan, worker: str | None) -> Share | None:
+    """What a rank has of a plan, if this is one."""
+    if worker is None:
+        return None
+    from kconvert.report.ranks import Share
+    from kconvert.run.state.ranks import Rank
+
+    return Share.of(plan, Rank.parse(worker, {}))
 
 
 @contextmanager

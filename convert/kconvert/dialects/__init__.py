@@ -2,12 +2,13 @@
 
 from kconvert.dialects.base import QuantizationConfig
 from kconvert.dialects.registry import DECLARING_FILES, declared_beside, read_quantization
-from kconvert.dialects.tables import KEYS, quantization_tables, with_quantization, without_quantization
+from kconvert.dialects.tables import KEYS, declare_dtype, quantization_tables, with_quantization, without_quantization
 
 __all__ = [
     "DECLARING_FILES",
     "KEYS",
     "QuantizationConfig",
+    "declare_dtype",
     "declared_beside",
     "quantization_tables",
     "read_quantization",

@@ -7,10 +7,11 @@ A table is kept at the top level, or with the part of a multimodal model that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kconvert.dialects.fields import Table
+from kconvert.formats import Format
 
 KEYS = ("quantization_config", "compression_config")
 MLX_KEY = "quantization"
@@ -20,6 +21,7 @@ SECTION = "_config"
 DEPTH = 2
 # The order in which serving engines look; the language model's comes before what sees and hears.
 FIRST = (KEYS[0], f"text_config.{KEYS[0]}", KEYS[1])
+HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 TOWERS = ("vision", "visual", "image", "video", "audio", "speech")
 
 
@@ -75,3 +77,16 @@ def with_quantization(config: Mapping[str, Any], table: Mapping[str, Any]) -> di
     second, nested one would be another place to disagree.
     """
     return {**without_quantization(config), KEYS[0]: dict(table)}
+
+
+def declare_dtype(had: Mapping[str, Any], written: str, becomes: Iterable[Format | None]) -> dict[str, Any]:
+    """config.json without quantisation and, where weights become plain in BF16 or F16, as `written` says, with that dtype:
+    engines cast to it."""
+    config = without_quantization(had)
+    others = [dtype for half, dtype in HALVES.items() if half != written]
+    tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+    places = [(table, key) for table in tables for key in ("torch_dtype", "dtype") if table.get(key) in others]
+    if places and any(format is not None and not format.quantised for format in becomes):
+        for table, key in places:
+            table[key] = HALVES[written]
+    return config

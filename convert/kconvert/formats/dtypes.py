@@ -32,7 +32,7 @@ DTYPE_BITS = {
 
 # Of GGUF alone: blocks of so many elements in so many bytes, see formats.engines.ggml. The shape of such a tensor is that of
 # its elements.
-BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "MXFP4": (32, 17)}
+BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "MXFP4": (32, 17), "NVFP4": (64, 36)}
 
 # Integers and floats in which zero points lie, and the bit that is set in -0.
 ZERO_DTYPES = {

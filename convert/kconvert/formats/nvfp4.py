@@ -175,18 +175,12 @@ class Nvfp4(Format):
 
     def _respell(self, source: Nvfp4, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
         """The same codes and scales, and 1 / global scale; how many groups have other values by that."""
-        import numpy as np
-
         from kconvert.formats.kernels import nvfp4 as kernels
 
         for k in range(2):
             parts[k][:] = inputs[k]
         before = inputs[2].view("f4")[0]
-        with np.errstate(over="ignore", divide="ignore"):
-            after = np.float32(1) / before
-        if not 0 < after < math.inf:
-            raise ValueError(f"its global scale {before} has no inverse that an F32 can hold")
-        parts[2].view("f4")[0] = after
+        parts[2].view("f4")[0] = after = inverse_of(before)
         if self.measured:
             parts[3].view("f4")[0] = _inverse(inputs[3].view("f4")[0])
         steps = kernels.steps_of(before, source.multiplies), kernels.steps_of(after, self.multiplies)
@@ -196,6 +190,17 @@ class Nvfp4(Format):
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have values that no codes and scales reproduce")
         return lost if self.exact else 0
+
+
+def inverse_of(global_scale: Tile) -> Tile:
+    """1 / a global scale in F32."""
+    import numpy as np
+
+    with np.errstate(over="ignore", divide="ignore"):
+        found: Tile = np.float32(1) / global_scale
+    if not 0 < found < math.inf:
+        raise ValueError(f"its global scale {global_scale} has no inverse that an F32 can hold")
+    return found
 
 
 def _inverse(scale: Tile) -> Tile | float:

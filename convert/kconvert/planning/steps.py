@@ -36,6 +36,8 @@ class Slot:
 
     def whole(self, part: Part) -> Described:
         """The tensor in which the matrices' `part`s lie."""
+        if part.every is None and part.shape == (1,):  # a number for each matrix
+            return part.tensor_of(self.stack), part.dtype, (self.count,)
         rows, *rest = part.shape
         name = self.stack if self.bare else part.tensor_of(self.stack)
         return name, part.dtype, (self.count // self.width, self.width * rows, *rest)

@@ -230,7 +230,7 @@ class Outcome(Summary):
             line = f"wrote the {human(written)} that were missing of {output} to {where} {speed}"
         else:
             line = f"wrote {output} to {where} {speed}"
-        notes = [line, *_fates(plan, "lossy"), *_exactness(plan, inexact, earlier), *_dropped(plan)]
+        notes = [line, *_fates(plan, "lossy"), *exactness(plan, inexact, earlier), *_dropped(plan)]
         notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
         notes += [*plan.facts.get("notes", ()), *served.lines]
         return cls(facts, tuple(notes))
@@ -329,7 +329,7 @@ def launch_amx(place: Place, source: str | None = None) -> Summary:
     return Summary({"launch": line}, (*notes, f"launch: {line}"))
 
 
-def _exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:
+def exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:
     """What a run knows of the shards that it wrote itself; those of an earlier one were counted then."""
     if inexact:
         first = min(inexact, key=natural_key)

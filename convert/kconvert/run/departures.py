@@ -13,8 +13,8 @@ from kconvert.planning.plan import Plan
 from kconvert.run.budget import Ledger
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import Needs
-from kconvert.run.journal import Journal, Record
 from kconvert.run.mover import Mover
+from kconvert.run.state.journal import Journal, Record
 
 if TYPE_CHECKING:
     from kconvert.hub.upload import Upload

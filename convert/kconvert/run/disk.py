@@ -16,7 +16,7 @@ from kconvert.planning.plan import Plan
 from kconvert.run.budget import Schedule, make_schedule
 from kconvert.run.delivery import Delivery
 from kconvert.run.fetches import places_of, plan_fetches
-from kconvert.run.journal import STAGED, Record, stale_files
+from kconvert.run.state.journal import STAGED, Record, stale_files
 
 PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 
@@ -25,19 +25,26 @@ PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 class Needs:
     """`budget` is what may be used at the output's disk, None when what comes from the Hub is kept in its cache.
 
-    `places` says where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come,
-    `present` which of those that pass through the output's directory an earlier run has left there, whole or in part.
+    `others` are shards that other ranks write. `places` says where each source file that comes from the Hub will lie, `missing`
+    how many bytes of it are still to come, `present` which of those that pass through the output's directory an earlier run has
+    left there, whole or in part.
     """
 
     plan: Plan
     delivery: Delivery
     finished: Mapping[str, Record]
+    others: Collection[str]
     fetches: Mapping[str, Fetch]
     places: Mapping[str, Path]
     missing: Mapping[str, int]
     present: Collection[str]
     schedule: Schedule
     budget: int | None
+
+    @property
+    def settled(self) -> Collection[str]:
+        """The shards that this run does not write."""
+        return self.finished.keys() | self.others
 
     @property
     def download_bytes(self) -> int:
@@ -86,8 +93,17 @@ class Needs:
         return min(self.budget, max(free_bytes(self.delivery.directory) + self._present(), self.schedule.peak))
 
 
-def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budget: int | None) -> Needs:
-    """What is needed to finish `plan`. Who sends everything to the Hub, and keeps nothing, has all the disk as a budget."""
+def survey(
+    plan: Plan,
+    delivery: Delivery,
+    finished: Mapping[str, Record],
+    budget: int | None,
+    others: Collection[str] = frozenset(),
+) -> Needs:
+    """What is needed to finish `plan`, but for the shards of `others`.
+
+    Who sends everything to the Hub, and keeps nothing, has all the disk as a budget.
+    """
     if budget is None and delivery.passing:
         budget = free_bytes(delivery.directory)
     staged = delivery.directory / STATE_DIR / STAGED
@@ -97,13 +113,14 @@ def survey(plan: Plan, delivery: Delivery, finished: Mapping[str, Record], budge
     leaving = delivery.push is not None and budget is not None
     gone = {name for name in finished if not (delivery.directory / name).exists()} if leaving else None
     present = {file for file, path in places.items() if path.is_relative_to(staged) and _there(path)}
-    schedule = make_schedule(plan, finished, arriving, present, gone)
+    settled = finished.keys() | others
+    schedule = make_schedule(plan, settled, arriving, present, gone)
     if budget is not None and present and schedule.peak > budget:
         present = set()
-        schedule = make_schedule(plan, finished, arriving, present, gone)
+        schedule = make_schedule(plan, settled, arriving, present, gone)
     needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
     missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
-    return Needs(plan, delivery, finished, fetches, places, missing, present & needed, schedule, budget)
+    return Needs(plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, budget)
 
 
 def unfinished(path: Path) -> Path:

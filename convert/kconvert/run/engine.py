@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Transcode
-from kconvert.run.journal import Journal
 from kconvert.run.preflight import may_overflow
+from kconvert.run.state.journal import Journal
 from kconvert.run.tiles import (
     Once,
     Shared,
@@ -98,13 +98,16 @@ class Limits:
 
 @dataclass
 class Run:
-    """One execution of a plan. `advance` is called with the bytes of output that have been written, and the `observers` in
-    their order: who comes first has heard of a shard when the next one does.
+    """One execution of a plan that writes `shards` of it: all that are missing, or those of one of many machines.
+
+    `advance` is called with the bytes of output that have been written, and the `observers` in their order: who comes first has
+    heard of a shard when the next one does.
 
     `inexact` counts for each weight the groups that lost something where the target format was to lose nothing.
     """
 
     plan: Plan
+    shards: Collection[str]
     source: Fetcher
     journal: Journal
     limits: Limits
@@ -116,9 +119,8 @@ class Run:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def execute(self) -> None:
-        """Write every shard that the journal does not know as finished. On an error unfinished shards are removed."""
+        """Write these shards and no other. On an error unfinished shards are removed."""
         self._shards = {shard.name: shard for shard in self.plan.shards}
-        self._done = frozenset(self.journal.finished)
         tasks = self._tasks()
         try:
             self._finish_empty()
@@ -139,14 +141,14 @@ class Run:
     def _finish_empty(self) -> None:
         """Shards whose tensors have no elements are complete with their headers."""
         for shard in self.plan.shards:
-            if shard.is_empty and shard.name not in self._done:
+            if shard.is_empty and shard.name in self.shards:
                 self._begin(shard.name)
                 self._finish(shard.name)
 
     def _tasks(self) -> Iterator[Task]:
         reaches: dict[int, Once] = defaultdict(Once)  # weights with the same mates have the same tuple of them
         for step in self.plan.steps:
-            if any(place.file not in self._done for place in step.writes):
+            if any(place.file in self.shards for place in step.writes):
                 size, unit = task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
                 count = max(unit, size // unit * unit)
@@ -236,7 +238,7 @@ class Run:
         return rooms
 
     def _write(self, file: str, offset: int, data: Bytes) -> None:
-        if file in self._done or not len(data):
+        if file not in self.shards or not len(data):
             return
         if file not in self._writers:
             for observer in self.observers:

@@ -160,16 +160,17 @@ def is_ragged(format: Format, rows: int, cols: int) -> bool:
     return isinstance(format, Fp8) and format.is_ragged(rows, cols)
 
 
-def ragged_blocks(model: Model, encoding: Callable[[Weight], Format], offer: bool) -> str:
-    """What is worth knowing of the weights that get such blocks, of which there are some; `offer` scales by channel instead."""
+def ragged_blocks(model: Model, encoding: Callable[[Weight], Format], offer: bool) -> dict[str, Any]:
+    """The model's findings, and that weights get such blocks, of which there are some; `offer` scales by channel instead."""
     cut = [weight for weight in model.weights if is_ragged(encoding(weight), weight.rows, weight.cols)]
     first = cut[0]
     experts = any(weight.role.partition(".")[0] == "expert" for weight in cut)
-    return (
+    finding = (
         f"{first.name!r} [{first.rows}, {first.cols}] ends within a block of FP8 ({counted(len(cut), 'weight')} so); "
         f"transformers 5.23 reads such wrongly, silently{', and vLLM and SGLang refuse experts so' * experts}"
         f"{'; --layout compressed-tensors-channel has a scale for each row instead' * offer}"
     )
+    return {"findings": [*model.findings, finding]}
 
 
 def read_bytes(model: Model) -> int:

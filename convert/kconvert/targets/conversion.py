@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from kconvert.checkpoint.safetensors import Tensor
-from kconvert.dialects import quantization_tables, with_quantization, without_quantization
+from kconvert.dialects import declare_dtype, quantization_tables, with_quantization
 from kconvert.dialects.tables import EXPERTS_KEY, KEYS
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
@@ -23,14 +23,22 @@ from kconvert.models.stacks import STACKED, Stack
 from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
-from kconvert.targets import base
-from kconvert.targets.base import EXPERTS, HELD, POWERS, Target, facts_of, is_linear_role, read_bytes, refuse_loss
+from kconvert.targets.base import (
+    EXPERTS,
+    HELD,
+    POWERS,
+    Target,
+    facts_of,
+    is_linear_role,
+    is_ragged,
+    ragged_blocks,
+    read_bytes,
+    refuse_loss,
+)
 from kconvert.targets.mixed.fused import mates
 from kconvert.targets.mixed.measured import measured, notes, with_inputs
 from kconvert.targets.recipe import Recipe
 from kconvert.targets.unlisted import missing_lines
-
-HALVES = {"BF16": "bfloat16", "F16": "float16"}  # as config.json spells them
 
 
 def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
@@ -259,10 +267,8 @@ class Conversion:
             **({"scales": recipe.scales} if recipe.scales != "amax" else {}),
         }
         dropped = (tensor.name for tensor in self.left_behind())
-        told: dict[str, Any] = {}
-        if any(base.is_ragged(change.encoding, *kind[:2]) for kind, change in self._changes.items()):
-            finding = base.ragged_blocks(self.model, self.encoding, offer=not self.target.spares)
-            told["findings"] = [*self.model.findings, finding]
+        is_cut = any(is_ragged(change.encoding, *kind[:2]) for kind, change in self._changes.items())
+        told = ragged_blocks(self.model, self.encoding, offer=not self.target.spares) if is_cut else {}
         return facts_of(
             self.model, recipe.to, asked, steps, read_bytes(self.model), told, dropped, self._notes(steps) or None
         )
@@ -280,7 +286,8 @@ class Conversion:
 
     def config(self) -> dict[str, Any]:
         """config.json of the output."""
-        config = self._declare_dtype()
+        written = self.target.format.value_dtype
+        config = declare_dtype(self.model.checkpoint.config, written, map(self.becomes, self.model.weights))
         if self.target.table is None:
             return config
         weights: dict[bool, list[Weight]] = {True: [], False: []}
@@ -293,7 +300,8 @@ class Conversion:
         kept = {weight.name for weight in left}
         quantised = self._by_encoding(weight for weight in weights[True] if weight.name not in kept)
         others = [*map(self.name, weights[False]), *self._plain_linears()]
-        table = self.target.declare(self._declared(weights[True]), quantised, others)
+        said = self.target.said(self.model, left)
+        table = self.target.declare(self._declared(weights[True]), quantised, others, said)
         if self._block and self.target.spares:
             table["weight_block_size"] = list(self._block)
         experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
@@ -323,19 +331,6 @@ class Conversion:
         target = self.target.format
         had_powers = all(type(w.format) is type(target) and w.format.may_have_powers for w in weights)
         return (target.with_powers() if had_powers else None) or target
-
-    def _declare_dtype(self) -> dict[str, Any]:
-        """config.json without quantisation and, where weights become BF16 or F16, with that dtype: engines cast to it."""
-        config = without_quantization(self.model.checkpoint.config)
-        written = self.target.format.value_dtype
-        others = [dtype for half, dtype in HALVES.items() if half != written]
-        tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
-        places = [(table, key) for table in tables for key in ("torch_dtype", "dtype") if table.get(key) in others]
-        formats = map(self.becomes, self.model.weights) if places else ()
-        if any(format is not None and not format.quantised for format in formats):
-            for table, key in places:
-                table[key] = HALVES[written]
-        return config
 
     def _plain_linears(self) -> Iterator[str]:
         """Modules of matrices that are copied as they are, which an engine may take for Linears to be quantised."""

@@ -21,6 +21,7 @@ from kconvert.models.model import Model
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.targets.amx import AmxRecipe, plan_repack
+from kconvert.targets.gguf.architectures import ARCHITECTURES
 from kconvert.targets.planner import PLANNERS, make_plan
 from kconvert.targets.registry import TARGETS
 
@@ -76,6 +77,21 @@ def test_what_can_be_made_of_a_published_model_is_in_the_table(small_sample: Cal
     cells = [", ".join(labels), *(planned(model, to) for to in TO), repacked(model)]
     (row,) = [row for row in tables() if f"`{name}`" in row[0] and len(row) == len(cells) + 1]
     assert row[1:] == cells
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_model_is_in_gguf_is_in_the_table(small_sample: Callable[[str], Path], name: str) -> None:
+    rows = [row[1:] for row in tables() if f"`{name}`" in row[0] and row[1] in ARCHITECTURES.values()]
+    if not rows:
+        with pytest.raises(KconvertError, match="no mapping to GGUF yet"):
+            make_plan(inspect(small_sample(name)), Recipe("gguf"))
+        return
+    made = make_plan(inspect(small_sample(name)), Recipe("gguf"))
+    experts = [step for step in made.steps if "experts." in step.name and isinstance(step, Transcode)]
+    experts = [step for step in experts if not step.name.endswith("bias") and "shared" not in step.name]
+    fates = {step.target.fate(step.source) for step in experts} or {"lossless"}
+    labels = {step.target.label for step in experts} or {"bf16"}
+    assert rows == [[made.facts["architecture"], *labels, *map(WORDS.get, fates)]]
 
 
 @pytest.mark.parametrize("name", ENCODINGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from kimi_release import as_released
 
 from kconvert import Recipe, convert, plan, verify
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
@@ -26,8 +27,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, sizes in SIZES.items():
         convert(plan_synthetic(SampleRecipe(name, {**SMALL, **sizes})), root / name)
-        words = {"eos_token": "th", "bos_token": {"content": "a"}, "chat_template": "{% for m in messages %}"}
-        edit(root / name, "tokenizer_config.json", **words)
+        as_released(root / name)
+        edit(root / name, "tokenizer_config.json", eos_token="th", bos_token={"content": "a"})
+        (root / name / "chat_template.jinja").write_text("{% for m in messages %}")
         convert(plan(root / name, Recipe("gguf")), root / "made")
         (root / "made" / f"{name}.gguf").rename(root / f"{name}.gguf")
         shutil.rmtree(root / "made")

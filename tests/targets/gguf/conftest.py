@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader, ReaderTensor, quants
+from kimi_release import as_released
 
 from kconvert import Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
@@ -55,6 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if not (root / name).exists():
             convert(plan_synthetic(SampleRecipe(name, {**COMMON, **SIZES[name]})), root / name)
+            as_released(root / name)
         return root / name
 
     return make

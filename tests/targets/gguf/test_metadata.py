@@ -206,7 +206,6 @@ def test_a_vocabulary_that_is_none_is_refused(
     copy: Callable[[str], Path], content: bytes | None, sentence: str
 ) -> None:
     root = copy("kimi-k2-thinking")
-    (root / "tokenizer.json").unlink()
     path = root / "tiktoken.model"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(KconvertError, match=sentence):

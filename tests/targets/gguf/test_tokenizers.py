@@ -148,6 +148,7 @@ def test_a_tiktoken_file_counts_where_the_models_own_tokenizer_reads_it(
     edit(root / "tokenizer_config.json", tokenizer_class="TikTokenTokenizer")
     assert planned(root, "tokenizer.ggml.pre") == "kimi-k2"
     kimi = copy("kimi-k2-thinking")
+    shutil.copy(source("deepseek-v3") / "tokenizer.json", kimi)
     edit(kimi / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert planned(kimi, "tokenizer.ggml.pre") == "gpt-2"
     (kimi / "tokenizer.json").unlink()

@@ -1,18 +1,22 @@
-"""llama.cpp's blocks: 32 values of a row with their scale before them, one tensor in a GGUF file.
+"""llama.cpp's blocks: 32 or 64 values of a row with their scales before them, one tensor in a GGUF file.
 
-| type | bytes of 32 values | value |
+| type | bytes of a block | value |
 |---|---|---|
 | Q4_0 | scale F16; 16 bytes, byte j has n of value j in its low and of value j + 16 in its high nibble | (n - 8) * scale |
 | Q8_0 | scale F16; 32 codes I8 | code * scale |
 | MXFP4 | scale E8M0; e2m1 codes as in Q4_0 | code * 2^(scale - 127) |
+| NVFP4 | of 64 values: 4 scales E4M3, without sign; 8 bytes for each 16 values, j low and j + 8 high | code * scale * factor |
 
-Values are products in f32, exact in it. Q4_0 takes the codes of four-bit integers with a scale for each 32 columns or a
-multiple, and their scales as far as F16 has them: the nearest otherwise, and then the groups are counted. Every bf16 scale from
-2^-17 up to 65,280 is one of F16's. MXFP4 takes every group of MXFP4 as it is. Q8_0 rounds:
+Values are products in f32, exact in it but for the factor: an F32 for the weight in a tensor of its own, [experts] of a stack.
+Q4_0 takes the codes of four-bit integers with a scale for each 32 columns or a multiple, and their scales as far as F16 has
+them: the nearest otherwise, and then the groups are counted. Every bf16 scale from 2^-17 up to 65,280 is one of F16's. MXFP4
+takes every group of MXFP4 as it is, and NVFP4 those of NVFP4. Its factor is ModelOpt's global scale, or 1 / that of
+compressed-tensors; groups are counted whose bf16 values are not the same by that. Q8_0 rounds:
 
     scale = amax / 127, code = round_half_away(value * (1 / scale)), with the scale in f32; it is stored as F16
 
-Source: https://github.com/ggml-org/llama.cpp, `ggml/src/ggml-common.h` and `quantize_row_q8_0_ref`.
+Source: https://github.com/ggml-org/llama.cpp, `ggml/src/ggml-common.h` and `quantize_row_q8_0_ref`;
+of NVFP4 also `conversion/base.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kconvert.formats.base import Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.mx import Mx
+from kconvert.formats.nvfp4 import GROUP, Nvfp4, inverse_of
 from kconvert.formats.packed import SCALE_CODES, Packed
 from kconvert.formats.stacks import MxStack
 
@@ -50,13 +55,13 @@ class Blocks(Format):
         return "F32"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
-        if cols % BLOCK:
-            raise ValueError(f"its {cols} columns do not divide into blocks of {BLOCK}")
+        if cols % (size := BLOCKS[self.dtype][0]):
+            raise ValueError(f"its {cols} columns do not divide into blocks of {size}")
         return (Part("weight", self.dtype, (rows, cols)),)
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
-        if cols % BLOCK:
-            raise ValueError(f"has {cols} columns, which do not divide into blocks of {BLOCK}")
+        if cols % (size := BLOCKS[self.dtype][0]):
+            raise ValueError(f"has {cols} columns, which do not divide into blocks of {size}")
         return self
 
     def _blocks(self, parts: Sequence[Bytes]) -> Bytes:
@@ -177,6 +182,49 @@ class Mxfp4(Blocks):
         pairs = np.ndarray((len(blocks), BLOCK // 4), "u2", blocks, 1, (blocks.shape[1], 2))  # at odd addresses
         kernels.recode_mxfp4(inputs[0].reshape(-1, BLOCK // 2), inputs[1], blocks[:, 0], pairs)
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Blocks(Blocks):
+    """With its factor. Written only. `strict`: a group whose values change by the inverse of its global scale is an error."""
+
+    dtype: ClassVar[str] = "NVFP4"
+    strict: bool = field(default=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        return "nvfp4 blocks"
+
+    @property
+    def shortfall(self) -> str:
+        return "1 / global scale, in F32, changes values of {}"
+
+    def takes_codes(self, source: Format) -> bool:
+        return isinstance(source, Nvfp4)
+
+    def fate(self, source: Format) -> Fate:
+        if not isinstance(source, Nvfp4):
+            return "lossy"
+        return "lossless" if source.multiplies else "recovered"
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return *Blocks.parts(self, rows, cols), Part("scale", "F32", (1,), every=None)
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        from kconvert.formats.kernels import ggml as kernels
+        from kconvert.formats.kernels.nvfp4 import count_changed, steps_of
+
+        assert isinstance(source, Nvfp4)
+        codes, scale, given = inputs[0].reshape(-1, GROUP // 2), inputs[1], inputs[2].view("f4")[0]
+        factor = given if source.multiplies else inverse_of(given)
+        parts[1].view("f4")[0] = factor
+        kernels.recode_nvfp4(codes, scale, parts[0].view("u2").reshape(-1, BLOCKS[self.dtype][1] // 2))
+        if source.multiplies:
+            return 0
+        lost = int(count_changed(codes, scale, steps_of(given, False), steps_of(factor, True)))
+        if lost and self.strict:
+            raise ValueError(f"{lost:,} of its groups have other values by 1 / global scale in F32,")
+        return lost
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""ggml's blocks of 32 values; see formats.engines.ggml."""
+"""ggml's blocks; see formats.engines.ggml."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kconvert.formats.kernels.bits import MAGNITUDE, bits_of, float_of, inline, 
 
 U, U16 = np.uint32, np.uint16  # around every operation on them, which numba would otherwise widen to 64 bits
 LOW, HIGH, FOUR, EIGHT = U16(0x0F), U16(0xF0), U16(4), U16(8)
+SIGNS, MINUS_ZERO, UNSIGNED = U16(0x88), np.uint8(0x80), np.uint8(0x7F)
 NO_CODES = 0x88  # two codes of zero in a byte of Q4_0
 HALF = np.float32(0.5)
 OVERFLOW = U(0x477FF000)  # 65,520, from which on F16 has infinity
@@ -20,13 +21,18 @@ WIDEST_CODE = np.float32(127)
 
 
 @inline
+def _across(first: Any, second: Any) -> Any:
+    """Two bytes of four-bit codes -> a u16 of two bytes: the low nibbles of both in one, the high ones in the next."""
+    low = U16((first & LOW) | U16((second & LOW) << FOUR))
+    return U16(low | U16(U16(U16(first >> FOUR) | U16(second & HIGH)) << EIGHT))
+
+
+@inline
 def _regroup(codes: Any, block: Any, pairs: Any) -> None:
     """Four-bit codes u8 [n, 16], the first value in the low nibble -> pairs u16 [n, 8] of bytes, of which byte j has value j in
     its low and value j + 16 in its high nibble."""
     for j in range(8):
-        first, second = U16(codes[block, j]), U16(codes[block, j + 8])
-        low = U16((first & LOW) | U16((second & LOW) << FOUR))
-        pairs[block, j] = U16(low | U16(U16(U16(first >> FOUR) | U16(second & HIGH)) << EIGHT))
+        pairs[block, j] = _across(U16(codes[block, j]), U16(codes[block, j + 8]))
 
 
 @inline
@@ -97,6 +103,25 @@ def recode_mxfp4(codes: Any, scale: Any, scales: Any, pairs: Any) -> Any:
     for block in range(codes.shape[0]):
         scales[block] = scale[block]
         _regroup(codes, block, pairs)
+
+
+@kernel
+def recode_nvfp4(codes: Any, scale: Any, blocks: Any) -> Any:
+    """Codes u8 [4 n, 8] and their scales u8 [4 n] of e4m3 bits -> blocks u16 [n, 18]: the bits of four scales without their
+    signs, and of each group eight bytes, of which byte j has value j in its low and value j + 8 in its high nibble.
+
+    A scale of -0 gives its sign to the codes.
+    """
+    for block in range(blocks.shape[0]):
+        for group in range(4 * block, 4 * block + 4):
+            signs = SIGNS if scale[group] == MINUS_ZERO else U16(0)
+            place = 2 + 4 * (group & 3)
+            for j in range(4):
+                first, second = U16(codes[group, j]) ^ signs, U16(codes[group, j + 4]) ^ signs
+                blocks[block, place + j] = _across(U16(first), U16(second))
+        for pair in range(2):
+            one, other = scale[4 * block + 2 * pair] & UNSIGNED, scale[4 * block + 2 * pair + 1] & UNSIGNED
+            blocks[block, pair] = U16(U16(one) | U16(U16(other) << EIGHT))
 
 
 @kernel

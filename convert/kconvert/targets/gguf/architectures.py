@@ -24,6 +24,14 @@ ARCHITECTURES = {
     "gpt_oss": "gpt-oss",
 }
 
+# The weights whose outputs llama.cpp multiplies by the factor of their NVFP4. Its loader takes that of any weight, but what it
+# computes from deepseek2's experts goes without.
+HAS_FACTOR = {
+    "qwen3moe": frozenset(
+        ("expert.gate", "expert.up", "expert.down", *(f"attention.{part}" for part in "qkvo"), "lm_head"),
+    ),
+}
+
 
 def architecture_of(model: Model) -> str:
     """What llama.cpp calls the model; KconvertError where kconvert has no mapping of its tensors."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 # Of gguf.LlamaFileType: what most of the experts are, for people.
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38, "NVFP4": 39}
 QUANTIZATION_VERSION = 2
 # How llama.cpp's "yarn_log_mul" relates to DeepSeek's mscale_all_dim.
 LOG_MUL = 0.1

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import KconvertError, counted
+from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.engines.ggml import Q4_0, Q8_0
 from kconvert.formats.engines.heads import Heads
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Model
 from kconvert.planning.gguf import Gguf
 from kconvert.planning.plan import Output, Plan
@@ -108,6 +110,13 @@ def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[
     heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
     if heads:
         yield f"kv_b of {counted(len(heads), 'layer')} is split by head into k_b, transposed, and v_b"
+    respelt = [step for step in steps if isinstance(step, Transcode) and isinstance(step.source, Nvfp4)]
+    if spelt_out := [step for step in respelt if not step.target.takes_codes(step.source)]:
+        yield (
+            f"{counted(len(spelt_out), 'weight')} in nvfp4 become{'s' * (len(spelt_out) == 1)} {spelt_out[0].target.label}, "
+            f"{spelt_out[0].name!r} the first: llama.cpp computes this model without the global scales of their blocks, or "
+            f"they have columns that are no multiple of {BLOCKS['NVFP4'][0]}"
+        )
     if left_out:
         yield (
             f"left out, as llama.cpp has no use for them or reads them from another file (towers, layers for drafting, a head "

@@ -1,6 +1,7 @@
 """Which tensor of a GGUF file each weight becomes, under which name, and in which type.
 
-Codes of INT4 in groups of 32 go to Q4_0 and of MXFP4 to MXFP4; other matrices are BF16 (F16 and F32 stay), or Q8_0 if wanted;
+Codes of INT4 in groups of 32 go to Q4_0, of MXFP4 to MXFP4 and of NVFP4, where llama.cpp heeds its factor, to NVFP4; other
+matrices are BF16 (F16 and F32 stay), or Q8_0 if wanted;
 routers, and what is no matrix, F32. The experts of a layer lie in one tensor, kv_b is split by head, gpt-oss's gate and up are
 taken apart. Names are those of the `gguf` package.
 """
@@ -18,14 +19,16 @@ from typing import TYPE_CHECKING, TypeAlias
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import DTYPES, Dense
-from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Whole
+from kconvert.formats.dtypes import BLOCKS
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Nvfp4Blocks, Whole
 from kconvert.formats.engines.heads import Heads, Piece
 from kconvert.formats.engines.turns import Turns
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of
-from kconvert.targets.gguf.architectures import section_of
+from kconvert.targets.gguf.architectures import HAS_FACTOR, section_of
 from kconvert.targets.gguf.metadata import Fields
 
 if TYPE_CHECKING:
@@ -144,9 +147,15 @@ class Tensors:
         for blocks in (self.q4_0, Mxfp4()):
             if blocks.takes_codes(weight.format):
                 return self._fit(blocks, weight)
+        if self._stays_nvfp4(weight):
+            return Nvfp4Blocks(self.q4_0.strict)
         if self.rest is not None:
             return self._fit(self.rest, weight)
         return self._fit(Dense("BF16"), weight) if weight.format.quantised else weight.format
+
+    def _stays_nvfp4(self, weight: Weight) -> bool:
+        has_place = weight.role in HAS_FACTOR.get(self.architecture, ()) and weight.cols % BLOCKS["NVFP4"][0] == 0
+        return has_place and isinstance(weight.format, Nvfp4)
 
     def _fit(self, format: Format, weight: Weight) -> Format:
         try:
@@ -229,9 +238,12 @@ SPELLINGS = {
 
 
 def _whole(weight: Weight, name: str, target: Format, shape: tuple[int, ...]) -> Transcode:
-    """The weight as the tensor `name` in `shape`."""
-    whole = Whole(target, shape)
-    return Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, whole, (), name)
+    """The weight as the tensor `name` in `shape`, and beside it the factor of NVFP4."""
+    if isinstance(target, Nvfp4Blocks):
+        name = name.removesuffix(".weight")
+    else:
+        target = Whole(target, shape)
+    return Transcode(weight.name, weight.rows, weight.cols, weight.format, weight.tensors, target, (), name)
 
 
 def _name(item: Weight | Plain) -> str:
@@ -240,5 +252,4 @@ def _name(item: Weight | Plain) -> str:
 
 def _type_of(format: Format) -> str:
     """The GGUF type of a matrix in this format."""
-    (part,) = format.parts(32, 32)
-    return part.dtype
+    return format.parts(64, 64)[0].dtype

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format, Part
 from kconvert.formats.mx import GROUP, Mx
+from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 from kconvert.proof.parity.witnesses.base import State, Witness
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 PLAIN = frozenset({"F32", "F16", "BF16"})
+E2M1 = {
+    "MXFP4": (1, 16),
+    "NVFP4": (4, 8),
+}  # whose codes are such: bytes before them, and bytes whose nibbles belong together
 BY_HEAD = " by head"  # what the label of blocks that lie across their weight ends with
 
 
@@ -111,11 +116,11 @@ class BlocksWitness(Witness[Blocks]):
         return values * state["scale"] if self.format.factor else values
 
     def claims(self, source: Format) -> bool:
-        """Four-bit integers with their scale fit into Q4_0, and MXFP4 is MXFP4."""
+        """Four-bit integers with their scale fit into Q4_0, MXFP4 is MXFP4, and NVFP4 NVFP4."""
         match self.format.dtype, source:
             case "Q4_0", Packed(bits=4, symmetric=True, ordered=False):
                 return (source.group_size or GROUP) % GROUP == 0
-            case "MXFP4", Mx(bits=4) | MxStack():
+            case ("MXFP4", Mx(bits=4) | MxStack()) | ("NVFP4", Nvfp4()):
                 return True
         return False
 
@@ -169,14 +174,17 @@ def dequantised(format: Blocks, data: torch.Tensor, shape: tuple[int, int]) -> t
     with np.errstate(all="ignore"):  # whatever a stranger's scales are
         numbers: Any = gguf.quants.dequantize(rows.numpy(), gguf.GGMLQuantizationType[format.dtype])
     values = torch.from_numpy(numbers).view(shape)
-    return _signed(values, rows) if format.dtype == "MXFP4" else values
+    return _signed(values, rows.view(-1, format.nbytes), *E2M1[format.dtype]) if format.dtype in E2M1 else values
 
 
-def _signed(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """MXFP4 with the signs of its zeros, which gguf's table of codes has not: code 8 is -0 elsewhere."""
+def _signed(values: torch.Tensor, blocks: torch.Tensor, head: int, group: int) -> torch.Tensor:
+    """Values of e2m1 with the signs of zeros, which gguf's table of codes has not: code 8 is -0 elsewhere.
+
+    Codes begin behind `head` bytes; of each `group` bytes the low nibbles come before the high ones.
+    """
     import torch
 
-    codes = rows.view(-1, 17)[:, 1:]
+    codes = blocks[:, head:].reshape(-1, group)
     negative = torch.cat([codes & 8, codes >> 4 & 8], -1).view(values.shape) != 0
     return values.copysign(torch.where(negative, -1.0, 1.0))
 

@@ -40,6 +40,16 @@ class Nvfp4Witness(Witness[Nvfp4]):
         values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
         return values.view(shape).bfloat16()
 
+    def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """Codes times scales, exact in F32, times the global factor: the inverse, in F32, of compressed-tensors' scale."""
+        import torch
+        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+        packed, other = (state[name] for name in nvfp4.NAMES[self.format.multiplies])
+        codes = unpack_fp4_from_uint8(packed, *shape, dtype=torch.float32).view(shape[0], -1, nvfp4.GROUP)
+        values: torch.Tensor = codes * state["weight_scale"].float().unsqueeze(-1)
+        return values.view(shape) * (other if self.format.multiplies else 1 / other)
+
     @property
     def shared(self) -> str:
         return nvfp4.NAMES[self.format.multiplies][1]

@@ -1,0 +1,71 @@
+"""What the user of one rank wants to know: its share of a plan, and what it has made of that."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kconvert.errors import counted, human
+from kconvert.planning.plan import Plan
+from kconvert.report.summary import Summary, exactness
+from kconvert.run.delivery import Delivery
+from kconvert.run.state.finalize import is_closed
+from kconvert.run.state.ranks import Rank
+
+
+@dataclass(frozen=True)
+class Share:
+    """The shards of a rank, `nbytes` in all."""
+
+    rank: Rank
+    shards: tuple[str, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, plan: Plan, rank: Rank) -> Share:
+        names = rank.share(plan)
+        shards = [shard for shard in plan.shards if shard.name in names]
+        return cls(rank, tuple(shard.name for shard in shards), sum(shard.nbytes for shard in shards))
+
+    def __str__(self) -> str:
+        return f"{human(self.nbytes)} in {counted(len(self.shards), 'shard')}"
+
+    def describe(self, plan: Summary) -> Summary:
+        """`--dry-run` of a rank: the whole plan, and which shards are its own."""
+        facts = {"rank": self.rank.index, "ranks": self.rank.count, "bytes": self.nbytes, "shards": list(self.shards)}
+        return Summary({**plan.facts, "share": facts}, (*plan.lines, f"{self.rank}: {self}"))
+
+    def outcome(
+        self, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], earlier: int
+    ) -> Summary:
+        """The closing summary of a run that began when `earlier` bytes of the share were finished already."""
+        written, peak = self.nbytes - earlier, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        closed = is_closed(delivery.directory)
+        facts: dict[str, Any] = {
+            "output": str(delivery),
+            "rank": self.rank.index,
+            "ranks": self.rank.count,
+            "bytes": self.nbytes,
+            "written_bytes": written,
+            "shards": len(self.shards),
+            "seconds": round(seconds, 3),
+            "bytes_per_second": round(written / seconds),
+            "peak_memory_bytes": peak,
+            "inexact_groups": dict(inexact),
+            "complete": closed,
+        }
+        return Summary(facts, tuple(self._lines(plan, delivery, seconds, inexact, earlier, closed)))
+
+    def _lines(
+        self, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], earlier: int, closed: bool
+    ) -> Iterator[str]:
+        written = self.nbytes - earlier
+        if written:
+            speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+            yield f"{self.rank} wrote {human(written)} of its {self} to {delivery} {speed}"
+            yield from exactness(plan, inexact, max(earlier, 1))  # other ranks speak of theirs
+        else:
+            yield f"{self.rank} had nothing left to do, {self}"
+        yield f"{delivery} is complete" if closed else f"when all ranks have ended: kconvert finalize {delivery}"

@@ -1,0 +1,154 @@
+"""The last act of a conversion: side files, then config.json and the index, so that an unfinished DST lacks both.
+
+Of ranks, rank 0 leaves these files beforehand, and who closes DST needs neither SRC nor the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from kconvert.checkpoint.files import exists, is_directory, sync_directory, write_file
+from kconvert.checkpoint.listing import CONFIG_NAME, STATE_DIR
+from kconvert.errors import KconvertError, counted, explain_os_error
+from kconvert.planning.plan import Plan
+from kconvert.run.state.journal import JOURNAL, Journal, Record, disband, is_done, read_lines, read_records
+from kconvert.run.state.locks import LOCK, hold
+from kconvert.run.state.outline import Outline, closing
+from kconvert.run.state.ranks import deal
+
+
+def finalize(plan: Plan, journal: Journal) -> None:
+    """Complete a DST whose shards are all there; a rerun does it again with the same result."""
+    missing = [shard.name for shard in plan.shards if shard.name not in journal.finished]
+    if missing:
+        raise KconvertError(f"{missing[0]} was not finished; run the same command again")
+    leave(plan, journal, journal.destination)
+
+
+def leave(plan: Plan, journal: Journal, directory: Path) -> None:
+    """Write the small files of `plan` into a directory, config.json and the index last."""
+    for name in plan.side_files:
+        assert plan.source is not None
+        _copy(plan.source.side_file(name), directory / name, journal.partial(name))
+    for name, text in plan.texts.items():
+        write_file(directory / name, journal.partial(name), bytes(text))
+
+
+@dataclass(frozen=True)
+class Closed:
+    """What `finalize_ranks` found: how many shards of how many bytes, and whether DST was closed already."""
+
+    shards: int
+    nbytes: int
+    before: bool = False
+
+
+def finalize_ranks(destination: Path) -> Closed:
+    """Close a DST whose shards ranks have written, after a look at each of them; see kconvert.finalize."""
+    state = destination / STATE_DIR
+    if not is_directory(state):
+        raise KconvertError(f"{destination} is no directory that ranks have written to; give the DST of their commands")
+    if Outline.read(state) is None:
+        return _closed_before(destination)
+    busy = f"kconvert is at work on {destination}; wait for it, or stop it"
+    try:
+        with hold(state / LOCK, busy):
+            return _close(destination, state)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot write to {destination}") from None
+
+
+def finalize_complete(destination: Path) -> Closed | None:
+    """The same where no rank has anything left to do; None where one has, who will do this in its turn."""
+    state = destination / STATE_DIR
+    if (outline := Outline.read(state)) is None or _missing(destination, state, outline):
+        return None
+    try:
+        with hold(state / LOCK, "", wait=True):  # who has it is about to end, or does the same
+            return _close(destination, state)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot write to {destination}") from None
+
+
+def is_closed(destination: Path) -> bool:
+    """Whether ranks have nothing more to do with DST."""
+    return Outline.read(destination / STATE_DIR) is None and exists(destination / CONFIG_NAME)
+
+
+def _close(destination: Path, state: Path) -> Closed:
+    if (outline := Outline.read(state)) is None:
+        return _closed_before(destination)
+    if missing := _missing(destination, state, outline):
+        _refuse(destination, outline, missing)
+    if not outline.is_closable(state):
+        raise KconvertError(
+            f"{destination} lacks its side files and config.json, which rank 0 of {outline.ranks} leaves; run that rank again"
+        )
+    for name, _, nbytes, digest in outline.shards:
+        _check_header(destination / name, nbytes, digest)
+    for number, name in enumerate(outline.small):
+        _copy(closing(state) / name, destination / name, state / f"{number}.part")
+    records = read_records(state, outline.head)
+    lines = [outline.head, *({"shard": name, **records[name]} for name, *_ in sorted(outline.shards))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_file(state / JOURNAL, state / f"{JOURNAL}.part", text.encode())
+    disband(state)
+    return Closed(len(outline.shards), sum(nbytes for _, nbytes, *_ in outline.shards))
+
+
+def _closed_before(destination: Path) -> Closed:
+    """Of a DST in which there are no ranks, or no more."""
+    if not exists(destination / CONFIG_NAME):
+        raise KconvertError(f"{destination} is unfinished, and not by ranks; run the command again that began it")
+    lines = read_lines(destination / STATE_DIR / JOURNAL)
+    shards = read_records(destination / STATE_DIR, lines[0]) if lines else {}
+    return Closed(len(shards), sum(record.get("bytes", 0) for record in shards.values()), before=True)
+
+
+def _missing(destination: Path, state: Path, outline: Outline) -> list[str]:
+    """The shards that are not there, or not as the rank left them that wrote them."""
+    records = read_records(state, outline.head)
+    sizes = {name: nbytes for name, nbytes, *_ in outline.shards}
+    return [name for name in sizes if not _is_whole(destination / name, sizes[name], records.get(name, {}))]
+
+
+def _is_whole(path: Path, nbytes: int, record: Record) -> bool:
+    return record.get("bytes") == nbytes and is_done(path, record, None)
+
+
+def _refuse(destination: Path, outline: Outline, missing: Collection[str]) -> None:
+    owners = deal([nbytes for _, nbytes, *_ in outline.shards], outline.ranks)
+    late = sorted({rank for rank, (name, *_) in zip(owners, outline.shards, strict=True) if name in missing})
+    one, named = len(late) == 1, [*map(str, late[:8]), *(["others"] if len(late) > 8 else [])]
+    listed = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
+    raise KconvertError(
+        f"{destination} is not complete: {'rank' if one else 'ranks'} {listed} of {outline.ranks} {'has' if one else 'have'} "
+        f"not finished, {counted(len(missing), 'shard')} of {len(outline.shards):,} missing or changed since, the first "
+        f"{next(iter(missing))}; run {'that rank' if one else 'those ranks'} again"
+    )
+
+
+def _check_header(path: Path, nbytes: int, digest: str) -> None:
+    with open(path, "rb") as file:
+        header = file.read(nbytes)
+    if hashlib.sha256(header).hexdigest() != digest:
+        raise KconvertError(f"{path} does not begin as it was planned; delete it, and run its rank again")
+
+
+def _copy(source: Path, target: Path, partial: Path) -> None:
+    """Copy a side file, following a Hub cache's symbolic link, with the mode that new files get."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.rename(partial, target)
+        sync_directory(target.parent)
+    except OSError as error:
+        raise explain_os_error(error, f"cannot copy {source} to {target}") from None

@@ -1,0 +1,306 @@
+"""The state of one run in DST/.kconvert: a lock, unfinished files, and a record of every finished shard.
+
+The journal is a line of JSON for the plan it belongs to and one for each shard, appended once the shard is durable. A
+record holds what the file looked like then, so that a rerun trusts a shard only if nobody has touched it since. A shard
+that was sent to the Hub has a second line, and is finished even if the file is gone.
+
+Ranks share the lock of DST, and each has all three in a folder of its own, see state.outline. What any of them has finished
+is finished for all; a run without ranks, which is alone, takes their records over and goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.side_files import DECLARATION, why_left_out
+from kconvert.errors import KconvertError, counted, explain_os_error
+from kconvert.hub.ids import HubId, parse_hub_id
+from kconvert.planning.plan import Plan
+from kconvert.run.state.locks import LOCK, hold
+from kconvert.run.state.outline import OUTLINE, RANKS, Outline, folder
+from kconvert.run.state.ranks import Rank
+from kconvert.version import __version__
+
+JOURNAL = "journal.jsonl"
+PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
+PARTS = "*.part"  # unfinished files
+STAGED = "source"  # source files on their way through the disk
+SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
+
+Record: TypeAlias = dict[str, Any]
+
+
+class Journal:
+    """Hold of a DST for one plan, a context manager. `finished` has the records of shards that need no more work.
+
+    Without a `rank` it is alone; ranks, of which none may have the same number, share DST. `command` is what the user typed, to
+    be told later.
+    """
+
+    def __init__(
+        self,
+        destination: Path,
+        plan: Plan,
+        overwrite: bool,
+        push: HubId | None = None,
+        command: str = "",
+        rank: Rank | None = None,
+    ) -> None:
+        self.destination, self.rank = destination, rank
+        self._root = destination / STATE_DIR
+        self._state = self._root if rank is None else folder(self._root, rank.index)
+        self._token = secrets.token_hex(4)  # where locks fail, two runs still do not write one file
+        self._lock = threading.Lock()
+        try:
+            with ExitStack() as held:
+                busy = f"another kconvert is writing to {destination}; wait for it, or choose another directory"
+                held.enter_context(hold(self._root / LOCK, busy, shared=rank is not None))
+                self.finished = finished_shards(destination, plan, overwrite, push, rank)
+                self.shares = frozenset(shard.name for shard in plan.shards) if rank is None else rank.share(plan)
+                if rank is not None:
+                    self._join(plan, command, rank)
+                    busy = f"{rank} is at work on {destination} already; give each worker a number of its own"
+                    held.enter_context(hold(self._state / LOCK, busy))
+                self._begin(plan, overwrite, command)
+                self._held = held.pop_all()
+        except OSError as error:
+            raise explain_os_error(error, f"cannot write to {destination}") from None
+
+    @property
+    def todo(self) -> frozenset[str]:
+        """The shards that whoever holds the journal still has to write."""
+        return self.shares - self.finished.keys()
+
+    def _join(self, plan: Plan, command: str, rank: Rank) -> None:
+        """Be one of the ranks at work, the first if there are none. KconvertError where they are others."""
+        outline = Outline.of(plan, _head(plan, command), rank.count).put(self._root, self._token)
+        if not _belongs(outline.head, plan):
+            difference = _difference(outline.head, plan)
+            raise KconvertError(f"{self.destination} holds a conversion {difference}; {_advice(rank)}")
+        _check_count(outline, rank, self.destination)
+
+    def _begin(self, plan: Plan, overwrite: bool, command: str) -> None:
+        """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
+        heads = [head for head in _heads(self._root, Outline.read(self._root)) if _belongs(head, plan)]
+        # Who goes on names the commit that he found here; what was asked for at first must stay.
+        head = heads[0] if heads else _head(plan, command)
+        mine = sorted(self.finished.keys() & self.shares)
+        lines = [head, *({"shard": shard, **self.finished[shard]} for shard in mine)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        if not heads:
+            shutil.rmtree(self.staged, ignore_errors=True)
+        if self.todo:
+            for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
+                (self.destination / name).unlink(missing_ok=True)
+        for path in self._stale(overwrite):
+            path.unlink(missing_ok=True)
+        write_file(self._state / JOURNAL, self.partial(JOURNAL), text.encode())
+        if self.rank is None:
+            disband(self._root)
+
+    def _stale(self, overwrite: bool) -> list[Path]:
+        """Of a rank its own unfinished files, and those of a run without, as there is none now; see stale_files."""
+        if self.rank is None:
+            return stale_files(self.destination, self.finished, overwrite)
+        return [*self._root.glob(PARTS), *self._state.glob(PARTS)]
+
+    def partial(self, name: str) -> Path:
+        """Where the file called `name` lies until it is complete."""
+        short = os.fsencode(name.replace("/", "__"))[-200:]  # a name has 255 bytes at most
+        return self._state / (self._token + "-" + short.decode("utf-8", "ignore") + ".part")
+
+    @property
+    def staged(self) -> Path:
+        """The directory of source files that are here for a while."""
+        return self._state / STAGED
+
+    def record(self, shard: str) -> None:
+        """Note that `shard` is complete, durable and under its name."""
+        try:
+            self._append(shard, _looks(self.destination / shard))
+        except OSError as error:
+            raise explain_os_error(error, f"cannot read {self.destination / shard}") from None
+
+    def note(self, shard: str, **facts: Record) -> None:
+        """Add to the record of a finished shard: `upload` (where on the Hub its content is), `parity`."""
+        self._append(shard, facts)
+
+    def _append(self, shard: str, facts: Record) -> None:
+        path = self._state / JOURNAL
+        try:
+            with self._lock, open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"shard": shard, **facts}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                self.finished.setdefault(shard, {}).update(facts)
+        except OSError as error:
+            raise explain_os_error(error, f"cannot write {path}") from None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+
+def finished_shards(
+    destination: Path, plan: Plan, overwrite: bool, push: HubId | None = None, rank: Rank | None = None
+) -> dict[str, Record]:
+    """The records of the shards that earlier runs of this plan, or other ranks, finished and nobody has touched since.
+
+    Those that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
+    holds anything else, unless the user said to `overwrite` it; and when it is that of more ranks or fewer.
+    """
+    if not exists(destination):
+        return {}
+    state = destination / STATE_DIR
+    try:
+        # The list first: other ranks may begin now, and write their outline before all else.
+        foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
+        outline = Outline.read(state)
+        heads = _heads(state, outline)
+        others = [head for head in heads if not _belongs(head, plan)]
+        if overwrite and (others or not heads):
+            return {}
+        if foreign is not None and not heads:
+            raise KconvertError(f"{destination} is not empty ({foreign}); {_advice(rank)}")
+        if others:
+            raise KconvertError(f"{destination} holds a conversion {_difference(others[0], plan)}; {_advice(rank)}")
+        _check_count(outline, rank, destination)
+        records = read_records(state, {"plan": plan.hash, "source": plan.stamp})
+        known = {shard.name: records[shard.name] for shard in plan.shards if shard.name in records}
+        return {name: record for name, record in known.items() if is_done(destination / name, record, push)}
+    except OSError as error:
+        raise explain_os_error(error, f"cannot read {destination}") from None
+
+
+def read_records(state: Path, head: Mapping[str, Any]) -> dict[str, Record]:
+    """What the journals in DST/.kconvert with such a head, that of DST and those of ranks, have of their shards."""
+    records: dict[str, Record] = {}
+    for path in (state / JOURNAL, *sorted((state / RANKS).glob(f"*/{JOURNAL}"))):
+        lines = read_lines(path)
+        if lines and all(lines[0].get(key) == head.get(key) for key in ("plan", "source")):
+            for line in lines[1:]:
+                records.setdefault(str(line.pop("shard", "")), {}).update(line)
+    return records
+
+
+def _heads(state: Path, outline: Outline | None) -> list[Mapping[str, Any]]:
+    """Of the journal in DST/.kconvert, and of the ranks' outline."""
+    return [*read_lines(state / JOURNAL)[:1], *([outline.head] if outline else [])]
+
+
+def _check_count(outline: Outline | None, rank: Rank | None, destination: Path) -> None:
+    if outline is not None and rank is not None and outline.ranks != rank.count:
+        raise KconvertError(
+            f"{destination} is shared by {counted(outline.ranks, 'rank')}, and {rank} is none of them; go on with "
+            f"{outline.ranks}, or by one run without --worker, which takes over what they have finished"
+        )
+
+
+def disband(state: Path) -> None:
+    """Remove what ranks have left in DST/.kconvert; the outline first, without which the rest says nothing."""
+    (state / RANKS / OUTLINE).unlink(missing_ok=True)
+    shutil.rmtree(state / RANKS, ignore_errors=True)
+
+
+def _advice(rank: Rank | None) -> str:
+    if rank is None:
+        return "choose another directory, or --overwrite to replace the checkpoint in it"
+    return "choose another directory, and give all ranks the same command, SRC and kconvert"
+
+
+def _difference(head: Mapping[str, Any], plan: Plan) -> str:
+    """What is another in the run that a journal belongs to."""
+    if (version := head.get("version", __version__)) != __version__:
+        return f"by kconvert {version}, and this is {__version__}"
+    same = head.get("plan") == plan.hash
+    return "from source files that have changed since" if same else "with other settings, or of another source"
+
+
+def is_done(path: Path, record: Record, push: HubId | None) -> bool:
+    if push is not None and record.get("upload", {}).get("repo") == push.repo:
+        return True
+    looks = _looks(path) if path.is_file() else {}
+    return bool(looks) and looks == {key: record.get(key) for key in looks}
+
+
+def pinned_commit(destination: Path, source: str, revision: str | None) -> str | None:
+    """The commit of the repository `source` from which a run into `destination` was begun that asked for the same revision."""
+    place = parse_hub_id(source)
+    if place is None or is_directory(source):
+        return None
+    try:
+        lines = read_lines(destination / STATE_DIR / JOURNAL)
+    except OSError:
+        return None  # whoever opens the journal says so
+    origin = parse_hub_id(str(lines[0].get("origin"))) if lines else None
+    same = origin is not None and origin.repo == place.repo and lines[0].get("asked") == (revision or place.revision)
+    return origin.revision if origin is not None and same else None
+
+
+def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -> list[Path]:
+    """What a killed run left unfinished and, on `overwrite`, the shards of the checkpoint in DST and what declares their
+    quantisation; nothing else."""
+    stale = [path for pattern in (PARTS, f"{RANKS}/*/{PARTS}") for path in (destination / STATE_DIR).glob(pattern)]
+    if overwrite:
+        shards = (path for pattern in SHARDS for path in destination.glob(pattern))
+        stale += [path for path in shards if str(path.relative_to(destination)) not in finished]
+        stale += [path for path in destination.glob("*") if why_left_out(path.name) == DECLARATION and path.is_file()]
+    return stale
+
+
+def provenance(root: Path) -> dict[str, str]:
+    """`version`, `recipe`, `from` and `command` of the run that wrote the checkpoint in `root`; none without a journal.
+
+    `from` is the source's name, empty of a synthetic sample, and `command` what was typed, empty if nothing was.
+    """
+    try:
+        lines = read_lines(root / STATE_DIR / JOURNAL)
+    except OSError:
+        return {}
+    head = lines[0] if lines else {}
+    return {key: str(head.get(key, "")) for key in PROVENANCE} if "version" in head else {}
+
+
+def _head(plan: Plan, command: str) -> Record:
+    """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
+    said = {"version": __version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
+    origin = {} if plan.source is None else plan.source.origin
+    return {"plan": plan.hash, "source": plan.stamp, **said, "command": command, **origin}
+
+
+def _belongs(head: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a journal is this plan's; what the source is called does not matter."""
+    return (head.get("plan"), head.get("source")) == (plan.hash, plan.stamp)
+
+
+def _looks(path: Path) -> Record:
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The journal's records; a last line that a crash cut short is no record."""
+    lines: list[Record] = []
+    if path.exists():
+        for text in path.read_bytes().splitlines():
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                break
+            lines.append(line if isinstance(line, dict) else {})
+    return lines
