@@ -221,13 +221,20 @@ def test_a_stream_that_breaks_is_named_while_the_rest_goes_well(smoke, script, w
             Script(status=400, body=b'{"message": "needs --enable-auto-tool-choice"}'),
             "answers 400: 'needs --enable-auto-tool",
         ),
+        (Script(body=b'{"error": {"message": "out of memory"}}'), "answers 200, but with an error: 'out of memory'"),
+        (Script(body=b'{"error": {"message": "Bearer my-key is unknown"}}'), "an error: 'Bearer (the key) is unknown'"),
         (Script(body=b"<html>"), "is no chat completion"),
         (Script(body=b'{"choices": [7], "usage": 3}'), "is no chat completion"),
         (Script(body=b"[" * 100_000), "is no chat completion"),
     ],
 )
 def test_what_is_no_answer_is_named_in_the_servers_own_words(smoke, script, words):
-    assert words in verdicts(smoke(script, tools=False))["chat"]
+    assert words in verdicts(smoke(script, tools=False, api_key="my-key"))["chat"]
+
+
+def test_a_chunk_that_is_nested_too_deep_is_one_sentence(smoke):
+    report = smoke(Script(raw_chunk="[" * 100_000), tools=False)
+    assert verdicts(report) == {"stream": "the stream has a chunk that is no JSON object"}
 
 
 @pytest.mark.parametrize("script", [Script(delay=3), Script(comments=3)], ids=["silent", "keeps the connection alive"])
@@ -259,6 +266,7 @@ def test_one_bad_chat_among_many_is_told(smoke):
         (Script(models=()), {}, "lists no model"),
         (Script(listing=b"<html>", content_type="text/html"), {}, "but with no list of models"),
         (Script(listing=b'{"data": 3}'), {}, "but with no list of models"),
+        (Script(listing=b'{"error": "Loading"}', listing_status=503), {}, "/models: the server answers 503: 'Loading'"),
         (Script(), {"concurrency": 1001}, "concurrency between 1 and 1000"),
         (Script(), {"timeout": 0}, "timeout is positive, max_tokens at least 1"),
     ],

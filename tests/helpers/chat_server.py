@@ -41,6 +41,7 @@ class Script:
     status: int = 200
     body: bytes | None = None  # instead of any answer to a chat
     listing: bytes | None = None
+    listing_status: int = 200
     content_type: str = "application/json"
     cut_after: int | None = None  # chunks of a stream
     clean_cut: bool = False  # and the stream ends as if it were whole
@@ -78,7 +79,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(401, b'{"error": "Unauthorized"}')
         else:
             listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.script.models]}
-            self._send(200, self.script.listing or json.dumps(listed).encode(), self.script.content_type)
+            self._send(
+                self.script.listing_status, self.script.listing or json.dumps(listed).encode(), self.script.content_type
+            )
 
     def do_POST(self) -> None:
         script = self.script

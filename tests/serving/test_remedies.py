@@ -68,11 +68,20 @@ def assert_remedy_works(root: Path, engine: str, source: Path, made: Path) -> No
     words = [{"SRC": str(source), "DST": str(made)}.get(word, word) for word in shlex.split(named[1])]
     ran = run(*words)
     assert ran.exit_code == 0, f"{named[0]}: {ran.stderr}"
-    beside = ["--source", source] if "--layout ktransformers" in named[1] or "amx" in named[1] else []
+    beside = ["--source", source] if "--layout ktransformers" in named[1] else []
     served = run("launch", made, "--engine", engine, *beside)
     if beside and "leave it out" in served.stderr:  # a DeepSeek-V4 has the layout as published
         served = run("launch", made, "--engine", engine)
     assert served.exit_code == 0, f"{named[0]}: {served.stderr}"
+
+
+def test_a_source_that_sglang_cannot_run_is_refused_with_what_makes_one(
+    like: Made, written: Written, tmp_path: Path
+) -> None:
+    source = written("int8", "experts")
+    assert run("repack-amx", source, tmp_path / "amx", "--method", "AMXINT8", "--numa", 1, "-q").exit_code == 0
+    line = refused("launch", tmp_path / "amx", "--engine", "ktransformers", "--source", source)
+    assert "makes what it runs, to be given with --source" in line
 
 
 def test_ktransformers_takes_no_stacks_of_gpt_oss_whose_rows_it_would_misread(written: Written) -> None:

@@ -71,7 +71,6 @@ def test_what_would_do_instead_is_an_output_that_the_engine_takes() -> None:
     rows = {row.asked: row for row in outputs()}
     rows["--to fp8"] = rows["--to fp8 --layout experts"]
     rows["--to int4 --group-size 32"] = rows["--to int4"]
-    rows["repack-amx --method AMXINT8 --numa 1"] = rows["repack-amx --method AMXINT8"]
     for row in outputs():
         for name, cell in row.cells.items():
             assert bool(cell.by) != bool(cell.no) or cell.models, (row.asked, name)

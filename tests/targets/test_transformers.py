@@ -67,6 +67,17 @@ def test_the_logits_of_all_forms_agree_bit_for_bit(forms: dict[str, Path], tmp_p
         assert torch.equal(logits(model), expected)
 
 
+def test_a_sample_starts_as_its_own_config_says(forms: dict[str, Path], tmp_path: Path) -> None:
+    """Code of the model's own is what its release has, too; no other flag."""
+    expected = logits(load(forms["bf16"], tmp_path / "bf16"))
+    for form in ("bf16", "int4"):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            forms[form], dtype=torch.bfloat16, trust_remote_code=True, output_loading_info=True
+        )
+        assert not any(report.values()), report
+        assert torch.equal(logits(model), expected)
+
+
 def test_one_changed_scale_of_an_expert_is_seen_in_the_logits(forms: dict[str, Path], tmp_path: Path, raw: Any) -> None:
     damaged = raw.load(forms["int4"])
     scale = damaged[f"{EXPERT}.weight_scale"]

@@ -42,6 +42,8 @@ class Server:
             return await self._bounded(self._list(), min(self._timeout, LISTING))
         except Unanswered as error:
             raise KconvertError(str(error)) from None
+        except CheckFailed as error:
+            raise KconvertError(f"{self.url}/models: {error}") from None
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **request: Any) -> Answer:
         """What is answered to `messages`; `request` as in the protocol. CheckFailed when none comes, or half of one."""
@@ -62,8 +64,11 @@ class Server:
         # Its arguments' types list OpenAI's own models; the raw response, as the client breaks where it is no JSON.
         create: Any = self._client.chat.completions.with_raw_response.create
         answer = Answer()
-        answer.take(_document((await create(**request)).content))
+        response = _document((await create(**request)).content)
+        answer.take(response)
         answer.ended = time.perf_counter()
+        if said := words(response.get("error")):
+            raise CheckFailed(f"the server answers 200, but with an error{said}")
         if answer.finish is None:
             raise CheckFailed("the server's answer is no chat completion: it has no choice with a finish_reason")
         return answer
@@ -101,7 +106,7 @@ class Server:
             ) from None
         except OpenAIError as error:
             raise self._explained(error) from None
-        except (ValueError, TypeError):  # what the client makes of a chunk that is none
+        except (ValueError, TypeError, RecursionError):  # what the client makes of a chunk that is none
             raise CheckFailed("the stream has a chunk that is no JSON object") from None
 
     def _explained(self, error: Exception) -> KconvertError:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kconvert.chat.answers import quoted
@@ -78,23 +78,34 @@ def smoke(
     checks |= AT_ONCE if concurrency > 1 else {}
 
     async def run() -> SmokeReport:
+        found: list[Check] = []
+
+        def tell(check: Check) -> None:
+            found.append(replace(check, said=_without(api_key, check.said)))
+            if told is not None:
+                told(found[-1])
+
         async with connected(url, api_key, timeout) as server:
             began = time.perf_counter()
             name = _chosen(server, await server.models(), model)
-            found = [Check("models", True, f"{quoted(name)} is served", time.perf_counter() - began)]
-            if told is not None:
-                told(found[0])
+            tell(Check("models", True, f"{quoted(name)} is served", time.perf_counter() - began))
             talk = Talk(server, name, reasoning, max_tokens, long_words, concurrency)
-            left = await _run(talk, checks, found, told)
+            left = await _run(talk, checks, tell)
             return SmokeReport(server.url, name, tuple(found), left, talk.fields, tuple(talk.timings))
 
-    return _finished(run)
+    try:
+        return _finished(run)
+    except KconvertError as error:
+        raise type(error)(_without(api_key, str(error))) from None
 
 
-async def _run(
-    talk: Talk, checks: Mapping[str, Checker], found: list[Check], told: Callable[[Check], None] | None
-) -> tuple[str, ...]:
-    """Append to `found`; returns the checks that are left when the server is gone."""
+def _without(api_key: str | None, said: str) -> str:
+    """Servers repeat the key that they were given."""
+    return said.replace(api_key, "(the key)") if api_key else said
+
+
+async def _run(talk: Talk, checks: Mapping[str, Checker], tell: Callable[[Check], None]) -> tuple[str, ...]:
+    """Returns the checks that are left when the server is gone."""
     for place, (name, check) in enumerate(checks.items(), 1):
         began = time.perf_counter()
         gone = False
@@ -102,9 +113,7 @@ async def _run(
             passed, said = True, await check(talk)
         except CheckFailed as error:
             passed, said, gone = False, str(error), isinstance(error, Unanswered)
-        found.append(Check(name, passed, said, time.perf_counter() - began))
-        if told is not None:
-            told(found[-1])
+        tell(Check(name, passed, said, time.perf_counter() - began))
         if gone:
             return tuple(checks)[place:]
     return ()

@@ -54,7 +54,7 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     wishes.check(served, cell.source)
     model = (source or source_of(place, wishes.source)) if cell.source else place
     if cell.source and model.root is not None:
-        _taken(model, engines()["sglang"])  # which runs all but the experts of it
+        _taken(model, engines()["sglang"], ", to be given with --source")  # which runs all but the experts of it
         _check_source(place, model)
     gpus = wishes.gpus or 1
     environment = ["env", *cell.environment] if cell.environment else []
@@ -70,13 +70,13 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     return Launch(served, (*words, *experts.words, *wishes.more), cell.by, experts.room, notes)
 
 
-def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
-    """How the engine takes what is there; KconvertError where it does not."""
+def _taken(place: Place, engine: Engine, then: str = "") -> tuple[Output, Cell]:
+    """How the engine takes what is there; KconvertError where it does not, with what is to be done `then`."""
     contents = place.contents
     output = output_of(contents)
     if output is None:
         what = " and ".join(filter(None, (contents.dialect, contents.encoding or "several encodings")))
-        advice = _remedies(engine, place, made_for(engine, contents))
+        advice = [remedy + then for remedy in _remedies(engine, place, made_for(engine, contents))]
         raise KconvertError(
             "; ".join(
                 (f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know", *advice)
@@ -85,7 +85,7 @@ def _taken(place: Place, engine: Engine) -> tuple[Output, Cell]:
     cell = cell_of(engine, output, contents)
     if cell.no:
         others = ", ".join(other.title for other, _ in takers(contents) if other.command)
-        advice = _remedies(engine, place, cell.instead, output.is_part)
+        advice = [remedy + then for remedy in _remedies(engine, place, cell.instead, output.is_part)]
         advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
         what = contents.encoding if contents.kind == "safetensors" else output.to.upper()
         raise KconvertError(
@@ -99,10 +99,9 @@ def _remedies(engine: Engine, place: Place, options: str, is_part: bool = False)
     """What makes what the engine takes, if anything does: of this or, where that cannot be, of what it was made from."""
     if not options:
         return []
-    command, _, options = options.partition(" ") if options.startswith("repack-amx") else ("convert", "", options)
     if is_part or not _is_source(engine, place):
-        return [f"`kconvert {command} SRC DST {options}` makes what it runs, unless its source SRC is that already"]
-    return [f"`kconvert {command} {shlex.quote(place.address)} DST {options}` makes what it runs"]
+        return [f"`kconvert convert SRC DST {options}` makes what it runs, unless its source SRC is that already"]
+    return [f"`kconvert convert {shlex.quote(place.address)} DST {options}` makes what it runs"]
 
 
 def _is_source(engine: Engine, place: Place) -> bool:
