@@ -24,7 +24,6 @@ from kconvert_qat.experts import ExpertWeight, find_experts
 from kconvert_qat.names import Matrix, base_model, matrices_of, plain_class, spelling_of
 from kconvert_qat.readable import silence
 
-
 LAYER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 
 
@@ -145,7 +144,7 @@ def _load_rest(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    before = dict(base.named_parameters())
+    before = {**dict(base.named_parameters()), **dict(base.named_non_persistent_buffers())}
     conversions = getattr(base, "_weight_conversions", None)
     options = LoadStateDictConfig(
         device_map=_device_map(base, device),
@@ -157,11 +156,12 @@ def _load_rest(
     base._weight_conversions = conversions  # the loader leaves those alone that the experts needed
     for failure in (failure for lazy in rest.values() for failure in lazy.failures):
         raise failure
+    _check_values(found, base, source)
     for place in places:
         _make_room(place.weight, device)
         found.missing_keys.discard(place.weight.key)
     base._finalize_model_loading(base, options, found)
-    _check(found, base, source)
+    _check_names(found, base, source)
     _restore(base, before)
 
 
@@ -197,8 +197,8 @@ def _make_room(weight: ExpertWeight, device: torch.device) -> None:
     weight.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def _check(found: Any, base: Any, source: str) -> None:
-    """KconvertError unless every parameter got its value, and every value went to one; but for layers behind the last (MTP)."""
+def _check_values(found: Any, base: Any, source: str) -> None:
+    """KconvertError where what the checkpoint has does not make a parameter."""
     model = plain_class(base).__name__
     if found.conversion_errors:
         name = min(found.conversion_errors)
@@ -206,6 +206,11 @@ def _check(found: Any, base: Any, source: str) -> None:
     if found.mismatched_keys:
         name, theirs, mine = min(found.mismatched_keys, key=lambda key: str(key[0]))
         raise KconvertError(f"{source} has {name!r} as {list(theirs)}, but the {model} as {list(mine)}")
+
+
+def _check_names(found: Any, base: Any, source: str) -> None:
+    """KconvertError unless every parameter got its value, and every value went to one; but for layers behind the last (MTP)."""
+    model = plain_class(base).__name__
     last = getattr(base.config.get_text_config(), "num_hidden_layers", math.inf)
     surplus = {name for name in found.unexpected_keys if max(map(int, LAYER.findall(name)), default=-1) < last}
     for names, fault in (
@@ -217,7 +222,7 @@ def _check(found: Any, base: Any, source: str) -> None:
             raise KconvertError(f"{source} {fault.format(repr(min(names)) + more, model)}; it is of another model")
 
 
-def _restore(base: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+def _restore(base: nn.Module, before: Mapping[str, torch.Tensor]) -> None:
     """Parameters that were there stay the objects that optimisers and hooks may know; those made for them give their values."""
     for name, held in before.items():
         path, _, last = name.rpartition(".")
@@ -228,5 +233,6 @@ def _restore(base: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
         if held.is_meta:
             made.requires_grad_(held.requires_grad)
             continue
-        held.copy_(made)
+        if isinstance(held, nn.Parameter):  # and a buffer that no checkpoint has kept its values
+            held.copy_(made)
         setattr(module, last, held)
