@@ -126,7 +126,7 @@ def _is_whole_by_expert(weight: ExpertWeight) -> bool:
     return all(place.is_replicate() or (weight.stacked and place.is_shard(0)) for place in placements)
 
 
-def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+def _held(tensor: Any) -> tuple[torch.Tensor, int, int]:
     """What of a parameter this process has, and which of its first dimension that is."""
     if not hasattr(tensor, "to_local"):
         return tensor.detach(), 0, tensor.shape[0]
@@ -136,9 +136,7 @@ def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     return tensor.to_local().detach(), offset[0], offset[0] + shape[0]
 
 
-def _load_rest(
-    base: Any, rest: Mapping[str, Lazy], places: Iterable[Places], source: str, device: torch.device
-) -> None:
+def _load_rest(base: Any, rest: dict[str, Any], places: Iterable[Places], source: str, device: torch.device) -> None:
     """Everything but the experts in `places`, which get their memory; KconvertError unless the names are the model's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -146,9 +144,10 @@ def _load_rest(
 
     before = {**dict(base.named_parameters()), **dict(base.named_non_persistent_buffers())}
     conversions = getattr(base, "_weight_conversions", None)
+    mapping: Any = get_model_conversion_mapping(base)
     options = LoadStateDictConfig(
         device_map=_device_map(base, device),
-        weight_mapping=get_model_conversion_mapping(base),
+        weight_mapping=mapping,
         dtype_plan=base._get_dtype_plan(base.dtype),  # what is F32 in a model of any dtype
     )
     with _one_at_a_time():

@@ -180,10 +180,9 @@ def load_model(path: Path, dtype: torch.dtype) -> Any:
 def _blank(known: Any, config: Any, dtype: torch.dtype) -> Any:
     """The model without values, and without a word of its quantisation."""
     del config.quantization_config
+    make: Any = known._from_config if known else AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        return (
-            known._from_config(config, dtype=dtype) if known else AutoModelForCausalLM.from_config(config, dtype=dtype)
-        )
+        return make(config, dtype=dtype)
 
 
 def held_out_loss(model: Any, blocks: torch.Tensor, batch: int = 8) -> float:

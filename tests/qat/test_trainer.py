@@ -100,7 +100,7 @@ def test_a_quantised_checkpoint_on_another_grid_is_one_sentence(base, request_, 
     from kconvert_qat.trainer import train
 
     kconvert.convert(kconvert.plan(base, kconvert.Recipe("fp8")), tmp_path / "fp8")
-    with pytest.raises(KconvertError, match="as fp8.*, but the QAT grid is int4"):
+    with pytest.raises(KconvertError, match=r"as fp8.*, but the QAT grid is int4"):
         train(request_(model=tmp_path / "fp8"))
 
 
