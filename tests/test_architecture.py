@@ -33,10 +33,11 @@ MAY: Mapping[str, str] = {
     "planning": "errors version formats checkpoint",
     "targets": "errors version formats checkpoint dialects models planning",
     "run": "errors version formats checkpoint hub stores planning",
+    "weights": "errors formats checkpoint planning run",
     "proof": "errors version formats checkpoint dialects models hub stores address planning",
     "serving": "errors formats checkpoint dialects models hub address planning targets",
     "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof serving",
-    "": "errors version chat formats checkpoint models hub stores address planning targets run proof report",
+    "": "errors version chat formats checkpoint models hub stores address planning targets run weights proof report",
     "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof serving report",
     "qat": "",
 }

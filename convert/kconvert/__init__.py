@@ -1,11 +1,13 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
-The public API is four functions, `inspect`, `plan`, `convert` and `verify`, and what they take and return; of many machines,
-`finalize` is the last act:
+The public API is five functions, `inspect`, `plan`, `convert`, `verify` and `open`, and what they take and return; of many
+machines, `finalize` is the last act:
 
     plan = kconvert.plan("Kimi-K2-Thinking", kconvert.Recipe("bf16"))
     kconvert.convert(plan, "Kimi-K2-Thinking-BF16")
     kconvert.verify("Kimi-K2-Thinking", "Kimi-K2-Thinking-BF16")
+    with kconvert.open("Kimi-K2-Thinking") as weights:  # or without a copy on the disk: BF16 tensors by name
+        weights["model.layers.1.mlp.experts.0.up_proj.weight"]
 
 A source is a directory, a snapshot or repository in the Hub's cache, or a Hub id (`ORG/NAME`, `hf://ORG/NAME@REVISION`; a
 directory of that name goes first). Sizes are in bytes. A weight is a matrix [out, in], whatever tensors spell it. Wrong usage
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from kconvert.run.state.finalize import Closed
     from kconvert.run.state.ranks import Rank
     from kconvert.targets.recipe import Recipe
+    from kconvert.weights import Weights
 
 __all__ = [
     "CheckFailed",
@@ -47,6 +50,7 @@ __all__ = [
     "Recipe",
     "Report",
     "SmokeReport",
+    "Weights",
     "__version__",
     "certify",
     "check_certificate",
@@ -54,6 +58,7 @@ __all__ = [
     "finalize",
     "inspect",
     "links_allowed",
+    "open",
     "plan",
     "smoke",
     "verify",
@@ -66,6 +71,7 @@ HOMES = {
     "Recipe": "targets.recipe",
     "Report": "proof.verify",
     "SmokeReport": "chat.smoke",
+    "Weights": "weights",
     "certify": "proof.certificate",
     "check_certificate": "proof.certificate",
     "links_allowed": "checkpoint.directory",
@@ -116,6 +122,23 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
 
     with _collector_paused():
         return make_plan(understand(open_checkpoint(source, revision)), recipe)
+
+
+def open(source: StrPath, revision: str | None = None, *, threads: int | None = None) -> Weights:
+    """The values of `source`, a tensor of torch for each name that a conversion to BF16 would write, decoded when asked for.
+
+    See kconvert.Weights, which is a Mapping. Reads what `inspect` reads; tensor data when a tensor is asked for, from the
+    Hub and object stores only that. `threads` decode one large tensor together (by default the cores).
+    KconvertError as `inspect`, and when nobody can read the values of some weight.
+    """
+    from kconvert.address import open_checkpoint
+    from kconvert.models.model import understand
+    from kconvert.targets.planner import decoded
+    from kconvert.weights import Weights
+
+    with _collector_paused():
+        checkpoint = open_checkpoint(source, revision)
+        return Weights(checkpoint, decoded(understand(checkpoint)), threads)
 
 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:

@@ -3,5 +3,6 @@
 from kconvert_qat.attach import Coverage, at_step, coverage, detach, prepare
 from kconvert_qat.config import QATConfig
 from kconvert_qat.export import export
+from kconvert_qat.load import load
 
-__all__ = ["Coverage", "QATConfig", "at_step", "coverage", "detach", "export", "prepare"]
+__all__ = ["Coverage", "QATConfig", "at_step", "coverage", "detach", "export", "load", "prepare"]

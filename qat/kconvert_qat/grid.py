@@ -127,7 +127,7 @@ def _spread(lost: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 def _int4(groups: torch.Tensor, rule: Convention, served: torch.Tensor) -> None:
     if groups.is_cuda:
-        from kconvert_qat import cuda
+        from kconvert_qat.grids import cuda
 
         cuda.fake_quantise(groups, rule, served)
         return

@@ -138,6 +138,11 @@ def published_spelling(model: nn.Module, source: Checkpoint | None) -> Callable[
     transformers takes several names for one weight, and the one that it saves need not be the published one: it calls
     the dense layer of Kimi-Linear `block_sparse_moe`, as if it had experts.
     """
+    return spelling_of(model, _published(config_of(model), source))
+
+
+def spelling_of(model: nn.Module, published: Iterable[str]) -> Callable[[str], str]:
+    """The same, with these names for the weights."""
     base = base_model(model)
     if not hasattr(base, "save_pretrained"):
         return lambda name: name
@@ -150,7 +155,7 @@ def published_spelling(model: nn.Module, source: Checkpoint | None) -> Callable[
         renamed: str = rename_source_key(name, renamings, [])[0]
         return renamed
 
-    known = {read_as(name): name for name in _published(config_of(model), source)}
+    known = {read_as(name): name for name in published}
     return lambda name: known.get(read_as(name), name)
 
 

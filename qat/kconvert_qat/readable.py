@@ -122,7 +122,7 @@ def _load(model: nn.Module, shapes: Shapes, quantization: dict[str, Any] | None 
     if quantization:
         config.quantization_config = quantization
     loader: Any = plain_class(base)
-    with _silence(), suppress(RuntimeError):
+    with silence(), suppress(RuntimeError):
         _, loaded = loader.from_pretrained(
             None, config=config, state_dict=shapes, dtype=torch.bfloat16, device_map="meta", output_loading_info=True
         )
@@ -131,7 +131,7 @@ def _load(model: nn.Module, shapes: Shapes, quantization: dict[str, Any] | None 
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """transformers' reports and progress bars are for what is really loaded."""
     import transformers
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch.nn import functional
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
@@ -36,6 +37,7 @@ from kconvert_qat.callback import QATCallback
 from kconvert_qat.config import QATConfig
 from kconvert_qat.distill import distillation_loss
 from kconvert_qat.export import export, plan_export
+from kconvert_qat.load import load
 from kconvert_qat.names import check_grid
 from kconvert_qat.plots import plot_training
 
@@ -48,13 +50,13 @@ Advance = Callable[[int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """`model` is a checkpoint in BF16 or F32 that transformers knows, with its tokenizer; `text` are files of UTF-8.
+    """`model` is a checkpoint that transformers knows, with its tokenizer, plain or quantised; `text` are files of UTF-8.
 
-    `source` is the quantised checkpoint that `model` was converted from: its grid must be the one in `config`, and the output
-    takes its config.json and side files. `teacher` is a checkpoint, for `config.distillation` above 0. Sequences have
-    `block` tokens. The optimiser is AdamW with a cosine schedule and a warm-up of 5%; `masters` is the dtype of the
-    weights that it updates (in bf16 most updates at such a learning rate are rounded away). `for_transformers` is that of
-    `export`, asked before the training.
+    `source` is the quantised checkpoint that `model` was converted from, or `model` itself where that is quantised: its grid
+    must be the one in `config`, and the output takes its config.json and side files. `teacher` is a checkpoint, for
+    `config.distillation` above 0. Sequences have `block` tokens. The optimiser is AdamW with a cosine schedule and a warm-up
+    of 5%; `masters` is the dtype of the weights that it updates (in bf16 most updates at such a learning rate are rounded
+    away). `for_transformers` is that of `export`, asked before the training.
     """
 
     model: Path
@@ -107,9 +109,9 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
 
     `advance` is called with the number of steps done, and with what Trainer logs when it does.
     """
+    if request.source is None and is_quantised(request.model):
+        request = replace(request, source=request.model)
     origin = None if request.source is None else open_checkpoint(request.source)
-    if any(quantization_tables(open_checkpoint(request.model).config)):
-        raise KconvertError(f"{request.model} is quantised; convert it with `kconvert convert --to bf16` first")
     _check_output(request)
     transformers.set_seed(request.seed)
     tokenizer = AutoTokenizer.from_pretrained(request.model)
@@ -146,18 +148,41 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     return Outcome(request.output, str(covered), request.steps, before, quantised, trained, request.shipped)
 
 
+def is_quantised(path: Path) -> bool:
+    """Whether config.json of the checkpoint in `path` declares codes."""
+    return any(quantization_tables(open_checkpoint(path).config))
+
+
 def load_model(path: Path, dtype: torch.dtype) -> Any:
-    """The causal language model in `path`, by the class that its config.json names where transformers has it (Kimi-K2)."""
-    known = getattr(transformers, architecture(open_checkpoint(path).config), None)
-    loader = (
-        known if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel) else AutoModelForCausalLM
-    )
+    """The causal language model in `path`, by the class that its config.json names where transformers has it (Kimi-K2).
+
+    A quantised one is decoded on the way.
+    """
+    known: Any = getattr(transformers, architecture(open_checkpoint(path).config), None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        known = None
     try:
-        model = loader.from_pretrained(path, dtype=dtype)
+        config = (known.config_class if known else AutoConfig).from_pretrained(path)
+        config.model_type = type(
+            config
+        ).model_type  # by which transformers finds how the experts of the class are fused
+        if is_quantised(path):
+            model = _blank(known, config, dtype)
+            load(model, path)
+        else:
+            model = (known or AutoModelForCausalLM).from_pretrained(path, config=config, dtype=dtype)
     except (ValueError, OSError, KeyError) as error:
         raise KconvertError(f"{path} cannot be loaded by transformers: {str(error).splitlines()[0]}") from None
     model.config.use_cache = False
     return model
+
+
+def _blank(known: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model without values, and without a word of its quantisation."""
+    del config.quantization_config
+    make: Any = known._from_config if known else AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return make(config, dtype=dtype)
 
 
 def held_out_loss(model: Any, blocks: torch.Tensor, batch: int = 8) -> float:

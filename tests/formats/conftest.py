@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from spellings import NAMES
 
+import kconvert
 from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.formats import Format
 from kconvert.proof.inventory import take_inventory
@@ -103,6 +104,19 @@ def write(raw: Any, tmp_path: Path) -> Write:
     return make
 
 
+def check_opened(source: Path, values: Tensors) -> None:
+    """`kconvert.open` has the same tensors, also in rows that begin and end anywhere."""
+    with kconvert.open(source) as weights:
+        assert sorted(weights) == sorted(values)
+        for name, value in values.items():
+            first, last = (len(value) // 3, len(value) // 2 + 1) if value.dim() and len(value) else (0, 0)
+            pairs = [(weights[name], value)]
+            pairs += [(weights.rows(name, first, last), value[first:last])] if value.dim() else []
+            for mine, wanted in pairs:
+                assert (mine.dtype, mine.shape) == (wanted.dtype, wanted.shape), name
+                assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (mine, wanted))), name
+
+
 @pytest.fixture
 def becomes(raw: Any, tmp_path: Path) -> Callable[..., None]:
     """`becomes(source, values)`: converted to BF16 (or `to`) it has these tensors, bit for bit, and `verify` agrees."""
@@ -114,6 +128,8 @@ def becomes(raw: Any, tmp_path: Path) -> Callable[..., None]:
         for name, value in values.items():
             assert (written[name].dtype, written[name].shape) == (NAMES[value.dtype], list(value.shape))
             assert written[name].data == value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), name
+        if to == "bf16":
+            check_opened(source, values)
         verify(source, tmp_path / "out")
         assert "quantization_config" not in written.config
         take_inventory(inspect(source))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kconvert
 from kconvert.errors import KconvertError
 from kconvert_qat import QATConfig, prepare
 
@@ -69,6 +70,38 @@ def test_the_command_trains_and_ships_what_it_trained(kconvert, base, text, tmp_
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log[0]["qat_sqnr"] > 15
     assert 0 < log[-2]["qat_changed"] < 1
+
+
+def test_a_quantised_checkpoint_trains_and_comes_back_with_its_own_config(tiny, base, request_, tmp_path):
+    from kconvert_qat import export
+    from kconvert_qat.trainer import load_model, train
+
+    model = tiny()
+    prepare(model)
+    shutil.copytree(base, tmp_path / "int4", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    export(model, tmp_path / "made")
+    for path in (tmp_path / "made").iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / "int4")
+    plan = kconvert.plan(tmp_path / "int4", kconvert.Recipe("bf16"))
+    kconvert.convert(plan, tmp_path / "bf16")
+    quantised = train(request_(model=tmp_path / "int4", output=tmp_path / "one"))
+    by_way_of_a_copy = train(request_(model=tmp_path / "bf16", source=tmp_path / "int4", output=tmp_path / "two"))
+    assert quantised.loss_before == by_way_of_a_copy.loss_before
+    assert quantised.loss_trained == by_way_of_a_copy.loss_trained
+    assert quantised.loss_before == quantised.loss_quantised  # on the grid already
+    config = json.loads((quantised.shipped / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "quantization_config" not in json.loads((quantised.output / "masters" / "config.json").read_text())
+    assert load_model(quantised.shipped, torch.bfloat16)
+
+
+def test_a_quantised_checkpoint_on_another_grid_is_one_sentence(base, request_, tmp_path):
+    from kconvert_qat.trainer import train
+
+    kconvert.convert(kconvert.plan(base, kconvert.Recipe("fp8")), tmp_path / "fp8")
+    with pytest.raises(KconvertError, match=r"as fp8.*, but the QAT grid is int4"):
+        train(request_(model=tmp_path / "fp8"))
 
 
 def test_what_transformers_could_not_load_is_refused_before_the_training_and_trained_on_request(

@@ -74,6 +74,21 @@ def test_both_sides_of_verify_may_be_in_a_store(stored):
     assert done.exit_code == 0, done.output
 
 
+def test_a_tensor_is_opened_by_its_bytes_alone(bucket, stored, int4):
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    with kconvert.open(stored) as far, kconvert.open(int4) as near:
+        bucket.asked.clear()
+        assert (far[name] == near[name]).all()
+    ends = [asked.removeprefix("bytes=").split("-") for _, asked in bucket.asked]
+    assert sum(int(last) - int(first) + 1 for first, last in ends) < 2 * near_bytes(int4, name)
+
+
+def near_bytes(root, name):
+    """Of all tensors that spell a weight."""
+    tensors = kconvert.inspect(root).checkpoint.tensors
+    return sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(name))
+
+
 def status(code):
     def fault(app, environ, start):
         start(code, [("Content-Type", "text/plain")])

@@ -42,7 +42,9 @@ def qat() -> None:
 
 
 @qat.command(cls=TextCommand)
-@click.option("--model", required=True, type=directory, help="The checkpoint to train, in BF16, with its tokenizer.")
+@click.option(
+    "--model", required=True, type=directory, help="The checkpoint to train, plain or quantised, with its tokenizer."
+)
 @click.option(
     "--text",
     required=True,

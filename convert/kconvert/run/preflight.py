@@ -21,7 +21,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.formats.dtypes import ZERO_DTYPES
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Copy, Origin
+from kconvert.planning.steps import Copy, Origin, Step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,15 +85,21 @@ def check_values(plan: Plan, finished: Collection[str], reader: Reader, source: 
 def doubtful_values(plan: Plan, finished: Collection[str]) -> Iterator[Doubt]:
     """The parts of the weights still to be converted that must be looked at, and the tables still to be copied."""
     for step in plan.steps:
-        if isinstance(step, Copy):
-            if step.below is not None and step.dtype in INTEGER_CODES and step.writes[0].file not in finished:
-                part = Part("", step.dtype, step.shape, below=step.below)
-                yield Doubt(step.name, 0, 0, part, step.reads[0])
-        elif any(place.file not in finished for place in step.writes):
-            for part, place in zip(step.source_parts, step.reads, strict=True):
-                checks = (part.constant, part.below, part.unused)
-                if part.values != "any" or any(check is not None for check in checks):
-                    yield Doubt(step.name, step.rows, step.cols, part, place)
+        if any(place.file not in finished for place in step.writes):
+            yield from doubts_of(step)
+
+
+def doubts_of(step: Step) -> Iterator[Doubt]:
+    """What of one step must be looked at."""
+    if isinstance(step, Copy):
+        if step.below is not None and step.dtype in INTEGER_CODES:
+            part = Part("", step.dtype, step.shape, below=step.below)
+            yield Doubt(step.name, 0, 0, part, step.reads[0])
+        return
+    for part, place in zip(step.source_parts, step.reads, strict=True):
+        checks = (part.constant, part.below, part.unused)
+        if part.values != "any" or any(check is not None for check in checks):
+            yield Doubt(step.name, step.rows, step.cols, part, place)
 
 
 def check_doubts(root: Path, reader: Reader, doubts: Iterable[Doubt]) -> None:

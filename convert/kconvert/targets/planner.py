@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 from kconvert.errors import KconvertError
 from kconvert.formats.engines.turns import Turns
 from kconvert.models.model import Model, refuse_undecoded
 from kconvert.planning.plan import Plan
-from kconvert.targets.conversion import plan_conversion
+from kconvert.planning.steps import Step
+from kconvert.targets.conversion import Conversion, plan_conversion
 from kconvert.targets.gguf.plan import plan_gguf
 from kconvert.targets.mlx import plan_mlx
 from kconvert.targets.recipe import Recipe
@@ -28,11 +29,22 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     """Plan the conversion of `model`; KconvertError when the recipe does not fit it."""
     recipe = recipe.settled(model.manifest)
     chosen = model.select(recipe.include, recipe.exclude)
-    refuse_undecoded(chosen)
-    for weight in chosen.weights:
+    _check(chosen)
+    return PLANNERS.get(recipe.to, plan_conversion)(model, chosen, recipe)
+
+
+def decoded(model: Model) -> Iterator[Step]:
+    """What a conversion to BF16 consists of, without places, also where it would have nothing to convert."""
+    _check(model)
+    return Conversion(model, Recipe("bf16").settled(model.manifest)).drafts()
+
+
+def _check(model: Model) -> None:
+    """KconvertError where nobody can read the values."""
+    refuse_undecoded(model)
+    for weight in model.weights:
         if isinstance(weight.format, Turns):
             raise KconvertError(
                 f"weight {weight.name!r} lies in {weight.tensors[0].file} as MLX has gpt-oss's experts, whose rows and biases "
                 "no other engine finds there; convert the checkpoint that it was made from"
             )
-    return PLANNERS.get(recipe.to, plan_conversion)(model, chosen, recipe)
