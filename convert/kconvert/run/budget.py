@@ -33,7 +33,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What needs room, in the order of first need; `sources` names the source files that each output shard needs."""
+    """What needs room, in the order of first need; `sources` names the arriving files that each output shard needs."""
 
     spans: tuple[Span, ...]
     sources: Mapping[str, frozenset[str]]
@@ -74,13 +74,14 @@ def make_schedule(
     needed: dict[str, int] = {}
     sources: dict[str, set[str]] = defaultdict(set)
     for number, step in enumerate(plan.steps):
-        files = {place.file for place in step.origins}
-        for shard in {place.file for place in step.writes}.difference(finished):
-            begins.setdefault(shard, number)
-            ends[shard] = number
-            sources[shard] |= files
-            for file in files:
-                needed.setdefault(file, number)
+        files = {place.file for place in step.origins} & arriving.keys() if arriving else ()
+        for shard in {place.file for place in step.writes}:
+            if shard not in finished:
+                begins.setdefault(shard, number)
+                ends[shard] = number
+                sources[shard].update(files)
+                for file in files:
+                    needed.setdefault(file, number)
     keep: dict[str, int] = defaultdict(int)
     for shard, files in sources.items():
         for file in files:

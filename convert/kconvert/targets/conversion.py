@@ -290,18 +290,15 @@ class Conversion:
         config = declare_dtype(self.model.checkpoint.config, written, map(self.becomes, self.model.weights))
         if self.target.table is None:
             return config
-        weights: dict[bool, list[Weight]] = {True: [], False: []}
-        for weight in self.model.weights:
-            is_held = weight.role in HELD and self.target.choice(weight) is None
-            weights[self.encoding(weight).quantised and not is_held].append(weight)
-        if not weights[True]:
+        quantised, left, others = self._sorted()
+        if not quantised and not left:
             return config
-        left = [weight for weight in weights[True] if self.target.leaves(weight)]
-        kept = {weight.name for weight in left}
-        quantised = self._by_encoding(weight for weight in weights[True] if weight.name not in kept)
-        others = [*map(self.name, weights[False]), *self._plain_linears()]
+        spelt: dict[Format, list[str]] = defaultdict(list)
+        for encoding, weights in quantised:
+            spelt[encoding] += map(self.name, weights)
         said = self.target.said(self.model, left)
-        table = self.target.declare(self._declared(weights[True]), quantised, others, said)
+        format = self._declared(chain(left, *(weights for _, weights in quantised)))
+        table = self.target.declare(format, spelt, [*map(self.name, others), *self._plain_linears()], said)
         if self._block and self.target.spares:
             table["weight_block_size"] = list(self._block)
         experts = {} if self.target.experts is None else {EXPERTS_KEY: self.target.experts}
@@ -309,16 +306,22 @@ class Conversion:
             return with_quantization(config, {**table, **experts})
         return {**with_quantization(config, table), **experts}
 
-    def _by_encoding(self, weights: Iterable[Weight]) -> Mapping[Format, list[str]]:
-        """Names in the output by what spells these weights; to hash that of each would take longest of all."""
-        by_identity: dict[int, tuple[Format, list[str]]] = {}
-        for weight in weights:
+    def _sorted(self) -> tuple[list[tuple[Format, list[Weight]]], list[Weight], list[Weight]]:
+        """The weights that config.json is to declare, by what spells them; those that stay, with what it said of them; and the
+        others."""
+        quantised: dict[
+            int, tuple[Format, list[Weight]]
+        ] = {}  # by identity: to hash the format of each would take longest
+        left, others = [], []
+        for weight in self.model.weights:
             encoding = self.encoding(weight)
-            by_identity.setdefault(id(encoding), (encoding, []))[1].append(self.name(weight))
-        found: dict[Format, list[str]] = defaultdict(list)
-        for encoding, names in by_identity.values():
-            found[encoding] += names
-        return found
+            if not encoding.quantised or (weight.role in HELD and self.target.choice(weight) is None):
+                others.append(weight)
+            elif self.target.leaves(weight):
+                left.append(weight)
+            else:
+                quantised.setdefault(id(encoding), (encoding, []))[1].append(weight)
+        return list(quantised.values()), left, others
 
     def texts(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """The files beside config.json that say what it says of the quantisation, or what was asked for."""
@@ -326,7 +329,7 @@ class Conversion:
         beside = {} if table is None or self.target.beside is None else self.target.beside(table)
         return {**self.target.records, **{name: json_bytes(content) for name, content in beside.items()}}
 
-    def _declared(self, weights: Sequence[Weight]) -> Format:
+    def _declared(self, weights: Iterable[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""
         target = self.target.format
         had_powers = all(type(w.format) is type(target) and w.format.may_have_powers for w in weights)
