@@ -190,6 +190,7 @@ SIDES: dict[str, Callable[[Weight], object]] = {
     "  torch eager ": Weight.torch_bf16_to_int4,
     "Mx(4).decode": casting(MXFP4, None),
     "Mx(8).decode": casting(MXFP8, None),
+    "Fp8.decode": casting(FP8, None),
     "Fp8.encode, powers of two": casting(None, FP8),
     "MXFP4 -> BF16": casting(MXFP4, BF16),
     "MXFP4 -> FP8, exact": casting(MXFP4, FP8),

@@ -11,6 +11,7 @@ from gptq_packing import Tensors, make
 
 from kconvert import KconvertError, Recipe, convert, plan, verify
 from kconvert.formats.gptq import Gptq
+from kconvert.formats.kernels import codes
 from kconvert.formats.kernels.turn import turn
 from kconvert.formats.reference import gptq as reference
 
@@ -33,6 +34,7 @@ CASES = [
     *itertools.product([40, 104], [96, 40, 36], [32, 4, 5], [4, 8], ["gptq", "gptqmodel"], [False, True]),
     *itertools.product([3, 36], [96, 40], [32, 8], [2, 4, 8], ["gptq"], [False, True]),
     *itertools.product([16, 40, 64, 136], [128, 96], [32], [4], ["awq"], [False]),
+    *itertools.product([40], [96], [16, 8], [4], ["awq"], [False]),
 ]
 
 
@@ -49,6 +51,16 @@ def test_values_are_the_tools_own(
         assert torch.equal(decoded, decoded.bfloat16().float())
         again = reference.decode(**tensors, cols=cols, group_size=size, bits=bits, spelling=spelling)
         assert torch.equal(bits_of(again), bits_of(values))
+
+
+@pytest.mark.parametrize("spelling", ["gptq", "gptqmodel", "auto-round", "awq"])
+def test_values_are_the_same_on_a_processor_that_looks_no_codes_up(
+    tiles_of_32: Any, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    tensors, values = make(72, 128, 32, 4, spelling)
+    monkeypatch.setattr(codes, "LOOKS_UP", False)
+    decoded = tiles_of_32.decode(Gptq(32, spelling), tensors, 72, 128)
+    assert torch.equal(bits_of(decoded), bits_of(values))
 
 
 @pytest.mark.parametrize(("lines", "rows"), [*itertools.product([1, 7, 8, 9, 30], repeat=2)])

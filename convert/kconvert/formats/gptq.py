@@ -124,20 +124,42 @@ class Gptq(Format):
         words = parts[0].view("u4").reshape(cols if self.interleaved else math.ceil(cols * self.bits / 32), -1)
         turned = np.empty((math.ceil(rows / height), len(words) + kernels.PADDING), "u4")
         turn(words, first_row // height, _groups_of_columns(len(words), 1), turned)
+        if self._decode_by_table(turned, parts, first_row, tile):
+            return
         steps, zeros = self._steps_and_zeros(parts, first_row, rows, self.groups(cols))
         if self._decode_rows(turned, parts[3:], steps, zeros, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
 
-    def _decode_rows(self, turned: Words, index: Sequence[Bytes], steps: Tile, zeros: Tile, tile: Tile) -> Any:
-        """By the kernel for these codes; whether it has met a senseless scale."""
+    def _decode_by_table(self, turned: Words, parts: Sequence[Bytes], first_row: int, tile: Tile) -> Any:
+        """Whether it could, see kernels.gptq."""
+        from kconvert.formats.kernels import gptq as kernels
+        from kconvert.formats.kernels.codes import LOOKS_UP, NIBBLES
+
+        cols = tile.shape[1]
+        size, groups = self.group_size or cols, self.groups(cols)
+        if not LOOKS_UP or self.bits != 4 or size % NIBBLES or not self._regular(parts[3:], cols):
+            return False
+        scale = parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1)
+        zeros, shifts, height = parts[1].view("u4").reshape(groups, -1), self._shifts, 8 if self.interleaved else 1
+        words = turned if self.interleaved else turned.view("u1")
+        grouped = tile.reshape(len(tile), groups, size)
+        return kernels.decode_by_table(words, height, scale, zeros, shifts, *self._zero_rule, first_row, grouped)
+
+    def _regular(self, index: Sequence[Bytes], cols: int) -> bool:
+        """Whether groups are of neighbours, all of one size."""
         import numpy as np
 
+        size = self.group_size or cols
+        return cols % size == 0 and (not index or np.array_equal(index[0].view("u4"), _groups_of_columns(cols, size)))
+
+    def _decode_rows(self, turned: Words, index: Sequence[Bytes], steps: Tile, zeros: Tile, tile: Tile) -> Any:
+        """By the kernel for these codes; whether it has met a senseless scale."""
         from kconvert.formats.kernels import gptq as kernels
 
         rows, cols = tile.shape
         size = self.group_size or cols
         groups = index[0].view("u4") if index else _groups_of_columns(cols, size)
-        regular = cols % size == 0 and (not index or np.array_equal(groups, _groups_of_columns(cols, size)))
+        regular = self._regular(index, cols)
         grouped = tile.reshape(rows, -1, size) if regular else tile
         if self.interleaved:
             return kernels.decode_interleaved(turned, _shifts_of(4, ORDER), steps, zeros, grouped)
@@ -153,19 +175,28 @@ class Gptq(Format):
 
         steps = np.empty((groups, rows), "f4")
         kernels.widen_scales(parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1), first, steps)
-        unit, mask = self.in_unit, (1 << self.bits) - 1
-        by_words, plus, within = ZEROS[self.spelling]
-        order = ORDER if self.interleaved else range(unit)
-        shifts = _shifts_of(self.bits, order if self.bits in ALIGNED else ())
-        carry = 0
-        if by_words and self.bits in ALIGNED:
-            carry = sum(1 << self.bits * place for place in range(unit))
-        elif by_words:  # a word has no whole number of codes: gptqmodel takes one off each
-            plus = 1
+        unit = self.in_unit
         words = parts[1].view("u4").reshape(groups, -1)[:, first // unit * (unit * self.bits // 32) :]
         zeros = np.empty((groups, math.ceil(rows / unit) * unit), "f4")
-        kernels.unpack_zeros(words, self.bits, shifts, carry, plus, mask if within else 2 * mask + 1, zeros)
+        kernels.unpack_zeros(words, self.bits, self._shifts, *self._zero_rule, zeros)
         return steps, zeros
+
+    @property
+    def _shifts(self) -> Words:
+        """Where in a word of zero points they begin, if that is the same in all."""
+        order = ORDER if self.interleaved else range(self.in_unit)
+        return _shifts_of(self.bits, order if self.bits in ALIGNED else ())
+
+    @property
+    def _zero_rule(self) -> tuple[int, int, int]:
+        """What is added to a word of zero points, what to each, and which bits are kept; see kernels.gptq.unpack_zeros."""
+        by_words, plus, within = ZEROS[self.spelling]
+        mask, carry = (1 << self.bits) - 1, 0
+        if by_words and self.bits in ALIGNED:
+            carry = sum(1 << self.bits * place for place in range(self.in_unit))
+        elif by_words:  # a word has no whole number of codes: gptqmodel takes one off each
+            plus = 1
+        return carry, plus, mask if within else 2 * mask + 1
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kconvert.formats.kernels.bits import inline, kernel, round_bf16, widen_scale
-from kconvert.formats.kernels.codes import USUAL, decode_group, differ, spread_nibbles
+from kconvert.formats.kernels.codes import NIBBLES, USUAL, decode_group, differ, look_up, spread_nibbles
 from kconvert.formats.kernels.turn import SIDE, turn
 
 PADDING = 16  # words behind each row, so that rows of a power of two words do not share their place in the cache
@@ -112,6 +112,74 @@ def decode(words: Any, bits: Any, steps: Any, zeros: Any, tile: Any) -> Any:
             if step == np.float32(0):
                 senseless |= differ(grouped, group, zero)
     return senseless
+
+
+@kernel
+def decode_by_table(
+    words: Any,
+    height: Any,
+    scale: Any,
+    zero_words: Any,
+    shifts: Any,
+    carry: Any,
+    plus: Any,
+    keep: Any,
+    first: Any,
+    tile: Any,
+) -> Any:
+    """`decode` of four-bit codes, where codes.LOOKS_UP, and `decode_interleaved`, whose `height` is 8 and not 1.
+
+    Scales [groups, out] and zero points are taken from where they lie in the file, those of the rows from `first` on; see
+    unpack_zeros. words are u8 [rows, n] or, interleaved, u32 [rows / 8, >= cols]; the group size is a multiple of 16. Returns
+    whether all of it was decoded: it stops at a scale of zero, which may be senseless.
+    """
+    rows, groups, size = tile.shape
+    carry, plus, keep = U(carry), U(plus), U(keep)
+    steps, zeros = np.empty((groups, SIDE), np.float32), np.empty((groups, SIDE), np.float32)
+    for block in range(0, rows, SIDE):
+        out, count, missing = first + block, min(SIDE, rows - block), False
+        for group in range(groups):
+            word = U(zero_words[group, out >> 3] + carry)
+            if count == SIDE:
+                missing |= _fill(scale[group, out : out + SIDE], word, shifts, plus, keep, steps, zeros, group, SIDE)
+            else:
+                missing |= _fill(scale[group, out : out + count], word, shifts, plus, keep, steps, zeros, group, count)
+        if missing:
+            return False
+        for i in range(count):
+            shift = np.int64(shifts[i])
+            if size == USUAL:
+                _look_row_up(words, height, shift, zeros, steps, tile, block, i, USUAL)
+            else:
+                _look_row_up(words, height, shift, zeros, steps, tile, block, i, size)
+    return True
+
+
+@inline
+def _fill(
+    scale: Any, word: Any, shifts: Any, plus: Any, keep: Any, steps: Any, zeros: Any, group: Any, count: Any
+) -> Any:
+    """Scales and zero points of a group in eight rows; whether one of the scales is zero."""
+    missing = False
+    for i in range(count):
+        steps[group, i] = widen_scale(scale[i])
+        missing |= steps[group, i] == np.float32(0)
+        stored = U(U(word >> U(shifts[i] & U(31))) & U(15))  # what might be shifted by 32 would be done in 64 bits
+        zeros[group, i] = np.float32(np.int32(U(U(stored + plus) & keep)))
+    return missing
+
+
+@inline
+def _look_row_up(
+    words: Any, height: Any, shift: Any, zeros: Any, steps: Any, tile: Any, block: Any, i: Any, size: Any
+) -> None:
+    """Row `i` of a block, whose scales and zero points are f32 [groups, 8]."""
+    row = block + i
+    line, halves = (row, 1) if height == 1 else (row >> 3, 0)
+    for group in range(tile.shape[1]):
+        zero, step = zeros[group, i], steps[group, i]
+        for col in range(0, size, NIBBLES):
+            look_up(zero, step, words, line, group * size + col >> halves, shift, tile, row, group, col)
 
 
 @kernel

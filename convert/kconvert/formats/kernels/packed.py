@@ -35,7 +35,7 @@ from kconvert.formats.kernels.bits import (
     widen,
     widen_scale,
 )
-from kconvert.formats.kernels.codes import USUAL, decode_group, differ, spread_nibbles
+from kconvert.formats.kernels.codes import USUAL, by_table, decode_by_table, decode_group, differ, spread_nibbles
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
 LOW_NIBBLE = U(15)
@@ -73,21 +73,27 @@ def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
     """
     rows, groups, size = tile.shape
     spread = np.empty(groups * size, np.uint8)
+    looked_up = by_table(scale, bits, size)
     senseless = False
     for row in range(rows):
         codes = packed[row, : spread.shape[0]]
         if bits == 4:
-            spread_nibbles(packed[row], spread)
             codes = spread
+        if bits == 4 and not looked_up:
+            spread_nibbles(packed[row], spread)
         grouped = codes.reshape(groups, size)
         for group in range(groups):
             stored, offset = scale[row, group], _offset(zero, row, group, bits)
             step = widen_scale(stored)
-            if size == USUAL:
+            if looked_up:
+                decode_by_table(packed, row, group, offset, step, tile, size)
+            elif size == USUAL:
                 decode_group(grouped, row, group, offset, step, stored, tile, USUAL)
             else:
                 decode_group(grouped, row, group, offset, step, stored, tile, size)
             if step == np.float32(0):
+                if looked_up:
+                    spread_nibbles(packed[row, group * size >> 1 :], grouped[group])
                 senseless |= differ(grouped, group, offset)
     return senseless
 
