@@ -63,6 +63,9 @@ def recognise(declared: None, found: Found, shape: tuple[int, int] | None) -> tu
     if found.keys() not in ({""}, {"_blocks", "_scales"}):
         raise ValueError(f"it needs either blocks and scales or a tensor of its own name, and has {sorted(found)}")
     dtype, own_shape = found[""] if "" in found else found["_scales"]
+    groups = found["_blocks"][1][:-1] if "_blocks" in found else ()
+    if len(groups) == 3 and (groups[0] * groups[1], groups[2] * GROUP) == shape:
+        own_shape = groups  # what is wrong are the scales, if they differ
     if len(own_shape) != 3 or 0 in own_shape:
         raise ValueError(f"its shape {list(own_shape)} is no stack of matrices")
     stack, first, second = own_shape
