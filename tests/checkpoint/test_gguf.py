@@ -148,6 +148,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: edit(path, entry(path, "odd") + 4, struct.pack("<Q", 30)),
         "tensor 'half' overlaps",
     ),
+    "a byte behind the last tensor": (
+        lambda path: path.write_bytes(path.read_bytes() + b"x"),
+        "bytes behind its tensors, 1 of them",
+    ),
     "a gap": (lambda path: edit(path, entry(path, "odd") + 4, struct.pack("<Q", 0)), "leaves a gap"),
     "an offset beside the alignment": (
         lambda path: edit(path, entry(path, "odd") + 4 + 8 + 4, struct.pack("<Q", 2561)),

@@ -257,6 +257,8 @@ def _placed(cursor: _Cursor, entries: list[_Entry], data_start: int, alignment: 
                 f"{what} ends at byte {end}, the file has {cursor.size}", "it is truncated, fetch it again"
             )
         tensors.append(Tensor(entry.name, dtype, entry.shape, inside, start, nbytes))
+    if (foreign := cursor.size - -(-end // alignment) * alignment) > 0:
+        raise cursor.fault(f"bytes behind its tensors, {foreign:,} of them, belong to none")
     return tuple(tensors)
 
 
