@@ -333,6 +333,16 @@ def v4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return root
 
 
+def test_what_deepseek_v4_does_not_declare_as_its_own_becomes_bf16(v4: Path, tmp_path: Path) -> None:
+    convert(plan(v4, Recipe("int8", layout="all")), tmp_path / "int8")
+    convert(plan(tmp_path / "int8", Recipe("mxfp4", layout="ktransformers")), tmp_path / "out")
+    labels = {
+        weight.format.label for weight in inspect(tmp_path / "out").weights if not weight.role.startswith("expert")
+    }
+    assert labels <= {"bf16", "fp8 block 1x32"}  # the tables of Engram stay
+    verify(tmp_path / "int8", tmp_path / "out")
+
+
 @pytest.mark.parametrize("layout", ["vllm", "sglang"])
 def test_deepseek_v4_as_published_goes_to_fp8_for_both_engines(v4: Path, tmp_path: Path, raw: Any, layout: str) -> None:
     if (v4.name, layout) == ("deepseek-v4-base", "vllm"):

@@ -161,7 +161,7 @@ class Conversion:
             return choice
         if choice is not None:
             return self._fit(choice, weight)
-        if _is_encoded(weight) and not self.target.spares:
+        if _is_encoded(weight) and not (self.target.spares and isinstance(weight.format, Fp8)):
             return self._fit(Dense("BF16"), weight)
         return weight.format
 
