@@ -93,7 +93,7 @@ def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
                 decode_group(grouped, row, group, offset, step, stored, tile, size)
             if step == np.float32(0):
                 if looked_up:
-                    spread_nibbles(packed[row, group * size >> 1 :], grouped[group])
+                    spread_nibbles(packed[row, group * size >> 1 :], spread[group * size : (group + 1) * size])
                 senseless |= differ(grouped, group, offset)
     return senseless
 
