@@ -265,15 +265,14 @@ AROUND = r"re:(model\.|language_model\.)*"  # whatever model there is around the
 def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Targets that hit these modules and none of the others: a pattern for all that differ in numbers only, if need be with
     those of their layers; names where that does not tell them apart."""
-    alike: dict[bool, dict[str, list[str]]] = {True: defaultdict(list), False: defaultdict(list)}
-    for is_meant, modules in ((True, names), (False, others)):
-        for name in map(bare_name, modules):
-            alike[is_meant][NUMBER.sub("#", name)].append(name)
+    alike = _by_template(map(bare_name, names))
+    kinds = set(map(_kind, alike))
+    unlike = _by_template(name for name in map(bare_name, others) if _kind(name) in kinds)
     targets: list[str] = []
-    for template, members in alike[True].items():
-        mine, theirs = _layers(members), _layers(alike[False][template])
+    for template, members in alike.items():
+        mine, theirs = _layers(members), _layers(unlike.get(template, ()))
         pattern = re.escape(template).replace(r"\#", "#")
-        if not alike[False][template]:
+        if template not in unlike:
             targets.append(f"{AROUND}{pattern.replace('#', '[0-9]+')}$")
         elif mine and mine.isdisjoint(theirs):
             layers = "|".join(sorted(mine, key=int))
@@ -281,6 +280,20 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
         else:
             targets += [f"{AROUND}{re.escape(name)}$" for name in members]
     return targets
+
+
+def _by_template(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names by what they are but for their numbers."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[NUMBER.sub("#", name)].append(name)
+    return dict(found)
+
+
+def _kind(name: str) -> tuple[int, str]:
+    """What names of one template have in common, seen without a look at every character."""
+    last = name[name.rfind(".") + 1 :]
+    return name.count("."), "#" if last.isdigit() else last
 
 
 def _layers(names: Iterable[str]) -> set[str]:
@@ -298,8 +311,8 @@ def ignore_list(quantised: Iterable[str], unquantised: Iterable[str]) -> list[st
     Of a language model inside a larger one each engine calls the modules otherwise, and cuts those beside it (a vision tower)
     otherwise, too: for these there are patterns alone, which hit them by every name.
     """
-    quantised, unquantised = tuple(both_names(quantised)), tuple(unquantised)
-    forms = _forms(quantised)
+    quantised, unquantised = tuple(quantised), tuple(unquantised)
+    forms = tuple(both_names(_forms(quantised)))
     usual = [pattern for pattern in USUAL_IGNORE if not any(matches(form, pattern) for form in forms)]
     rest = tuple(name for name in unquantised if not any(matches(name, pattern) for pattern in usual))
     return [*usual, *(_everywhere(forms, rest, quantised) if _is_inside(unquantised) else both_names(rest))]
