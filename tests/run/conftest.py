@@ -31,7 +31,7 @@ SLOW = """
 import os, time
 def slow(function):
     def held_up(*arguments):
-        time.sleep(0.004)
+        time.sleep(0.015)
         return function(*arguments)
     return held_up
 os.pwrite, os.rename = slow(os.pwrite), slow(os.rename)

@@ -353,7 +353,7 @@ def test_a_certified_file_may_have_another_name_but_nothing_behind_its_tensors(
     path.write_bytes(file.read_bytes() + b"payload")
     found = check(path)
     assert found.exit_code == 1
-    assert f"{path} is not the file of the certificate, its sha256 differs, in what is no tensor" in found.stderr
+    assert f"{path}: bytes behind its tensors, 7 of them, belong to none" in found.stderr
 
 
 def test_a_report_has_all_faults_and_figures(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:

@@ -64,8 +64,9 @@ def edit(path: Path, **changes: Any) -> None:
 
 def planned(root: Path, key: str) -> Any:
     """A value of the metadata that a GGUF of the model would have."""
-    header = plan(root, Recipe("gguf")).shards[0].header
-    return read_gguf("planned", 1 << 40, lambda start, size: header[start : start + size], "planned").metadata[key]
+    shard = plan(root, Recipe("gguf")).shards[0]
+    header = shard.header
+    return read_gguf("planned", shard.nbytes, lambda start, size: header[start : start + size], "planned").metadata[key]
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-moe", "gpt-oss"])
