@@ -38,7 +38,6 @@ os.pwrite, os.rename = slow(os.pwrite), slow(os.rename)
 from kconvert.cli import main
 main()
 """
-SLOWER = SLOW.replace("0.004", "0.015")  # for a signal that must not come too late on a busy machine
 
 
 def run_command(*arguments: object) -> Result:
@@ -82,10 +81,10 @@ class Job:
     def run(self, *options: object) -> Result:
         return run_command(*self.arguments, *options)
 
-    def start(self, code: str = SLOW) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[str]:
         """The same as a process of its own, slowed down."""
         return subprocess.Popen(
-            [sys.executable, "-c", code, *self.arguments],
+            [sys.executable, "-c", SLOW, *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

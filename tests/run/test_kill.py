@@ -16,7 +16,7 @@ import pytest
 from kconvert import Recipe, convert, plan
 
 if TYPE_CHECKING:
-    from .conftest import SLOWER, Job
+    from .conftest import Job
 
 
 def wait_for_records(job: Job, process: subprocess.Popen[str], count: int) -> None:
@@ -94,7 +94,7 @@ def test_a_rerun_after_a_kill_keeps_the_shards_that_were_finished(job: Job) -> N
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_rerun_goes_on(job: Job) -> None:
-    with job.start(SLOWER) as process:
+    with job.start() as process:
         wait_for_records(job, process, 3)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
