@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kconvert.checkpoint.buffers import Buffers
@@ -22,8 +21,8 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Copy, Step, Transcode
-from kconvert.run.preflight import check_doubts, doubts_of, may_overflow
-from kconvert.run.tiles import across_of, cut, decode, inputs_of, naming, row_unit, tile_rows
+from kconvert.run.preflight import check_doubts, doubts_of
+from kconvert.run.tiles import across_of, decoded, inputs_of, naming, row_unit
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
@@ -190,13 +189,7 @@ class Weights(Mapping[str, torch.Tensor]):
         last = min(-(-piece.last // row // unit) * unit, step.rows)
         across = across_of(step, self._reader)
         inputs = inputs_of(step, first, last, across, self._reader, buffers)
-        huge = any(map(may_overflow, step.source_parts, inputs))
-        count = tile_rows(step)
-        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
-        for begin in range(first, last, count):
-            end = min(begin + count, last)
-            tile = floats[: (end - begin) * step.cols].reshape(end - begin, step.cols)
-            decode(step, cut(step.source_parts, inputs, step.rows, first, begin, end), begin, tile, huge)
+        for begin, end, tile in decoded(step, inputs, first, last, buffers):
             low, high = max(begin * row, piece.first), min(end * row, piece.last)
             exact = (low, high) == (begin * row, end * row)
             target = room[low - piece.first : high - piece.first] if exact else buffers.take("out", (end - begin) * row)

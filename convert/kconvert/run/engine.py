@@ -22,7 +22,6 @@ from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Transcode
-from kconvert.run.preflight import may_overflow
 from kconvert.run.state.journal import Journal
 from kconvert.run.tiles import (
     Once,
@@ -30,7 +29,7 @@ from kconvert.run.tiles import (
     Task,
     across_of,
     cut,
-    decode,
+    decoded,
     inputs_of,
     naming,
     reach_of,
@@ -210,13 +209,8 @@ class Run:
         if step.target.takes_codes(step.source):
             with naming(f"{step.title} cannot be written as {step.target.label}", first, last):
                 return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
-        count, lost = tile_rows(step), 0
-        huge = any(map(may_overflow, step.source_parts, inputs))
-        floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
-        for row in range(first, last, count):
-            stop = min(row + count, last)
-            tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-            decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile, huge)
+        lost = 0
+        for row, stop, tile in decoded(step, inputs, first, last, buffers):
             with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
                 lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost

@@ -137,12 +137,23 @@ def inputs_of(
     return data
 
 
-def decode(step: Transcode, given: Sequence[Bytes], first: int, tile: Tile, huge: bool) -> None:
-    """The values of rows from `first` on, of the bytes that spell them; all finite, which only `huge` scales may prevent."""
-    with naming(f"{step.title} cannot be read as {step.source.label}", first, first + len(tile)):
-        step.source.decode(given, first, tile)
-        if huge and (np.abs(tile) >= INFINITE).any():
-            raise ValueError("it has a scale so large that a value is infinite")
+def decoded(
+    step: Transcode, inputs: list[Bytes], first: int, last: int, buffers: Buffers
+) -> Iterator[tuple[int, int, Tile]]:
+    """The values of rows `first` to `last` in tiles f32 [rows, cols]: the first row, the one after the last, and the tile.
+
+    `inputs` are the bytes that spell them; a tile has the memory of the one before. A value that is not finite is an error.
+    """
+    count, huge = tile_rows(step), any(map(may_overflow, step.source_parts, inputs))
+    floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
+    for row in range(first, last, count):
+        stop = min(row + count, last)
+        tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
+        with naming(f"{step.title} cannot be read as {step.source.label}", row, stop):
+            step.source.decode(cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile)
+            if huge and (np.abs(tile) >= INFINITE).any():
+                raise ValueError("it has a scale so large that a value is infinite")
+        yield row, stop, tile
 
 
 def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int) -> float:
@@ -173,12 +184,7 @@ def _largest(
     step: Transcode, first: int, last: int, across: Sequence[Bytes], source: Fetcher, buffers: Buffers
 ) -> float:
     """The largest magnitude of the values in these rows."""
-    inputs, count, largest = inputs_of(step, first, last, across, source, buffers), tile_rows(step), 0.0
-    huge = any(map(may_overflow, step.source_parts, inputs))
-    floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
-    for row in range(first, last, count):
-        stop = min(row + count, last)
-        tile = floats[: (stop - row) * step.cols].reshape(stop - row, step.cols)
-        decode(step, cut(step.source_parts, inputs, step.rows, first, row, stop), row, tile, huge)
+    inputs, largest = inputs_of(step, first, last, across, source, buffers), 0.0
+    for _, _, tile in decoded(step, inputs, first, last, buffers):
         largest = max(largest, float(tile.max(initial=0)), -float(tile.min(initial=0)))
     return largest

@@ -309,9 +309,8 @@ class Conversion:
     def _sorted(self) -> tuple[list[tuple[Format, list[Weight]]], list[Weight], list[Weight]]:
         """The weights that config.json is to declare, by what spells them; those that stay, with what it said of them; and the
         others."""
-        quantised: dict[
-            int, tuple[Format, list[Weight]]
-        ] = {}  # by identity: to hash the format of each would take longest
+        # By identity: to hash the format of each would take longest of all.
+        quantised: dict[int, tuple[Format, list[Weight]]] = {}
         left, others = [], []
         for weight in self.model.weights:
             encoding = self.encoding(weight)
