@@ -22,16 +22,14 @@ from common import (
     make_cold,
     nbytes,
     run,
-    sample,
     spread,
     table,
     tensor_files,
+    true_experts,
     verdict,
 )
 
 TARGET = 1.1
-EXPERT_BYTES = 3 * 2048 * 7168 * 2
-LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
 CONVERSIONS = {"bf16": ["int4-to-bf16"], "gguf": ["convert", "--to", "gguf"]}
 HASH = """
 import hashlib, os, sys
@@ -53,8 +51,7 @@ def main() -> None:
     parser.add_argument("--model-gb", type=float, default=4, help="size of the model in BF16 [4]")
     parser.add_argument("--container", choices=CONVERSIONS, default="bf16", help="what is checked [bf16]")
     options = parser.parse_args()
-    experts = max(1, round(options.model_gb * GB / EXPERT_BYTES))
-    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    source = true_experts(options.dir, options.model_gb)
     output = source.with_name(f"{source.name}-{options.container}")
     proof = output.with_name(f"{output.name}.json")
     if not proof.exists():

@@ -23,6 +23,10 @@ from statistics import median
 
 KCONVERT = str(Path(sysconfig.get_path("scripts"), "kconvert"))
 GB = 1e9
+EXPERT_BYTES = 3 * 2048 * 7168 * 2  # of a true one, in BF16
+# The rest of the model small, so that nearly every byte is one that needs converting.
+SMALL = {"layers": 2, "dense-layers": 1, "heads": 4, "q-rank": 64, "kv-rank": 64, "intermediate": 512, "vocab": 1024}
+LITTLE_ELSE = [f"--{name}={size}" for name, size in SMALL.items()]
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,12 @@ def sample(folder: Path, name: str, *options: str) -> Path:
     return target
 
 
+def true_experts(folder: Path, model_gb: float) -> Path:
+    """The INT4 checkpoint of a model of about so many GB in BF16: two layers, and as many of Kimi-K2's experts as that is."""
+    experts = max(1, round(model_gb * GB / EXPERT_BYTES))
+    return sample(folder, f"disk-{experts}-experts", *LITTLE_ELSE, f"--experts={experts}")
+
+
 def tensor_files(checkpoint: Path) -> list[Path]:
     return sorted(file for file in checkpoint.iterdir() if file.suffix in (".safetensors", ".gguf"))
 
@@ -151,6 +161,15 @@ def verdict(value: float, target: float, unit: str = "", *, at_most: bool = True
     met = value <= target if at_most else value >= target
     goal = f"target {'<=' if at_most else '>='} {target:g} {unit}".rstrip()
     return f"[{goal}: " + ("met]" if met else f"missed by {abs(value / target - 1):.0%}]")
+
+
+def figures(children: Sequence[Child], digits: int) -> list[str]:
+    """Of a table: wall time and time on the CPUs with so many digits, peak RSS."""
+    return [
+        spread([child.seconds for child in children], digits, "s"),
+        spread([child.cpu for child in children], digits, "s"),
+        spread([child.peak / 1e6 for child in children], 0, "MB"),
+    ]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -22,10 +22,10 @@ from common import (
     nbytes,
     remove,
     run,
-    sample,
     spread,
     table,
     tensor_files,
+    true_experts,
     verdict,
 )
 
@@ -47,9 +47,6 @@ JOBS = (
     "nvfp4-to-bf16",
 )
 FOREIGN = ("gptq", "awq", "nvfp4")  # which kconvert does not write
-EXPERT_BYTES = 3 * 2048 * 7168 * 2
-# True experts; the rest of the model small, so that nearly every byte is one that needs converting.
-LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
 
 
 def main() -> None:
@@ -57,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model-gb", type=float, default=8.5, help="size of the model in BF16 [8.5]")
     parser.add_argument("--job", choices=JOBS, default="int4-to-bf16", help="the command measured [int4-to-bf16]")
     options = parser.parse_args()
-    source = source_of(options.job, options.dir, max(1, round(options.model_gb * GB / EXPERT_BYTES)))
+    source = source_of(options.job, true_experts(options.dir, options.model_gb))
     converted, zeros = options.dir / "disk-converted", options.dir / "disk-zeros"
 
     def convert() -> Child:
@@ -96,13 +93,12 @@ def main() -> None:
     machine(options.dir)
 
 
-def source_of(job: str, folder: Path, experts: int) -> Path:
-    """A checkpoint in the encoding that the job starts from."""
-    int4 = sample(folder, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+def source_of(job: str, int4: Path) -> Path:
+    """The checkpoint in the encoding that the job starts from."""
     encoding = job.partition("-")[0]
     if encoding == "int4":
         return int4
-    source = folder / f"disk-{experts}-experts-{encoding}"
+    source = int4.with_name(f"{int4.name}-{encoding}")
     if encoding in FOREIGN and not source.exists():
         run([sys.executable, Path(__file__).with_name("foreign_sample.py"), int4, source, encoding])
     elif not (source / "config.json").exists():

@@ -24,16 +24,14 @@ from common import (
     nbytes,
     remove,
     run,
-    sample,
     spread,
     table,
     tensor_files,
+    true_experts,
     verdict,
 )
 
 FASTER, FEWER = 5, 0.35
-EXPERT_BYTES = 3 * 2048 * 7168 * 2
-LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
 SECOND = """
 import re, sys
 from collections import defaultdict
@@ -78,8 +76,7 @@ def main() -> None:
     parser = arguments(__doc__, runs=3)
     parser.add_argument("--model-gb", type=float, default=3.5, help="size of the model in BF16 [3.5]")
     options = parser.parse_args()
-    experts = max(1, round(options.model_gb * GB / EXPERT_BYTES))
-    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    source = true_experts(options.dir, options.model_gb)
     direct, between, file = (options.dir / name for name in ("gguf-direct", "gguf-between", "two-steps.gguf"))
     written: dict[str, int] = {}
     loads: list[float] = []

@@ -19,21 +19,20 @@ from common import (
     Child,
     alternate,
     arguments,
+    figures,
     machine,
     make_cold,
     nbytes,
     remove,
     run,
-    sample,
     spread,
     table,
     tensor_files,
+    true_experts,
     verdict,
 )
 
 TARGET = 5
-EXPERT_BYTES = 3 * 2048 * 7168 * 2
-LITTLE_ELSE = ["--layers=2", "--dense-layers=1", "--heads=4", "--q-rank=64", "--kv-rank=64", "--intermediate=512"]
 THEIRS = """
 import sys
 from pathlib import Path
@@ -58,8 +57,7 @@ def main() -> None:
     parser = arguments(__doc__, runs=3)
     parser.add_argument("--model-gb", type=float, default=2, help="size of the model in BF16 [2]")
     options = parser.parse_args()
-    experts = max(1, round(options.model_gb * GB / EXPERT_BYTES))
-    source = sample(options.dir, f"disk-{experts}-experts", *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}")
+    source = true_experts(options.dir, options.model_gb)
     ours, theirs = options.dir / "mlx-kconvert", options.dir / "mlx-lm"
 
     def kconvert() -> Child:
@@ -71,15 +69,7 @@ def main() -> None:
     results = alternate(options.runs, {"kconvert": kconvert, "mlx-lm": mlx_lm})
     same = run([sys.executable, "-c", COMPARE, ours, theirs]).stdout.strip()
     written = nbytes(tensor_files(ours))
-    rows = [
-        [
-            name,
-            spread([child.seconds for child in children], 2, "s"),
-            spread([child.cpu for child in children], 2, "s"),
-            spread([child.peak / 1e6 for child in children], 0, "MB"),
-        ]
-        for name, children in results.items()
-    ]
+    rows = [[name, *figures(children, 2)] for name, children in results.items()]
     print(
         f"\nread {nbytes(tensor_files(source)) / GB:.2f} GB, wrote {written / GB:.2f} GB; {same} tensors of stacks are equal"
     )

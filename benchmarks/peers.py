@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import median
 
 from common import (
+    EXPERT_BYTES,
     GB,
+    LITTLE_ELSE,
     Child,
     alternate,
     arguments,
@@ -32,7 +34,7 @@ from common import (
     tensor_files,
     verdict,
 )
-from disk_speed import EXPERT_BYTES, LITTLE_ELSE, two_dds
+from disk_speed import two_dds
 
 
 def peer_arguments(doc: str | None, model_gb: float) -> argparse.ArgumentParser:
@@ -47,9 +49,7 @@ def int4_source(options: argparse.Namespace, *sizes: str) -> Path:
     experts = max(1, round(options.model_gb * GB / EXPERT_BYTES))
     shard_size = int(EXPERT_BYTES * (experts * 0.2817 + 2) / options.shards)
     name = "-".join(["peer", f"{experts}-experts", str(options.shards), *(size.strip("-") for size in sizes)])
-    return sample(
-        options.dir, name, *LITTLE_ELSE, "--vocab=1024", f"--experts={experts}", f"--shard-size={shard_size}", *sizes
-    )
+    return sample(options.dir, name, *LITTLE_ELSE, f"--experts={experts}", f"--shard-size={shard_size}", *sizes)
 
 
 DISK = "two dd's"

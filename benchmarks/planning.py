@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-from common import KCONVERT, Child, alternate, arguments, machine, make_cold, run, spread, table, verdict
+from common import KCONVERT, Child, alternate, arguments, figures, machine, make_cold, run, table, verdict
 
 TARGET_MB = 500
 TARGETS = {"kimi-k2-thinking": (3, 3), "kimi-k3": (8, 5)}  # seconds to plan and to inspect
@@ -46,15 +46,7 @@ def main() -> None:
         f"{summary['parameters']:,} parameters, {summary['bytes'] / 1e9:,.2f} GB in, "
         f"{plan['output_bytes'] / 1e9:,.2f} GB out"
     )
-    rows = [
-        [
-            name,
-            spread([child.seconds for child in children], 2, "s"),
-            spread([child.cpu for child in children], 2, "s"),
-            spread([child.peak / 1e6 for child in children], 0, "MB"),
-        ]
-        for name, children in results.items()
-    ]
+    rows = [[name, *figures(children, 2)] for name, children in results.items()]
     table(["", "wall time", "CPU time", "peak RSS"], rows)
     for (name, children), target_seconds in zip(results.items(), TARGETS[options.like], strict=True):
         seconds, peak = median(child.seconds for child in children), median(child.peak / 1e6 for child in children)
