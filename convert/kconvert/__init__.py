@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from kconvert.run.disk import Needs
     from kconvert.run.state.finalize import Closed
     from kconvert.run.state.ranks import Rank
+    from kconvert.run.trace import Trace
     from kconvert.targets.recipe import Recipe
     from kconvert.weights import Weights
 
@@ -173,6 +174,7 @@ def check(
     disk_budget: int | None = None,
     worker: str | None = None,
     finalize_when_complete: bool = False,
+    check_first: bool = False,
 ) -> Needs:
     """What a run of `plan` into `destination` needs, in bytes, and finds finished already; arguments as for `convert`.
 
@@ -182,7 +184,7 @@ def check(
     from kconvert.run import job
     from kconvert.run.delivery import Delivery
 
-    terms = job.Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
+    terms = job.Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first)
     return job.check(plan, Delivery.to(destination, push), terms)
 
 
@@ -199,6 +201,8 @@ def convert(
     disk_budget: int | None = None,
     worker: str | None = None,
     finalize_when_complete: bool = False,
+    check_first: bool = False,
+    trace: Trace | None = None,
     command: str = "kconvert.convert",
 ) -> dict[str, int]:
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
@@ -209,11 +213,14 @@ def convert(
     `threads` are worker threads (by default the cores and six), `memory` bounds the buffers of all together in bytes (by
     default 256 MiB); neither changes a byte of the output. `overwrite` replaces the checkpoint in `destination`. `advance`
     is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
-    with the bytes that an earlier run has finished.
+    with the bytes that an earlier run has finished. `trace` is told what the workers do when, see kconvert.run.trace.
 
     With `worker` this is one of many processes, on any machines that see SRC and DST, each of which writes its share of the
     shards: "I/N" is number I of N, from 0 on; "slurm", "torchrun" and "kubernetes" take both from what these launchers set,
     "auto" from whichever there is. Afterwards `finalize` closes `destination`, or with `finalize_when_complete` the last one.
+
+    Values are looked at as they pass, and nothing is read twice for that; with `check_first` all scales and shapes of a local
+    checkpoint are read before anything is written.
 
     Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
     KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
@@ -224,14 +231,15 @@ def convert(
     from kconvert.run.delivery import Delivery
     from kconvert.run.engine import Limits
     from kconvert.run.job import Terms, prepared
+    from kconvert.run.trace import Trace
 
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
     card = ModelCard(plan, command)
-    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
+    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first)
     with prepared(plan, Delivery.to(destination, push), terms, command, card) as job:
         found(job.earlier)
         advance(job.earlier)
-        inexact = job.run(Limits.choose(threads, memory), advance)
+        inexact = job.run(Limits.choose(threads, memory), advance, trace or Trace())
         job.finish()
     return inexact
 

@@ -21,8 +21,7 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Copy, Step, Transcode
-from kconvert.run.preflight import check_doubts, doubts_of
-from kconvert.run.tiles import across_of, decoded, inputs_of, naming, row_unit
+from kconvert.run.tiles import across_of, copied, decoded, inputs_of, naming, row_unit
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
@@ -53,12 +52,11 @@ DTYPES = {
 
 @dataclass(slots=True)
 class Stored:
-    """A tensor, and the steps that make its bytes, in their order; they are `sound` once they have been looked at."""
+    """A tensor, and the steps that make its bytes, in their order."""
 
     dtype: str
     shape: tuple[int, ...]
     steps: list[Step]
-    sound: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +72,7 @@ class Weights(Mapping[str, torch.Tensor]):
     is what loaders expect of safetensors. All of it from any thread, and in processes that are forked. Beside the tensors some
     megabytes a thread are in use.
 
-    Scales and shapes of a weight are looked at when it is first touched. A KconvertError says what is wrong with which tensor,
+    Scales and shapes are looked at as they are read. A KconvertError says what is wrong with which tensor,
     in the words of a conversion. Files stay open until `close`, or the end of a `with` block.
     """
 
@@ -147,10 +145,6 @@ class Weights(Mapping[str, torch.Tensor]):
             raise KconvertError(f"{self._root} was closed; open it again to read tensor {name!r}")
         whole = torch.empty(stop - start, dtype=torch.uint8)
         room = whole.numpy()
-        if not stored.sound:
-            for step in stored.steps:
-                check_doubts(self._root, self._reader, doubts_of(step))
-            stored.sound = True
         pieces = list(_pieces(stored, start, stop))
 
         def fill(piece: Piece) -> None:
@@ -181,8 +175,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def _fill(self, piece: Piece, room: Bytes) -> None:
         step, buffers = piece.step, self._buffers()
         if isinstance(step, Copy):
-            place = step.reads[0]
-            room[:] = buffers.fetch(self._reader, "in.0", place.file, place.start + piece.first, len(room))
+            room[:] = copied(step, piece.first, piece.last, self._reader, buffers)
             return
         row, unit = _row_bytes(step), row_unit(step)
         first = piece.first // row // unit * unit

@@ -137,12 +137,58 @@ def poke(tensor: Any, position: int, data: bytes) -> None:
     tensor.data = tensor.data[:position] + data + tensor.data[position + len(data) :]
 
 
+VALUES: list[tuple[Edit, list[str]]] = [
+    (infinite_scale, ["weight_scale", "not finite", "[0, 3]"]),
+    (nan_scale, ["weight_scale", "not finite", "[0, 3]"]),
+    (wrong_shape, ["weight_shape", "[256, 128]", "[128, 256]"]),
+]
+
+
+def break_last_weight(job: Job, raw: Any, damage: Edit) -> str:
+    """The file that has the last weight, which is damaged now."""
+    checkpoint = raw.load(job.source)
+    damage(checkpoint)
+    checkpoint.save()
+    return str(checkpoint.file_of(f"{LAST_WEIGHT}.weight_scale"))
+
+
+@pytest.mark.parametrize(("damage", "names"), VALUES, ids=lambda value: getattr(value, "__name__", ""))
+def test_with_check_first_a_bad_value_in_the_last_layer_is_found_before_anything_is_written(
+    fragile: Job, raw: Any, damage: Edit, names: list[str]
+) -> None:
+    file = break_last_weight(fragile, raw, damage)
+
+    fragile.check_error(fragile.run("--check-first"), file, LAST_WEIGHT, *names)
+    assert not fragile.destination.exists()
+
+
+@pytest.mark.parametrize(("damage", "names"), VALUES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bad_value_met_late_leaves_what_is_finished_and_a_rerun_starts_there(
+    fragile: Job, raw: Any, damage: Edit, names: list[str], tmp_path: Path
+) -> None:
+    raw.load(fragile.source).save()  # as the same tool writes it that damages it
+    sound = shutil.copytree(fragile.source, tmp_path / "sound")
+    file = break_last_weight(fragile, raw, damage)
+    for path in sound.glob("*.safetensors"):
+        shutil.copystat(path, fragile.source / path.name)
+
+    fragile.check_error(fragile.run("--threads", "1"), file, LAST_WEIGHT, *names)
+    finished = {path.name: path.stat().st_mtime_ns for path in fragile.destination.glob("*.safetensors")}
+    assert finished
+    assert not (fragile.destination / "config.json").exists()
+    fragile.check_no_half_files()
+
+    shutil.copy2(sound / file, fragile.source / file)
+    again = fragile.run()
+    assert again.exit_code == 0, again.output
+    assert "that were missing" in again.output
+    for name, mtime in finished.items():
+        assert (fragile.destination / name).stat().st_mtime_ns == mtime
+
+
 @pytest.mark.parametrize(
     ("damage", "names"),
     [
-        (infinite_scale, ["weight_scale", "not finite", "[0, 3]"]),
-        (nan_scale, ["weight_scale", "not finite", "[0, 3]"]),
-        (wrong_shape, ["weight_shape", "[256, 128]", "[128, 256]"]),
         (missing_scale, ["weight_scale"]),
         (missing_codes, ["weight_packed"]),
         (too_few_groups, ["weight_scale", "[128, 1]", "[128, 8]"]),

@@ -118,6 +118,13 @@ def output_options(function: Command) -> Command:
             "the launcher says.",
         ),
         click.option("--finalize-when-complete", is_flag=True, help="With --worker: who ends last closes DST."),
+        click.option("--check-first", is_flag=True, help="Read all scales of SRC before anything is written."),
+        click.option(
+            "--trace",
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Write what the workers did when, for Perfetto.",
+        ),
         json_option,
         quiet_option,
         click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),

@@ -37,31 +37,30 @@ def carry_out(
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    trace: str | None,
     launch: Summary | None = None,
     **terms: Any,
 ) -> None:
     """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that serves the result.
 
-    `terms` are `overwrite`, `push`, `disk_budget`, `worker` and `finalize_when_complete`, as `kconvert.convert` takes them.
+    `terms` are the options of `kconvert.convert` that say on what terms it runs, as `overwrite` and `check_first`.
     """
     import kconvert
     from kconvert.report.summary import Outcome, describe_plan
     from kconvert.run.delivery import Delivery
+    from kconvert.run.trace import Trace
 
     delivery, share = Delivery.to(destination, terms["push"]), _share(plan, terms["worker"])
     if dry_run or (verbose and not as_json):
         description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
-        if share is not None:
-            description = share.describe(description)
+        _print(description if share is None else share.describe(description), as_json)
     if dry_run:
-        click.echo(json.dumps(description.as_dict(), indent=2) if as_json else description.as_text())
         kconvert.check(plan, destination, **terms)
         return
-    if verbose and not as_json:
-        click.echo(description.as_text())
     started = time.monotonic()
     command = shlex.join(["kconvert", *sys.argv[1:]])
     earlier: list[int] = []
+    watch = Trace(trace)
     with progress(plan.output_bytes if share is None else share.nbytes, quiet) as advance:
         inexact = kconvert.convert(
             plan,
@@ -70,16 +69,21 @@ def carry_out(
             memory=memory,
             advance=advance,
             found=earlier.append,
+            trace=watch,
             command=command,
             **terms,
         )
     seconds = time.monotonic() - started
-    if as_json or not quiet:
-        if share is None:
-            outcome: Summary = Outcome.now(plan, delivery, seconds, inexact, launch, *earlier)
-        else:
-            outcome = share.outcome(plan, delivery, seconds, inexact, *earlier)
-        click.echo(json.dumps(outcome.as_dict(), indent=2) if as_json else outcome.as_text())
+    if quiet and not as_json:
+        return
+    if share is None:
+        _print(Outcome.now(plan, delivery, seconds, inexact, launch, sum(earlier), watch.bound), as_json)
+    else:
+        _print(share.outcome(plan, delivery, seconds, inexact, *earlier), as_json)
+
+
+def _print(summary: Summary, as_json: bool) -> None:
+    click.echo(json.dumps(summary.as_dict(), indent=2) if as_json else summary.as_text())
 
 
 def stored_bytes(output: str) -> int:

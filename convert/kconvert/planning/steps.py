@@ -79,6 +79,10 @@ class Transcode(NamedTuple):
         return f"{self.reads[0].file}: {weight}" if self.reads else weight
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    @property
     def source_parts(self) -> tuple[Part, ...]:
         return parts_of(self.source, self.rows, self.cols)
 
@@ -129,6 +133,11 @@ class Copy(NamedTuple):
     @property
     def nbytes(self) -> int:
         return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def source_parts(self) -> tuple[Part, ...]:
+        """The tensor, as if it were the only part of a weight."""
+        return (Part("", self.dtype, self.shape, below=self.below),)
 
     @property
     def origins(self) -> tuple[Origin, ...]:

@@ -200,8 +200,10 @@ class Outcome(Summary):
         inexact: Mapping[str, int],
         launch: Summary | None = None,
         earlier: int = 0,
+        bound: str | None = None,
     ) -> Outcome:
-        """Of a run that began when `earlier` bytes of shards were finished already; `launch` is the command that serves it."""
+        """Of a run that began when `earlier` bytes of shards were finished already, and waited for what `bound` says; `launch`
+        is the command that serves it."""
         found, served = _sampled_gains(plan), launch or _served(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         written = 0 if earlier >= _shard_bytes(plan) else plan.output_bytes - earlier
@@ -214,6 +216,7 @@ class Outcome(Summary):
             "seconds": round(seconds, 3),
             "bytes_per_second": round(written / seconds),
             "peak_memory_bytes": peak,
+            "bound_by": bound,
             "inexact_groups": dict(inexact),
             "dropped": list(plan.facts.get("dropped", ())),
         }
@@ -223,6 +226,7 @@ class Outcome(Summary):
         where = f"{delivery} and {delivery.push}" if kept else str(delivery)
         output = f"{human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')}"
         speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s), peak memory {human(peak)}"
+        speed += f", bound by {bound}" if bound else ""
         if not written:
             sent = f"; {delivery.push} has it, too" if kept else ""
             line = f"{delivery} was finished already, {output}; no shard was written again{sent}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -21,7 +20,6 @@ from kconvert.checkpoint.source import Reader
 from kconvert.run.budget import Ledger
 from kconvert.run.disk import Needs, unfinished
 from kconvert.run.mover import Mover
-from kconvert.run.preflight import Doubt, check_doubts, doubtful_values
 
 DOWNLOADS = 4  # connections at a time; one seldom fills a fast line
 
@@ -49,7 +47,7 @@ class StagedReader(Reader):
 class Arrivals(Mover):
     """The source of a run, where its files come from elsewhere; within a budget they are here only as long as needed."""
 
-    def __init__(self, needs: Needs, finished: Collection[str], ledger: Ledger) -> None:
+    def __init__(self, needs: Needs, ledger: Ledger) -> None:
         super().__init__(ledger)
         plan = needs.plan
         self._needs, self._plan = needs, plan
@@ -59,9 +57,6 @@ class Arrivals(Mover):
         for shard, files in needs.schedule.sources.items():
             for file in files & needs.fetches.keys():
                 self._needed_by[file].add(shard)
-        self._doubts: dict[str, list[Doubt]] = defaultdict(list)
-        for doubt in doubtful_values(plan, finished) if needs.fetches else ():
-            self._doubts[doubt.place.file].append(doubt)
         self._lock = threading.Lock()
         self._side_files: SimpleQueue[str] = SimpleQueue()
 
@@ -72,10 +67,14 @@ class Arrivals(Mover):
         self._start(self._bring_files, DOWNLOADS if self._needs.fetches else 0)
         return self
 
+    def is_here(self, file: str) -> bool:
+        return file in self._here or file not in self._needs.fetches
+
+    def await_file(self, file: str) -> None:
+        self._ledger.wait(lambda: file in self._here)
+
     def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
-        """Bytes of a source file, as soon as it is here."""
-        if file in self._needs.fetches and file not in self._here:
-            self._ledger.wait(lambda: file in self._here)
+        """Bytes of a source file that is here."""
         return self.reader.fetch(file, start, nbytes, room)
 
     def finish(self, shard: str) -> None:
@@ -97,8 +96,6 @@ class Arrivals(Mover):
     def _bring_files(self) -> None:
         while (file := self._ledger.next_source()) is not None:
             self.reader.places[file] = self._bring(file)
-            assert self._plan.source is not None
-            check_doubts(self._plan.source.root, self.reader, self._doubts.pop(file, []))
             with self._ledger.changed:
                 self._here.add(file)
                 self._ledger.changed.notify_all()

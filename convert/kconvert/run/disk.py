@@ -1,10 +1,12 @@
-"""What a run takes of the disks and of the network, known from the plan and from what is there already."""
+"""What a run takes of the disks and of the network, known from the plan and from what is there already; and whose paths they
+are."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +123,24 @@ def survey(
     needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
     missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
     return Needs(plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, budget)
+
+
+def check_paths(source: Path, destination: Path) -> None:
+    """KconvertError when writing `destination` could touch `source`."""
+    source, destination = (Path(os.path.realpath(path)) for path in (source, destination))
+    if source == destination:
+        raise KconvertError(f"SRC and DST are both {source}; choose another directory for the output")
+    if destination.is_relative_to(source):
+        raise KconvertError(f"{destination} lies inside SRC; choose a directory outside {source}")
+    if source.is_relative_to(destination):
+        raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
+
+
+def check_side_files(source: Path, names: Iterable[str]) -> None:
+    """KconvertError for the first side file that one may not read: they are copied last, and that is hours away."""
+    for name in names:
+        if not os.access(source / name, os.R_OK):
+            raise KconvertError(f"cannot read {source / name}, which goes along into the output; check the permissions")
 
 
 def unfinished(path: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kconvert.checkpoint.buffers import Buffers, Fetcher
+from kconvert.checkpoint.buffers import Buffers
 from kconvert.checkpoint.files import PAGE
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Transcode
@@ -28,6 +28,7 @@ from kconvert.run.tiles import (
     Shared,
     Task,
     across_of,
+    copied,
     cut,
     decoded,
     inputs_of,
@@ -38,6 +39,7 @@ from kconvert.run.tiles import (
     task_size,
     tile_rows,
 )
+from kconvert.run.trace import Clock, Source, Trace, Watched
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -95,6 +97,15 @@ class Limits:
         return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in across)
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a thread has of its own: its view of the source, buffers and clock."""
+
+    source: Watched
+    buffers: Buffers
+    clock: Clock
+
+
 @dataclass
 class Run:
     """One execution of a plan that writes `shards` of it: all that are missing, or those of one of many machines.
@@ -107,11 +118,12 @@ class Run:
 
     plan: Plan
     shards: Collection[str]
-    source: Fetcher
+    source: Source
     journal: Journal
     limits: Limits
     advance: Callable[[int], None]
     observers: Sequence[Observer]
+    trace: Trace
     inexact: Counter[str] = field(default_factory=Counter)
     _writers: dict[str, ShardWriter] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -157,7 +169,8 @@ class Run:
                     yield Task(step, first, min(first + count, last), shared, reach)
 
     def _work(self, tasks: Iterator[Task]) -> None:
-        buffers = Buffers()
+        clock = self.trace.clock()
+        worker = Worker(Watched(self.source, clock), Buffers(), clock)
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -165,9 +178,9 @@ class Run:
                 if task is None:
                     return
                 if isinstance(task.step, Transcode):
-                    self._transcode(task.step, task, buffers)
+                    self._transcode(task.step, task, worker)
                 else:
-                    self._copy(task.step, task.first, task.last, buffers)
+                    self._copy(task.step, task.first, task.last, worker)
         except BaseException as failure:
             self._give_up(failure)
             raise
@@ -177,48 +190,54 @@ class Run:
         for observer in self.observers:
             observer.stop(failure)
 
-    def _copy(self, step: Copy, first: int, last: int, buffers: Buffers) -> None:
+    def _copy(self, step: Copy, first: int, last: int, worker: Worker) -> None:
         source, target = step.reads[0], step.writes[0]
-        data = buffers.fetch(self.source, "in.0", source.file, source.start + first, last - first)
+        data = copied(step, first, last, worker.source, worker.buffers)
         if (source.start - target.start) % PAGE:
-            moved = buffers.take("out.0", last - first, target.start + first)
+            moved = worker.buffers.take("out.0", last - first, target.start + first)
             moved[:] = data
             data = moved
-        self._write(target.file, target.start + first, data)
+        self._write(target.file, target.start + first, data, worker.clock)
 
-    def _transcode(self, step: Transcode, task: Task, buffers: Buffers) -> None:
+    def _transcode(self, step: Transcode, task: Task, worker: Worker) -> None:
         first, last = task.first, task.last
-        reach = task.reach.get(lambda: self._reach(step, buffers)) if step.mates else None
-        outputs = self._outputs(step, first, last, buffers)
+        reach = task.reach.get(lambda: self._reach(step, worker)) if step.mates else None
+        outputs = self._outputs(step, first, last, worker.buffers)
         if reach is not None:
             step.target.settle(reach, outputs)
-        with task.shared.held(lambda: across_of(step, self.source)) as across:
-            lost = self._fill(step, first, last, across, outputs, buffers)
+        with task.shared.held(lambda: across_of(step, worker.source)) as across:
+            lost = self._fill(step, first, last, across, outputs, worker)
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
         for part, place, data in zip(step.target_parts, step.writes, outputs, strict=True):
             if part.every is not None or first == 0:
-                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data)
+                self._write(place.file, place.start + part.span(step.rows, first, last)[0], data, worker.clock)
 
     def _fill(
-        self, step: Transcode, first: int, last: int, across: list[Bytes], outputs: list[Bytes], buffers: Buffers
+        self, step: Transcode, first: int, last: int, across: list[Bytes], outputs: list[Bytes], worker: Worker
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
-        inputs = inputs_of(step, first, last, across, self.source, buffers)
+        inputs, clock = inputs_of(step, first, last, across, worker.source, worker.buffers), worker.clock
         if step.target.takes_codes(step.source):
-            with naming(f"{step.title} cannot be written as {step.target.label}", first, last):
+            with (
+                clock.on("encode", step.name),
+                naming(f"{step.title} cannot be written as {step.target.label}", first, last),
+            ):
                 return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
         lost = 0
-        for row, stop, tile in decoded(step, inputs, first, last, buffers):
-            with naming(f"{step.title} cannot be written as {step.target.label}", row, stop):
+        for row, stop, tile in clock.each("decode", step.name, decoded(step, inputs, first, last, worker.buffers)):
+            with (
+                clock.on("encode", step.name),
+                naming(f"{step.title} cannot be written as {step.target.label}", row, stop),
+            ):
                 lost += step.target.encode(tile, cut(step.target_parts, outputs, step.rows, first, row, stop))
         return lost
 
-    def _reach(self, step: Transcode, buffers: Buffers) -> float:
+    def _reach(self, step: Transcode, worker: Worker) -> float:
         """The largest magnitude of the values of the step's mates, or what their scales say that none is above."""
         mates = (Transcode(*mate, step.target) for mate in step.mates)
-        return max(reach_of(mate, self.source, buffers, self.limits.task_bytes) for mate in mates)
+        return max(reach_of(mate, worker.source, worker.buffers, self.limits.task_bytes) for mate in mates)
 
     def _outputs(self, step: Transcode, first: int, last: int, buffers: Buffers) -> list[Bytes]:
         """Room for the bytes that these rows are in every part."""
@@ -231,18 +250,20 @@ class Run:
             rooms.append(room)
         return rooms
 
-    def _write(self, file: str, offset: int, data: Bytes) -> None:
+    def _write(self, file: str, offset: int, data: Bytes, clock: Clock) -> None:
         if file not in self.shards or not len(data):
             return
         if file not in self._writers:
-            for observer in self.observers:
-                observer.admit(file)
+            with clock.on("wait", file):
+                for observer in self.observers:
+                    observer.admit(file)
         with self._lock:
             writer = self._writers.get(file)
             if writer is None:
                 writer = self._begin(file)
-        if writer.write(data.data, offset):
-            self._finish(file)
+        with clock.on("write", file):
+            if writer.write(data.data, offset):
+                self._finish(file)
         self.advance(len(data))
 
     def _begin(self, file: str) -> ShardWriter:
@@ -264,7 +285,7 @@ class Run:
 def warm_up(plan: Plan) -> None:
     """Import numba and load the compiled kernels that `plan` needs, by a tile of zeros for each pair of formats.
 
-    That takes most of a second of one core; in a thread of its own it passes while values are checked and tensors copied.
+    That takes most of a second of one core; in a thread of its own it passes while tensors are copied.
     """
     for step in {(type(s.source), type(s.target)): s for s in _kinds(plan)}.values():
         rows = min(step.rows, row_unit(step))

@@ -16,13 +16,14 @@ from kconvert.run.arrivals import Arrivals
 from kconvert.run.budget import Ledger
 from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card, Departures, check_repository, published
-from kconvert.run.disk import Needs, survey
+from kconvert.run.disk import Needs, check_paths, check_side_files, survey
 from kconvert.run.engine import Limits, Run, warm_up
-from kconvert.run.preflight import check_paths, check_side_files, check_values
 from kconvert.run.state.finalize import finalize, finalize_complete, leave
 from kconvert.run.state.journal import Journal, finished_shards
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import Rank
+from kconvert.run.trace import Trace
+from kconvert.run.values import check_values
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,15 @@ class Terms:
     disk_budget: int | None = None
     rank: Rank | None = None
     closes: bool = False  # finalize_when_complete
+    check_first: bool = False
 
     def check(self, plan: Plan, delivery: Delivery) -> None:
-        """KconvertError for what ranks cannot do."""
+        """KconvertError for what ranks cannot do, and what cannot be done with a source that is elsewhere."""
+        if self.check_first and plan.source is not None and plan.source.directory is None:
+            raise KconvertError(
+                f"{plan.source.name} is looked into as it arrives, so --check-first can read nothing first; leave it out, or "
+                "download the checkpoint"
+            )
         if self.rank is None:
             if self.closes:
                 raise KconvertError("--finalize-when-complete is for ranks; give --worker, or leave it out")
@@ -85,8 +92,8 @@ def _conversion(needs: Needs, terms: Terms, command: str, card: Card) -> Iterato
         if (source := plan.source) is not None:
             with source.reader() as reader:
                 source.check_index()
-                if source.directory is not None:  # files on the Hub are looked into as they arrive
-                    check_values(plan, needs.settled, reader, source.directory)
+                if terms.check_first:
+                    check_values(plan, needs.settled, reader)
         with Journal(delivery.directory, plan, terms.overwrite, delivery.push, command, terms.rank) as journal:
             if terms.rank is not None and terms.rank.index == 0:
                 leave(plan, journal, closing(delivery.directory / STATE_DIR))
@@ -124,7 +131,7 @@ class Job(Protocol):
     def earlier(self) -> int:
         """Bytes of output that are there already."""
 
-    def run(self, limits: Limits, advance: Callable[[int], None]) -> dict[str, int]:
+    def run(self, limits: Limits, advance: Callable[[int], None], trace: Trace) -> dict[str, int]:
         """Write every shard that is not finished, and send those that go to the Hub; returns what `kconvert.convert` does."""
 
     def finish(self) -> None:
@@ -141,7 +148,7 @@ class Done:
         self.earlier = earlier
         self._delivery = delivery
 
-    def run(self, limits: Limits, advance: Callable[[int], None]) -> dict[str, int]:
+    def run(self, limits: Limits, advance: Callable[[int], None], trace: Trace) -> dict[str, int]:
         return {}
 
     def finish(self) -> None:
@@ -154,15 +161,15 @@ class Conversion:
     def __init__(self, needs: Needs, journal: Journal, command: str, card: Card) -> None:
         ledger = Ledger(needs.schedule, needs.room)
         self._plan, self._journal, self._command = needs.plan, journal, command
-        self._arrivals = Arrivals(needs, needs.others | journal.finished.keys(), ledger)
+        self._arrivals = Arrivals(needs, ledger)
         self._departures = Departures(needs, journal, ledger, self._arrivals.reader, card)
         mine = journal.shares & journal.finished.keys()
         self.earlier = sum(shard.nbytes for shard in self._plan.shards if shard.name in mine)
 
-    def run(self, limits: Limits, advance: Callable[[int], None]) -> dict[str, int]:
-        with self._departures, self._arrivals:
+    def run(self, limits: Limits, advance: Callable[[int], None], trace: Trace) -> dict[str, int]:
+        with self._departures, self._arrivals, trace:
             observers = (self._departures, self._arrivals)
-            run = Run(self._plan, self._journal.todo, self._arrivals, self._journal, limits, advance, observers)
+            run = Run(self._plan, self._journal.todo, self._arrivals, self._journal, limits, advance, observers, trace)
             run.execute()
         return dict(run.inexact)
 

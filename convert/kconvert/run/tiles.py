@@ -16,8 +16,8 @@ from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
-from kconvert.planning.steps import Copy, Step, Transcode
-from kconvert.run.preflight import may_overflow
+from kconvert.planning.steps import Copy, Origin, Step, Transcode
+from kconvert.run.values import check_part, may_overflow
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
@@ -117,8 +117,24 @@ def naming(fault: str, first: int, stop: int) -> Iterator[None]:
 def across_of(step: Transcode, source: Fetcher) -> list[Bytes]:
     """All bytes of the parts that lie across, in memory of their own."""
     parts = zip(step.source_parts, step.reads, strict=True)
-    wanted = [(place, part.nbytes) for part, place in parts if part.across]
-    return [Buffers().fetch(source, "across", place.file, place.start, size) for place, size in wanted]
+    return [
+        _fetched(step, part, place, 0, part.nbytes, source, Buffers(), "across") for part, place in parts if part.across
+    ]
+
+
+def copied(step: Copy, first: int, last: int, source: Fetcher, buffers: Buffers) -> Bytes:
+    """Bytes `first` to `last` of the tensor."""
+    (part,), (place,) = step.source_parts, step.reads
+    return _fetched(step, part, place, first, last, source, buffers, "in.0")
+
+
+def _fetched(
+    step: Step, part: Part, place: Origin, start: int, stop: int, source: Fetcher, buffers: Buffers, use: str
+) -> Bytes:
+    """Bytes `start` to `stop` of a part, whose values are sound."""
+    data = buffers.fetch(source, use, place.file, place.start + start, stop - start)
+    check_part(step, part, place, data, start)
+    return data
 
 
 def inputs_of(
@@ -133,7 +149,7 @@ def inputs_of(
             continue
         start, stop = part.span(step.rows, first, last)
         use = f"in.{sum(map(bool, map(len, data)))}"
-        data.append(buffers.fetch(source, use, place.file, place.start + start, stop - start))
+        data.append(_fetched(step, part, place, start, stop, source, buffers, use))
     return data
 
 
@@ -165,10 +181,10 @@ def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int
     def read(*wanted: int) -> Iterator[list[Bytes]]:
         for first in starts:
             places = [(step.source_parts[index], step.reads[index]) for index in wanted]
-            spans = [(place, *part.span(step.rows, first, min(first + count, step.rows))) for part, place in places]
+            spans = [part.span(step.rows, first, min(first + count, step.rows)) for part, _ in places]
             yield [
-                buffers.fetch(source, f"in.{k}", place.file, place.start + start, stop - start)
-                for k, (place, start, stop) in enumerate(spans)
+                _fetched(step, part, place, start, stop, source, buffers, f"in.{k}")
+                for k, ((part, place), (start, stop)) in enumerate(zip(places, spans, strict=True))
             ]
 
     reach = step.source.reach(read)
