@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_the_trace_is_of_every_worker_and_byte(int4: Path, tmp_path: Path) -> No
     assert all(event["ts"] >= 0 and event["dur"] >= 0 and event["args"]["of"] for event in events)
     for worker in range(3):  # one thing at a time
         spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["tid"] == worker)
-        assert all(end <= begin + 0.01 for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= begin + 0.01 for (_, end), (begin, _) in pairwise(spans))
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_the_first_shard(int4: Path, tmp_path: Path) -> None:
