@@ -9,8 +9,23 @@ from __future__ import annotations
 import sys
 from statistics import median
 
-from common import GB, KCONVERT, Child, alternate, arguments, machine, make_cold, nbytes, remove, run, spread, table
-from common import tensor_files, true_experts, verdict
+from common import (
+    GB,
+    KCONVERT,
+    Child,
+    alternate,
+    arguments,
+    machine,
+    make_cold,
+    nbytes,
+    remove,
+    run,
+    spread,
+    table,
+    tensor_files,
+    true_experts,
+    verdict,
+)
 
 WORKERS = (8, 16, 32, 64)
 MOST_SECONDS = 0.05  # under the lock, for each GB of output
@@ -72,7 +87,9 @@ def main() -> None:
     for _ in range(options.runs):
         taken.append(float(run([sys.executable, "-c", HOLLOW, source, target]).stdout) / (sizes[-1] / GB))
         remove(target)
-    print(f"\nunder Python's lock, for each GB of output: {spread(taken, 3, 's')}  {verdict(median(taken), MOST_SECONDS)}")
+    print(
+        f"\nunder Python's lock, for each GB of output: {spread(taken, 3, 's')}  {verdict(median(taken), MOST_SECONDS)}"
+    )
     machine(options.dir)
 
 

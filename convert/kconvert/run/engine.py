@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.buffers import Buffers, stay_on_a_node
 from kconvert.checkpoint.files import PAGE
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Transcode
@@ -136,7 +136,7 @@ class Run:
         try:
             self._finish_empty()
             with ThreadPoolExecutor(self.limits.threads, thread_name_prefix="worker") as pool:
-                workers = [pool.submit(self._work, tasks) for _ in range(self.limits.threads)]
+                workers = [pool.submit(self._work, number, tasks) for number in range(self.limits.threads)]
                 try:
                     for worker in workers:
                         worker.result()
@@ -168,7 +168,8 @@ class Run:
                 for first in starts:
                     yield Task(step, first, min(first + count, last), shared, reach)
 
-    def _work(self, tasks: Iterator[Task]) -> None:
+    def _work(self, number: int, tasks: Iterator[Task]) -> None:
+        stay_on_a_node(number)
         clock = self.trace.clock()
         worker = Worker(Watched(self.source, clock), Buffers(), clock)
         try:
