@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "hub"))
 from server import Content, Hub
 
 INDEX = "model.safetensors.index.json"
-REPO = "moonshotai/Kimi-K2-Thinking"
+REPO, LIKE = "moonshotai/Kimi-K2-Thinking", "kimi-k2-thinking"
 
 
 def main() -> None:
     options = arguments(__doc__, runs=3).parse_args()
-    source, home = options.dir / "planning-k2", options.dir / "hub-home"
+    source, home = options.dir / f"planning-{LIKE}", options.dir / "hub-home"
     if not (source / "config.json").exists():
         print(f"making {source} …", flush=True)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(write_holes, source).result()
+            pool.submit(write_holes, source, LIKE).result()
     with Hub() as hub:
         os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_DISABLE_XET="1")
         names = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
