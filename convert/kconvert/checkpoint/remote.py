@@ -21,7 +21,7 @@ from kconvert.errors import KconvertError
 
 CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
 FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
-HEADER_TO_INDEX = 1.345  # bytes: a header says of a tensor dtype, shape and offsets, the index its file; of Kimi-K2, just enough
+HEADER_TO_INDEX = 1.345  # bytes: a header says of a tensor dtype, shape and offsets, the index its file (K2: 1.34)
 
 
 class Transfer(Protocol):
