@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -122,7 +123,8 @@ def row(output: Output, source: Path, root: Path, pythons: dict[str, str | None]
         python = pythons.get(engine)
         if python is not None:
             more = (output.method, twin) if engine == "kt" else ()
-            cells[engine] = judge(engine, ask(engine, python, made, root, *more), wanted)
+            settings = output.environment if engine == "kt" else {}
+            cells[engine] = judge(engine, ask(engine, python, made, root, *more, **settings), wanted)
     return cells
 
 
@@ -130,13 +132,17 @@ def slug(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
-def ask(engine: str, python: str, made: Path, root: Path, *more: str | Path) -> dict[str, object] | Cell:
-    """What an engine computed, or why it did not."""
+def ask(
+    engine: str, python: str, made: Path, root: Path, *more: str | Path, **environment: str
+) -> dict[str, object] | Cell:
+    """What an engine computed, with these settings in its environment, or why it did not."""
     result = root / "result.json"
     result.unlink(missing_ok=True)
     words = [python, HERE / ENGINES[engine], made, *more, result]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=PATIENCE, env={**os.environ, **environment}
+        )
     except subprocess.TimeoutExpired:
         return Cell("no", f"no answer in {PATIENCE} s")
     if done.returncode or not result.exists():
