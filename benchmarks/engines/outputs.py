@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+READERS = ("transformers", "vllm", "sglang")
+
 
 @dataclass(frozen=True)
 class Output:
@@ -15,7 +17,7 @@ class Output:
 
     label: str
     command: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("transformers", "vllm")
+    reads: tuple[str, ...] = READERS
     method: str = ""
     like: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -28,9 +30,7 @@ class Output:
 SOURCE = "int4, group 32 (the source)"
 
 
-def _convert(
-    label: str, options: str, method: str = "", reads: tuple[str, ...] = ("transformers", "vllm"), like: str = ""
-) -> Output:
+def _convert(label: str, options: str, method: str = "", reads: tuple[str, ...] = READERS, like: str = "") -> Output:
     return Output(label, ("convert", *options.split()), reads, method, like)
 
 
