@@ -13,10 +13,13 @@ from prompt import TOKENS
 def main(root: str, result: str) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault(
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+    )  # a process for each part would import vLLM three times
     from vllm import LLM, SamplingParams
 
     size = json.loads((Path(root) / "config.json").read_text())["vocab_size"]
-    sizes = {"max_model_len": 64, "max_num_seqs": 1, "max_logprobs": size}
+    sizes = {"max_model_len": 64, "max_num_seqs": 1, "max_logprobs": size, "distributed_executor_backend": "uni"}
     model = LLM(
         root, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, logprobs_mode="raw_logits", **sizes
     )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+READERS = ("transformers", "vllm", "sglang")
 
 
 @dataclass(frozen=True)
 class Output:
-    """`command` makes it, but for SRC and DST: of none, it is the source itself. `reads` are the engines that could, `method`
-    is kt-kernel's. `like` is an output above it with the same values, where these go by names that engines take for BF16."""
+    """`command` makes it, but for SRC and DST: of none, it is the source itself. `reads` are engines that could, `method` is
+    kt-kernel's, which looks for settings in the `environment`. `like` is an output above it with the same values, where
+    these go by names that engines take for BF16.
+    """
 
     label: str
     command: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ("transformers", "vllm")
+    reads: tuple[str, ...] = READERS
     method: str = ""
     like: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -24,9 +30,7 @@ class Output:
 SOURCE = "int4, group 32 (the source)"
 
 
-def _convert(
-    label: str, options: str, method: str = "", reads: tuple[str, ...] = ("transformers", "vllm"), like: str = ""
-) -> Output:
+def _convert(label: str, options: str, method: str = "", reads: tuple[str, ...] = READERS, like: str = "") -> Output:
     return Output(label, ("convert", *options.split()), reads, method, like)
 
 
@@ -48,7 +52,10 @@ OUTPUTS = (
     _convert("mxfp8", "--to mxfp8"),
     _convert("mxfp8 ktransformers", "--to mxfp8 --layout ktransformers", "MXFP8", (), "mxfp8"),
     _convert("nvfp4 compressed-tensors", "--to nvfp4 --layout compressed-tensors"),
-    _convert("nvfp4 modelopt", "--to nvfp4 --layout modelopt"),
+    replace(
+        _convert("nvfp4 modelopt", "--to nvfp4 --layout modelopt", "NVFP4"),
+        environment={"KT_MXFP4_BACKEND": "avx2"},  # its other kernels of four bits want AMX
+    ),
     _convert("gguf", "--to gguf", "", ("llama.cpp",), SOURCE),
     _convert("mlx", "--to mlx", "", ("mlx",), SOURCE),
     _convert("mlx, F32 scales", "--to mlx --scales f32", "", ("mlx",), SOURCE),

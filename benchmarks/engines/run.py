@@ -4,13 +4,16 @@
 
 An engine lives in an environment of its own, made of requirements/ENGINE.txt in .engines/ENGINE, unless --python names one.
 Of transformers, vLLM, mlx-lm and llama.cpp these are logits, held against transformers' of the BF16 twin; of kt-kernel the
-output of a layer's experts, see by_kt.py. An engine that cannot be had here has an empty column.
+output of a layer's experts, see by_kt.py; of SGLang, which runs on no CPU, the scheme for experts that its own code chooses.
+An engine that cannot be had here has an empty column.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,12 +29,14 @@ ENVIRONMENTS = HERE.parents[1] / ".engines"
 ENGINES = {
     "transformers": "by_transformers.py",
     "vllm": "by_vllm.py",
+    "sglang": "by_sglang.py",
     "kt": "by_kt.py",
     "llama.cpp": "by_llama.py",
     "mlx": "by_mlx.py",
 }
 SIZES = "--layers 3 --experts 16 --hidden 512 --intermediate 512 --moe-intermediate 256 --vocab 512 --heads 4"
 PATIENCE = 900  # seconds for one engine and one output
+RAISED = re.compile(r"(?:^|[])] )((?:\w+[.])*\w*Error: .+)")  # behind what a logger says of time and place
 BEGIN, END = "<!-- written by `make engines` -->", "<!-- end of what `make engines` wrote -->"
 
 
@@ -86,8 +91,10 @@ def environment(engine: str) -> str | None:
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
         requirements = HERE / "requirements" / f"{engine}.txt"
-        made = subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=False)
-        if made.returncode:
+        alone = requirements.with_suffix(".alone.txt")  # what is installed without that which it depends on
+        steps = [["-r", requirements], *([["--no-deps", "-r", alone]] if alone.exists() else [])]
+        pip = [python, "-m", "pip", "install", "--quiet"]
+        if any(subprocess.run([*pip, *step], check=False).returncode for step in steps):
             print(f"{engine}: {requirements} cannot be installed here", file=sys.stderr)
             return None
         done.touch()
@@ -122,7 +129,8 @@ def row(output: Output, source: Path, root: Path, pythons: dict[str, str | None]
         python = pythons.get(engine)
         if python is not None:
             more = (output.method, twin) if engine == "kt" else ()
-            cells[engine] = judge(engine, ask(engine, python, made, root, *more), wanted)
+            settings = output.environment if engine == "kt" else {}
+            cells[engine] = judge(engine, ask(engine, python, made, root, *more, **settings), wanted)
     return cells
 
 
@@ -130,13 +138,17 @@ def slug(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
-def ask(engine: str, python: str, made: Path, root: Path, *more: str | Path) -> dict[str, object] | Cell:
-    """What an engine computed, or why it did not."""
+def ask(
+    engine: str, python: str, made: Path, root: Path, *more: str | Path, **environment: str
+) -> dict[str, object] | Cell:
+    """What an engine computed, with these settings in its environment, or why it did not."""
     result = root / "result.json"
     result.unlink(missing_ok=True)
     words = [python, HERE / ENGINES[engine], made, *more, result]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=PATIENCE, env={**os.environ, **environment}
+        )
     except subprocess.TimeoutExpired:
         return Cell("no", f"no answer in {PATIENCE} s")
     if done.returncode or not result.exists():
@@ -147,10 +159,9 @@ def ask(engine: str, python: str, made: Path, root: Path, *more: str | Path) -> 
 
 def reason(said: str) -> str:
     """The first error of a traceback that is more than a report of another one."""
-    lines = [line.split(") ", 1)[-1].strip() for line in said.splitlines()]
-    errors = [line for line in lines if "Error" in line.split(":")[0] and "Engine core" not in line and ": " in line]
-    last = (errors or [line for line in lines if line] or ["ended without a word"])[0 if errors else -1]
-    return last[:160]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [found[1] for line in lines if (found := RAISED.search(line)) and "Engine core" not in line]
+    return (errors[:1] or lines[-1:] or ["ended without a word"])[0][:160]
 
 
 def logits_of(found: dict[str, object] | Cell) -> np.ndarray:
@@ -165,6 +176,8 @@ def judge(engine: str, found: dict[str, object] | Cell, wanted: np.ndarray | Non
     if engine == "kt":
         error = float(str(found["relative_error"]))
         return Cell(f"{error:.4f}" if np.isfinite(error) else "NaN")
+    if "schemes" in found:
+        return Cell(str(found["schemes"]))
     assert wanted is not None
     logits = np.array(found["logits"])
     if not np.isfinite(logits).all():

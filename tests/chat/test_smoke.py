@@ -82,10 +82,11 @@ def test_the_reasoning_goes_back_to_the_server_under_its_own_name_with_the_calls
 
 
 def test_several_calls_in_one_answer_get_a_result_each(smoke):
-    both = [call(id="a"), call('{"city": "Shanghai"}', id="b")]
-    report = smoke(calls({"tool_calls": both, "finish_reason": "tool_calls"}))
+    cities = ("Beijing", "Shanghai", "Guangzhou")
+    made = [call(json.dumps({"city": city}), id=city) for city in cities]
+    report = smoke(calls({"tool_calls": made, "finish_reason": "tool_calls"}))
     assert report.passed
-    assert [check.said.split(",")[0] for check in report.checks[3:6]] == ["2 calls", "2 calls", "6 calls"]
+    assert [check.said.split(",")[0] for check in report.checks[3:6]] == ["3 calls", "3 calls", "9 calls"]
 
 
 def test_a_server_that_counts_no_tokens_gets_no_rate(smoke):

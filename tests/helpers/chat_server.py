@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,9 @@ def healthy(request: Mapping[str, Any], key: str = "reasoning_content") -> Reply
     if last["role"] == "tool":
         return {"content": f"It is {json.loads(last['content'])['weather']} there."}
     if "tools" in request:
-        return {"content": None, key: "I look it up.", "tool_calls": [call()], "finish_reason": "tool_calls"}
+        city = re.findall(r"weather in (\w+)", last["content"])[-1]
+        made = call(json.dumps({"city": city}))
+        return {"content": None, key: "I look it up.", "tool_calls": [made], "finish_reason": "tool_calls"}
     return {"content": "9.9 is bigger than 9.11.", key: HEALTHY_REASONING}
 
 

@@ -151,7 +151,6 @@ def test_heads_that_gpus_cannot_share_are_named(like: Made) -> None:
         ("int8", "experts", "sglang", "--to fp8 --layout compressed-tensors-channel"),
         ("mxfp4", "experts", "ktransformers", "--to mxfp4 --layout ktransformers"),
         ("mxfp8", "experts", "sglang", "--to fp8"),
-        ("nvfp4", "compressed-tensors", "sglang", "--to nvfp4 --layout modelopt"),
         ("mxfp4", "ktransformers", "vllm", "--to mxfp4 --layout experts"),
         ("bf16", "", "llama.cpp", "--to gguf"),
         ("bf16", "", "mlx", "--to mlx"),

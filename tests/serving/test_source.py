@@ -121,3 +121,38 @@ def test_amx_weights_that_are_half_written_are_unfinished(amx: Path, tmp_path: P
     shutil.copytree(amx, half)
     (half / "kconvert.json").unlink()
     assert "unfinished, run the conversion again" in refused("launch", half, "--engine", "ktransformers")
+
+
+@pytest.mark.parametrize("to", ["mxfp4", "mxfp8"])
+def test_experts_under_another_models_names_are_served_beside_their_source_as_well(
+    written: Callable[..., Path], like: Made, to: str
+) -> None:
+    root = written(to, "ktransformers")
+    flags = launched(root)
+    assert (flags["--model"], flags["--kt-weight-path"]) == (str(like(K2)), str(root))
+    assert flags["--kt-method"] == to.upper()
+
+
+def test_a_model_whose_experts_have_these_names_already_needs_no_source(
+    written: Callable[..., Path], tmp_path: Path
+) -> None:
+    bf16 = written("bf16", source="deepseek-v4")
+    result = run("convert", bf16, tmp_path / "out", "--to", "mxfp4", "--layout", "ktransformers")
+    assert "KTransformers (MXFP4)" in result.stdout
+    assert not (tmp_path / "out" / "kconvert.json").exists()
+
+
+def test_what_still_has_another_models_names_is_for_no_engine(written: Callable[..., Path], tmp_path: Path) -> None:
+    result = run("convert", written("mxfp4", "ktransformers"), tmp_path / "out", "--to", "bf16")
+    assert "engines: none is known to take this" in result.stdout
+    line = refused("launch", tmp_path / "out", "--engine", "vllm")
+    assert "the experts have another model's names; `kconvert convert SRC DST --to bf16` makes what it runs" in line
+
+
+def test_repacking_says_who_takes_the_weights_and_that_it_wants_the_source(like: Made, tmp_path: Path) -> None:
+    result = run("repack-amx", like(K2), tmp_path / "out", "--method", "AMXINT8", "--numa", 1)
+    assert "engines: KTransformers (AMXINT8, beside its source)" in result.stdout.splitlines()
+    words = ("--method", "AMXINT8", "--numa", 1, "--json")
+    facts = json.loads(run("repack-amx", like(K2), tmp_path / "json", *words).stdout)
+    assert facts["engines"] == {"ktransformers": "AMXINT8"}
+    assert "launch" in facts

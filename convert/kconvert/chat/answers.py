@@ -13,6 +13,9 @@ from typing import Any
 # SGLang and the model card of Kimi-K2-Thinking; vLLM from 0.12 on, and OpenAI's own gpt-oss.
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 
+# What a message has under a key, where that is there and not null.
+KINDS: Mapping[str, type] = {"content": str, **dict.fromkeys(REASONING_FIELDS, str), "tool_calls": list}
+
 
 @dataclass(slots=True)
 class Call:
@@ -37,7 +40,8 @@ class Call:
 class Answer:
     """`first` and `last` are when the first and the last token came, `began` and `ended` the request, in seconds of one clock.
 
-    `reasoning_field` is the key that the reasoning came under, `tokens` and `prompt_tokens` what the server counted.
+    `reasoning_field` is the key that the reasoning came under, `tokens` and `prompt_tokens` what the server counted; `odd` is a
+    key of the message, and what came there, where that is of another kind than the protocol's.
     """
 
     began: float = field(default_factory=time.perf_counter)
@@ -45,6 +49,7 @@ class Answer:
     reasoning: str = ""
     reasoning_field: str | None = None
     calls: dict[int, Call] = field(default_factory=dict)
+    odd: tuple[str, object] | None = None
     finish: str | None = None
     tokens: int | None = None
     prompt_tokens: int | None = None
@@ -66,6 +71,7 @@ class Answer:
 
     def _take_words(self, message: Mapping[str, Any]) -> bool:
         """Whether there were any."""
+        self.odd = self.odd or next(((key, message[key]) for key in KINDS if _is_odd(key, message.get(key))), None)
         content = text(message.get("content"))
         self.content += content
         key = next((key for key in REASONING_FIELDS if text(message.get(key))), None)
@@ -105,6 +111,10 @@ class Answer:
         if self.tokens is None or self.first is None or self.last is None or self.last == self.first:
             return None
         return (self.tokens - 1) / (self.last - self.first)
+
+
+def _is_odd(key: str, value: object) -> bool:
+    return value is not None and not isinstance(value, KINDS[key])
 
 
 def text(value: object) -> str:

@@ -20,7 +20,7 @@ from kconvert.errors import CheckFailed, counted
 
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
 ABOUT = ("9.9", "9.11")
-CITIES = ("Beijing", "Shanghai", "Guangzhou")
+CITIES = {"Beijing": "北京", "Shanghai": "上海", "Guangzhou": "广州"}  # and in the words of who answers in Chinese
 WEATHER = {"weather": "Sunny", "temperature": "23"}
 TOOL = "get_weather"
 TOOLS = [
@@ -74,23 +74,29 @@ class Talk:
         judge(answer, Expected(self.reasoning, ABOUT, self.max_tokens))
         return answer
 
-    async def use_tool(self, messages: Messages, *, stream: bool) -> tuple[int, Answer]:
-        """How many calls the model made for the last of `messages`, and its answer; both are appended to `messages`."""
-        calls = 0
+    async def use_tool(self, messages: Messages, city: str, *, stream: bool) -> tuple[int, Answer]:
+        """How many calls the model made for the last of `messages`, and its answer; both are appended to `messages`.
+
+        CheckFailed unless one of the calls is about the `city`."""
+        asked: list[str] = []
         for _ in range(MOST_ROUNDS):
             answer = await self.ask(messages, stream=stream, tools=TOOLS, tool_choice="auto")
-            if calls and not answer.calls and answer.finish != "tool_calls":
+            if asked and not answer.calls and answer.finish != "tool_calls":
+                if not any(_is_about(city, given) for given in asked):
+                    raise CheckFailed(f"the model calls {TOOL!r} for {quoted(asked[0])}, and was asked about {city!r}")
                 judge(answer, Expected(False, tuple(WEATHER.values()), self.max_tokens))
                 messages.append(answer.message)
-                return calls, answer
+                return len(asked), answer
             arguments = judge_calls(answer, TOOL, "city", self.max_tokens)
-            calls += len(arguments)
+            asked += [str(given["city"]) for given in arguments]
             messages.append(answer.message)
             messages += [
                 {"role": "tool", "tool_call_id": call.id, "content": json.dumps({"city": given["city"], **WEATHER})}
                 for call, given in zip(answer.calls.values(), arguments, strict=True)
             ]
-        raise CheckFailed(f"the model goes on calling {TOOL!r} after {counted(calls, 'result')} instead of answering")
+        raise CheckFailed(
+            f"the model goes on calling {TOOL!r} after {counted(len(asked), 'result')} instead of answering"
+        )
 
 
 async def chat(talk: Talk) -> str:
@@ -108,15 +114,15 @@ async def stream(talk: Talk) -> str:
 
 
 async def tools(talk: Talk) -> str:
-    return await _weather(talk, CITIES[:1], stream=False)
+    return await _weather(talk, [*CITIES][:1], stream=False)
 
 
 async def tools_stream(talk: Talk) -> str:
-    return await _weather(talk, CITIES[:1], stream=True)
+    return await _weather(talk, [*CITIES][:1], stream=True)
 
 
 async def calls_in_a_row(talk: Talk) -> str:
-    return await _weather(talk, CITIES, stream=False)
+    return await _weather(talk, [*CITIES], stream=False)
 
 
 async def long_input(talk: Talk) -> str:
@@ -158,9 +164,13 @@ async def _weather(talk: Talk, cities: Sequence[str], *, stream: bool) -> str:
     calls = 0
     for city in cities:
         messages.append({"role": "user", "content": f"What is the weather in {city} today? Use the tool to check."})
-        more, answer = await talk.use_tool(messages, stream=stream)
+        more, answer = await talk.use_tool(messages, city, stream=stream)
         calls += more
     return f"{counted(calls, 'call')}, arguments that parse, {_end(answer.content)}"
+
+
+def _is_about(city: str, given: str) -> bool:
+    return city.casefold() in given.casefold() or CITIES[city] in given
 
 
 def _said(talk: Talk, answer: Answer, where: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kconvert.chat.answers import Answer, Call, quoted
+from kconvert.chat.answers import KINDS, Answer, Call, quoted
 from kconvert.errors import CheckFailed
 
 # How models spell, in their own text, where reasoning begins and ends and that they call a tool.
@@ -35,6 +35,8 @@ TOOL_PARSER = (
 )
 REASONING_PARSER = "start the server with this model's --reasoning-parser (kimi_k2 for Kimi-K2-Thinking)"
 
+JSON_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "an object", bool: "a truth value"}
+
 
 @dataclass(frozen=True, slots=True)
 class Expected:
@@ -47,6 +49,7 @@ class Expected:
 
 def judge(answer: Answer, expected: Expected) -> None:
     """CheckFailed unless the answer is whole: content, reasoning, and neither within the other."""
+    _as_the_protocol_has_it(answer)
     _no_markers(answer)
     if answer.calls:
         raise CheckFailed(f"the model calls {quoted(next(iter(answer.calls.values())).name)} where it has to answer")
@@ -68,6 +71,7 @@ def judge(answer: Answer, expected: Expected) -> None:
 
 def judge_calls(answer: Answer, tool: str, argument: str, limit: int) -> list[dict[str, object]]:
     """The arguments of each call of `tool`. CheckFailed unless there are calls, whole and where a client looks for them."""
+    _as_the_protocol_has_it(answer)
     _no_markers(answer)
     if not answer.calls:
         text = next(
@@ -108,6 +112,15 @@ def _arguments(call: Call, tool: str, argument: str) -> dict[str, object]:
             f"the arguments of the call, {quoted(str(call.arguments))}, lack {argument!r}, which is required"
         )
     return found
+
+
+def _as_the_protocol_has_it(answer: Answer) -> None:
+    if answer.odd is not None:
+        key, found = answer.odd
+        raise CheckFailed(
+            f"`{key}` is {JSON_KINDS.get(type(found), 'a number')} where OpenAI's protocol has {JSON_KINDS[KINDS[key]]}, so "
+            "its clients cannot read it: the server's fault"
+        )
 
 
 def _no_markers(answer: Answer) -> None:

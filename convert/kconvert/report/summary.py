@@ -204,7 +204,7 @@ class Outcome(Summary):
     ) -> Outcome:
         """Of a run that began when `earlier` bytes of shards were finished already, and waited for what `bound` says; `launch`
         is the command that serves it."""
-        found, served = _sampled_gains(plan), launch or _served(plan)
+        found, served = _sampled_gains(plan), _served(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         written = 0 if earlier >= _shard_bytes(plan) else plan.output_bytes - earlier
         facts = {
@@ -221,7 +221,7 @@ class Outcome(Summary):
             "dropped": list(plan.facts.get("dropped", ())),
         }
         facts |= _error_facts(found)
-        facts |= served.facts
+        facts |= {**served.facts, **(launch.facts if launch else {})}
         kept = delivery.push is not None and not delivery.passing  # in the directory, and on the Hub too
         where = f"{delivery} and {delivery.push}" if kept else str(delivery)
         output = f"{human(plan.output_bytes)} in {counted(len(plan.shards), 'shard')}"
@@ -236,7 +236,7 @@ class Outcome(Summary):
             line = f"wrote {output} to {where} {speed}"
         notes = [line, *_fates(plan, "lossy"), *exactness(plan, inexact, earlier), *_dropped(plan)]
         notes += [f"{label}: {gain} (a sample of the weights)" for label, gain in found.items()]
-        notes += [*plan.facts.get("notes", ()), *served.lines]
+        notes += [*plan.facts.get("notes", ()), *served.lines, *(launch.lines if launch else ())]
         return cls(facts, tuple(notes))
 
 
@@ -246,7 +246,7 @@ def _served(plan: Plan) -> Summary:
         found = [*takers(contents_of_plan(plan))]
     except KconvertError:
         return Summary({}, ())
-    named = ", ".join(f"{engine.title} ({cell.by})" for engine, cell in found)
+    named = ", ".join(f"{engine.title} ({cell.by}{', beside its source' * cell.source})" for engine, cell in found)
     facts = {"engines": {engine.name: cell.by for engine, cell in found}}
     return Summary(facts, (f"engines: {named or 'none is known to take this'}",))
 

@@ -44,9 +44,9 @@ class Contents:
     `encoding` is that of the routed experts (of the Linears, where there are none), `dialect` what declares it, `others` are
     the labels of the other Linears that are quantised; `expert` is the name of a matrix of an expert, `parts` are the suffixes
     of its tensors, `scale` is the dtype of its scales, `group` the number of columns that one is for, `density` its bytes for a
-    value. `width` is that of an expert, `hidden` the length of what goes into it, `sliced` has lengths of other quantised
-    matrices that GPUs share, by name; `ragged` is a matrix in blocks of FP8 of which the last are cut off. `numa` is the number
-    of nodes that AMX weights are split for.
+    value; `renamed`: the model has another name for that matrix. `width` is that of an expert, `hidden` the length of what
+    goes into it, `sliced` has lengths of other quantised matrices that GPUs share, by name; `ragged` is a matrix in blocks
+    of FP8 of which the last are cut off. `numa` is the number of nodes that AMX weights are split for.
     """
 
     kind: str
@@ -60,6 +60,7 @@ class Contents:
     scale: str = ""
     group: int = 1
     density: float = 0.0
+    renamed: bool = False
     width: int = 0
     hidden: int = 0
     sliced: Mapping[str, int] = field(default_factory=dict)
@@ -150,11 +151,19 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
         "scale": first.tensors[1].dtype if len(first.tensors) > 1 else "",
         "group": first.format.group_size or 1 if isinstance(first.format, Packed) else 1,
         "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
+        "renamed": bool(experts) and _is_renamed(model, first.name),
         "width": last.cols if last is not None else 0,
         "hidden": last.rows if last is not None else 0,
         "sliced": dict(_sliced(rest)),
         "ragged": next((weight.name for weight in (*meant, *rest) if _is_ragged(weight)), ""),
     }
+
+
+def _is_renamed(model: Model, name: str) -> bool:
+    """Whether the model's manifest knows its experts by other names."""
+    if not model.findings or model.manifest.accepts_any:
+        return False
+    return model.manifest.bind(model.checkpoint.config).match(name) is None
 
 
 def _sliced(weights: Iterable[Weight]) -> Iterable[tuple[str, int]]:

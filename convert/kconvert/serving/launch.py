@@ -85,7 +85,9 @@ def _taken(place: Place, engine: Engine, then: str = "") -> tuple[Output, Cell]:
     cell = cell_of(engine, output, contents)
     if cell.no:
         others = ", ".join(other.title for other, _ in takers(contents) if other.command)
-        advice = [remedy + then for remedy in _remedies(engine, place, cell.instead, output.is_part)]
+        advice = [
+            remedy + then for remedy in _remedies(engine, place, cell.instead, output.is_part or contents.renamed)
+        ]
         advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
         what = contents.encoding if contents.kind == "safetensors" else output.to.upper()
         raise KconvertError(

@@ -29,7 +29,7 @@ class Place:
     """`address` is what an engine is told: a whole path, or a Hub id, of which `revision` is asked for.
 
     `root` is the directory, None on the Hub. `remote_code`: its own code has to be run. `thinks` is False where its chat
-    template shows that the model does not. `made_from` is the source of AMX weights, as their record has it.
+    template shows that the model does not. `made_from` is the source of weights without their model, as their record has it.
     """
 
     address: str
@@ -63,17 +63,15 @@ def look_at(address: str, revision: str | None = None) -> Place:
 
 def place_of_amx(model: AmxModel) -> Place:
     """A directory of AMX weights."""
-    source, revision = (str(model.record.get(key) or "") for key in ("source", "revision"))
-    made_from = f"{source}@{revision}" if source and revision else source
+    made_from = _made_from(model.record)
     return Place(str(model.checkpoint.root), contents_of_amx(model), model.checkpoint.root, made_from=made_from)
 
 
 def place_of_plan(plan: Plan, destination: str) -> Place:
     """The AMX weights that the plan will write there."""
     record = json.loads(bytes(plan.texts[RECORD]))
-    made_from = "@".join(filter(None, (str(record.get(key) or "") for key in ("source", "revision"))))
     root = Path(os.path.abspath(destination))
-    return Place(str(root), contents_of_plan(plan), root, made_from=made_from)
+    return Place(str(root), contents_of_plan(plan), root, made_from=_made_from(record))
 
 
 def source_of(place: Place, asked: str | None) -> Place:
@@ -98,6 +96,12 @@ def source_of(place: Place, asked: str | None) -> Place:
     return look_at(where)
 
 
+def _made_from(record: Mapping[str, Any]) -> str:
+    """The source that a record names."""
+    source, revision = (str(record.get(key) or "") for key in ("source", "revision"))
+    return f"{source}@{revision}" if source and revision else source
+
+
 def _check_finished(root: Path, wanted: Iterable[str]) -> None:
     missing = next((name for name in wanted if not (root / name).exists()), None)
     if missing is not None:
@@ -118,7 +122,8 @@ def _place(checkpoint: Checkpoint, contents: Contents, address: str, revision: s
     template = _text(checkpoint, TEMPLATE) or str(tokenizer.get("chat_template") or "")
     thinks = THOUGHT in template or TOOLS not in template
     root = None if checkpoint.directory is None else checkpoint.root
-    return Place(address, contents, root, revision, remote_code, thinks)
+    made_from = _made_from(_json(checkpoint, RECORD))
+    return Place(address, contents, root, revision, remote_code, thinks, made_from)
 
 
 def _text(checkpoint: Checkpoint, name: str) -> str:

@@ -24,6 +24,7 @@ KINDS = {
     "gguf": "a GGUF file",
     "mlx": "a directory for MLX",
 }
+RENAMED = "the experts have another model's names"
 PLAIN = frozenset({"bf16", "f16", "f32"})
 
 
@@ -166,6 +167,8 @@ def cell_of(engine: Engine, output: Output, contents: Contents) -> Cell:
     cell = output.cells.get(engine.name, Cell(no="nobody has tried it"))
     if cell.models and contents.model_type in cell.models:
         return replace(cell, no="", instead="")
+    if contents.renamed and cell.by and not cell.names and not cell.source:
+        return Cell(no=RENAMED, instead="--to bf16")
     if not cell.looks_for(contents.expert):
         why = cell.no or f"its {cell.by} does not look for experts called as {contents.expert!r}"
         cell = replace(cell, no=why, instead=cell.otherwise)

@@ -18,8 +18,7 @@ from kconvert.models.model import Model, Weight, format_counts, natural_key, ref
 from kconvert.planning.containers import FORMS, METADATA, Apart, Container, Safetensors, json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Step, Transcode, copy_of, count_steps
-from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES
-from kconvert.version import __version__
+from kconvert.targets.base import DEFAULT_SHARD_SIZE, SCALES, origin_of
 
 MAX_NUMA = 64
 # Measured, see docs/BENCHMARKS.md: for four bits the best scale has half the error of amax's, for eight bits the same.
@@ -199,9 +198,9 @@ def _resplit(weight: Weight, numa: int) -> Iterator[Transcode]:
 
 def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:
     """What the loader cannot find out: goes into kconvert.json and into the header of every file."""
-    name, _, revision = source.partition("@") if "/" in source else (source, "", "")  # org/name@revision
+    origin = origin_of(source)
     return {
-        "kconvert": __version__,
+        "kconvert": origin.pop("kconvert"),
         "method": recipe.method,
         "numa": recipe.numa,
         "scales": recipe.scales,
@@ -210,8 +209,7 @@ def _record(recipe: AmxRecipe, experts: Experts, source: str) -> dict[str, Any]:
         "moe_intermediate_size": experts.intermediate,
         "experts": max(experts.layers.values()),
         "layers": f"{min(experts.layers)}-{max(experts.layers)}",
-        "source": name,
-        "revision": revision,
+        **origin,
     }
 
 

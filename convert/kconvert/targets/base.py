@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format
 from kconvert.formats.fp8 import Fp8
-from kconvert.planning.containers import Container, Safetensors
+from kconvert.planning.containers import Container, Safetensors, json_bytes
 from kconvert.planning.steps import Step, count_steps
+from kconvert.version import __version__
 
 if TYPE_CHECKING:
     from kconvert.models.model import Model, Weight
@@ -97,6 +98,17 @@ class Target:
         """Files that say what was asked for, where config.json cannot."""
         return {}
 
+    def origin(self, model: Model) -> Mapping[str, bytes]:
+        """The file that says what the output is made from, where weights get another model's names: engines want that beside
+        it."""
+        names = self.names
+        taken = (weight for weight in model.weights if names is not None and self.choice(weight) is not None)
+        if names is None or all(names(weight) == weight.name for weight in taken):
+            return {}
+        from kconvert.models.amx import RECORD
+
+        return {RECORD: json_bytes(origin_of(model.checkpoint.name))}
+
     def declare(
         self,
         format: Format,
@@ -117,6 +129,12 @@ class Target:
 
 # What follows --to -> layout ("" where there is one only) -> what it means; the first layout is the default.
 Targets: TypeAlias = Mapping[str, Mapping[str, Target]]
+
+
+def origin_of(source: str) -> dict[str, str]:
+    """What a record says of the checkpoint of this name, a directory's or `org/name@revision`."""
+    name, _, revision = source.partition("@") if "/" in source else (source, "", "")
+    return {"kconvert": __version__, "source": name, "revision": revision}
 
 
 def is_linear_role(role: str, model_type: object) -> bool:

@@ -326,7 +326,8 @@ class Conversion:
         """The files beside config.json that say what it says of the quantisation, or what was asked for."""
         table = config.get(KEYS[0])
         beside = {} if table is None or self.target.beside is None else self.target.beside(table)
-        return {**self.target.records, **{name: json_bytes(content) for name, content in beside.items()}}
+        records = {**self.target.records, **self.target.origin(self.model)}
+        return {**records, **{name: json_bytes(content) for name, content in beside.items()}}
 
     def _declared(self, weights: Iterable[Weight]) -> Format:
         """The encoding that config.json declares: with scales that are powers of two also where all that is in it had them."""

@@ -29,6 +29,8 @@ from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.targets.tokens import tokenizer_files, with_ids
 
+LAYER_TYPES = "layer_types"  # the key of config.json with the kind of attention of each layer
+
 
 @dataclass(frozen=True)
 class SampleRecipe:
@@ -50,6 +52,7 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     if not manifest.config:
         raise KconvertError(f"the manifest {manifest.name} describes no checkpoint of its own; choose another --like")
     config = manifest.resize(manifest.config, recipe.sizes)
+    _mix_layers(lookup(manifest.section(config), LAYER_TYPES), lookup(manifest.section(manifest.config), LAYER_TYPES))
     quantization = manifest.quantization(config)
     drafts: list[Transcode] = []
     bound = manifest.bind(config)
@@ -72,6 +75,12 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     parameters = sum(math.prod(match.shape) for _, match in names)
     facts = {"like": manifest.name, "parameters": parameters, "seed": recipe.seed, "config": config}
     return Output(repr(recipe), None, drafts, container, config, parameters, lambda _: facts, side_files).plan()
+
+
+def _mix_layers(kinds: Any, published: Any) -> None:
+    """Make the last of few layers another kind where all are of one, and the model's are not: engines keep a cache for each."""
+    if isinstance(kinds, list) and len(kinds) > 1 and kinds.count(kinds[0]) == len(kinds):
+        kinds[-1] = next((kind for kind in published if kind != kinds[0]), kinds[0])
 
 
 def _fuse(drafts: Iterable[Transcode], roles: Mapping[str, str]) -> list[Transcode]:
