@@ -170,8 +170,11 @@ def _published(config: dict[str, Any], source: Checkpoint | None) -> Iterator[st
         yield f"{module}.weight" if suffix in QUANTISED_SUFFIXES else name
 
 
-def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
-    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once."""
+def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight], apart: bool = True) -> dict[str, torch.Tensor]:
+    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once.
+
+    Biases of fused experts are taken `apart`, for each matrix its own.
+    """
     weights = list(weights)
     state = {plain_name(key): value for key, value in base_model(model).state_dict().items()}
     if hasattr(base_model(model), "save_pretrained"):
@@ -181,7 +184,7 @@ def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str
     for weight in weights:
         del state[weight.key]
     rest = as_saved(model, state)
-    for weight in weights:
+    for weight in weights if apart else ():
         if weight.stacked and (bias := rest.pop(f"{weight.key}_bias", None)) is not None:
             rest.update(_split_bias(weight, bias))
     return rest
