@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kconvert_qat.names import Matrix
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
 
+_OWN = threading.local()
 HELD = 256 << 20  # bytes of values that are gathered at a time, or one weight
 
 
@@ -140,9 +142,18 @@ def _spell(step: Step, value: torch.Tensor, rooms: list[Bytes]) -> None:
         rooms[0][:] = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return
     try:
-        step.target.encode(value.cpu().bfloat16().float().contiguous().numpy(), rooms)
+        step.target.encode(_floats(value), rooms)
     except ValueError as error:
         raise KconvertError(f"weight {step.name!r} cannot be written as {step.target.label}: {error}") from None
+
+
+def _floats(value: torch.Tensor) -> Any:
+    """The matrix as bf16 in f32, in memory that is this thread's, as new memory takes longer than all else."""
+    held = getattr(_OWN, "room", None)
+    if held is None or held.numel() < value.numel():
+        held = _OWN.room = torch.empty(value.numel())
+    room = held[: value.numel()].view(value.shape)
+    return room.copy_(value.bfloat16()).numpy()
 
 
 def _digest(parts: list[Bytes]) -> bytes:

@@ -116,7 +116,7 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
     steps, shards = container.place(drafts)
     parameters = covered.parameters + sum(tensor.numel() for tensor in rest.values())
     if not native:
-        own = with_quantization(own, _table(model, own, config, matrices, rest))
+        own = with_quantization(own, _table(own, config, matrices, rest))
     number = uuid.uuid4().hex
     texts: dict[str, Text] = {
         QAT_CONFIG_NAME: config.to_json().encode(),
@@ -132,7 +132,7 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
     return Export(number, plan, matrices, rest, _fused(covered.matrices, matrices) if config.spec.fuses else {})
 
 
-def has_stacks(config_json: Mapping[str, Any], config: QATConfig) -> bool:
+def has_stacks(config_json: dict[str, Any], config: QATConfig) -> bool:
     """Whether the model's releases have this grid in stacks of all experts, and in nothing else."""
     return bool(config_json) and manifest_for(config_json).stacked_method == config.grid
 
@@ -156,8 +156,7 @@ def _drafts(
 
 
 def _table(
-    model: nn.Module,
-    own: Mapping[str, Any],
+    own: dict[str, Any],
     config: QATConfig,
     matrices: Mapping[str, Matrix | Stacked],
     rest: Mapping[str, torch.Tensor],
@@ -167,7 +166,7 @@ def _table(
         table: Mapping[str, Any] = manifest_for(own).config["quantization_config"]
         return table
     format = config.spec.format(config.group_size, config.convention)
-    return config.spec.table(format, list(matrices), list(_plain_linears(model, rest)))
+    return config.spec.table(format, list(matrices), list(_plain_linears(own, rest)))
 
 
 def _draft(name: str, tensor: torch.Tensor, native: Mapping[str, Format]) -> Step:
@@ -187,9 +186,8 @@ def _fused(covered: Sequence[Matrix], matrices: Mapping[str, Any]) -> Mapping[st
     return {name: members[id(matrix)] for name, matrix in matrices.items()}
 
 
-def _plain_linears(model: nn.Module, rest: Mapping[str, torch.Tensor]) -> Iterator[str]:
+def _plain_linears(config: dict[str, Any], rest: Mapping[str, torch.Tensor]) -> Iterator[str]:
     """Modules with matrices that stay as they are and that an engine may take for Linears to be quantised."""
-    config = config_of(model)
     known = manifest_for(config).bind(config)
     for name, tensor in rest.items():
         module, _, suffix = name.rpartition(".")
