@@ -83,6 +83,6 @@ def test_a_parameter_of_other_matrices_is_one_sentence(tiny, ids):
     model = tiny("qwen")
     prepare(model)
     experts = model.model.layers[0].mlp.experts
-    experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :, :16].clone())
-    with pytest.raises(KconvertError, match=r"layers\.0.*has matrices \[64, 16\], but \[64, 32\] when it was prepared"):
+    experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :32].clone())
+    with pytest.raises(KconvertError, match=r"layers\.0.*has matrices \[32, 32\], but \[64, 32\] when it was prepared"):
         model(ids)
