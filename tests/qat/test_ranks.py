@@ -1,4 +1,7 @@
-"""Training on several gloo ranks, with micro-batches: the same weights as on one, and patches and exports written by all."""
+"""Training on several gloo ranks, with micro-batches: the same weights as on one, and patches and exports written by all.
+
+FSDP2 on 2 and 4 ranks, and transformers' expert parallelism on 2, in the same processes, which take long to start.
+"""
 
 import os
 import socket
@@ -86,10 +89,17 @@ def begin(rank, ranks, port):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
 
 
-def work_fsdp(rank, ranks, port, folder):
+def work(rank, ranks, port, folder):
+    begin(rank, ranks, port)
+    train_fsdp(rank, ranks, folder)
+    if ranks == 2:
+        train_expert_parallel(rank, ranks, folder)
+    torch.distributed.destroy_process_group()
+
+
+def train_fsdp(rank, ranks, folder):
     from kconvert_qat import at_step, export, prepare
 
-    begin(rank, ranks, port)
     model = sharded(ranks)
     prepare(model)
     step = optimiser(model)
@@ -106,7 +116,37 @@ def work_fsdp(rank, ranks, port, folder):
     wanted = torch.load(f"{folder}/wanted.pt")
     for name, value in model.state_dict().items():
         assert torch.equal(value.full_tensor(), wanted[name]), name
-    torch.distributed.destroy_process_group()
+
+
+def train_expert_parallel(rank, ranks, folder):
+    """transformers' own: a rank holds half of the experts, tokens go to them."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from kconvert_qat import export, load, prepare
+
+    single = make()
+    plan = DistributedConfig(fsdp_size=ranks, ep_size=ranks)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/plain", dtype=torch.float32, distributed_config=plan)
+    experts = model.model.layers[0].mlp.experts
+    assert len(experts.down_proj.to_local()) == len(single.model.layers[0].mlp.experts.down_proj) // ranks
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load(model, f"{folder}/plain")
+    ids = batch(0, rank, 0)
+    untrained = single(ids).logits
+    for each in (single, model):
+        prepare(each)
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, single(ids).logits, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits, untrained, rtol=1e-3, atol=1e-4)
+    loss_of(model, ids).backward()
+    for number in range(ranks):
+        loss_of(single, batch(0, number, 0)).backward()
+    for one, other in zip(single.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad.full_tensor(), one.grad / ranks, rtol=1e-4, atol=1e-7)
+    export(model, f"{folder}/expert-parallel")
 
 
 def spawn(work, ranks, *arguments):
@@ -121,8 +161,11 @@ def tensors_of(folder):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_fsdp2_with_micro_batches_makes_the_weights_of_one_rank_bit_for_bit(tmp_path, monkeypatch, ranks):
+def test_fsdp2_makes_the_weights_of_one_rank_bit_for_bit_and_expert_parallel_ranks_export_as_one_does(
+    tmp_path, monkeypatch, ranks
+):
     import kconvert
+    from kconvert_qat import export, prepare
 
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
     threads = torch.get_num_threads()
@@ -131,8 +174,16 @@ def test_fsdp2_with_micro_batches_makes_the_weights_of_one_rank_bit_for_bit(tmp_
         torch.save(alone(tmp_path / "alone", ranks), tmp_path / "wanted.pt")
     finally:
         torch.set_num_threads(threads)
-    spawn(work_fsdp, ranks, tmp_path)
+    make().save_pretrained(tmp_path / "plain")
+    spawn(work, ranks, tmp_path)
     kconvert.apply(tmp_path / "first", tmp_path / "patch")
     ours, theirs = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    if ranks == 2:
+        single = make()
+        prepare(single)
+        export(single, tmp_path / "single")
+        ours, theirs = tensors_of(tmp_path / "expert-parallel"), tensors_of(tmp_path / "single")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

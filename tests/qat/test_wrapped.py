@@ -86,3 +86,9 @@ def test_a_parameter_of_other_matrices_is_one_sentence(tiny, ids):
     experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :32].clone())
     with pytest.raises(KconvertError, match=r"layers\.0.*has matrices \[32, 32\], but \[64, 32\] when it was prepared"):
         model(ids)
+
+
+def test_experts_that_other_ranks_hold_are_refused(module_list):
+    module_list.experts[1] = None
+    with pytest.raises(KconvertError, match="has None for experts that other ranks hold"):
+        prepare(module_list)
