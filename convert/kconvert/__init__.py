@@ -1,7 +1,7 @@
 """kconvert: converts, repacks and re-quantises checkpoints of mixture-of-experts language models.
 
 The public API is five functions, `inspect`, `plan`, `convert`, `verify` and `open`, and what they take and return; of many
-machines, `finalize` is the last act:
+machines, `finalize` is the last act, and of a training `apply` takes over what changed:
 
     plan = kconvert.plan("Kimi-K2-Thinking", kconvert.Recipe("bf16"))
     kconvert.convert(plan, "Kimi-K2-Thinking-BF16")
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kconvert.proof.verify import Report, verify
     from kconvert.run.disk import Needs
     from kconvert.run.state.finalize import Closed
+    from kconvert.run.state.merge import Applied
     from kconvert.run.state.ranks import Rank
     from kconvert.run.trace import Trace
     from kconvert.targets.recipe import Recipe
@@ -53,6 +54,7 @@ __all__ = [
     "SmokeReport",
     "Weights",
     "__version__",
+    "apply",
     "certify",
     "check_certificate",
     "convert",
@@ -258,6 +260,24 @@ def finalize(destination: StrPath) -> Closed:
     from kconvert.run.state.finalize import finalize_ranks
 
     return finalize_ranks(Path(destination))
+
+
+def apply(destination: StrPath, patch: StrPath) -> Applied:
+    """Merge the directory `patch`, which `kconvert_qat.export` wrote with `only_changed`, into `destination`, a copy of the
+    export that it follows.
+
+    Only the bytes that changed are written, in place. In between `destination` has no config.json and no index, so that nobody
+    takes it for a checkpoint; after an interruption the same call goes on. Returns how many `tensors` of how many bytes
+    (`nbytes`) were replaced, and whether that had been done `before`.
+
+    KconvertError, and nothing is written, when the patch follows another export, is damaged or was not finished, and when a
+    file of `destination` is linked from elsewhere.
+    """
+    from pathlib import Path
+
+    from kconvert.run.state.merge import apply_patch
+
+    return apply_patch(Path(destination), Path(patch))
 
 
 def _rank(worker: str | None) -> Rank | None:

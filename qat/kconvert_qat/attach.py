@@ -28,13 +28,14 @@ ORIGINAL = "_kconvert_original"
 
 @dataclass
 class Attached:
-    """What a prepared module knows: where the parameters lie that it sees fake-quantised, what they were served as last, and
-    for each the Linear whose weight must be quantised by the same number, where there is one."""
+    """What a prepared module knows: where the parameters lie that it sees fake-quantised, what they were served as last, for
+    each the Linear whose weight must be quantised by the same number, where there is one, and whether it is at work."""
 
     state: State
     places: dict[str, Place]
     kept: dict[str, Kept]
     mates: dict[str, nn.Module]
+    at_work: bool = False
 
     def serve(self, module: nn.Module, parameter: str) -> torch.Tensor:
         lists = getattr(module, "parametrizations", None)
@@ -139,11 +140,19 @@ def detach(model: nn.Module) -> None:
     """Undo `prepare`; the weights are as training left them."""
     modules = [module for module in model.modules() if attached_to(module)]
     for module in modules:
-        if ORIGINAL not in vars(type(module)):
+        if ORIGINAL not in vars(type(module)) or _is_wrapped(module):
             raise KconvertError(f"{type(module).__name__} was wrapped after prepare; undo that before detach")
     for module in modules:
+        if "forward" in vars(type(module)):
+            vars(module).pop("forward", None)  # its own, put back by who had wrapped it
         module.__class__ = getattr(type(module), ORIGINAL)
         delattr(module, STATE)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody holds the forward that `prepare` gave it."""
+    ours, own = vars(type(module)).get("forward"), vars(module).get("forward")
+    return own is not None and ours is not None and getattr(own, "__func__", None) is not ours
 
 
 def at_step(model: nn.Module, step: int) -> bool:
@@ -186,7 +195,7 @@ def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWe
     if attached is None:
         attached = Attached(state, {}, {}, {})
         module.__dict__[STATE] = attached
-        module.__class__ = swapped(type(module))
+        module.__class__ = (_served_within if "forward" in vars(module) else swapped)(type(module))
     attached.places[weight.parameter] = Place.of(weight, state.config)
 
 
@@ -203,6 +212,35 @@ def _fake_quantised(original: Any) -> type:
         return original.forward(Served(self, weights), *args, **kwargs)
 
     return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})
+
+
+@cache
+def _served_within(original: Any) -> type:
+    """The subclass of a module whose forward others have wrapped and hold (accelerate's hooks of a device_map, transformers'
+    expert parallelism): as long as it is called, its weights are the fake-quantised ones."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attached = self._kconvert_qat
+        if attached.places.keys() & getattr(self, "parametrizations", {}).keys():
+            raise KconvertError(
+                f"{original.__name__} has adapters on experts whose forward is wrapped (a device_map over several devices, or "
+                "expert parallelism), where their sum is not seen; train the weights themselves"
+            )
+        before, attached.at_work = attached.at_work, attached.state.active
+        try:
+            return original.__call__(self, *args, **kwargs)
+        finally:
+            attached.at_work = before
+
+    def look_up(self: Any, name: str) -> Any:
+        value = original.__getattr__(self, name)
+        attached = attached_to(self)
+        if attached is None or not attached.at_work or name not in attached.places:
+            return value
+        return attached.quantised(value, name)
+
+    members = {"__call__": call, "__getattr__": look_up, ORIGINAL: original}
+    return type(f"FakeQuantised{original.__name__}", (original,), members)
 
 
 @cache

@@ -74,6 +74,11 @@ def find_experts(model: nn.Module) -> list[ExpertWeight]:
         if all(hasattr(module, mark) for mark in MARKS):
             found += _fused(plain_name(name), module)
         elif isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts":
+            if any(expert is None for expert in module):
+                raise KconvertError(
+                    f"{plain_name(name)} has None for experts that other ranks hold, so that nobody can export them all; let "
+                    "every rank have them as DTensors, as transformers' DistributedConfig and FSDP2 do"
+                )
             for number, expert in enumerate(module):
                 found += _linears(f"{plain_name(name)}.{number}", expert)
     _check_nothing_is_left(model, found)

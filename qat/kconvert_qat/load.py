@@ -21,8 +21,8 @@ from torch import nn
 import kconvert
 from kconvert.errors import KconvertError
 from kconvert_qat.experts import ExpertWeight, find_experts
+from kconvert_qat.export.readable import silence
 from kconvert_qat.names import Matrix, base_model, matrices_of, plain_class, spelling_of
-from kconvert_qat.readable import silence
 
 LAYER = re.compile(r"\blayers\.([0-9]{1,9})\.")
 

@@ -22,6 +22,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import QUANTISED_SUFFIXES, Format, from_scheme
 from kconvert.formats.base import Scheme
 from kconvert.models.catalogue import manifest_for
+from kconvert.models.manifest import UnknownSizeError
 from kconvert.models.rules import Match
 from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight, plain_name
@@ -53,9 +54,16 @@ def matrices_of(model: nn.Module, weights: Iterable[ExpertWeight]) -> list[Matri
     matrices = [matrix for weight in weights for matrix in _named(weight, spelled)]
     config = config_of(model)
     if config.get("model_type") is not None:
-        names = manifest_for(config).bind(config)
+        try:
+            names = manifest_for(config).bind(config)
+        except UnknownSizeError:  # transformers has a config.json of its own (MiniMax-M3)
+            return matrices
         found = {matrix.name for matrix in matrices} | {matrix.weight.key for matrix in matrices}
         missing = [name for name in names.missing(found) if _is_expert(names.linear(name))]
+        if missing:  # unless transformers only saves them under names of its own
+            spelling = published_spelling(model, None)
+            found = {spelling(f"{name}.weight").removesuffix(".weight") for name in found}
+            missing = [name for name in missing if name not in found]
         if missing:
             rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise KconvertError(f"the model has no {missing[0]!r}{rest}, which its configuration demands")
@@ -149,14 +157,19 @@ def spelling_of(model: nn.Module, published: Iterable[str]) -> Callable[[str], s
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+    prefix = f"{base.base_model_prefix}."  # which some releases leave out, as DeepSeek-V4's
     renamings = [change for change in get_model_conversion_mapping(base) if isinstance(change, WeightRenaming)]
 
     def read_as(name: str) -> str:
         renamed: str = rename_source_key(name, renamings, [])[0]
-        return renamed
+        return renamed.removeprefix(prefix)
 
     known = {read_as(name): name for name in published}
-    return lambda name: known.get(read_as(name), name)
+
+    def spelt(name: str) -> str:
+        return known.get(read_as(name)) or known.get(read_as(name.removeprefix(prefix)), name)
+
+    return spelt
 
 
 def _published(config: dict[str, Any], source: Checkpoint | None) -> Iterator[str]:
@@ -170,8 +183,11 @@ def _published(config: dict[str, Any], source: Checkpoint | None) -> Iterator[st
         yield f"{module}.weight" if suffix in QUANTISED_SUFFIXES else name
 
 
-def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str, torch.Tensor]:
-    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once."""
+def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight], apart: bool = True) -> dict[str, torch.Tensor]:
+    """Everything in the model's state dict but `weights`, as it is called in the checkpoint; tied weights once.
+
+    Biases of fused experts are taken `apart`, for each matrix its own.
+    """
     weights = list(weights)
     state = {plain_name(key): value for key, value in base_model(model).state_dict().items()}
     if hasattr(base_model(model), "save_pretrained"):
@@ -181,7 +197,7 @@ def plain_tensors(model: nn.Module, weights: Iterable[ExpertWeight]) -> dict[str
     for weight in weights:
         del state[weight.key]
     rest = as_saved(model, state)
-    for weight in weights:
+    for weight in weights if apart else ():
         if weight.stacked and (bias := rest.pop(f"{weight.key}_bias", None)) is not None:
             rest.update(_split_bias(weight, bias))
     return rest

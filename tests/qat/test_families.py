@@ -69,7 +69,6 @@ LOADED = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": SPARSE,
-    "deepseek_v4": SPARSE,
     "dots1": SIZES,
     "dots3_note_text": LATENT,
     "ernie4_5_moe": SIZES,
@@ -102,11 +101,10 @@ LOADED = {
     "solar_open": SIZES,
 }
 DECODED = {
-    "bailing_hybrid": LATENT,
     "ernie4_5_vl_moe": vision(**{**SIZES, "moe_intermediate_size": [32, 32], "head_dim": 128}),
     "kimi_linear": {**LATENT, "linear_attn_config": KIMI},
-    "minimax_m3_vl": vision(**SIZES),
 }
+WITH_SOURCE = {"bailing_hybrid": LATENT, "deepseek_v4": SPARSE, "minimax_m3_vl": vision(**SIZES)}
 REFUSED = {
     "aria": vision(**NARROW),
     "aria_text": NARROW,
@@ -131,6 +129,7 @@ COMMON |= {"llama4_text"}
 TABLE = {
     "loads it, bit for bit": LOADED,
     "fails to load it, with an error; loads what `kconvert int4-to-bf16` makes of it, bit for bit": DECODED,
+    "saves a config.json of its own, not that of the releases: `export` wants one of these as `source`": WITH_SOURCE,
     "would load random experts, for it keeps them fused on disk: `export` refuses": REFUSED,
     "does not say how the experts lie in their weights: `prepare` refuses": UNPREPARED,
 }
@@ -149,7 +148,7 @@ def make(name):
 
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {name}")
-    config = CONFIG_MAPPING[name](**{**LOADED, **DECODED, **REFUSED, **UNPREPARED}[name])
+    config = CONFIG_MAPPING[name](**{**LOADED, **DECODED, **WITH_SOURCE, **REFUSED, **UNPREPARED}[name])
     text_only = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.sub_configs
     torch.manual_seed(0)
     return (
@@ -201,8 +200,26 @@ def test_a_family_whose_int4_transformers_fails_to_load_is_exported_with_a_warni
     assert_served(model, load(to_bf16(tmp_path), model))
 
 
+@families(WITH_SOURCE)
+def test_a_family_that_only_its_releases_describe_is_refused_without_one_before_anything_is_written(name, tmp_path):
+    model = make(name)
+    prepare(model)
+    with pytest.raises(KconvertError, match=r"could not read the export|config\.json: \S+ is missing") as said:
+        export(model, tmp_path / "int4")
+    assert "\n" not in str(said.value)
+    assert not (tmp_path / "int4").exists()
+
+
+@pytest.mark.parametrize("grid", ["int4", "mxfp4", "nvfp4", "fp8-block"])
+def test_experts_without_a_gate_are_exported_on_every_grid(grid, tmp_path):
+    model = make("nemotron_h")
+    assert {matrix.piece for matrix in prepare(model, QATConfig(grid=grid)).matrices} == {"up", "down"}
+    export(model, tmp_path / "int4")
+    assert_served(model, load(to_bf16(tmp_path), model))
+
+
 def to_bf16(root):
-    kconvert.convert(kconvert.plan(root / "int4", kconvert.Recipe("bf16", "int4")), root / "bf16")
+    kconvert.convert(kconvert.plan(root / "int4", kconvert.Recipe("bf16")), root / "bf16")
     kconvert.verify(root / "int4", root / "bf16")
     return root / "bf16"
 

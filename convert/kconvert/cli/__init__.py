@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kconvert.cli import check, conversions, diff, finalize, inspect, launch, qat, repack, sample, smoke, verify
+from kconvert.cli import apply, check, conversions, diff, finalize, inspect, launch, qat, repack, sample, smoke, verify
 from kconvert.errors import CheckFailed, KconvertError, explain_os_error
 from kconvert.version import __version__
 
@@ -67,6 +67,7 @@ COMMANDS = (
     sample.sample,
     smoke.smoke,
     qat.qat,
+    apply.apply,
 )
 for command in COMMANDS:
     main.add_command(command)

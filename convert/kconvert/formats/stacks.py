@@ -13,7 +13,7 @@ Source: https://github.com/huggingface/transformers, `integrations/mxfp4.py` and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Format, Part
@@ -30,9 +30,13 @@ READS = ""
 
 @dataclass(frozen=True, slots=True)
 class MxStack(Format):
-    """`stack` is the number of matrices; the rows of a weight are those of the first matrix, then of the next."""
+    """`stack` is the number of matrices; the rows of a weight are those of the first matrix, then of the next.
+
+    `exact`: groups that come back keep their values, see Mx.
+    """
 
     stack: int
+    exact: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -51,7 +55,7 @@ class MxStack(Format):
         Mx(4).decode(parts, first_row, tile)
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        return Mx(4).encode(tile, parts)
+        return Mx(4, exact=self.exact).encode(tile, parts)
 
 
 def from_scheme(scheme: Scheme) -> None:

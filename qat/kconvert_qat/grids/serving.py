@@ -58,9 +58,11 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """How the matrices of a weight lie in its parameter, and what it is called; see ExpertWeight."""
+    """How the matrices of a weight lie in its parameter, of which shape the last two dimensions are, and what it is called; see
+    ExpertWeight."""
 
     key: str
+    shape: tuple[int, ...]
     transposed: bool
     pieces: int
     concatenated: bool
@@ -70,7 +72,8 @@ class Place:
     def of(cls, weight: ExpertWeight, config: QATConfig) -> Place:
         """A block of several rows may not lie across two matrices, so they are taken `apart`."""
         count = len(weight.pieces)
-        return cls(weight.key, weight.transposed, count, weight.concatenated, config.spec.rows > 1 and count > 1)
+        shape = tuple(weight.tensor.shape[-2:])
+        return cls(weight.key, shape, weight.transposed, count, weight.concatenated, config.spec.rows > 1 and count > 1)
 
     def check(self, weight: torch.Tensor, config: QATConfig) -> None:
         """KconvertError when the grid cannot have this tensor."""
@@ -81,6 +84,11 @@ class Place:
             )
         if weight.dtype not in DTYPES:
             raise KconvertError(f"{self.key} is {weight.dtype}; quantisation-aware training needs BF16 or F32 weights")
+        if weight.shape[-2:] != self.shape:
+            raise KconvertError(
+                f"{self.key} has matrices {list(weight.shape[-2:])}, but {list(self.shape)} when it was prepared; swap no "
+                "parameters after prepare, and shard experts by FSDP2 or expert parallelism, not within their matrices"
+            )
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:
         """[..., out, in]; those of one expert on each other, or beside each other where they are `apart`."""

@@ -21,10 +21,11 @@ from packaging.version import Version
 from torch import nn
 
 from kconvert.checkpoint.listing import CONFIG_NAME
-from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.safetensors import Described, Tensor
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
+from kconvert.formats.stacks import MxStack
 from kconvert.models.model import understand
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
@@ -110,9 +111,17 @@ def _shapes(plan: Plan, decoded: bool = False) -> Shapes:
     for step in plan.steps:
         outputs = step.outputs
         if decoded and isinstance(step, Transcode):
-            outputs = [(f"{step.name}.weight", "BF16", (step.rows, step.cols))]
+            outputs = [_decoded(step)]
         shapes |= {name: torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta") for name, dtype, shape in outputs}
     return shapes
+
+
+def _decoded(step: Transcode) -> Described:
+    """What the weight is as BF16; the matrices of a stack lie in it as gpt-oss has them."""
+    if isinstance(step.target, MxStack):
+        count = step.target.stack
+        return step.name, "BF16", (count, step.cols, step.rows // count)
+    return f"{step.name}.weight", "BF16", (step.rows, step.cols)
 
 
 def _load(model: nn.Module, shapes: Shapes, quantization: dict[str, Any] | None = None) -> dict[str, Any] | None:
