@@ -1,21 +1,21 @@
-"""How much of what INT4 loses does quantisation-aware training win back? An experiment that runs on two CPU cores.
+"""How much of what a grid loses does quantisation-aware training win back? An experiment that runs on two CPU cores.
 
 A small DeepSeek-V3-like mixture of experts is trained from scratch on the sources of Python's standard library, by a
 byte-level BPE made on the spot. From there it is fine-tuned in several ways, with the same steps on the same batches:
 
     BF16     no grid; this is also the teacher, and the reference of KL and top-1
-    PTQ      the BF16 model, its experts rounded to INT4 after training
+    PTQ      the BF16 model, its experts rounded to the grid, INT4 or MXFP4, after training
     QAT      trained with fake-quantised experts
     QAT+KD   the same, distilled from the BF16 model
 
 Its experts carry nearly all of its function: no dense layer, no shared expert, one narrow attention head. A model that leans
-on parts which stay in BF16 is hardly hurt by INT4 experts, and then there is nothing to win back.
+on parts which stay in BF16 is hardly hurt by rounded experts, and then there is nothing to win back.
 
 All are measured on the same held-out files. Recovered is (PTQ - QAT) / (PTQ - BF16), in held-out loss; distillation would
-help a BF16 model as well, so above 100% is no merit of INT4. Each seed is a process with one thread: matrices this small
+help a BF16 model as well, so above 100% is no merit of the grid. Each seed is a process with one thread: matrices this small
 gain little from a second one.
 
-    python examples/qat_recovery.py --output qat_recovery
+    python examples/qat_recovery.py --grid mxfp4 --output qat_recovery
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from kconvert_qat.parity import compare
 VOCABULARY = 512
 BLOCK = 128
 BATCH = 8
-GROUPS = (32, 128)
+GROUPS = {"int4": (32, 128), "mxfp4": (32,)}  # of each grid
 HELD_OUT = 25  # every so many files are held out
 WAYS = ("PTQ", "QAT", "QAT+KD")
 
@@ -169,9 +169,9 @@ def run_seed(seed: int, data: torch.Tensor, held_out: torch.Tensor, options: arg
     tuned = {"data": data, "steps": options.steps, "peak": options.rate, "seed": 1000 + seed}
     reference = fit(copy.deepcopy(base), **tuned)
     rows = [measure(reference, reference, held_out, seed, "BF16", 0)]
-    for group in GROUPS:
+    for group in GROUPS[options.grid]:
         for way in WAYS:
-            config = QATConfig(group_size=group, distillation=0.5 if way == "QAT+KD" else 0.0)
+            config = QATConfig(grid=options.grid, group_size=group, distillation=0.5 if way == "QAT+KD" else 0.0)
             model = copy.deepcopy(reference if way == "PTQ" else base)
             prepare(model, config)
             if way != "PTQ":
@@ -196,13 +196,13 @@ def measure(model: nn.Module, reference: nn.Module, held_out: torch.Tensor, seed
     return Row(seed, way, group, loss, kl, top1)
 
 
-def check_export(tokenizer: PreTrainedTokenizerFast, folder: Path, ids: torch.Tensor) -> bool:
+def check_export(tokenizer: PreTrainedTokenizerFast, folder: Path, grid: str, ids: torch.Tensor) -> bool:
     """Whether the exported checkpoint, loaded by transformers in BF16, computes the trainer's logits bit for bit."""
     shipped = AutoModelForCausalLM.from_pretrained(folder / "masters", dtype=torch.bfloat16)
-    prepare(shipped, QATConfig(group_size=GROUPS[-1]))
-    export(shipped, folder / "int4", tokenizer=tokenizer, overwrite=True)
+    prepare(shipped, QATConfig(grid=grid, group_size=GROUPS[grid][-1]))
+    export(shipped, folder / grid, tokenizer=tokenizer, overwrite=True)
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder / "int4", dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
+        folder / grid, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     return compare(shipped, loaded, [ids]).agreement.max_abs == 0
 
@@ -233,17 +233,18 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.4f} ({stdev(values) if len(values) > 1 else 0:.4f})"
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], grid: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS, strict=True):
+    groups = GROUPS[grid]
+    figure = Figure(figsize=(1 + 3 * len(groups), 3.5), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
         above = [gaps(rows, way, group) for way in WAYS]
         axes.bar(WAYS, [mean(values) for values in above], color=["C3", "C0", "C2"], alpha=0.6)
         for k, values in enumerate(above):
             axes.plot([k] * len(values), values, "k.")
         axes.axhline(0, color="black", lw=0.8)
-        axes.set_title(f"INT4, group {group}")
+        axes.set_title(f"{grid.upper()}, group {group}")
     figure.axes[0].set_ylabel("held-out loss above BF16, nats a token")
     figure.savefig(path, dpi=120)
 
@@ -251,10 +252,11 @@ def plot(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("qat_recovery"), help="[qat_recovery]")
+    parser.add_argument("--grid", choices=list(GROUPS), default="int4", help="[int4]")
     parser.add_argument("--seeds", type=int, default=3, help="[3]")
     parser.add_argument("--pretrain", type=int, default=3500, help="steps from scratch [3500]")
     parser.add_argument("--pretrain-rate", type=float, default=1e-2, help="their peak learning rate [1e-2]")
-    parser.add_argument("--steps", type=int, default=1500, help="of fine-tuning [1500]")
+    parser.add_argument("--steps", type=int, default=2500, help="of fine-tuning [2500]")
     parser.add_argument("--rate", type=float, default=7e-4, help="their peak learning rate [7e-4]")
     parser.add_argument("--held-out", type=int, help="blocks to measure on [all of the held-out files]")
     options = parser.parse_args()
@@ -268,11 +270,11 @@ def main() -> None:
         running = [pool.submit(run_seed, seed, data, held_out, options) for seed in range(options.seeds)]
         rows = [row for seed in running for row in seed.result()]
     (options.output / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    plot(rows, options.output / "recovery.png")
+    plot(rows, options.grid, options.output / "recovery.png")
     print(table(rows))
     print(
         "the exported checkpoint computes the trainer's logits bit for bit:",
-        check_export(tokenizer, options.output, held_out[:BATCH]),
+        check_export(tokenizer, options.output, options.grid, held_out[:BATCH]),
     )
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from kconvert.formats.conventions import CONVENTIONS, Convention
+from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.reference import packed as reference
 from kconvert_qat.grids import codes
-from kconvert_qat.grids.memory import array_of, in_threads
+from kconvert_qat.grids.memory import in_threads, room
 from kconvert_qat.grids.table import GRIDS
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -53,14 +52,15 @@ def _fake_quantise(
     mate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     weight = weight.detach().contiguous()
-    served = torch.empty_like(weight)
-    if grid == INT4 and (weight.is_cpu or weight.is_cuda):
-        _int4(weight.view(-1, group_size), CONVENTIONS[convention], served.view(-1, group_size))
-    elif weight.is_cpu:
-        codes.serve(weight, GRIDS[grid].blocks(group_size, convention), reaches(weight, mate, grid), served)
-    else:
-        served = _by_reference(weight, group_size, convention, grid, reaches(weight, mate, grid))
-    return served
+    if weight.is_cpu:
+        return _by_kernel(weight, group_size, convention, grid, mate)
+    if grid == INT4 and weight.is_cuda:
+        from kconvert_qat.grids import cuda
+
+        served = torch.empty_like(weight)
+        cuda.fake_quantise(weight.view(-1, group_size), CONVENTIONS[convention], served.view(-1, group_size))
+        return served
+    return _by_reference(weight, group_size, convention, grid, reaches(weight, mate, grid))
 
 
 @_fake_quantise.register_fake
@@ -99,6 +99,26 @@ def _largest(matrices: torch.Tensor) -> list[float]:
     return torch.maximum(-low, high).bfloat16().tolist()
 
 
+def _by_kernel(
+    weight: torch.Tensor, group_size: int, convention: str, grid: str, mate: torch.Tensor | None
+) -> torch.Tensor:
+    served = room(weight.shape, weight.dtype)
+    if not weight.numel():
+        return served
+    spec, reach = GRIDS[grid], reaches(weight, mate, grid)
+    matrices, results = codes.matrices_of(weight), codes.matrices_of(served)
+    if spec.rows == 1 and not spec.fuses:  # rows do not care in which matrix they are
+        reach = [0.0]
+        matrices, results = (array.reshape(1, -1, array.shape[-1]) for array in (matrices, results))
+
+    def work(piece: tuple[int, int, int]) -> None:
+        rows = codes.rows_of(matrices, piece), codes.rows_of(results, piece)
+        spec.kernel(*rows, reach[piece[0]], group_size, convention)
+
+    in_threads(work, codes.pieces_of(matrices.shape, spec.rows, CHUNK))
+    return served
+
+
 def _by_reference(
     weight: torch.Tensor, group_size: int, convention: str, grid: str, reach: Sequence[float]
 ) -> torch.Tensor:
@@ -123,25 +143,6 @@ def _spread(lost: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
     down, across = lost.shape[1:]
     blocks = torch.nn.functional.max_pool2d(lost.float(), (rows, cols), ceil_mode=True)
     return blocks.repeat_interleave(rows, 1)[:, :down].repeat_interleave(cols, 2)[..., :across].bool()
-
-
-def _int4(groups: torch.Tensor, rule: Convention, served: torch.Tensor) -> None:
-    if groups.is_cuda:
-        from kconvert_qat.grids import cuda
-
-        cuda.fake_quantise(groups, rule, served)
-        return
-    from kconvert.formats.kernels import packed as kernels
-
-    inputs, outputs = array_of(groups), array_of(served)
-    step = max(-(-len(groups) // torch.get_num_threads()), CHUNK // groups.shape[1])
-
-    def work(first: int) -> None:
-        chosen = slice(first, first + step)
-        sizes = np.float32(rule.divisor), np.float32(rule.lowest), rule.rounds, rule.zero_bits
-        kernels.fake_quantise(inputs[chosen], *sizes, outputs[chosen])
-
-    in_threads(work, range(0, len(groups), step))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -124,6 +124,22 @@ def test_what_is_on_the_grid_stays_whatever_the_mantissa_of_the_scale(convention
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exponent", [-133, -128, -124, -123, -122, -100, 0, 100, 127])
+def test_every_quotient_of_two_mantissas_gets_the_references_code(convention, dtype, exponent):
+    """Of six octaves below each largest value: ties, and what is next to them; near both ends of the exponents, too."""
+    largest = torch.arange(128, 256) * 2.0 ** (exponent - 7)
+    octaves = 2.0 ** torch.arange(-5, 1).unsqueeze(-1) * torch.arange(128, 256) / 256
+    rest = (largest.unsqueeze(-1) * 0 + 2.0**exponent * octaves.flatten()).view(128, 24, 32)[..., :31]
+    signs = torch.tensor([1.0, -1.0]).repeat(64).view(-1, 1, 1)
+    groups = signs * torch.cat([largest.view(-1, 1, 1).expand(-1, 24, 1), rest], -1)
+    weight = groups.to(dtype).view(-1, 96)
+    for group in (32, 96, 24):  # of whole vectors, and of parts of one
+        wanted = reference.fake_quantise(weight, group, CONVENTIONS[convention])
+        assert_same(fake_quantise(weight, group, convention), wanted)
+
+
+@both
 def test_quantising_twice_changes_nothing_more(convention):
     torch.manual_seed(1)
     once = fake_quantise(torch.randn(512, 256).bfloat16(), 32, convention)

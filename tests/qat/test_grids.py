@@ -72,6 +72,18 @@ def test_the_trainer_sees_what_the_encoder_writes_and_the_decoder_reads(grid, co
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exponent", [-140, -133, -127, -126, -125, -118, -116, -110, -1, 60, 118, 127])
+def test_the_kernels_keep_to_the_encoder_at_the_ends_of_the_exponents(grid, convention, dtype, exponent):
+    """Subnormal values and scales, and the largest; matrices whose last block is short both ways."""
+    torch.manual_seed(exponent)
+    weight = ((torch.rand(2, 150, 160, dtype=torch.float64) * 2 - 1) * 2.0**exponent).to(dtype)
+    weight[1] *= (2.0 ** torch.randint(-20, 1, (150, 1))).to(dtype)
+    weight[1, :8] *= (torch.rand(8, 160) < 0.2).to(dtype)  # zeros of both signs
+    assert_same(fake_quantise(weight, *options(grid, convention)), by_encoder(weight, grid, convention))
+
+
+@every
 def test_compiled_equals_eager(grid, convention):
     weight = weights(130, 128)
     compiled = torch.compile(lambda w: fake_quantise(w * 1, *options(grid, convention)) + 0, fullgraph=True)

@@ -15,7 +15,7 @@ import torch
 
 from kconvert.formats.base import Format
 from kconvert.formats.dense import Dense
-from kconvert_qat.grids.memory import array_of, in_threads
+from kconvert_qat.grids.memory import array_of, in_threads, room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class Codes:
     _version: int = 0  # nobody can write into it
 
     def values(self) -> torch.Tensor:
-        served = torch.empty(self.shape, dtype=self.dtype)
+        served = room(self.shape, self.dtype)
         matrices = matrices_of(served)
         in_threads(lambda piece: _decode(self.pieces[piece], rows_of(matrices, piece)), self.pieces)
         return served
@@ -61,18 +61,8 @@ def encode(weight: torch.Tensor, blocks: Blocks, reaches: Sequence[float]) -> Co
     def work(piece: tuple[int, int, int]) -> None:
         pieces[piece] = _encode(rows_of(matrices, piece), blocks, reaches[piece[0]])
 
-    in_threads(work, pieces_of(matrices.shape, blocks))
+    in_threads(work, pieces_of(matrices.shape, blocks.rows, VALUES))
     return Codes(weight.shape, weight.dtype, pieces)
-
-
-def serve(weight: torch.Tensor, blocks: Blocks, reaches: Sequence[float], served: torch.Tensor) -> None:
-    """`encode`, and decoded again into `served`; both contiguous."""
-    matrices, results = matrices_of(weight), matrices_of(served)
-
-    def work(piece: tuple[int, int, int]) -> None:
-        _decode(_encode(rows_of(matrices, piece), blocks, reaches[piece[0]]), rows_of(results, piece))
-
-    in_threads(work, pieces_of(matrices.shape, blocks))
 
 
 def matrices_of(tensor: torch.Tensor) -> NDArray[Any]:
@@ -81,10 +71,10 @@ def matrices_of(tensor: torch.Tensor) -> NDArray[Any]:
     return array.reshape(-1, *([1] * (2 - array.ndim)), *array.shape[-2:])
 
 
-def pieces_of(shape: tuple[int, ...], blocks: Blocks) -> Iterator[tuple[int, int, int]]:
-    """(matrix, first row, row after the last)."""
+def pieces_of(shape: tuple[int, ...], multiple: int, values: int) -> Iterator[tuple[int, int, int]]:
+    """(matrix, first row, row after the last); each of at most so many values, if so many rows have not more."""
     matrices, rows, cols = shape
-    step = max(1, VALUES // (blocks.rows * max(cols, 1))) * blocks.rows
+    step = max(1, values // (multiple * max(cols, 1))) * multiple
     for matrix in range(matrices):
         for first in range(0, rows, step):
             yield matrix, first, min(first + step, rows)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kconvert.formats.base import Format
@@ -27,6 +28,9 @@ from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import fp8, mx, nvfp4, packed
 from kconvert_qat.grids.codes import Blocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 BLOCK = 128
 POWERS = "ue8m0"
@@ -40,6 +44,9 @@ class Grid:
     `format` takes group size and convention. So does `reference`, after f32 matrices [n, rows, cols] with bf16 values and the
     magnitude f32 [n] that none of each is above; it returns bf16. `table` makes the quantization_config of an export. `fuses`:
     gate and up share a number of the whole matrix.
+
+    `kernel` makes of rows of a matrix on the CPU [n, cols], bf16 (in u16) or f32, what they are served as, given the same in
+    numbers for that matrix; see grids.kernels.
     """
 
     name: str
@@ -47,6 +54,7 @@ class Grid:
     size: int
     format: Callable[[int, str], Format]
     reference: Callable[[torch.Tensor, torch.Tensor, int, str], torch.Tensor]
+    kernel: Callable[[NDArray[Any], NDArray[Any], float, int, str], None]
     table: Callable[[Any, list[str], list[str]], dict[str, Any]]
     any_size: bool = False
     rows: int = 1
@@ -87,6 +95,33 @@ def _fp8_served(matrices: torch.Tensor, reach: torch.Tensor, group_size: int, co
     return torch.stack([fp8.decode(codes, scale, block) for codes, scale in coded])
 
 
+def _int4_rows(rows: NDArray[Any], served: NDArray[Any], reach: float, group_size: int, convention: str) -> None:
+    from kconvert_qat.grids import kernels
+
+    rule = CONVENTIONS[convention]
+    sizes = np.float32(rule.divisor), np.float32(rule.lowest), rule.rounds, rule.zero_bits
+    kernels.int4(rows.reshape(-1, group_size), *sizes, served.reshape(-1, group_size))
+
+
+def _mxfp4_rows(rows: NDArray[Any], served: NDArray[Any], reach: float, group_size: int, convention: str) -> None:
+    from kconvert_qat.grids import kernels
+
+    kernels.mxfp4(rows.reshape(-1, group_size), served.reshape(-1, group_size))
+
+
+def _nvfp4_rows(rows: NDArray[Any], served: NDArray[Any], reach: float, group_size: int, convention: str) -> None:
+    from kconvert_qat.grids import kernels
+
+    factor = np.float32(nvfp4.global_factor(reach))
+    kernels.nvfp4_by(factor, rows.reshape(-1, group_size), served.reshape(-1, group_size))
+
+
+def _fp8_rows(rows: NDArray[Any], served: NDArray[Any], reach: float, group_size: int, convention: str) -> None:
+    from kconvert_qat.grids import kernels
+
+    kernels.fp8(rows, group_size, convention == POWERS, served)
+
+
 def _packed_table(format: Packed, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.targets.hf import int4
 
@@ -112,9 +147,18 @@ def _fp8_table(format: Fp8, quantised: list[str], unquantised: list[str]) -> dic
 
 
 _ALL = (
-    Grid("int4", tuple(CONVENTIONS), 32, _int4, _int4_served, _packed_table, any_size=True),
-    Grid("mxfp4", ("compressed-tensors",), 32, lambda *_: Mx(4, exact=True), _mxfp4_served, _mx_table),
-    Grid("nvfp4", ("power-of-two",), 16, lambda *_: Nvfp4(exact=True), _nvfp4_served, _nvfp4_table, fuses=True),
-    Grid("fp8-block", ("f32", POWERS), BLOCK, _fp8, _fp8_served, _fp8_table, rows=BLOCK),
+    Grid("int4", tuple(CONVENTIONS), 32, _int4, _int4_served, _int4_rows, _packed_table, any_size=True),
+    Grid("mxfp4", ("compressed-tensors",), 32, lambda *_: Mx(4, exact=True), _mxfp4_served, _mxfp4_rows, _mx_table),
+    Grid(
+        "nvfp4",
+        ("power-of-two",),
+        16,
+        lambda *_: Nvfp4(exact=True),
+        _nvfp4_served,
+        _nvfp4_rows,
+        _nvfp4_table,
+        fuses=True,
+    ),
+    Grid("fp8-block", ("f32", POWERS), BLOCK, _fp8, _fp8_served, _fp8_rows, _fp8_table, rows=BLOCK),
 )
 GRIDS = {grid.name: grid for grid in _ALL}

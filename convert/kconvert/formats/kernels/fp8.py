@@ -126,7 +126,7 @@ def encode_fp8(
             _choose_divisors(tile[first:last], block_cols, bf16_scale, steps, divisors)
         for block in range(steps.shape[0]):
             faults += bits_of(steps[block]) >= INFINITE
-            steps[block] = _step(steps[block], divisors[block], bf16_scale)
+            steps[block] = block_step(steps[block], divisors[block], bf16_scale)
         for row in range(first, last):
             _quantise(tile[row], block_cols, steps, codes[row])
     return faults
@@ -161,7 +161,7 @@ def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, ex
         for block in range(amax.shape[0]):
             if bits_of(amax[block]) >= INFINITE:
                 return -1
-            exponents[group, block] = _exponent(bits_of(amax[block]))
+            exponents[group, block] = block_exponent(bits_of(amax[block]))
         for row in range(first, last):
             _quantise_by_powers(tile[row], block_cols, exponents[group], codes[row], lost)
         for block in range(lost.shape[0]):
@@ -170,7 +170,7 @@ def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, ex
 
 
 @inline
-def _exponent(amax: Any) -> Any:
+def block_exponent(amax: Any) -> Any:
     """That of the smallest power of two that is not less than amax / 448 (from its bits) + 127; of 1 for 0."""
     rounded_up = np.int32(U(amax + BELOW_448) >> U(23)) - np.int32(8)
     return np.uint8(max(rounded_up, np.int32(0)) if amax else np.int32(127))
@@ -224,7 +224,7 @@ def _raise_to_amax(values: Any, block_cols: Any, amax: Any) -> None:
 
 
 @inline
-def _step(amax: Any, divisor: Any, bf16_scale: Any) -> Any:
+def block_step(amax: Any, divisor: Any, bf16_scale: Any) -> Any:
     """The scale of a block."""
     step = amax / divisor
     step = round_bf16(step) if bf16_scale else step
@@ -239,7 +239,7 @@ def _choose_divisors(values: Any, block_cols: Any, bf16_scale: Any, amax: Any, d
         errors = np.zeros(amax.shape[0], np.int64)
         for row in range(values.shape[0]):
             for block in range(amax.shape[0]):
-                step = _step(amax[block], np.float32(divisor), bf16_scale)
+                step = block_step(amax[block], np.float32(divisor), bf16_scale)
                 unit = error_unit(bits_of(amax[block]))
                 errors[block] += _error(values[row, block * block_cols : (block + 1) * block_cols], step, unit)
         for block in range(amax.shape[0]):

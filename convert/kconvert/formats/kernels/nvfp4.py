@@ -75,7 +75,7 @@ def decode_nvfp4(packed: Any, scale: Any, global_scale: Any, multiplies: Any, ti
 
 
 @inline
-def _rule(amax: Any, unit: Any) -> Any:
+def rule_scale(amax: Any, unit: Any) -> Any:
     """The scale, an e4m3, of a group with this amax (its bits); never zero."""
     return max(round_e4m3(float_of(amax) / (np.float32(6) * unit)), np.uint8(1))
 
@@ -118,7 +118,7 @@ def _comes_back(tile: Any, group: Any, step: Any) -> Any:
 
 
 @inline
-def _found(tile: Any, group: Any, amax: Any, unit: Any) -> Any:
+def found_scale(tile: Any, group: Any, amax: Any, unit: Any) -> Any:
     """The scale, an e4m3, under which the group comes back, the smallest; 0 where there is none."""
     if amax == U(0):
         return np.uint8(1)
@@ -146,10 +146,10 @@ def _encode_group(
     amax = amax_bits(tile, group)
     if amax >= INFINITE:
         return -1
-    code = _found(tile, group, amax, unit) if exact else np.uint8(0)
+    code = found_scale(tile, group, amax, unit) if exact else np.uint8(0)
     lost = code == np.uint8(0)
     if lost:
-        code = _rule(amax, unit)
+        code = rule_scale(amax, unit)
         code = _search(tile, group, amax, code, unit) if search else code
     scale[row] = code
     step = widen_e4m3(code) * unit

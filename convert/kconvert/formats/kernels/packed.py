@@ -15,7 +15,6 @@ from numba.extending import overload
 from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
     INFINITE,
-    MAGNITUDE,
     amax_bits,
     bits_of,
     error_places,
@@ -24,14 +23,12 @@ from kconvert.formats.kernels.bits import (
     inline,
     kernel,
     largest_bits,
-    load_bf16,
     pack_pairs,
     round_bf16,
     round_bits,
     round_like,
     smallest_bits,
     squared_error,
-    store_bf16,
     widen,
     widen_scale,
 )
@@ -44,8 +41,6 @@ SHIFT = np.float32(3 * 2**22 + 8)  # the last place of numbers of this size is 1
 HEAD = 8  # values that fill a vector
 # Codes from 1 to 8 span less than this, rounded products included; values that never were INT4 nearly always span more.
 WIDEST = np.float32(8.0625)
-STAGED = 64  # groups
-KEPT = np.float32(0)  # in the place of a step
 
 
 def _offset(zero: Any, row: Any, group: Any, bits: Any) -> Any:
@@ -121,7 +116,7 @@ def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, ti
 
 
 @inline
-def _shifted(value: Any, step: Any, lowest: Any, rounds: Any) -> Any:
+def shifted(value: Any, step: Any, lowest: Any, rounds: Any) -> Any:
     """The code as f32 code + SHIFT, half to even: the addition leaves no place for a fraction."""
     quotient = value / step
     quotient = round_bf16(quotient) if rounds else quotient
@@ -131,7 +126,7 @@ def _shifted(value: Any, step: Any, lowest: Any, rounds: Any) -> Any:
 
 
 @inline
-def _step(bits: Any) -> Any:
+def step_of(bits: Any) -> Any:
     """What values are divided by. Where a scale is zero they are so small that the division by one gives codes of zero."""
     return widen(bits) if bits else np.float32(1)
 
@@ -139,37 +134,37 @@ def _step(bits: Any) -> Any:
 @inline
 def _quantise(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, codes: Any) -> None:
     """The group's codes + 8 under the scale with these bf16 bits -> codes u8 [g]."""
-    step = _step(bits)
+    step = step_of(bits)
     for i in range(tile.shape[1]):
-        codes[i] = np.uint8(bits_of(_shifted(tile[group, i], step, lowest, rounds)) & LOW_NIBBLE)
+        codes[i] = np.uint8(bits_of(shifted(tile[group, i], step, lowest, rounds)) & LOW_NIBBLE)
 
 
 @inline
 def _quantise_exactly(tile: Any, group: Any, bits: Any, lowest: Any, codes: Any) -> Any:
     """_quantise; 0 if every value is bf16(code * scale), to the bit."""
-    step = _step(bits)
+    step = step_of(bits)
     lost = U(0)
     for i in range(tile.shape[1]):
-        shifted = _shifted(tile[group, i], step, lowest, False)
-        codes[i] = np.uint8(bits_of(shifted) & LOW_NIBBLE)
-        lost = U(lost | U(bits_of(round_bf16((shifted - SHIFT) * step)) ^ bits_of(tile[group, i])))
+        code = shifted(tile[group, i], step, lowest, False)
+        codes[i] = np.uint8(bits_of(code) & LOW_NIBBLE)
+        lost = U(lost | U(bits_of(round_bf16((code - SHIFT) * step)) ^ bits_of(tile[group, i])))
     return lost
 
 
 @inline
 def _plausible(tile: Any, group: Any, bits: Any, lowest: Any) -> Any:
     """Whether the scale reproduces the group's first values; most that are wrong do not, and this is found out fast."""
-    step = _step(bits)
+    step = step_of(bits)
     lost = U(0)
     for i in range(min(HEAD, tile.shape[1])):
         value = tile[group, i]
-        product = round_bf16((_shifted(value, step, lowest, False) - SHIFT) * step)
+        product = round_bf16((shifted(value, step, lowest, False) - SHIFT) * step)
         lost = U(lost | U(bits_of(product) ^ bits_of(value)))
     return lost == U(0)
 
 
 @inline
-def _rule(amax: Any, divisor: Any, zero_scale: Any) -> Any:
+def rule(amax: Any, divisor: Any, zero_scale: Any) -> Any:
     """bf16 bits of the scale by a convention's rule, from the bits of amax."""
     bits = U(round_bits(float_of(amax) / divisor) >> U(16))
     return bits if bits else U(zero_scale)
@@ -187,7 +182,7 @@ def encode_rule(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: A
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        bits = _rule(amax, divisor, zero_scale)
+        bits = rule(amax, divisor, zero_scale)
         scale[group] = np.uint16(bits)
         _quantise(tile, group, bits, lowest, rounds, codes)
         pack_pairs(pairs, group, packed)
@@ -220,13 +215,13 @@ def _search(tile: Any, group: Any, amax: Any, top: Any, lowest: Any, codes: Any)
 
 
 @inline
-def _may_be_exact(amax: Any, smallest: Any) -> Any:
+def may_be_exact(amax: Any, smallest: Any) -> Any:
     """Whether a scale can reproduce the group, by what lies between its values; most that were never quantised cannot."""
     return float_of(amax) <= WIDEST * float_of(smallest)
 
 
 @inline
-def _exact_scale(tile: Any, group: Any, amax: Any, lowest: Any, codes: Any) -> Any:
+def exact_scale(tile: Any, group: Any, amax: Any, lowest: Any, codes: Any) -> Any:
     """_search, the likeliest scale first. 0 also for a group of zeros."""
     # -8 has no counterpart above, so it can only be where no positive value is as large.
     top = np.int32(-lowest) if largest_bits(tile, group) < amax else np.int32(7)
@@ -249,10 +244,10 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        possible = _may_be_exact(amax, smallest_bits(tile, group))
-        bits = _exact_scale(tile, group, amax, lowest, codes) if possible else U(0)
+        possible = may_be_exact(amax, smallest_bits(tile, group))
+        bits = exact_scale(tile, group, amax, lowest, codes) if possible else U(0)
         if bits == U(0):
-            bits = _rule(amax, divisor, zero_scale)
+            bits = rule(amax, divisor, zero_scale)
             if amax or _quantise_exactly(tile, group, bits, lowest, codes):  # a group of zeros is lossless still
                 _quantise(tile, group, bits, lowest, rounds, codes)
                 inexact += 1
@@ -264,11 +259,11 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
 @inline
 def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any) -> Any:
     """The group's squared error under a scale, see bits.squared_error."""
-    step = _step(bits)
+    step = step_of(bits)
     error, places = np.int32(0), error_places(tile.shape[1])
     for i in range(tile.shape[1]):
         value = tile[group, i]
-        served = round_bf16((_shifted(value, step, lowest, rounds) - SHIFT) * step)
+        served = round_bf16((shifted(value, step, lowest, rounds) - SHIFT) * step)
         error = np.int32(error + squared_error(value, served, unit, places))
     return error
 
@@ -283,10 +278,10 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
         if amax >= INFINITE:
             return -1
         unit = error_unit(amax)
-        best = _rule(amax, divisor, zero_scale)
+        best = rule(amax, divisor, zero_scale)
         least = _error(tile, group, best, lowest, rounds, unit)
         for other in DIVISORS:
-            bits = _rule(amax, np.float32(other), zero_scale)
+            bits = rule(amax, np.float32(other), zero_scale)
             error = _error(tile, group, bits, lowest, rounds, unit)
             if error < least:
                 best, least = bits, error
@@ -294,49 +289,3 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
         _quantise(tile, group, best, lowest, rounds, codes)
         pack_pairs(pairs, group, packed)
     return 0
-
-
-@kernel
-def fake_quantise(values: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, served: Any) -> None:
-    """What encode_exact and decode make of values [groups, g]: bf16 bits in u16, or f32 that is rounded to bf16 first.
-
-    `served` has the type of `values`. Groups with a value that is not finite become NaN. Several groups go through each stage
-    together: the divisions of one need not wait for the largest value of the next.
-    """
-    size = values.shape[1]
-    codes = np.empty(size, np.uint8)
-    tile = np.empty((1, size), np.float32)
-    amax, smallest, steps = np.empty(STAGED, np.uint32), np.empty(STAGED, np.uint32), np.empty(STAGED, np.float32)
-    for first in range(0, values.shape[0], STAGED):
-        count = min(STAGED, values.shape[0] - first)
-        for k in range(count):
-            amax[k], smallest[k] = _extremes(values, first + k)
-        for k in range(count):
-            steps[k] = _step(_rule(amax[k], divisor, zero_scale)) if amax[k] < INFINITE else np.float32(np.nan)
-        for k in range(count):
-            if amax[k] < INFINITE and _may_be_exact(amax[k], smallest[k]):
-                for i in range(size):
-                    tile[0, i] = load_bf16(values[first + k, i])
-                if _exact_scale(tile, 0, amax[k], lowest, codes):
-                    steps[k] = KEPT
-                    for i in range(size):
-                        store_bf16(served, first + k, i, tile[0, i])
-        for k in range(count):
-            step = steps[k]
-            if step == KEPT:
-                continue
-            for i in range(size):
-                shifted = _shifted(load_bf16(values[first + k, i]), step, lowest, rounds)
-                store_bf16(served, first + k, i, (shifted - SHIFT) * step)
-
-
-@inline
-def _extremes(values: Any, group: Any) -> Any:
-    """amax_bits and smallest_bits in one pass over stored values; the second is 0 if there is none."""
-    largest, before = U(0), U(0xFFFFFFFF)  # zeros come last in the order of what is one less
-    for i in range(values.shape[1]):
-        magnitude = U(bits_of(load_bf16(values[group, i])) & MAGNITUDE)
-        less = U(magnitude - U(1))
-        largest = magnitude if magnitude > largest else largest
-        before = less if less < before else before
-    return largest, U(before + U(1))
