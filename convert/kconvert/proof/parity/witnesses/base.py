@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +120,8 @@ class Witness(Generic[F]):
 @cache
 def scheme(witness: Witness[Any]) -> Any:
     """What compressed-tensors calls the format; it takes a while to check its own words."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**witness.arguments()))
+    arguments = library.part("quantization", "QuantizationArgs")(**witness.arguments())
+    return library.part("quantization", "QuantizationScheme")(targets=["Linear"], weights=arguments)
 
 
 def without_unused(format: Any, state: State) -> State:

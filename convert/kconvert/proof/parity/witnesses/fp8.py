@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import fp8 as quick
 from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme
 
@@ -32,10 +33,10 @@ class Fp8Witness(Witness[Fp8]):
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """It computes in the scale's dtype: widened to f32, exact, the value is one f32 product, then rounded to bf16."""
         import torch
-        from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 
+        compressor = library.part("compressors.naive_quantized.base", "FloatQuantizationCompressor")
         state = {"weight": state["weight"], "weight_scale": self.scales(state)}
-        values: torch.Tensor = FloatQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values.to(torch.bfloat16)
 
     @property
