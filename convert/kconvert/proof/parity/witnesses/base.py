@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = "dict[str, torch.Tensor]"
+Spelling: TypeAlias = "tuple[Format, State]"  # the tensors of some rows, and in which format
 Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 F = TypeVar("F", bound=Format)
 
@@ -90,10 +91,10 @@ class Witness(Generic[F]):
         return False
 
     def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
     ) -> State | None:
         """The likeliest of `encodings` in less time, in memory of `buffers`, by what was `found`; None where only the reference
-        knows."""
+        knows. The `source` is what the values were decoded from."""
         return None
 
     def largest_step(self, state: State) -> torch.Tensor | None:

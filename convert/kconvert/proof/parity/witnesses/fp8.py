@@ -12,7 +12,7 @@ from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
 from kconvert.models.model import Weight
 from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import fp8 as quick
-from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme
+from kconvert.proof.parity.witnesses.base import Spelling, State, Witness, count_bytes, in_pieces, scheme
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Fp8Witness(Witness[Fp8]):
         return self.has_reference and self.format.strategy != "tensor"
 
     def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
     ) -> State | None:
         """By the usual rule, or if all scales that were found are powers of two, by that."""
         import torch
