@@ -55,6 +55,27 @@ def test_every_metric_is_what_its_formula_says(seed: int, rows: int, cols: int, 
         assert errors.sqnr is None
 
 
+@pytest.mark.parametrize("power", [-130, -80, 0, 80, 100])
+def test_figures_hold_for_values_of_any_size(power: int) -> None:
+    """Squares of the smallest and the largest are beyond f32."""
+    expected, found = (values.double() * 2.0**power for values in pair(3, 8, 96))
+    expected, found = expected.bfloat16(), found.bfloat16()
+    a, b = expected.double().numpy(), found.double().numpy()
+    errors, _ = measure(expected, found)
+    assert errors.max_abs == np.abs(b - a).max()
+    assert errors.frobenius == pytest.approx(np.linalg.norm(b - a) / np.linalg.norm(a))
+    assert errors.cosine == pytest.approx(float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)))
+
+
+def test_the_largest_error_is_exact_where_f32_rounds_the_difference() -> None:
+    expected = torch.tensor([[1.0, 1.0], [1.0, 1.0]]).bfloat16()
+    found = torch.tensor([[1.0 + 2.0**-30, 65537.0], [-(2.0**-20), 65537.0 + 2.0**-7]])
+    errors, _ = measure(expected, found)
+    assert errors.max_abs == 65536.0 + 2.0**-7
+    assert errors.worst is not None
+    assert (errors.worst.row, errors.worst.col) == (1, 1)
+
+
 def test_pieces_put_together_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, found = pair(1, 64, 48)
     whole, rows = measure(expected, found)

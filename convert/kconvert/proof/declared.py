@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from kconvert.checkpoint.listing import CONFIG_NAME
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
+from kconvert.proof.parity import library
 
 Covers: TypeAlias = Callable[[str], bool]  # whether the module called so is quantised
 FLOATS = {"F64", "F32", "F16", "BF16", "C64"}
@@ -112,8 +113,7 @@ def _reader(table: Mapping[str, Any]) -> Covers | None:
 
 
 def _compressed_tensors(table: Mapping[str, Any]) -> Covers:
-    from compressed_tensors.utils.match import match_name
-
+    match_name = library.part("utils.match", "match_name")
     table = {**table, **_table(table.get(INNER))}
     groups = _table(table.get("config_groups"))
     targets = [target for name, group in groups.items() for target in _targets(name, group)]

@@ -7,58 +7,112 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kconvert.errors import KconvertError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from concurrent.futures import Future, ProcessPoolExecutor
 
-T = TypeVar("T")
 SHARE = 256 << 20  # bytes to read that are worth a process
 WAITING = 2  # processes beyond the number of cores, as some wait for the disk
-AHEAD = 1000  # numbers that wait or are done while an earlier one is still at work
+AHEAD = 1000  # answers that wait or are there while an earlier one is still being worked at
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def in_processes(work: Callable[[int], T], count: int, nbytes: int) -> Iterator[T]:
-    """work(0) to work(count - 1), in this order, of which all together read `nbytes`: here if that is little, else in forks of
-    this process. What `work` raises is raised here, and ends the others."""
-    processes = min(len(os.sched_getaffinity(0)) + WAITING, nbytes // SHARE)
-    if processes < 2:
-        yield from map(work, range(count))
-        return
-    # Here, as every command imports this module.
-    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+def worthwhile(nbytes: int) -> int:
+    """How many processes reading so many bytes is worth; 0 where it is done sooner here."""
+    count = min(len(os.sched_getaffinity(0)) + WAITING, nbytes // SHARE)
+    return count if count > 1 else 0
+
+
+class Answer(Protocol):
+    def result(self) -> Any:
+        """What was asked for, once it is there; or raises what went wrong."""
+
+
+class Crew:
+    """So many forks of this process, each of which can do what `job` can; with none it is done here, when it is looked at.
+
+    What a task raises is raised by its answer. Leaving the context ends the forks, and what has not begun is not done.
+    """
+
+    def __init__(self, processes: int, job: object) -> None:
+        self._job = job
+        self._pool = _pool(processes, job) if processes else None
+
+    def ask(self, task: str, *arguments: Any) -> Answer:
+        """`job.task(*arguments)`, by whichever of them is free first."""
+        if self._pool is None:
+            return _Here(partial(getattr(self._job, task), *arguments))
+        return _There(self._pool.submit(_call, task, *arguments))
+
+    def each(self, task: str, count: int) -> Iterator[Any]:
+        """`job.task(0)` to `job.task(count - 1)`, in this order; begun at once, AHEAD of them."""
+        numbers = iter(range(count))
+        pending = deque(self.ask(task, number) for number in islice(numbers, AHEAD))
+        return self._results(task, pending, numbers)
+
+    def _results(self, task: str, pending: deque[Answer], numbers: Iterator[int]) -> Iterator[Any]:
+        while pending:
+            found = pending.popleft().result()
+            pending.extend(self.ask(task, number) for number in islice(numbers, 1))
+            yield found
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _pool(processes: int, job: object) -> ProcessPoolExecutor:
+    from concurrent.futures import ProcessPoolExecutor  # here, as every command imports this module
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work,)) as pool:
+    return ProcessPoolExecutor(processes, get_context("fork"), _begin, (job,))
+
+
+@dataclass(frozen=True)
+class _Here:
+    work: Callable[[], Any]
+
+    def result(self) -> Any:
+        return self.work()
+
+
+@dataclass(frozen=True)
+class _There:
+    future: Future[Any]
+
+    def result(self) -> Any:
+        from concurrent.futures.process import BrokenProcessPool
+
         try:
-            pending: deque[Future[T]] = deque()
-            for number in range(count):
-                pending.append(pool.submit(_call, number))
-                if len(pending) > AHEAD:
-                    yield pending.popleft().result()
-            for future in pending:
-                yield future.result()
+            return self.future.result()
         except BrokenProcessPool:
             raise KconvertError(
                 "a process of the comparison was killed, probably for want of memory; free some and run the command again"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
-_work: Callable[[int], Any]  # in a fork, what it is there for
+_job: object  # in a fork, what it is there for
 
 
-def _begin(work: Callable[[int], Any]) -> None:
+def _begin(job: object) -> None:
     """A fork leaves it to its parent to be interrupted, and ends with it."""
     import ctypes
 
-    global _work  # noqa: PLW0603
-    _work = work
+    from kconvert.proof.parity import library
+
+    global _job  # noqa: PLW0603
+    _job = job
+    library.apart()
     gc.freeze()  # a collection would write to, and so copy, every object that the parent has
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     libc = ctypes.CDLL(None)
@@ -68,5 +122,5 @@ def _begin(work: Callable[[int], Any]) -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _call(number: int) -> Any:
-    return _work(number)
+def _call(task: str, *arguments: Any) -> Any:
+    return getattr(_job, task)(*arguments)

@@ -9,22 +9,21 @@ from __future__ import annotations
 import filecmp
 import heapq
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from kconvert.address import is_remote, open_checkpoint
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
-from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.engines.amx import Amx
 from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
-from kconvert.models.sorting import Plain
 from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
 from kconvert.proof.declared import undeclared
@@ -32,22 +31,16 @@ from kconvert.proof.digests import Listener
 from kconvert.proof.gguf.metadata import compare_metadata
 from kconvert.proof.gguf.tensors import open_related
 from kconvert.proof.pairs import Pair, choose, relate
-from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, compare_weights
-from kconvert.proof.parity.fused import fused_faults
+from kconvert.proof.parity.compare import Comparison, Standard
+from kconvert.proof.parity.comparing import Advance, Comparing, Digests, Job, Outcome, weights_of
 from kconvert.proof.parity.metrics import Spread
-from kconvert.proof.parity.oracle import independent_values, is_quick
-from kconvert.proof.parity.rows import Desk
+from kconvert.proof.parity.oracle import is_quick
 from kconvert.proof.parity.witnesses.registry import witness_of
-from kconvert.proof.processes import in_processes
 
 if TYPE_CHECKING:
     from kconvert.proof.parity.metrics import Position
 
-Advance: TypeAlias = Callable[[int], None]
-Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
-Digests: TypeAlias = dict[str, str]
 WORST = 10
-EXCERPT = 48  # columns around the worst element
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +117,14 @@ def verify(
         return _unreadable(original, Path(output), standard, unreadable, keep_going)
     (pairs, faults), differences = relate(expected, converted), tuple(_side_file_faults(expected, converted))
     said = compare_metadata(whole, converted.checkpoint)
-    faults += [*_declaration_faults(converted), *(differences if standard.exact else ()), *said.faults]
+    faults += [*(differences if standard.exact else ()), *said.faults]
     if faults and not keep_going:
         raise CheckFailed(faults[0])
     chosen = choose(pairs, sample)
     tally = _Tally(converted.checkpoint.title, keep_going, faults)
     with original.checkpoint.reader() as ours, _reader(converted.checkpoint, digest) as theirs:
-        tally.add_all(_compare_all(chosen, ours, theirs, standard, thorough, advance or (lambda nbytes: None)))
-        worst = tuple(_excerpts(chosen, tally.comparisons, ours, theirs))
+        job = Job(chosen, ours, theirs, standard, thorough, partial(_declaration_faults, converted))
+        worst = _compare(job, tally, advance or (lambda nbytes: None))
     return Report(
         original,
         converted,
@@ -228,7 +221,7 @@ def _open_output(
 def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     """What the weights were held to, and by whose code."""
     judges = {comparison.judged_by for comparison in comparisons}
-    weights = _weights(pairs)
+    weights = weights_of(pairs)
     values = "the source's values"
     if any(witness_of(ours.format).by_library for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
@@ -242,10 +235,6 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
         return f"{values}, or the reference encoding of them"
     by_torch = any(witness_of(theirs.format).encodes_quickly for _, theirs in weights)
     return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
-
-
-def _weights(pairs: Iterable[Pair]) -> list[tuple[Weight, Weight]]:
-    return [(ours, theirs) for ours, theirs in pairs if isinstance(ours, Weight) and isinstance(theirs, Weight)]
 
 
 def _declaration_faults(converted: Model) -> list[str]:
@@ -274,60 +263,22 @@ def _side_file_faults(expected: Model, output: Model) -> Iterator[str]:
             yield f"{converted.root / name} differs from the source's"
 
 
-def _compare_all(
-    pairs: list[Pair], ours: Reader, theirs: Reader, standard: Standard, thorough: bool, advance: Advance
-) -> Iterator[tuple[Outcome, Digests]]:
-    """The outcome of each pair, in order, and what is wrong with several together; and the digests that were heard by then."""
-    import torch
-
-    torch.set_num_threads(1)
-    weights = [item for pair in pairs for item in pair if isinstance(item, Weight)]
-    if any(witness_of(weight.format).by_library for weight in weights):
-        import compressed_tensors  # noqa: F401  takes seconds, which every process would need by itself
-    desk = Desk()
-    sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]
-
-    def compare(number: int) -> tuple[Outcome, Digests]:
-        return _compared(number), theirs.heard() if isinstance(theirs, Listener) else {}
-
-    def _compared(number: int) -> Outcome:
-        match pairs[number]:
-            case Weight() as a, Weight() as b:
-                return compare_weights(a, b, ours, theirs, standard, desk, thorough)
-            case Plain() as a, Plain() as b:
-                return compare_plain(a, b, ours, theirs, desk)
-        raise AssertionError(pairs[number])
-
-    outcomes = in_processes(compare, len(pairs), sum(map(sum, sizes)))
-    for (_, size), outcome in zip(sizes, outcomes, strict=True):
-        advance(size)
-        yield outcome
-    if standard.exact:
-        yield from ((fault, {}) for fault in fused_faults(_weights(pairs), theirs))
+def _compare(job: Job, tally: _Tally, advance: Advance) -> tuple[Excerpt, ...]:
+    """Fill the tally; what lies around the worst elements."""
+    with Comparing(job, advance) as comparing:
+        tally.add_all(comparing.outcomes())
+        return tuple(_excerpts(job.pairs, tally.comparisons, comparing))
 
 
-def _tensors(item: Weight | Plain) -> tuple[Tensor, ...]:
-    return item.tensors if isinstance(item, Weight) else (item.tensor,)
-
-
-def _excerpts(
-    pairs: Iterable[Pair], comparisons: Iterable[Comparison], ours: Reader, theirs: Reader
-) -> Iterator[Excerpt]:
+def _excerpts(pairs: Iterable[Pair], comparisons: Iterable[Comparison], comparing: Comparing) -> Iterator[Excerpt]:
     """Around the worst elements of the WORST weights."""
     ranked = {
         comparison.name: (comparison.errors.sqnr, comparison.errors.worst)
         for comparison in comparisons
         if comparison.errors.sqnr is not None
     }
-    weights = {pair[1].name: pair for pair in pairs if isinstance(pair[1], Weight) and pair[1].name in ranked}
+    numbers = {pair[1].name: number for number, pair in enumerate(pairs) if isinstance(pair[1], Weight)}
     for name in heapq.nsmallest(WORST, ranked, key=lambda name: ranked[name][0] or 0.0):
-        at = ranked[name][1]
-        if at is None:
-            continue
-        first = max(0, at.col - EXCERPT // 2)
-        sides = []
-        for weight, reader in zip(weights[name], (ours, theirs), strict=True):
-            assert isinstance(weight, Weight)
-            row = independent_values(weight, reader, at.row, at.row + 1)[0]
-            sides.append(tuple(row[first : first + EXCERPT].float().tolist()))
-        yield Excerpt(name, at, first, *sides)
+        if (at := ranked[name][1]) is not None:
+            first, (expected, found) = comparing.excerpt(numbers[name], at)
+            yield Excerpt(name, at, first, expected, found)

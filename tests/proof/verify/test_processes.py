@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from kconvert import verify
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.proof import processes
-from kconvert.proof.processes import SHARE, in_processes
+from kconvert.proof.processes import SHARE, Crew, worthwhile
 
 
 @pytest.fixture
@@ -26,22 +28,43 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "WAITING", 1)
 
 
-def test_little_is_done_here() -> None:
-    assert set(in_processes(lambda number: os.getpid(), 100, 2 * SHARE - 1)) == {os.getpid()}
+@dataclass
+class Job:
+    """One whose tasks are said by the test."""
+
+    work: Callable[[int], Any]
+
+
+def each(work: Callable[[int], Any], count: int, processes: int = 2) -> Iterator[Any]:
+    """work(0) to work(count - 1)."""
+    with Crew(processes, Job(work)) as crew:
+        yield from crew.each("work", count)
+
+
+def test_little_is_done_here_and_not_before_it_is_asked_for() -> None:
+    done: list[int] = []
+    assert worthwhile(2 * SHARE - 1) == 0
+    found = each(done.append, 100, 0)
+    next(found)
+    assert done == [0]
+    assert set(each(lambda number: os.getpid(), 100, 0)) == {os.getpid()}
 
 
 @pytest.mark.usefixtures("shared")
+def test_much_is_worth_as_many_processes_as_there_are_cores_and_some_more() -> None:
+    assert worthwhile(2 * SHARE) == 2
+
+
 def test_much_is_done_by_others_and_comes_back_in_order() -> None:
     def work(number: int) -> tuple[int, int]:
         time.sleep(0.001 * (number % 3))
         return number, os.getpid()
 
-    numbers, workers = zip(*in_processes(work, 50, 2), strict=True)
+    numbers, workers = zip(*each(work, 50), strict=True)
     assert numbers == tuple(range(50))
     assert len(set(workers) - {os.getpid()}) == 2
 
 
-@pytest.mark.usefixtures("shared")
 def test_an_error_is_raised_here_and_ends_the_work(tmp_path: Path) -> None:
     def work(number: int) -> int:
         if number == 5:
@@ -50,14 +73,13 @@ def test_an_error_is_raised_here_and_ends_the_work(tmp_path: Path) -> None:
         time.sleep(0.001)
         return number
 
-    found = in_processes(work, 10_000, 2)
+    found = each(work, 10_000)
     assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(CheckFailed, match="the fifth"):
         next(found)
     assert len(list(tmp_path.iterdir())) < 1100
 
 
-@pytest.mark.usefixtures("shared")
 def test_a_killed_process_is_one_sentence() -> None:
     def work(number: int) -> int:
         if number == 5:
@@ -65,7 +87,7 @@ def test_a_killed_process_is_one_sentence() -> None:
         return number
 
     with pytest.raises(KconvertError, match="killed, probably for want of memory"):
-        list(in_processes(work, 10, 2))
+        list(each(work, 10))
 
 
 def test_forks_end_with_their_parent(tmp_path: Path) -> None:
@@ -73,11 +95,11 @@ def test_forks_end_with_their_parent(tmp_path: Path) -> None:
 import os, time
 from pathlib import Path
 from kconvert.proof import processes
-processes.SHARE = 1
-def work(number):
-    Path({str(tmp_path)!r}, str(os.getpid())).touch()
-    time.sleep(60)
-list(processes.in_processes(work, 100, 2))
+class Job:
+    def work(self, number):
+        Path({str(tmp_path)!r}, str(os.getpid())).touch()
+        time.sleep(60)
+list(processes.Crew(2, Job()).each("work", 100))
 """
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 30

@@ -16,6 +16,7 @@ from click.testing import Result
 from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
+from kconvert.formats.dense import Dense
 from kconvert.formats.engines.amx import Amx
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
@@ -82,7 +83,7 @@ def encoded(format: Format, values: torch.Tensor, which: int = 0) -> tuple[State
     weight = Weight("w", "expert.gate", rows, cols, format, ())
     witness = witness_of(format)
     expected = [*witness.encodings(values, weight, 0, {})][which]
-    return witness.quick_encoding(values, weight, 0, expected, Buffers()), expected
+    return witness.quick_encoding(values, weight, 0, expected, (Dense(), {}), Buffers()), expected
 
 
 FP8_FORMATS = [

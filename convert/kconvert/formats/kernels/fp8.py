@@ -253,12 +253,30 @@ def _error(values: Any, step: Any, unit: Any) -> Any:
     total, places = np.int64(0), error_places(SEGMENT)
     for first in range(0, values.shape[0], SEGMENT):
         part = values[first : first + SEGMENT]
-        error = np.int32(0)
-        for i in range(part.shape[0]):
-            served = round_bf16(widen_e4m3(round_e4m3(part[i] / step)) * step)
-            error = np.int32(error + squared_error(part[i], served, unit, places))
-        total += error
+        if part.shape[0] == SEGMENT:
+            total += _segment_error(part, step, unit, places, SEGMENT)
+        else:
+            total += _segment_error(part, step, unit, places, part.shape[0])
     return total
+
+
+@inline
+def _segment_error(values: Any, step: Any, unit: Any, places: Any, size: Any) -> Any:
+    """Of `size` values: of a number that is known when this is compiled, the loop has no rest."""
+    error = np.int32(0)
+    for i in range(size):
+        magnitude = abs(values[i])
+        served = round_bf16(_rounded(magnitude / step) * step)
+        error = np.int32(error + squared_error(magnitude, served, unit, places))
+    return error
+
+
+@inline
+def _rounded(magnitude: Any) -> Any:
+    """What round_e4m3 makes of a number that is not negative, widened."""
+    bits = U(min(U(bits_of(magnitude)), LARGEST))
+    magic = float_of(U(U(max(U(bits & INFINITE), SMALLEST_BINADE)) + TO_MAGIC))
+    return (float_of(bits) + magic) - magic
 
 
 @inline

@@ -257,15 +257,30 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
 
 
 @inline
-def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any) -> Any:
+def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any, size: Any) -> Any:
     """The group's squared error under a scale, see bits.squared_error."""
     step = step_of(bits)
-    error, places = np.int32(0), error_places(tile.shape[1])
-    for i in range(tile.shape[1]):
+    error, places = np.int32(0), error_places(size)
+    for i in range(size):
         value = tile[group, i]
         served = round_bf16((shifted(value, step, lowest, rounds) - SHIFT) * step)
         error = np.int32(error + squared_error(value, served, unit, places))
     return error
+
+
+@inline
+def _best(tile: Any, group: Any, amax: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, size: Any) -> Any:
+    """The bf16 bits of the scale with the least squared error; loops of a `size` known when this is compiled have no rest."""
+    unit = error_unit(amax)
+    best = rule = _rule(amax, divisor, zero_scale)
+    least = _error(tile, group, best, lowest, rounds, unit, size)
+    for other in DIVISORS:
+        bits = _rule(amax, np.float32(other), zero_scale)
+        if bits == rule:  # the rule's own divisor is one of them
+            continue
+        error = _error(tile, group, bits, lowest, rounds, unit, size)
+        best, least = bits if error < least else best, min(error, least)
+    return best
 
 
 @kernel
@@ -277,14 +292,10 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
             return -1
-        unit = error_unit(amax)
-        best = rule(amax, divisor, zero_scale)
-        least = _error(tile, group, best, lowest, rounds, unit)
-        for other in DIVISORS:
-            bits = rule(amax, np.float32(other), zero_scale)
-            error = _error(tile, group, bits, lowest, rounds, unit)
-            if error < least:
-                best, least = bits, error
+        if tile.shape[1] == USUAL:
+            best = _best(tile, group, amax, divisor, lowest, rounds, zero_scale, USUAL)
+        else:
+            best = _best(tile, group, amax, divisor, lowest, rounds, zero_scale, tile.shape[1])
         scale[group] = np.uint16(best)
         _quantise(tile, group, best, lowest, rounds, codes)
         pack_pairs(pairs, group, packed)

@@ -114,6 +114,11 @@ def _flush(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.hardshrink(values, TINY - 2.0**-149)
 
 
+def flushed(scale: torch.Tensor) -> torch.Tensor:
+    """bool [n]: whether a scale counts as zero."""
+    return _flush(scale) == 0
+
+
 def search(rule: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The scale rule * AMX_FACTORS[i] with the least squared error, f32 [n]: in large strides until it grows, then in small
     ones. `error` gives the squared errors for a factor."""
@@ -157,4 +162,4 @@ def total_error(sums: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor) -
     lanes = sums.numpy()
     while (half := lanes.shape[1] // 2) > 0:
         lanes = lanes[:, :half] + lanes[:, half:]
-    return torch.where(_flush(scale) == 0, torch.inf, torch.from_numpy(lanes[:, 0]) * (factor * factor))
+    return torch.where(flushed(scale), torch.inf, torch.from_numpy(lanes[:, 0]) * (factor * factor))

@@ -133,20 +133,19 @@ def compare_weights(
     standard: Standard,
     desk: Desk,
     thorough: bool,
+    quickly: bool = True,
 ) -> tuple[Comparison, Spread]:
     """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
 
     Figures are of all rows if `thorough` or held to limits, else of the first few, and of those that differ or may be infinite.
-    What does not come out as expected is decoded again by the oracle, which has the last word.
+    What does not come out as expected is decoded again by the oracle, which has the last word; unless `quickly` all is.
     """
     judge = standard.judge(ours, theirs)
     thorough |= judge == "limits"
     fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
     fault = fault or (_input_fault(ours, theirs, source, output) if standard.exact else None)
-    figures, quickly = _Figures(), True
+    figures = _Figures()
     for chunk in _chunks(ours, theirs, source, output, desk):
-        head = chunk.head() if chunk.first == 0 else None
-        quickly = head.approved() if head else quickly
         rows = replace(chunk, quickly=quickly)
         different = fault_of(rows, judge)
         if different and quickly:
@@ -156,8 +155,8 @@ def compare_weights(
         figures.equal &= different is not None or not lost_signs(rows)
         if thorough or different or not rows.moderate():
             figures.add(rows)
-        elif head:
-            figures.add(replace(head, quickly=quickly))
+        elif rows.first == 0:
+            figures.add(rows.head())
     fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
     return _comparison(ours, theirs, judge, figures, fault), figures.spread
 

@@ -88,7 +88,8 @@ def _quickly_right(rows: Rows) -> bool:
     witness, values = witness_of(rows.theirs.format), rows.expected
     if not witness.encodes_quickly or values.dtype != torch.bfloat16 or not values.is_contiguous():
         return False
-    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.output, rows.desk.theirs)
+    source = rows.ours.format, rows.source
+    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.output, source, rows.desk.theirs)
     return candidate is not None and all(same_bits(wanted, rows.output[suffix]) for suffix, wanted in candidate.items())
 
 

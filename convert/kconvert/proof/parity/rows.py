@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.source import Reader
 from kconvert.formats import Format
 from kconvert.models.model import Weight
 from kconvert.proof.parity.metrics import below, same_bits
-from kconvert.proof.parity.oracle import decoded, is_quick, quick_values, row_unit
+from kconvert.proof.parity.oracle import decoded, is_quick, quick_values, read_state, row_unit
 from kconvert.proof.parity.witnesses.registry import witness_of
 
 if TYPE_CHECKING:
@@ -51,29 +52,11 @@ class Rows:
         return self.ours.format, self.theirs.format, self.ours.cols
 
     def head(self) -> Rows:
-        """The first HEAD rows, or as many more as cannot be decoded without each other; decoded by the oracle."""
+        """The first HEAD rows, or as many more as cannot be decoded without each other."""
+        last = min(self.first + math.lcm(*(_head(weight) for weight in (self.ours, self.theirs))), self.last)
         sides = (self.ours, self.source), (self.theirs, self.output)
-        units = (1 if witness_of(weight.format).decodes_parts_of_blocks else row_unit(weight) for weight, _ in sides)
-        unit = math.lcm(*units)
-        last = min(self.first + math.ceil(HEAD / unit) * unit, self.last)
         source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
-        return replace(self, source=source, output=output, last=last, quickly=False)
-
-    def approved(self) -> bool:
-        """Whether the quick way has the oracle's values, whose rows these are: of every source, and of the first output of a
-        kind."""
-        sides = [(self.ours, self.source, self.desk.ours, self.expected)]
-        if self.kind not in self.desk.decoded:
-            sides.append((self.theirs, self.output, self.desk.theirs, self.found))
-        rows = self.last - self.first
-        if not all(
-            same_bits(quick_values(weight, state, rows, buffers), values)
-            for weight, state, buffers, values in sides
-            if is_quick(weight)
-        ):
-            return False
-        self.desk.decoded.add(self.kind)
-        return True
+        return replace(self, source=source, output=output, last=last)
 
     @cached_property
     def same(self) -> bool:
@@ -103,6 +86,31 @@ class Rows:
         if self.quickly:
             return quick_values(weight, state, rows, buffers)
         return decoded(weight.format, state, (rows, weight.cols))
+
+
+def approved(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> bool:
+    """Whether the quick way has the oracle's values of the first rows: of every source, and of the first output of a kind."""
+    kind = ours.format, theirs.format, ours.cols
+    if not _is_approved(ours, source, desk.ours):
+        return False
+    if kind not in desk.decoded:
+        if not _is_approved(theirs, output, desk.theirs):
+            return False
+        desk.decoded.add(kind)
+    return True
+
+
+def _is_approved(weight: Weight, reader: Reader, buffers: Buffers) -> bool:
+    if not is_quick(weight) or not (rows := min(_head(weight), weight.rows)) or not weight.cols:
+        return True
+    state = read_state(weight, reader, 0, rows, buffers)
+    return same_bits(quick_values(weight, state, rows, buffers), decoded(weight.format, state, (rows, weight.cols)))
+
+
+def _head(weight: Weight) -> int:
+    """How many rows are looked at first: HEAD, or as many more as cannot be decoded without each other."""
+    unit = 1 if witness_of(weight.format).decodes_parts_of_blocks else row_unit(weight)
+    return math.ceil(HEAD / unit) * unit
 
 
 def _cut(weight: Weight, state: State, first: int, last: int) -> State:

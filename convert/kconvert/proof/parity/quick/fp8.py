@@ -24,7 +24,7 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | No
 
     count = piece_rows(codes.shape[1], block[0] if block else 0)
     values = take(buffers, "values", torch.bfloat16, tuple(codes.shape))
-    pairs = look_up(_two_floats(), codes.view(torch.uint16), count, buffers)
+    pairs = look_up(_two_floats(), codes.view(torch.uint16), count * codes.shape[1] // 2, buffers)
     steps = _steps(scale.float(), codes.shape, block, count)
     for two, step, target in zip(pairs, steps, torch.split(values, count), strict=True):
         target.copy_(two.view(torch.float32).view(target.shape).mul_(step))
@@ -49,7 +49,9 @@ def encode(
     floats = take(buffers, "floats", torch.float32, (count, cols))
     steps = _steps(scale.float(), values.shape, block, count)
     for piece, step, target in zip(torch.split(values, count), steps, torch.split(codes, count), strict=True):
-        quotients = floats[: len(piece)].copy_(piece).div_(step)
+        if len(piece) < count:
+            floats = floats[: len(piece)]
+        quotients = floats.copy_(piece).div_(step)
         target.copy_(quotients.clamp_(-LARGEST, LARGEST) if clamps else quotients)
     return codes, store(scale, scale_dtype)
 

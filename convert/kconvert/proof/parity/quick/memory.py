@@ -29,15 +29,15 @@ def piece_rows(cols: int, height: int = 0) -> int:
 
 
 def look_up(table: torch.Tensor, codes: torch.Tensor, count: int, buffers: Buffers) -> Iterator[torch.Tensor]:
-    """For each `count` rows of `codes`, u16 [rows, n], the entries of `table`, int64 [2^16], one after the other."""
+    """For each `count` of `codes`, u16 of any shape, the entries of `table`, int64 [2^16], one after the other."""
     import torch
 
-    width = codes.shape[1]
-    places = take(buffers, "places", torch.int32, (count, width))
-    entries = take(buffers, "entries", torch.int64, (count * width,))
-    for piece in torch.split(codes, count):
-        index = places[: len(piece)].copy_(piece).view(-1)
-        yield torch.index_select(table, 0, index, out=entries[: len(index)])
+    places = take(buffers, "places", torch.int32, (count,))
+    entries = take(buffers, "entries", torch.int64, (count,))
+    for piece in torch.split(codes.reshape(-1), count):
+        if len(piece) < count:
+            places, entries = places[: len(piece)], entries[: len(piece)]
+        yield torch.index_select(table, 0, places.copy_(piece), out=entries)
 
 
 def largest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.engines.amx import Amx
+from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
 from kconvert.proof.parity.quick import amx as quick
-from kconvert.proof.parity.witnesses.base import Encoder, State, Witness, count_bytes, in_pieces, nibbles, signed
+from kconvert.proof.parity.quick import int4
+from kconvert.proof.parity.quick.int4 import Levels
+from kconvert.proof.parity.witnesses.base import (
+    Encoder,
+    Spelling,
+    State,
+    Witness,
+    count_bytes,
+    in_pieces,
+    nibbles,
+    signed,
+)
+from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 if TYPE_CHECKING:
     import torch
+
+    Packer = Callable[[torch.Tensor, int], torch.Tensor]  # codes and the number of their shard
 
 
 class AmxWitness(Witness[Amx]):
@@ -50,21 +65,42 @@ class AmxWitness(Witness[Amx]):
         return self.format.mse is not None
 
     def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
     ) -> State | None:
         """By what is known of its scales."""
         bits, mse = self.format.bits, bool(self.format.mse)
-        quantise = partial(quick.codes_and_scale, bits=bits, mse=mse, buffers=buffers)
-        return self._parts(values, weight, first, quantise)
+        levels = iter(self._levels(values.shape[1], source, buffers) if mse else ())
 
-    def _parts(self, values: torch.Tensor, weight: Weight, first: int, quantise: Encoder) -> State:
+        def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return quick.codes_and_scale(values, bits, mse, buffers, next(levels, None))
+
+        def pack(codes: torch.Tensor, n: int) -> torch.Tensor:
+            return quick.pack(codes, bits, buffers, f"packed.{n}")
+
+        return self._parts(values, weight, first, quantise, pack)
+
+    def _levels(self, cols: int, source: Spelling, buffers: Buffers) -> Iterator[Levels | None]:
+        """Of the columns that were quantised together, where the source tells."""
+        format, state = source
+        if not isinstance(format, Packed) or not PackedWitness(format).is_quick(cols):
+            return
+        together = 1 if self.format.split == "rows" else self.format.numa // self.format.pieces
+        words, scale = state["weight_packed"], state["weight_scale"]
+        if scale.shape[1] % together == 0 and words.shape[1] % together == 0:
+            for own, step in zip(words.chunk(together, 1), scale.chunk(together, 1), strict=True):
+                yield int4.levels(own.contiguous(), step.contiguous(), cols // together, buffers)
+
+    def _parts(
+        self, values: torch.Tensor, weight: Weight, first: int, quantise: Encoder, pack: Packer | None = None
+    ) -> State:
         """Codes and scales that `quantise` makes of what was quantised together, cut into the shards in which it is."""
         from kconvert.formats.reference import amx
 
         format, state = self.format, {}
 
         def add(n: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-            state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = amx.pack(codes, format.bits), scale
+            packed = pack(codes, n) if pack else amx.pack(codes, format.bits)
+            state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = packed, scale
 
         if format.split == "rows":
             codes, scale = quantise(values)

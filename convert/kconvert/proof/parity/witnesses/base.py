@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 
 if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = "dict[str, torch.Tensor]"
+Spelling: TypeAlias = "tuple[Format, State]"  # the tensors of some rows, and in which format
 Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 F = TypeVar("F", bound=Format)
 
@@ -89,10 +91,10 @@ class Witness(Generic[F]):
         return False
 
     def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
     ) -> State | None:
         """The likeliest of `encodings` in less time, in memory of `buffers`, by what was `found`; None where only the reference
-        knows."""
+        knows. The `source` is what the values were decoded from."""
         return None
 
     def largest_step(self, state: State) -> torch.Tensor | None:
@@ -119,9 +121,8 @@ class Witness(Generic[F]):
 @cache
 def scheme(witness: Witness[Any]) -> Any:
     """What compressed-tensors calls the format; it takes a while to check its own words."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**witness.arguments()))
+    arguments = library.part("quantization", "QuantizationArgs")(**witness.arguments())
+    return library.part("quantization", "QuantizationScheme")(targets=["Linear"], weights=arguments)
 
 
 def without_unused(format: Any, state: State) -> State:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import fp8 as quick
-from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme
+from kconvert.proof.parity.witnesses.base import Spelling, State, Witness, count_bytes, in_pieces, scheme
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,10 @@ class Fp8Witness(Witness[Fp8]):
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """It computes in the scale's dtype: widened to f32, exact, the value is one f32 product, then rounded to bf16."""
         import torch
-        from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor
 
+        compressor = library.part("compressors.naive_quantized.base", "FloatQuantizationCompressor")
         state = {"weight": state["weight"], "weight_scale": self.scales(state)}
-        values: torch.Tensor = FloatQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values.to(torch.bfloat16)
 
     @property
@@ -81,7 +82,7 @@ class Fp8Witness(Witness[Fp8]):
         return self.has_reference and self.format.strategy != "tensor"
 
     def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers
+        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
     ) -> State | None:
         """By the usual rule, or if all scales that were found are powers of two, by that."""
         import torch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.formats.int8 import Int8
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.witnesses.base import (
     State,
     Witness,
@@ -29,12 +30,11 @@ class Int8Witness(Witness[Int8]):
         return {**common, "strategy": format.strategy}
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
-
+        compressor = library.part("compressors.naive_quantized.base", "IntQuantizationCompressor")
         state = without_unused(self.format, state)
         if self.format.paired:
             state = {**state, "weight": _unpaired(state["weight"])}
-        values: torch.Tensor = IntQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values
 
     @property

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.stacks import MxStack
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.witnesses.base import (
     State,
     Witness,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+COMPRESSORS = {4: ("mxfp4", "MXFP4PackedCompressor"), 8: ("mxfp8", "MXFP8QuantizationCompressor")}
 E2M1 = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
 
 
@@ -35,13 +37,13 @@ class MxWitness(Witness[Mx]):
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """It knows the tensors by the names that `Mx(bits)` has."""
         import torch
-        from compressed_tensors.compressors import mxfp4, mxfp8
 
         usual = Mx(self.format.bits)
         codes = state[self.format.codes_name]
         codes = codes.view(torch.uint8 if self.format.bits == 4 else torch.float8_e4m3fn)
         state = {usual.codes_name: codes, usual.scale_name: state[self.format.scale_name]}
-        compressor: Any = mxfp4.MXFP4PackedCompressor if self.format.bits == 4 else mxfp8.MXFP8QuantizationCompressor
+        module, name = COMPRESSORS[self.format.bits]
+        compressor = library.part(f"compressors.{module}", name)
         values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values
 

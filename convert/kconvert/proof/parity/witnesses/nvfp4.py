@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kconvert.formats import Format, nvfp4
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, nibbles, scheme, without_unused
 from kconvert.proof.parity.witnesses.mx import E2M1
 
@@ -23,19 +24,18 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": nvfp4.GROUP}
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
-        from compressed_tensors.compressors import nvfp4 as theirs
-
         if self.format.multiplies:
             return self._modelopt_values(state, shape)
         state = without_unused(self.format, state)
-        values: torch.Tensor = theirs.NVFP4PackedCompressor.decompress(state, scheme(self))["weight"]
+        compressor = library.part("compressors.nvfp4", "NVFP4PackedCompressor")
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values
 
     def _modelopt_values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """compressed-tensors' codes, and ModelOpt's product of them."""
         import torch
-        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
+        unpack_fp4_from_uint8 = library.part("compressors.nvfp4.helpers", "unpack_fp4_from_uint8")
         codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
         values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
         return values.view(shape).bfloat16()
@@ -43,8 +43,8 @@ class Nvfp4Witness(Witness[Nvfp4]):
     def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """Codes times scales, exact in F32, times the global factor: the inverse, in F32, of compressed-tensors' scale."""
         import torch
-        from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 
+        unpack_fp4_from_uint8 = library.part("compressors.nvfp4.helpers", "unpack_fp4_from_uint8")
         packed, other = (state[name] for name in nvfp4.NAMES[self.format.multiplies])
         codes = unpack_fp4_from_uint8(packed, *shape, dtype=torch.float32).view(shape[0], -1, nvfp4.GROUP)
         values: torch.Tensor = codes * state["weight_scale"].float().unsqueeze(-1)

@@ -10,6 +10,7 @@ from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.conventions import CONVENTIONS
 from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
+from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import int4
 from kconvert.proof.parity.witnesses.base import (
     Encoder,
@@ -25,6 +26,8 @@ from kconvert.proof.parity.witnesses.base import (
 if TYPE_CHECKING:
     import torch
 
+HELPERS = "compressors.pack_quantized.helpers"
+
 
 class PackedWitness(Witness[Packed]):
     has_many_spellings = True
@@ -36,25 +39,24 @@ class PackedWitness(Witness[Packed]):
 
     def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
-        from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         format = self.format
         state = {**without_unused(format, state), "weight_shape": torch.tensor(shape)}
         if not format.symmetric and format.zero_dtype == "I8":
+            pack_to_int32 = library.part(HELPERS, "pack_to_int32")
             state["weight_zero_point"] = pack_to_int32(state["weight_zero_point"], format.bits, packed_dim=0)
         if not format.symmetric and len(state["weight_zero_point"]) == 1:
             # compressed-tensors cannot unpack a single word down the rows; it cuts off what is too much.
             state["weight_zero_point"] = state["weight_zero_point"].repeat(2, 1)
         if format.ordered:
             return self._unordered(state, shape)
-        values: torch.Tensor = PackedQuantizationCompressor.decompress(state, scheme(self))["weight"]
+        compressor = library.part("compressors.pack_quantized.base", "PackedQuantizationCompressor")
+        values: torch.Tensor = compressor.decompress(state, scheme(self))["weight"]
         return values
 
     def _unordered(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         """compressed-tensors unpacks weights with a g_idx, but no longer multiplies them by the scales of its groups."""
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
+        unpack_from_int32 = library.part(HELPERS, "unpack_from_int32")
         bits, scale, groups = self.format.bits, state["weight_scale"], state["weight_g_idx"].long()
         codes = unpack_from_int32(state["weight_packed"], bits, shape).to(scale.dtype)
         if not self.format.symmetric:
@@ -117,7 +119,6 @@ class PackedWitness(Witness[Packed]):
 
 def int_codes(format: Packed, words: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The codes of `pack-quantized` words, int8 [rows, cols] = `shape`."""
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
+    unpack_from_int32 = library.part(HELPERS, "unpack_from_int32")
     codes: torch.Tensor = unpack_from_int32(words.reshape(shape[0], -1), format.bits, shape)
     return codes
