@@ -60,6 +60,7 @@ def main(root: str, result: str) -> None:
 
 
 def chosen(table: dict[str, Any]) -> str:
+    import torch
     from transformers.utils.import_utils import is_torchvision_available
 
     is_torchvision_available()  # kept by transformers, before there seems to be one
@@ -69,7 +70,9 @@ def chosen(table: dict[str, Any]) -> str:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant
 
-    # When it is made it asks for a GPU; that it is chosen is what counts.
+    # What is chosen asks how new the GPU is, as far as it does so when it is chosen: an H100.
+    torch.cuda.get_device_capability = lambda *device: (9, 0)
+    torch.cuda.is_available = lambda: True
     modelopt_quant.ModelOptNvFp4FusedMoEMethod.__init__ = lambda self, config: None
     parsed = ModelConfig._parse_modelopt_quant_config(SimpleNamespace(), table) or table
     config = get_quantization_config(parsed["quant_method"]).from_config(table)

@@ -95,3 +95,29 @@ def test_deltas_with_lists_of_parts_are_named_as_well() -> None:
     with serving(Script(raw_chunk=chunk)) as url:
         report = kconvert.smoke(url, timeout=20, long_words=0, tools=False)
     assert "`content` is a list where OpenAI's protocol has a string" in report.checks[2].said
+
+
+NONSENSE = "\u00c6\u0135 th<|im_user|>\u00b1 q\u0136"  # what vLLM answered of a sample's weights
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "reasoning": NONSENSE},
+        {"content": f"{NONSENSE}<|tool_call_begin|>", "reasoning": None},
+        {"content": f"{NONSENSE}</think>"},
+    ],
+)
+def test_nonsense_is_no_fault_of_parsers(message: Reply) -> None:
+    found = said_of(lambda request: {**message}, tools=False)
+    assert found.keys() == {"chat", "stream"}
+    assert all("about something else than the question, its reasoning too" in said for said in found.values())
+    assert not any("-parser" in said for said in found.values())
+
+
+def test_a_call_in_the_text_where_no_tools_were_offered_is_no_fault_of_a_parser() -> None:
+    text = '9.9. <tool_call>{"name": "get_weather"}</tool_call>'
+    found = said_of(lambda request: {"content": text, "reasoning": "Hm."}, tools=False)
+    assert found["chat"].startswith(
+        "the model calls a tool in its text (<tool_call> is in `content`), and was offered none"
+    )

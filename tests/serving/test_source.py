@@ -156,3 +156,13 @@ def test_repacking_says_who_takes_the_weights_and_that_it_wants_the_source(like:
     facts = json.loads(run("repack-amx", like(K2), tmp_path / "json", *words).stdout)
     assert facts["engines"] == {"ktransformers": "AMXINT8"}
     assert "launch" in facts
+
+
+def test_of_amx_weights_no_more_headers_are_read_than_tell_the_sizes(like: Made, tmp_path: Path) -> None:
+    words = ("--method", "AMXINT4", "--numa", 2, "--shard-size", "200KB", "-q")
+    assert run("repack-amx", like(K2), tmp_path / "amx", *words).exit_code == 0
+    *_, last = sorted((tmp_path / "amx").glob("*.safetensors"))
+    whole = launched(tmp_path / "amx", "--source", like(K2))
+    last.write_bytes(b"no header")
+    assert launched(tmp_path / "amx", "--source", like(K2)) == whole
+    assert whole["--kt-threadpool-count"] == "2"

@@ -84,7 +84,7 @@ class Talk:
             if asked and not answer.calls and answer.finish != "tool_calls":
                 if not any(_is_about(city, given) for given in asked):
                     raise CheckFailed(f"the model calls {TOOL!r} for {quoted(asked[0])}, and was asked about {city!r}")
-                judge(answer, Expected(False, tuple(WEATHER.values()), self.max_tokens))
+                judge(answer, Expected(False, tuple(WEATHER.values()), self.max_tokens, tools=True))
                 messages.append(answer.message)
                 return len(asked), answer
             arguments = judge_calls(answer, TOOL, "city", self.max_tokens)

@@ -40,17 +40,21 @@ JSON_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "an obj
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """`reasoning`: there has to be some; `about`: the content has one of these words; `limit`: the request's max_tokens."""
+    """`reasoning`: there has to be some; `about`: the content has one of these words; `limit`: the request's max_tokens;
+    `tools`: it offered some.
+    """
 
     reasoning: bool
     about: Sequence[str]
     limit: int
+    tools: bool = False
 
 
 def judge(answer: Answer, expected: Expected) -> None:
     """CheckFailed unless the answer is whole: content, reasoning, and neither within the other."""
     _as_the_protocol_has_it(answer)
-    _no_markers(answer)
+    _no_nonsense(answer, expected.about)
+    _no_markers(answer, expected.tools)
     if answer.calls:
         raise CheckFailed(f"the model calls {quoted(next(iter(answer.calls.values())).name)} where it has to answer")
     if not answer.content.strip():
@@ -63,7 +67,7 @@ def judge(answer: Answer, expected: Expected) -> None:
         raise CheckFailed(
             f"the answer has content but no reasoning: {REASONING_PARSER}, or say --no-reasoning of a model that does not think"
         )
-    if not any(word.casefold() in answer.content.casefold() for word in expected.about):
+    if not _speaks_of(answer.content, expected.about):
         raise CheckFailed(
             f"the answer is about something else than the question: {quoted(answer.content)} has not {_either(expected.about)}"
         )
@@ -123,11 +127,31 @@ def _as_the_protocol_has_it(answer: Answer) -> None:
         )
 
 
-def _no_markers(answer: Answer) -> None:
+def _no_nonsense(answer: Answer, about: Sequence[str]) -> None:
+    """Parsers are not to blame where nothing that the model says, wherever it stands, is about the question."""
+    said = f"{answer.reasoning} {answer.content}"
+    is_odd = not answer.content.strip() or _first((*THINKING, *CALLING), said) is not None
+    if said.strip() and is_odd and answer.finish != "length" and not _speaks_of(said, about):
+        raise CheckFailed(
+            f"the answer is about something else than the question, its reasoning too: {quoted(said)} has not {_either(about)}"
+            "; the weights are wrong or made up, or the engine's kernels are: compare with `kconvert verify`"
+        )
+
+
+def _speaks_of(text: str, about: Sequence[str]) -> bool:
+    return any(word.casefold() in text.casefold() for word in about)
+
+
+def _no_markers(answer: Answer, tools: bool = True) -> None:
     if marker := _first(THINKING, answer.content):
         raise CheckFailed(f"the reasoning is left in `content` ({marker} is there): {REASONING_PARSER}")
     for place, text in (("content", answer.content), (answer.reasoning_field or "reasoning", answer.reasoning)):
-        if marker := _first(CALLING, text):
+        if (marker := _first(CALLING, text)) and not tools:
+            raise CheckFailed(
+                f"the model calls a tool in its text ({marker} is in `{place}`), and was offered none: the chat template or "
+                "the weights"
+            )
+        if marker:
             raise CheckFailed(f"the tool call is left in the text ({marker} is in `{place}`): {TOOL_PARSER}")
 
 

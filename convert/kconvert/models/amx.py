@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +94,17 @@ def is_amx(root: Path) -> bool:
     return any(TENSOR.fullmatch(entry.name) for entry in entries)
 
 
-def open_amx(root: Path) -> AmxModel:
-    """Read names and sizes of all tensors in `root`; KconvertError for whatever does not fit together."""
+def open_amx(root: Path, *, glance: bool = False) -> AmxModel:
+    """Read names and sizes of all tensors in `root`; KconvertError for whatever does not fit together.
+
+    With a `glance` safetensors files are read only until one expert tells the sizes; `weights` and `layers` are its own.
+    """
     if not is_amx(root):
         raise KconvertError(f"{root} holds no AMX weights; give a directory that repack-amx or kt-kernel has written")
     # Where there are both, KTransformers takes the safetensors files.
-    checkpoint = open_directory(root) if any(root.glob("*.safetensors")) else _kt_checkpoint(root)
-    experts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    enough = _one_expert() if glance else None
+    checkpoint = open_directory(root, enough=enough) if any(root.glob("*.safetensors")) else _kt_checkpoint(root)
+    experts: Mapping[str, dict[str, Tensor]] = defaultdict(dict)
     rest = []
     for name, tensor in checkpoint.tensors.items():
         match = TENSOR.fullmatch(name)
@@ -113,6 +117,9 @@ def open_amx(root: Path) -> AmxModel:
             f"{root}: AMX weights lie in {min(root.glob('*.safetensors')).name} and others in {next(iter(checkpoint.files))}; "
             "put them into directories of their own"
         )
+    if glance:
+        stem = next(iter(experts)).partition(".ffn_")[0]
+        experts = {name: parts for name, parts in experts.items() if name in _names(stem, 0)}
     bits, numa, hidden, intermediate = _sizes(checkpoint, experts)
     shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     weights = tuple(
@@ -127,6 +134,22 @@ def open_amx(root: Path) -> AmxModel:
                 f"{root}: its record says {key} {record[key]}, but the tensors are {found}; pack it anew"
             )
     return model
+
+
+def _one_expert() -> Callable[[Iterable[Tensor]], bool]:
+    """Whether the tensors so far have all of a layer's first expert: then they have some of the next, too."""
+    seen: dict[str, None] = {}
+
+    def enough(tensors: Iterable[Tensor]) -> bool:
+        seen.update((match[1], None) for tensor in tensors if (match := TENSOR.fullmatch(tensor.name)))
+        stem = next(iter(seen), "").partition(".ffn_")[0]
+        return seen.keys() >= {*_names(stem, 0), *_names(stem, 1)}
+
+    return enough
+
+
+def _names(stem: str, expert: int) -> list[str]:
+    return [f"{stem}.ffn_{projection}_exps.{expert}" for projection in PROJECTIONS]
 
 
 def _kt_checkpoint(root: Path) -> Checkpoint:

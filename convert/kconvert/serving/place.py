@@ -54,7 +54,7 @@ def look_at(address: str, revision: str | None = None) -> Place:
     root = Path(os.path.abspath(address))
     if is_amx(root):
         _check_finished(root, (RECORD,) if (root / STATE_DIR).is_dir() else ())
-        return place_of_amx(open_amx(root))
+        return place_of_amx(open_amx(root, glance=True))
     checkpoint = open_directory(address, revision, enough=_enough)
     # Our conversions write config.json and the index last; others may have a single file and no index.
     _check_finished(checkpoint.root, (CONFIG_NAME, INDEX_NAME) if (root / STATE_DIR).is_dir() else (CONFIG_NAME,))
