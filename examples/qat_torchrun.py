@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 8 examples/qat_torchrun.py --model ./int4 --text corpus.txt --steps 100 --output ./trained
 
-On several nodes the same line runs on each, with `--nnodes 4 --node-rank 0 --master-addr node0 --master-port 29500` before the file.
-MODEL is a quantised checkpoint that all nodes see, or a Hub id; every rank decodes the experts of its own shard, so that there is no
-BF16 copy anywhere. OUTPUT gets `first`, an export of all, and every `--patch-every` steps a patch of what changed, which
-`kconvert apply OUTPUT/first OUTPUT/patch-N` merges. Without GPUs the ranks are processes of the CPU (gloo).
+On several nodes the same line runs on each, with `--nnodes 4 --node-rank 0 --master-addr node0 --master-port 29500` before the
+file. MODEL is a quantised checkpoint that all nodes see, or a Hub id; every rank decodes the experts of its own shard, so that
+there is no BF16 copy anywhere. OUTPUT gets `first`, an export of all, and every `--patch-every` steps a patch of what changed,
+which `kconvert apply OUTPUT/first OUTPUT/patch-N` merges. Without GPUs the ranks are processes of the CPU (gloo).
 """
 
 from __future__ import annotations
