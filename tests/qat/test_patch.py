@@ -197,6 +197,21 @@ def test_half_merged_another_patch_is_refused(exported, tmp_path, monkeypatch):
         kconvert.apply(tmp_path / "base", tmp_path / name)
 
 
+def test_an_export_into_a_half_merged_directory_forgets_the_merge(exported, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    with monkeypatch.context() as patched:
+        killed_at(patched, 8)
+        with pytest.raises(Killed):
+            kconvert.apply(base, tmp_path / "patch")
+    with torch.no_grad():
+        exported.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+    with pytest.raises(KconvertError, match="not finite"):  # and is not finished
+        export(exported, base, shard_size=20_000, overwrite=True)
+    with pytest.raises(KconvertError, match=r"has no model\.safetensors\.index\.json"):
+        kconvert.apply(base, tmp_path / "patch")
+    assert not (base / "config.json").exists()
+
+
 def damage(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
