@@ -46,7 +46,17 @@ class Attached:
             value = adapter(value)
         return value
 
-    def quantised(self, weight: torch.Tensor, parameter: str) -> torch.Tensor:
+    def quantised(self, weight: Any, parameter: str) -> torch.Tensor:
+        if hasattr(weight, "to_local"):  # a DTensor: whole matrices on each rank
+            served: torch.Tensor = type(weight).from_local(
+                self.quantised(weight.to_local(), parameter),
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+            return served
         mate: Any = self.mates.get(parameter)
         kept = self.kept.setdefault(parameter, Kept())
         return self.state.serve(weight, self.places[parameter], kept, None if mate is None else mate.weight.detach())

@@ -241,6 +241,12 @@ def check_grid(config_json: Mapping[str, Any], config: QATConfig, matrices: Iter
     """KconvertError when a quantised checkpoint's config.json has another grid for one of the matrices than `config`."""
     if not any(quantization_tables(config_json)):
         return
+    if (manifest := manifest_for(dict(config_json))).has_encoded_stacks(config_json):
+        if config.grid != manifest.stacked_method:
+            raise KconvertError(
+                f"config.json: {KEYS[0]} has experts in stacks of {manifest.stacked_method}, but the QAT grid is {config.label}"
+            )
+        return
     quantization = read_quantization(config_json)
     for matrix in matrices:
         scheme = quantization.scheme_for(matrix.name)

@@ -167,6 +167,24 @@ def test_another_models_checkpoint_is_one_sentence(made):
         load(blank(load_model(plain, torch.bfloat16)), other)
 
 
+def test_a_device_map_is_followed_and_one_that_names_the_disk_refused(made):
+    source, plain = made("qwen-int4")
+    wanted = load_model(plain, torch.bfloat16)
+    model = blank(wanted)
+    model.hf_device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    load(model, source)
+    check_same(model, wanted)
+    model.hf_device_map["lm_head"] = "disk"
+    with pytest.raises(KconvertError, match="has weights on the disk, where load puts none"):
+        load(model, source)
+
+
 def test_a_module_of_no_transformers_is_refused(module_list, made):
     with pytest.raises(KconvertError, match="and Block is none"):
         load(module_list, made("qwen-int4")[0])

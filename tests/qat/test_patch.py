@@ -54,6 +54,21 @@ def test_a_patch_has_the_experts_that_changed_and_merged_it_is_a_whole_export(ex
     check_same(tmp_path / "base", tmp_path / "whole")
 
 
+def test_the_command_says_what_it_did_and_refuses_in_one_sentence(kconvert, exported, tmp_path):
+    base, patch = tmp_path / "base", tmp_path / "patch"
+    done = kconvert("apply", base, patch, "--json")
+    facts = {"output": str(base), "tensors": 4, "bytes": json.loads(done.stdout)["bytes"], "before": False}
+    assert json.loads(done.stdout) == facts
+    assert facts["bytes"] > 1000
+    assert kconvert("apply", base, patch).stdout == f"{base} has it already\n"
+    bad = kconvert("apply", patch, base)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert (
+        bad.stderr
+        == f"error: {base} has no patch.json, which is written last; it is no patch, or one that was not finished\n"
+    )
+
+
 def test_patches_are_applied_one_after_the_other_and_each_once(exported, tmp_path):
     shutil.copytree(tmp_path / "base", tmp_path / "late")
     for number, expert in enumerate((0, 2), 2):
@@ -180,6 +195,21 @@ def test_half_merged_another_patch_is_refused(exported, tmp_path, monkeypatch):
         kconvert.apply(tmp_path / "base", tmp_path / "next")
     for name in ("patch", "next"):
         kconvert.apply(tmp_path / "base", tmp_path / name)
+
+
+def test_an_export_into_a_half_merged_directory_forgets_the_merge(exported, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    with monkeypatch.context() as patched:
+        killed_at(patched, 8)
+        with pytest.raises(Killed):
+            kconvert.apply(base, tmp_path / "patch")
+    with torch.no_grad():
+        exported.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+    with pytest.raises(KconvertError, match="not finite"):  # and is not finished
+        export(exported, base, shard_size=20_000, overwrite=True)
+    with pytest.raises(KconvertError, match=r"has no model\.safetensors\.index\.json"):
+        kconvert.apply(base, tmp_path / "patch")
+    assert not (base / "config.json").exists()
 
 
 def damage(path):

@@ -99,9 +99,15 @@ def work(rank, ranks, port, folder):
 
 def train_fsdp(rank, ranks, folder):
     from kconvert_qat import at_step, export, prepare
+    from kconvert_qat.attach import attached_to
 
     model = sharded(ranks)
     prepare(model)
+    experts, alone = model.model.layers[0].mlp.experts, make()
+    prepare(alone)
+    ours, theirs = (attached_to(it).serve(it, "down_proj") for it in (experts, alone.model.layers[0].mlp.experts))
+    assert len(ours.to_local()) * ranks == len(theirs)  # each its own matrices
+    assert torch.equal(ours.full_tensor(), theirs)
     step = optimiser(model)
     for number in range(STEPS):
         at_step(model, number)

@@ -13,6 +13,7 @@ from kconvert.models.model import understand
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 from kconvert_qat import QATConfig, export, load, prepare
 from kconvert_qat.attach import attached_to
+from kconvert_qat.names import check_grid
 
 MXFP4 = QATConfig(grid="mxfp4")
 
@@ -98,6 +99,13 @@ def test_a_release_is_trained_and_goes_back_with_the_codes_of_what_was_not_train
         assert same[:2] + same[3:] == [True] * 3
     config = [json.loads((folder / "config.json").read_text()) for folder in (released, tmp_path / "back")]
     assert config[0] == config[1]
+
+
+def test_the_guard_knows_the_release_and_refuses_another_grid(released):
+    config = open_checkpoint(released).config
+    check_grid(config, MXFP4, ())
+    with pytest.raises(KconvertError, match="has experts in stacks of mxfp4, but the QAT grid is int4 kimi group 32"):
+        check_grid(config, QATConfig(), ())
 
 
 def test_in_another_grid_gpt_oss_is_refused_as_before(tiny, tmp_path):

@@ -35,6 +35,7 @@ from kconvert.version import __version__
 JOURNAL = "journal.jsonl"
 PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
 PARTS = "*.part"  # unfinished files
+MERGE = "merge"  # of a patch that is being merged, see state.merge
 STAGED = "source"  # source files on their way through the disk
 SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
 
@@ -101,6 +102,7 @@ class Journal:
         if not heads:
             shutil.rmtree(self.staged, ignore_errors=True)
         if self.todo:
+            shutil.rmtree(self._root / MERGE, ignore_errors=True)
             for name in {CONFIG_NAME, INDEX_NAME, *plan.texts}:
                 (self.destination / name).unlink(missing_ok=True)
         for path in self._stale(overwrite):

@@ -22,10 +22,10 @@ from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, List
 from kconvert.checkpoint.safetensors import Tensor, read_header
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import KconvertError, explain_os_error
+from kconvert.run.state.journal import MERGE
 from kconvert.run.state.locks import LOCK, hold
 from kconvert.run.state.patch import PIECE, Patch, export_of, signed
 
-MERGE = "merge"  # the folder in DST/.kconvert
 STATE_NAME = "merge.json"
 MARKS = (CONFIG_NAME, INDEX_NAME)  # what makes a checkpoint of a directory
 THREADS = 8
