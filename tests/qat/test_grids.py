@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
@@ -45,15 +47,22 @@ def options(grid, convention):
     return GRIDS[grid].size, convention, False, grid
 
 
+def encoded(matrix, grid, convention):
+    """The tensors' bytes of the format that an export writes."""
+    format = GRIDS[grid].format(GRIDS[grid].size, convention)
+    parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(*matrix.shape)]
+    if grid == "nvfp4":
+        format.settle(reaches(matrix, None, grid)[0], parts)
+    format.encode(matrix.bfloat16().float().numpy(), parts)
+    return parts
+
+
 def by_encoder(weight, grid, convention):
     """Each matrix by the format that an export writes, whole."""
     format = GRIDS[grid].format(GRIDS[grid].size, convention)
     found = []
-    for matrix, reach in zip(weight, reaches(weight, None, grid), strict=True):
-        parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(*matrix.shape)]
-        if grid == "nvfp4":
-            format.settle(reach, parts)
-        format.encode(matrix.bfloat16().float().numpy(), parts)
+    for matrix in weight:
+        parts = encoded(matrix, grid, convention)
         tile = np.empty(matrix.shape, np.float32)
         format.decode(parts, 0, tile)
         found.append(torch.from_numpy(tile).to(weight.dtype))
@@ -112,6 +121,36 @@ def test_the_mxfp4_rule_is_the_one_of_compressed_tensors():
     scale = torch.pow(2.0, generate_mx_scales(groups.abs().amax(-1)).float() - 127).unsqueeze(-1)
     wanted = (cast_to_fp4(groups.float() / scale) * scale).bfloat16()
     assert torch.equal(fake_quantise(weight, *options("mxfp4", "compressed-tensors")).view(-1, 2, 32), wanted)
+
+
+def test_compressed_tensors_decompresses_an_mxfp4_export_to_what_training_saw():
+    weight = weights()[:, 4:]  # rows before these have scales of which the library's powers of two are not exact
+    for matrix in weight:
+        codes, scale = encoded(matrix, "mxfp4", "compressed-tensors")
+        state = {
+            "weight_packed": torch.from_numpy(codes).view(matrix.shape[0], -1),
+            "weight_scale": torch.from_numpy(scale).view(matrix.shape[0], -1),
+        }
+        args = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        read = MXFP4PackedCompressor.decompress(state, scheme)["weight"]
+        assert_same(fake_quantise(matrix, *options("mxfp4", "compressed-tensors")), read.bfloat16())
+
+
+@pytest.mark.parametrize("largest", [0.5, 1, 1.5, 2, 3, 4, 6])
+def test_groups_of_a_kimi_k3_stay_whatever_rule_chose_their_scales(largest):
+    """With codes up to `largest` alone, which compressed-tensors' rule would have made larger, and zeros of both signs."""
+    torch.manual_seed(0)
+    codes = torch.tensor([code for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6) if code <= largest])
+    exponents = torch.arange(-127, 126).view(-1, 1)
+    chosen = codes[torch.randint(0, len(codes), (len(exponents), 32))]
+    chosen[:, 0] = largest
+    signs = torch.where(torch.rand(chosen.shape) < 0.5, -1.0, 1.0)
+    weight = (signs * chosen * torch.pow(2.0, exponents.double())).bfloat16()
+    assert_same(fake_quantise(weight, *options("mxfp4", "compressed-tensors")), weight)
+    trained = weight.clone()
+    trained[:, 1] = trained[:, 0] * 0.3  # no code: such a group gets the rule's scale
+    assert not torch.equal(fake_quantise(trained, *options("mxfp4", "compressed-tensors")), trained)
 
 
 @every
