@@ -1,5 +1,7 @@
 """MXFP4, NVFP4 and block FP8: each bit for bit what its encoder and decoder make, by kernel, torch, eager and compiled."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -178,8 +180,6 @@ def test_the_operator_is_sound_by_torchs_own_check(grid, convention):
 
 def quantised(model, grid, convention):
     """A copy whose expert matrices are the grid's values, one by one; gate and up by the larger of their magnitudes."""
-    import copy
-
     model = copy.deepcopy(model)
     for weight in find_experts(model):
         data = weight.tensor.data
@@ -212,6 +212,22 @@ def test_the_gradients_are_those_of_the_quantised_model(tiny, family, ids, grid,
         one(ids).logits.float().square().mean().backward()
     for (name, mine), theirs in zip(model.named_parameters(), wanted.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad), name
+
+
+@each
+@pytest.mark.parametrize("keep", ["served", "codes"])
+def test_evaluation_and_copies_see_a_weight_that_changed_whatever_is_kept(tiny, ids, grid, convention, keep):
+    model, plain = tiny(), tiny()
+    prepare(model, QATConfig(grid=grid, convention=convention, keep=keep))
+    seen = []
+    for factor in (1.0, 1.1):
+        for one in (model, plain):
+            find_experts(one)[0].tensor.data.mul_(factor)  # torch does not count it
+        seen.append(quantised(plain, grid, convention)(ids).logits)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, seen[-1])
+        assert torch.equal(copy.deepcopy(model)(ids).logits, seen[-1])
+    assert not torch.equal(*seen)
 
 
 def test_gate_and_up_in_linears_of_their_own_share_the_scale_of_nvfp4(module_list):
