@@ -94,6 +94,17 @@ def test_the_kernels_keep_to_the_encoder_at_the_ends_of_the_exponents(grid, conv
     assert_same(fake_quantise(weight, *options(grid, convention)), by_encoder(weight, grid, convention))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_reach_of_a_matrix_is_its_largest_finite_magnitude_as_bf16(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4000, 80, dtype=dtype)  # each in several pieces
+    weight[0, 3999, 79], weight[1, 0, 0], weight[2] = -7.123, float("inf"), 0
+    weight[1, 0, 1], weight[1, 2000, 5] = float("nan"), 9.987
+    finite = weight.nan_to_num(0, 0, 0).bfloat16().abs().amax((1, 2))
+    assert reaches(weight, None, "nvfp4") == finite.tolist()
+    assert reaches(weight[1], weight[0].mT.contiguous(), "nvfp4") == [float(finite[:2].max())]
+
+
 @every
 def test_compiled_equals_eager(grid, convention):
     weight = weights(130, 128)
