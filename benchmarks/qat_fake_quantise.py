@@ -1,8 +1,8 @@
 """Fake quantisation of a layer's experts: against a copy, the experts' own matmuls, and torchao's IntxFakeQuantizer.
 
-Weights [experts, 4096, 7168] and [experts, 7168, 2048] in BF16, group 32. Targets: compiled forward and backward at most 2 x
-a copy of the same bytes, and at most 15% of the experts' own matmuls, forward and backward, at 512 tokens an expert; eager no
-slower than torchao. Sides take turns. torchao is optional: `pip install --no-deps torchao`.
+Weights [experts, 4096, 7168] and [experts, 7168, 2048] in BF16, group 32. Targets: compiled forward and backward at most 1.3 x
+a copy of the same bytes (1.2 x on CUDA), and at most 20% of the experts' own matmuls, forward and backward, at 512 tokens an
+expert; eager no slower than torchao. Sides take turns. torchao is optional: `pip install --no-deps torchao`.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def main() -> None:
     rows = [[k, spread([1000 * s for s in v]), f"{median(v) / copy:.2f}"] for k, v in times.items()]
     table(["", "ms", "x copy"], rows)
     both = median(times["compiled forward and backward"])
-    print(f"compiled forward and backward / copy: {both / copy:.2f} {verdict(both / copy, 2)}")
-    print(f"the same / matmuls at {TOKENS} tokens an expert: {both / own:.1%} {verdict(both / own, 0.15)}")
+    most = 1.2 if options.device == "cuda" else 1.3
+    print(f"compiled forward and backward / copy: {both / copy:.2f} {verdict(both / copy, most)}")
+    print(f"the same / matmuls at {TOKENS} tokens an expert: {both / own:.1%} {verdict(both / own, 0.2)}")
     if "torchao eager forward" in times:
         ratio = median(times["eager forward"]) / median(times["torchao eager forward"])
         print(f"eager forward / torchao: {ratio:.2f} {verdict(ratio, 1)}")

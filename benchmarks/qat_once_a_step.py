@@ -1,11 +1,16 @@
-"""What fake quantisation adds to a step of training, for the build at hand and for one before, in turns.
+"""What fake quantisation adds to a step of training, for the build at hand, one before, and torchao, in turns.
 
-    python benchmarks/qat_once_a_step.py [--before PYTHONPATH] [--device cuda] [--grid int4] [--keep served]
+    python benchmarks/qat_once_a_step.py [--before PYTHONPATH] [--torchao PYTHONPATH] [--device cuda] [--grid int4]
 
 Fused experts in BF16 with 512 tokens for each, forward and backward, with 8 micro-batches a step and with 1; after each step
 every weight changes. Measured is how long a prepared module waits for its weights, over the rest of the same step, so that what
 else runs on the machine slows both. The builds take turns, each in a process of its own. Targets: at most 5% with 8
-micro-batches, 20% with 1 on the CPU, and the kernel forward and backward at most 1.3 times a copy (1.2 on CUDA).
+micro-batches, 20% with 1 on the CPU, the kernel forward and backward at most 1.3 times a copy (1.2 on CUDA), and no more peak
+memory in two steps of AdamW, 8 micro-batches each, than before.
+
+torchao's side is its IntxFakeQuantizer in the forward of the same experts: INT4 in groups of 32, symmetric, which is the grid
+of the convention `compressed-tensors` but for scales in F32 (1% of the values differ). What its backward takes, which masks
+the gradient, counts as the rest of the step. `pip install --no-deps --target PATH torchao` makes a PYTHONPATH for it.
 """
 
 from __future__ import annotations
@@ -20,19 +25,24 @@ from statistics import median
 from common import machine, spread, table, verdict
 
 JOBS = {"8 micro-batches": 8, "1 micro-batch": 1, "kernel / copy": 0}
+MEMORY = -1  # a job
+MOST_MEMORY = 1.02  # times that of the build before: pages and threads are not the same each time
 LIMITS = {"8 micro-batches": 0.05, "1 micro-batch": 0.20, "kernel / copy": 1.3}
 ON_CUDA = {**LIMITS, "kernel / copy": 1.2}
 
 CHILD = """
-import json, sys, time
+import json, resource, sys, time, types
 import torch
 from torch import nn
 import kconvert_qat
 from kconvert_qat import QATConfig, attach, prepare
 from kconvert_qat.grid import fake_quantise
 
-device, experts, hidden, width, tokens, options = json.loads(sys.argv[1])
+device, experts, hidden, width, tokens, options, torchao = json.loads(sys.argv[1])
 config = QATConfig(**options)
+if torchao:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+    quantiser = IntxFakeQuantizer(IntxFakeQuantizeConfig(torch.int4, group_size=32))
 
 class Experts(nn.Module):
     is_transposed, is_concatenated, has_gate, has_bias = False, True, True, False
@@ -47,6 +57,15 @@ class Experts(nn.Module):
     def forward(self, x):
         gate, up = torch.bmm(x, self.gate_up_proj.mT).chunk(2, -1)
         return torch.bmm(nn.functional.silu(gate) * up, self.down_proj.mT)
+
+class ByTorchao(Experts):
+    def forward(self, x):
+        names = ("gate_up_proj", "down_proj")
+        weights = {name: timed(lambda: by_torchao(getattr(self, name))) for name in names}
+        return Experts.forward(types.SimpleNamespace(**weights), x)
+
+def by_torchao(weight):
+    return quantiser(weight.flatten(0, 1)).view(weight.shape)
 
 def wait():
     if device != "cpu":
@@ -67,12 +86,12 @@ def seconds(work):
 waited = [0.0]
 real = attach.Attached.serve
 
-def serve(self, *args):
+def timed(work):
     found = []
-    waited[0] += seconds(lambda: found.append(real(self, *args)))
+    waited[0] += seconds(lambda: found.append(work()))
     return found[0]
 
-attach.Attached.serve = serve
+attach.Attached.serve = lambda self, *args: timed(lambda: real(self, *args))
 
 def share(batches):
     waited[0] = 0.0
@@ -88,28 +107,46 @@ def kernel():
     gradient = torch.ones_like(leaf)
     more = (options["grid"],) if "grid" in options else ()
     def both_ways():
-        served = fake_quantise(leaf, config.group_size, config.convention, False, *more)
+        if torchao:
+            served = by_torchao(leaf)
+        else:
+            served = fake_quantise(leaf, config.group_size, config.convention, False, *more)
         torch.autograd.grad(served, leaf, gradient)
 
     pairs = [seconds(both_ways) / seconds(lambda: leaf.detach().clone()) for _ in range(5)]
     return sorted(pairs)[2]
 
+def peak():
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def memory():
+    before = peak()
+    optimiser = torch.optim.AdamW(prepared.parameters())
+    for _ in range(2):
+        step(prepared, 8)
+        optimiser.step()
+        optimiser.zero_grad()
+    return (peak() - before) / 1e6
+
 torch.manual_seed(0)
 x = torch.randn(experts, tokens, hidden, dtype=torch.bfloat16, device=device)
-prepared = nn.ModuleDict({"experts": Experts()})
-prepare(prepared, config)
+prepared = nn.ModuleDict({"experts": ByTorchao() if torchao else Experts()})
+if not torchao:
+    prepare(prepared, config)
 print(json.dumps(kconvert_qat.__file__), flush=True)
 for line in sys.stdin:
     job = json.loads(line)
-    print(json.dumps(share(job) if job else kernel()), flush=True)
+    print(json.dumps(memory() if job < 0 else share(job) if job else kernel()), flush=True)
 """
 
 
 class Build:
     """A process that has one of the builds."""
 
-    def __init__(self, path: str | None, request: list[object]) -> None:
-        environment = dict(os.environ) if path is None else {**os.environ, "PYTHONPATH": path}
+    def __init__(self, path: str, request: list[object]) -> None:
+        environment = {**os.environ, "PYTHONPATH": path}
         command = [sys.executable, "-c", CHILD, json.dumps(request)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -117,7 +154,8 @@ class Build:
         self.place = self._answer()
 
     def ask(self, job: int) -> float:
-        """What the grid adds to a step of `job` micro-batches, a part of it; 0: the kernel to a copy."""
+        """What the grid adds to a step of `job` micro-batches, a part of it; 0: the kernel to a copy; MEMORY: in MB, the peak
+        of two steps over what there was before."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{job}\n")
         self._process.stdin.flush()
@@ -135,6 +173,7 @@ class Build:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", metavar="PYTHONPATH", help="of the build before [default: the one at hand alone]")
+    parser.add_argument("--torchao", metavar="PYTHONPATH", help="where torchao lies [default: not measured]")
     parser.add_argument("--runs", type=int, default=7, help="of each kind [7]")
     parser.add_argument("--experts", type=int, default=2, help="[2]")
     parser.add_argument("--hidden", type=int, default=2048, help="[2048]")
@@ -146,9 +185,13 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [options.device, options.experts, options.hidden, options.width, options.tokens]
     own = {key: value for key in ("grid", "keep") if (value := getattr(options, key))}
-    builds = {"now": Build(None, [*sizes, own])}
+    here = os.environ.get("PYTHONPATH", "")
+    builds = {"now": Build(here, [*sizes, own, False])}
     if options.before:
-        builds = {"before": Build(options.before, [*sizes, {}]), **builds}
+        builds = {"before": Build(options.before, [*sizes, {}, False]), **builds}
+    if options.torchao:
+        builds["torchao"] = Build(os.pathsep.join(filter(None, (here, options.torchao))), [*sizes, {}, True])
+    memory = {name: build.ask(MEMORY) for name, build in builds.items()}
     found: dict[tuple[str, str], list[float]] = {}
     for run in range(options.runs + 1):
         for job, number in JOBS.items():
@@ -158,10 +201,14 @@ def main() -> None:
                     found.setdefault((job, name), []).append(measured)
     for build in builds.values():
         build.close()
-    table(["", *builds], [[job, *(spread(found[job, name], 3) for name in builds)] for job in JOBS])
+    rows = [[job, *(spread(found[job, name], 3) for name in builds)] for job in JOBS]
+    table(["", *builds], [*rows, ["peak memory, MB", *(f"{memory[name]:.0f}" for name in builds)]])
     for job, limit in (LIMITS if options.device == "cpu" else ON_CUDA).items():
         value = median(found[job, "now"])
         print(f"{job}: {value:.3f} {verdict(value, limit)}")
+    if "before" in memory:
+        more = memory["now"] / memory["before"]
+        print(f"peak memory / before: {more:.3f} {verdict(more, MOST_MEMORY)}")
     machine()
 
 

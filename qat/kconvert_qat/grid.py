@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from kconvert.formats.conventions import CONVENTIONS
@@ -92,11 +93,30 @@ def reaches(weight: torch.Tensor, mate: torch.Tensor | None, grid: str) -> Seque
 
 
 def _largest(matrices: torch.Tensor) -> list[float]:
+    if matrices.is_cpu:
+        return _largest_by_kernel(matrices.contiguous())
     flat = matrices.flatten(1)
     low, high = flat.aminmax(dim=1)
     if not bool((low.isfinite() & high.isfinite()).all()):
         low, high = flat.nan_to_num(0, 0, 0).aminmax(dim=1)
     return torch.maximum(-low, high).bfloat16().tolist()
+
+
+def _largest_by_kernel(matrices: torch.Tensor) -> list[float]:
+    from kconvert_qat.grids import kernels
+
+    arrays = codes.matrices_of(matrices)
+    found = [0.0] * len(arrays)
+    parts: list[tuple[int, np.float32]] = []
+
+    def work(piece: tuple[int, int, int]) -> None:
+        bits = kernels.reach(codes.rows_of(arrays, piece).reshape(-1, kernels.NV_GROUP))
+        parts.append((piece[0], np.uint32(bits).view(np.float32)))
+
+    in_threads(work, codes.pieces_of(arrays.shape, 1, CHUNK))
+    for matrix, reach in parts:
+        found[matrix] = max(found[matrix], float(reach))
+    return found
 
 
 def _by_kernel(

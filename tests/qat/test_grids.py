@@ -1,8 +1,12 @@
 """MXFP4, NVFP4 and block FP8: each bit for bit what its encoder and decoder make, by kernel, torch, eager and compiled."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils.fp4_utils import cast_to_fp4
 from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
@@ -45,15 +49,22 @@ def options(grid, convention):
     return GRIDS[grid].size, convention, False, grid
 
 
+def encoded(matrix, grid, convention):
+    """The tensors' bytes of the format that an export writes."""
+    format = GRIDS[grid].format(GRIDS[grid].size, convention)
+    parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(*matrix.shape)]
+    if grid == "nvfp4":
+        format.settle(reaches(matrix, None, grid)[0], parts)
+    format.encode(matrix.bfloat16().float().numpy(), parts)
+    return parts
+
+
 def by_encoder(weight, grid, convention):
     """Each matrix by the format that an export writes, whole."""
     format = GRIDS[grid].format(GRIDS[grid].size, convention)
     found = []
-    for matrix, reach in zip(weight, reaches(weight, None, grid), strict=True):
-        parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(*matrix.shape)]
-        if grid == "nvfp4":
-            format.settle(reach, parts)
-        format.encode(matrix.bfloat16().float().numpy(), parts)
+    for matrix in weight:
+        parts = encoded(matrix, grid, convention)
         tile = np.empty(matrix.shape, np.float32)
         format.decode(parts, 0, tile)
         found.append(torch.from_numpy(tile).to(weight.dtype))
@@ -81,6 +92,17 @@ def test_the_kernels_keep_to_the_encoder_at_the_ends_of_the_exponents(grid, conv
     weight[1] *= (2.0 ** torch.randint(-20, 1, (150, 1))).to(dtype)
     weight[1, :8] *= (torch.rand(8, 160) < 0.2).to(dtype)  # zeros of both signs
     assert_same(fake_quantise(weight, *options(grid, convention)), by_encoder(weight, grid, convention))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_reach_of_a_matrix_is_its_largest_finite_magnitude_as_bf16(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4000, 80, dtype=dtype)  # each in several pieces
+    weight[0, 3999, 79], weight[1, 0, 0], weight[2] = -7.123, float("inf"), 0
+    weight[1, 0, 1], weight[1, 2000, 5] = float("nan"), 9.987
+    finite = weight.nan_to_num(0, 0, 0).bfloat16().abs().amax((1, 2))
+    assert reaches(weight, None, "nvfp4") == finite.tolist()
+    assert reaches(weight[1], weight[0].mT.contiguous(), "nvfp4") == [float(finite[:2].max())]
 
 
 @every
@@ -114,6 +136,36 @@ def test_the_mxfp4_rule_is_the_one_of_compressed_tensors():
     assert torch.equal(fake_quantise(weight, *options("mxfp4", "compressed-tensors")).view(-1, 2, 32), wanted)
 
 
+def test_compressed_tensors_decompresses_an_mxfp4_export_to_what_training_saw():
+    weight = weights()[:, 4:]  # rows before these have scales of which the library's powers of two are not exact
+    for matrix in weight:
+        codes, scale = encoded(matrix, "mxfp4", "compressed-tensors")
+        state = {
+            "weight_packed": torch.from_numpy(codes).view(matrix.shape[0], -1),
+            "weight_scale": torch.from_numpy(scale).view(matrix.shape[0], -1),
+        }
+        args = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        read = MXFP4PackedCompressor.decompress(state, scheme)["weight"]
+        assert_same(fake_quantise(matrix, *options("mxfp4", "compressed-tensors")), read.bfloat16())
+
+
+@pytest.mark.parametrize("largest", [0.5, 1, 1.5, 2, 3, 4, 6])
+def test_groups_of_a_kimi_k3_stay_whatever_rule_chose_their_scales(largest):
+    """With codes up to `largest` alone, which compressed-tensors' rule would have made larger, and zeros of both signs."""
+    torch.manual_seed(0)
+    codes = torch.tensor([code for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6) if code <= largest])
+    exponents = torch.arange(-127, 126).view(-1, 1)
+    chosen = codes[torch.randint(0, len(codes), (len(exponents), 32))]
+    chosen[:, 0] = largest
+    signs = torch.where(torch.rand(chosen.shape) < 0.5, -1.0, 1.0)
+    weight = (signs * chosen * torch.pow(2.0, exponents.double())).bfloat16()
+    assert_same(fake_quantise(weight, *options("mxfp4", "compressed-tensors")), weight)
+    trained = weight.clone()
+    trained[:, 1] = trained[:, 0] * 0.3  # no code: such a group gets the rule's scale
+    assert not torch.equal(fake_quantise(trained, *options("mxfp4", "compressed-tensors")), trained)
+
+
 @every
 def test_a_group_with_a_value_that_is_not_finite_becomes_nan_alone(grid, convention):
     weight = weights()
@@ -139,8 +191,6 @@ def test_the_operator_is_sound_by_torchs_own_check(grid, convention):
 
 def quantised(model, grid, convention):
     """A copy whose expert matrices are the grid's values, one by one; gate and up by the larger of their magnitudes."""
-    import copy
-
     model = copy.deepcopy(model)
     for weight in find_experts(model):
         data = weight.tensor.data
@@ -173,6 +223,22 @@ def test_the_gradients_are_those_of_the_quantised_model(tiny, family, ids, grid,
         one(ids).logits.float().square().mean().backward()
     for (name, mine), theirs in zip(model.named_parameters(), wanted.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad), name
+
+
+@each
+@pytest.mark.parametrize("keep", ["served", "codes"])
+def test_evaluation_and_copies_see_a_weight_that_changed_whatever_is_kept(tiny, ids, grid, convention, keep):
+    model, plain = tiny(), tiny()
+    prepare(model, QATConfig(grid=grid, convention=convention, keep=keep))
+    seen = []
+    for factor in (1.0, 1.1):
+        for one in (model, plain):
+            find_experts(one)[0].tensor.data.mul_(factor)  # torch does not count it
+        seen.append(quantised(plain, grid, convention)(ids).logits)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, seen[-1])
+        assert torch.equal(copy.deepcopy(model)(ids).logits, seen[-1])
+    assert not torch.equal(*seen)
 
 
 def test_gate_and_up_in_linears_of_their_own_share_the_scale_of_nvfp4(module_list):

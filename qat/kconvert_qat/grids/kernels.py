@@ -174,6 +174,21 @@ def mxfp4(values: Any, served: Any) -> None:
 
 
 @kernel
+def reach(values: Any) -> Any:
+    """Of values [groups, 16] the bits of the largest finite magnitude, rounded to bf16."""
+    most = U(0)
+    for group in range(values.shape[0]):
+        amax = vectors.largest(values, group, 0, NV_GROUP)
+        if amax < INFINITE:
+            most = U(max(most, amax))
+            continue
+        for i in range(NV_GROUP):
+            one = vectors.largest(values, group, i, 1)
+            most = U(max(most, one)) if one < INFINITE else most
+    return _rounded(most)
+
+
+@kernel
 def nvfp4_by(unit: Any, values: Any, served: Any) -> None:
     """Values [groups, 16] of a matrix with this global factor. A product that is a normal number is a bf16."""
     tile = np.empty((1, NV_GROUP), np.float32)
