@@ -23,6 +23,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -144,9 +145,12 @@ def open(source: StrPath, revision: str | None = None, *, threads: int | None = 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
     from kconvert.run.delivery import Delivery
-    from kconvert.run.state.journal import pinned_commit
+    from kconvert.run.state.journal import head_at, pinned_commit
+    from kconvert.run.state.stored import head_in
 
-    return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
+    delivery = Delivery.to(destination)
+    look = partial(head_at, delivery.directory) if delivery.store is None else partial(head_in, delivery.store)
+    return pinned_commit(look, os.fspath(source), revision) or revision
 
 
 @contextmanager
@@ -248,8 +252,11 @@ def finalize(destination: StrPath) -> Closed:
     from pathlib import Path
 
     from kconvert.run.state.finalize import finalize_ranks
+    from kconvert.run.state.stored import finalize_stored
+    from kconvert.stores.urls import parse_store_url
 
-    return finalize_ranks(Path(destination))
+    place = parse_store_url(os.fspath(destination))
+    return finalize_ranks(Path(destination)) if place is None else finalize_stored(place)
 
 
 def _rank(worker: str | None) -> Rank | None:

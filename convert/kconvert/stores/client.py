@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +32,7 @@ ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_S
 def open_store(place: StoreUrl) -> ObjectStore:
     """The store, whose paths are relative to the prefix; KconvertError when obstore is not installed."""
     if importlib.util.find_spec("obstore") is None:
-        raise KconvertError(f"{place} takes obstore to read; install it with `pip install 'kconvert-toolkit[cloud]'`")
+        raise KconvertError(f"{place} takes obstore; install it with `pip install 'kconvert-toolkit[cloud]'`")
     from obstore.store import from_url
 
     plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)  # as the user wants it
@@ -54,6 +55,20 @@ def attempt(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise explain(error, place, doing) from None
+
+
+def persist(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:
+    """The same after faults that pass; `call` must be one that can be made twice."""
+    for wait in WAITS:
+        try:
+            return call()
+        except KconvertError:
+            raise
+        except Exception as error:
+            if not _may_pass(error):
+                raise explain(error, place, doing) from None
+        time.sleep(wait)
+    return attempt(place, doing, call)
 
 
 def transfer(

@@ -44,18 +44,29 @@ class Outline:
         """That of DST/.kconvert; None where no ranks are at work or have been. KconvertError when it is none of ours."""
         path = state / RANKS / OUTLINE
         try:
-            table = json.loads(path.read_bytes())
-            shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
-            outline = cls(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
+            return cls.parse(path, path.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise explain_os_error(error, f"cannot read {path}") from None
+
+    @classmethod
+    def parse(cls, place: object, text: bytes) -> Outline:
+        """From the content of the file at `place`; KconvertError when it is none of ours."""
+        try:
+            table = json.loads(text)
+            shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
+            outline = cls(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
         except (ValueError, TypeError, KeyError, RecursionError):
             outline = None
         if outline is None or not outline.is_sound:
-            raise KconvertError(f"{path} is not what kconvert wrote; start again in another directory")
+            raise KconvertError(f"{place} is not what kconvert wrote; start again in another directory")
         return outline
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small})
 
     @property
     def is_sound(self) -> bool:
@@ -69,12 +80,11 @@ class Outline:
         if (there := Outline.read(state)) is not None:
             return there
         path = state / RANKS / OUTLINE
-        table = {"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small}
         partial = path.with_name(f"{OUTLINE}.{token}")
         try:
             path.parent.mkdir(exist_ok=True)
             with open(partial, "w", encoding="utf-8") as file:
-                json.dump(table, file)
+                file.write(self.text)
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(FileExistsError):
