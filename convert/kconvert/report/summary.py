@@ -122,12 +122,7 @@ def dropped(names: Iterable[str]) -> str:
 
 
 def describe_plan(
-    plan: Plan,
-    delivery: Delivery,
-    threads: int | None,
-    memory: int | None,
-    disk_budget: int | None = None,
-    rank: Rank | None = None,
+    plan: Plan, delivery: Delivery, threads: int | None, memory: int | None, disk_budget: int | None, rank: Rank | None
 ) -> Summary:
     """`--dry-run`: output bytes, shards, peak RAM, free disk; what comes from the Hub and goes there, of a `rank` its share.
 
@@ -183,9 +178,8 @@ def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None, r
         facts.update(push=str(delivery.push))
         lines.append(f"upload: {human(plan.output_bytes)} to {delivery.push}, private if it is new")
     if delivery.store is not None:
-        mine = sum(shard.nbytes for shard in plan.shards if shard.name not in needs.others)
         facts.update(store=str(delivery.store))
-        lines.append(f"upload: {human(plan.output_bytes if rank is None else mine)} to {delivery.store}")
+        lines.append(f"upload: {human(rank.nbytes(plan) if rank else plan.output_bytes)} to {delivery.store}")
     if needs.budget is None and needs.fetches:
         lesser = survey(plan, delivery, {}, free_bytes(delivery.directory), rank).schedule.peak
         facts.update(smallest_disk_budget=lesser)

@@ -65,11 +65,11 @@ def prepared(plan: Plan, delivery: Delivery, terms: Terms, command: str, card: C
     terms.check(delivery)
     delivery = delivery.of(terms.rank)
     if not terms.overwrite and published(plan, delivery):
-        yield Done(_share_bytes(plan, terms.rank), delivery)
+        yield Done(terms.rank.nbytes(plan) if terms.rank else plan.output_bytes, delivery)
         return
     needs = _check(plan, delivery, terms)
     if terms.rank is not None and _is_idle(terms.rank, needs):
-        yield Done(_share_bytes(plan, terms.rank), delivery)
+        yield Done(terms.rank.nbytes(plan), delivery)
     else:
         with _conversion(needs, terms, command, card) as job:
             yield job
@@ -127,14 +127,6 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     needs.check(terms.overwrite or delivery.store is not None)
     check_repository(plan, delivery, finished, terms.overwrite)
     return needs
-
-
-def _share_bytes(plan: Plan, rank: Rank | None) -> int:
-    """What a run has to write."""
-    if rank is None:
-        return plan.output_bytes
-    share = rank.share(plan)
-    return sum(shard.nbytes for shard in plan.shards if shard.name in share)
 
 
 def _is_idle(rank: Rank, needs: Needs) -> bool:

@@ -50,6 +50,11 @@ class Rank:
         ranks = deal([shard.nbytes for shard in plan.shards], self.count)
         return frozenset(shard.name for shard, rank in zip(plan.shards, ranks, strict=True) if rank == self.index)
 
+    def nbytes(self, plan: Plan) -> int:
+        """What they have together."""
+        share = self.share(plan)
+        return sum(shard.nbytes for shard in plan.shards if shard.name in share)
+
 
 def deal(sizes: Sequence[int], count: int) -> list[int]:
     """The rank of each shard: the largest first, each to the rank that has least by then.
