@@ -93,6 +93,35 @@ def test_the_last_rank_closes_when_it_is_asked_to(
     assert f"{OUT} is complete" in said
 
 
+def test_ranks_that_end_together_close_once_or_twice_and_the_same(
+    bucket: Bucket, arguments: tuple[object, ...], whole: dict[str, bytes]
+) -> None:
+    options = ("--finalize-when-complete",)
+    ranks = [start(*arguments, "--worker", f"{i}/3", *options, machine=str(i)) for i in range(3)]
+    assert [process.communicate(timeout=120)[1] for process in ranks] == [""] * 3
+    assert bucket.files(OUT) == whole
+
+
+def test_who_closes_while_another_does_hears_of_no_fault(
+    bucket: Bucket, arguments: tuple[object, ...], whole: dict[str, bytes]
+) -> None:
+    in_turn(arguments)
+    held, free = threading.Event(), threading.Event()
+
+    def watch(request: Request) -> None:
+        if request.method == "PUT" and request.name.endswith("/bf16/config.json") and not held.is_set():
+            held.set()
+            free.wait(60)
+
+    bucket.watch = watch
+    first = start("finalize", OUT)
+    assert held.wait(60)
+    ok("finalize", OUT)  # and clears away what the first is about to copy
+    free.set()
+    assert first.communicate(timeout=60)[1] == ""
+    assert bucket.files(OUT) == whole
+
+
 def test_ranks_from_a_store_to_a_store(bucket: Bucket, stored: str, whole: dict[str, bytes]) -> None:
     in_turn(("int4-to-bf16", stored, OUT, *SHARDS), "--disk-budget", "5MB")
     finish(bucket, whole)

@@ -364,6 +364,23 @@ def test_a_store_that_may_not_be_written_is_one_sentence(bucket: Bucket, argumen
     assert f"{OUT}: cannot write .kconvert/plan.json, access was refused; check the credentials" in refused(*arguments)
 
 
+def test_a_store_without_conditional_writes_is_one_sentence(bucket: Bucket, arguments: tuple[object, ...]) -> None:
+    fault = status("501 Not Implemented")
+    bucket.watch = lambda request: fault if request.name.endswith("/plan.json") and is_write(request) else None
+    assert "takes no writes on condition that there is no such object" in refused(*arguments)
+
+
+def test_a_bucket_of_another_region_is_one_sentence(bucket: Bucket, arguments: tuple[object, ...]) -> None:
+    bucket.watch = lambda request: status("301 Moved Permanently")
+    assert "the bucket is in another region; set that" in refused(*arguments)
+
+
+def test_a_whole_bucket_may_be_the_place(bucket: Bucket, int4: Path, whole: dict[str, bytes]) -> None:
+    bucket.put("all", b"")
+    ok("int4-to-bf16", int4, "s3://all", *SHARDS)
+    assert bucket.files("s3://all") == whole
+
+
 def test_a_bucket_that_is_not_there_is_one_sentence(bucket: Bucket, int4: Path) -> None:
     assert "there is no bucket 'nowhere'" in refused("int4-to-bf16", int4, "s3://nowhere/a")
 
@@ -420,9 +437,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_shard_goes_on_on_another_machin
     assert not done & set(bucket.sent(OUT))
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_random_kills_never_leave_what_looks_whole(
     bucket: Bucket, arguments: tuple[object, ...], whole: dict[str, bytes], seed: int
 ) -> None:

@@ -26,6 +26,8 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}  # of one request, by obstore
 TIMEOUT = "60s"  # without a byte
 CHUNK = 4 << 20
+# What obstore says of faults that do not pass.
+NO_BUCKET, NO_CONDITION, REGION = LASTING = ("404 Not Found", "501 Not Implemented", "incorrectly configured region")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
 
@@ -108,7 +110,7 @@ def transfer(
 def _may_pass(error: Exception) -> bool:
     from obstore.exceptions import GenericError
 
-    return isinstance(error, (GenericError, TimeoutError)) and "404 Not Found" not in str(error)
+    return isinstance(error, (GenericError, TimeoutError)) and not any(words in str(error) for words in LASTING)
 
 
 def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
@@ -122,7 +124,14 @@ def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
             fault = "the object has changed since the command began; run it again when nobody writes there"
         case PermissionDeniedError() | UnauthenticatedError():
             fault = "access was refused; check the credentials, as the store's own command line takes them"
-        case _ if "404 Not Found" in str(error):
+        case _ if NO_CONDITION in str(error):
+            fault = (
+                "the store takes no writes on condition that there is no such object, by which runs know of each other; choose "
+                "another store"
+            )
+        case _ if REGION in str(error):
+            fault = "the bucket is in another region; set that, as the store's own command line takes it"
+        case _ if NO_BUCKET in str(error):
             fault = f"there is no bucket {place.bucket!r}; check the address"
         case _ if "credential" in str(error).lower():
             fault = "there are no credentials for it; set them as the store's own command line takes them"
