@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint
@@ -20,6 +20,7 @@ class Plan:
     """What will be done. `texts` are the small files written last, in this order, config.json and the index at its end.
 
     `recipe` says in words what was asked for, `facts` what a user wants to know; a synthetic sample has no `source`.
+    `again` makes the same plan elsewhere, and can be pickled; who has made a plan by other means than these may leave it out.
     """
 
     recipe: str
@@ -28,6 +29,7 @@ class Plan:
     shards: tuple[Shard, ...]
     texts: Mapping[str, Text]
     facts: Mapping[str, Any]
+    again: Callable[[], Plan] | None = field(default=None, compare=False, repr=False)
 
     @property
     def side_files(self) -> Mapping[str, int]:
@@ -79,6 +81,11 @@ class Plan:
             "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
             "side_files": list(self.side_files),
         }
+
+
+def repeatable(plan: Plan, make: Callable[..., Plan], *arguments: Any) -> Plan:
+    """`plan`, which `make` made of these arguments and will make of them elsewhere."""
+    return replace(plan, again=partial(make, *arguments))
 
 
 @dataclass(frozen=True)

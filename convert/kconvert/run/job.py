@@ -33,17 +33,21 @@ class Terms:
     disk_budget: int | None = None
     rank: Rank | None = None
     closes: bool = False  # finalize_when_complete
+    driver: bool = False  # of ranks that Ray starts
+    surveyed: bool = False  # by the driver of this rank, as it has looked at DST and its disk for all of them
 
     def check(self, plan: Plan, delivery: Delivery) -> None:
         """KconvertError for what ranks cannot do."""
-        if self.rank is None:
-            if self.closes:
-                raise KconvertError("--finalize-when-complete is for ranks; give --worker, or leave it out")
+        if self.driver and self.rank is not None:
+            raise KconvertError("--engine ray numbers its workers itself; leave out it or --worker")
+        if self.rank is None and self.closes:
+            raise KconvertError("--finalize-when-complete is for ranks; give --worker, or leave it out")
+        if self.rank is None and not self.driver:
             return
         if delivery.push is not None:
             raise KconvertError("ranks cannot send to the Hub; let DST be a directory, and send it when it is complete")
         if self.disk_budget is not None:
-            raise KconvertError("ranks cannot keep within --disk-budget; leave out it or --worker")
+            raise KconvertError("ranks cannot keep within --disk-budget; leave it out, or let one machine do all")
         if self.overwrite:
             raise KconvertError(
                 "ranks replace nothing, as they begin at different times; leave out --overwrite and clear DST"
@@ -101,7 +105,8 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     finished = finished_shards(delivery.directory, plan, terms.overwrite, delivery.push, terms.rank)
     others = {shard.name for shard in plan.shards} - terms.rank.share(plan) if terms.rank is not None else frozenset()
     needs = survey(plan, delivery, finished, terms.disk_budget, others)
-    needs.check(terms.overwrite)
+    if not terms.surveyed:
+        needs.check(terms.overwrite)
     check_repository(plan, delivery, finished, terms.overwrite)
     return needs
 
