@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kconvert.checkpoint.directory import are_links_allowed, links_allowed
-from kconvert.checkpoint.listing import STATE_DIR
+from kconvert.checkpoint.listing import RANKS, STATE_DIR
 from kconvert.cluster.ray import Cluster
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.planning.plan import Plan
@@ -22,7 +22,7 @@ from kconvert.run.disk import Needs
 from kconvert.run.engine import Limits
 from kconvert.run.state.finalize import finalize_complete, is_closed
 from kconvert.run.state.locks import LOCK, Busy, hold
-from kconvert.run.state.outline import RANKS, Outline
+from kconvert.run.state.outline import Outline
 from kconvert.run.state.ranks import Rank, deal
 
 SHARDS = 4  # of a task, at most, and fewer where

@@ -22,13 +22,13 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.files import exists, is_directory, write_file
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, RANKS, STATE_DIR
 from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.errors import KconvertError, counted, explain_os_error
 from kconvert.hub.ids import HubId, parse_hub_id
 from kconvert.planning.plan import Plan
 from kconvert.run.state.locks import LOCK, hold
-from kconvert.run.state.outline import OUTLINE, RANKS, Outline, folder
+from kconvert.run.state.outline import OUTLINE, Outline, folder
 from kconvert.run.state.ranks import Rank
 from kconvert.version import __version__
 

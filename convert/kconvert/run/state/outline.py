@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kconvert.checkpoint.files import sync_directory
+from kconvert.checkpoint.listing import RANKS
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.planning.plan import Plan
 from kconvert.run.state.ranks import MOST
 
-RANKS = "ranks"
 OUTLINE = "plan.json"
 CLOSING = "closing"  # the small files, in the folder of rank 0
 
