@@ -25,8 +25,7 @@ from kconvert.run.state.locks import LOCK, Busy, hold
 from kconvert.run.state.outline import Outline
 from kconvert.run.state.ranks import Rank, deal
 
-SHARDS = 4  # of a task, at most, and fewer where
-ROUNDS = 8  # so many tasks for each that runs at a time would otherwise not be there to even out the end
+ROUNDS = 8  # tasks for each that runs at a time, to even out the end
 PATIENCE = 600  # seconds for the worker of a node that was given up to end, or to lose its locks
 THREADS = 6  # beyond the CPUs of a task, as Limits has it
 
@@ -124,12 +123,12 @@ def convert_by_ray(
 
 def _tasks(shards: int, slots: int) -> int:
     """How many ranks there are to be, of a conversion that nobody has begun."""
-    return max(-(-shards // SHARDS), min(shards, ROUNDS * slots), 1)
+    return max(min(shards, ROUNDS * slots), 1)
 
 
 def _numbers(needs: Needs, count: int) -> list[int]:
     """The ranks that have something to do; the first leaves the small files."""
-    ranks = deal([shard.nbytes for shard in needs.plan.shards], count)
+    ranks = deal(needs.plan.sizes, count)
     late = (rank for rank, shard in zip(ranks, needs.plan.shards, strict=True) if shard.name not in needs.finished)
     return sorted({0, *late})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -71,6 +71,29 @@ class Plan:
         """Changes when the source's files do."""
         files = self.source.files if self.source else {}
         return hashlib.sha256(repr([(name, stat.stamp) for name, stat in files.items()]).encode()).hexdigest()
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the shards, in bytes."""
+        return tuple(shard.nbytes for shard in self.shards)
+
+    def only(self, files: Collection[str]) -> Plan:
+        """The same plan with those steps alone that write to `files`; its hash is that of the whole."""
+        spans = (range(*self._spans[file]) for file in files if file in self._spans)
+        numbers = sorted(set().union(*spans))
+        steps = (self.steps[number] for number in numbers)
+        part = replace(self, steps=tuple(step for step in steps if any(place.file in files for place in step.writes)))
+        vars(part).update(hash=self.hash, stamp=self.stamp)
+        return part
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """Of each file the first step that writes to it, and the one after the last."""
+        spans: dict[str, tuple[int, int]] = {}
+        for number, step in enumerate(self.steps):
+            for place in step.writes:
+                spans[place.file] = spans.get(place.file, (number, 0))[0], number + 1
+        return spans
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON: what `--dry-run --json` prints."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,8 +102,13 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
         check_side_files(plan.source.directory, plan.side_files)
-    finished = finished_shards(delivery.directory, plan, terms.overwrite, delivery.push, terms.rank)
-    others = {shard.name for shard in plan.shards} - terms.rank.share(plan) if terms.rank is not None else frozenset()
+    finished = finished_shards(
+        delivery.directory, plan, terms.overwrite, delivery.push, terms.rank, alone=terms.surveyed
+    )
+    others: Collection[str] = frozenset()
+    if terms.rank is not None:
+        share = terms.rank.share(plan)
+        plan, others = plan.only(share), {shard.name for shard in plan.shards} - share
     needs = survey(plan, delivery, finished, terms.disk_budget, others)
     if not terms.surveyed:
         needs.check(terms.overwrite)

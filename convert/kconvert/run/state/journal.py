@@ -66,7 +66,7 @@ class Journal:
             with ExitStack() as held:
                 busy = f"another kconvert is writing to {destination}; wait for it, or choose another directory"
                 held.enter_context(hold(self._root / LOCK, busy, shared=rank is not None))
-                self.finished = finished_shards(destination, plan, overwrite, push, rank)
+                self.finished = finished_shards(destination, plan, overwrite, push, rank, alone=True)
                 self.shares = frozenset(shard.name for shard in plan.shards) if rank is None else rank.share(plan)
                 if rank is not None:
                     self._join(plan, command, rank)
@@ -84,7 +84,9 @@ class Journal:
 
     def _join(self, plan: Plan, command: str, rank: Rank) -> None:
         """Be one of the ranks at work, the first if there are none. KconvertError where they are others."""
-        outline = Outline.of(plan, _head(plan, command), rank.count).put(self._root, self._token)
+        outline = Outline.read(self._root)
+        if outline is None:
+            outline = Outline.of(plan, _head(plan, command), rank.count).put(self._root, self._token)
         if not _belongs(outline.head, plan):
             difference = _difference(outline.head, plan)
             raise KconvertError(f"{self.destination} holds a conversion {difference}; {_advice(rank)}")
@@ -157,20 +159,28 @@ class Journal:
 
 
 def finished_shards(
-    destination: Path, plan: Plan, overwrite: bool, push: HubId | None = None, rank: Rank | None = None
+    destination: Path,
+    plan: Plan,
+    overwrite: bool,
+    push: HubId | None = None,
+    rank: Rank | None = None,
+    alone: bool = False,
 ) -> dict[str, Record]:
     """The records of the shards that earlier runs of this plan, or other ranks, finished and nobody has touched since.
 
-    Those that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
+    Of a rank `alone`, what others of its count have finished is not looked for: that is none of its shards. Those
+    that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
     holds anything else, unless the user said to `overwrite` it; and when it is that of more ranks or fewer.
     """
     if not exists(destination):
         return {}
     state = destination / STATE_DIR
     try:
-        # The list first: other ranks may begin now, and write their outline before all else.
-        foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
-        outline = Outline.read(state)
+        foreign, outline = None, Outline.read(state)
+        if outline is None:
+            # The list first: other ranks may begin now, and write their outline before all else.
+            foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
+            outline = Outline.read(state)
         heads = _heads(state, outline)
         others = [head for head in heads if not _belongs(head, plan)]
         if overwrite and (others or not heads):
@@ -180,17 +190,18 @@ def finished_shards(
         if others:
             raise KconvertError(f"{destination} holds a conversion {_difference(others[0], plan)}; {_advice(rank)}")
         _check_count(outline, rank, destination)
-        records = read_records(state, {"plan": plan.hash, "source": plan.stamp})
+        records = read_records(state, {"plan": plan.hash, "source": plan.stamp}, rank if alone else None)
         known = {shard.name: records[shard.name] for shard in plan.shards if shard.name in records}
         return {name: record for name, record in known.items() if is_done(destination / name, record, push)}
     except OSError as error:
         raise explain_os_error(error, f"cannot read {destination}") from None
 
 
-def read_records(state: Path, head: Mapping[str, Any]) -> dict[str, Record]:
-    """What the journals in DST/.kconvert with such a head, that of DST and those of ranks, have of their shards."""
+def read_records(state: Path, head: Mapping[str, Any], rank: Rank | None = None) -> dict[str, Record]:
+    """What the journals in DST/.kconvert with such a head, that of DST and those of ranks or of one, have of their shards."""
     records: dict[str, Record] = {}
-    for path in (state / JOURNAL, *sorted((state / RANKS).glob(f"*/{JOURNAL}"))):
+    ranks = sorted((state / RANKS).glob(f"*/{JOURNAL}")) if rank is None else [folder(state, rank.index) / JOURNAL]
+    for path in (state / JOURNAL, *ranks):
         lines = read_lines(path)
         if lines and all(lines[0].get(key) == head.get(key) for key in ("plan", "source")):
             for line in lines[1:]:
