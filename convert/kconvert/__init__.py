@@ -117,12 +117,14 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     KconvertError as `inspect`, and when the recipe does not fit: the source holds another encoding than `recipe.source`,
     nothing is left to convert, or a weight's columns do not divide into groups.
     """
-    from kconvert.address import open_checkpoint
+    from kconvert.address import anywhere, open_checkpoint
     from kconvert.models.model import understand
+    from kconvert.planning.plan import repeatable
     from kconvert.targets.planner import make_plan
 
     with _collector_paused():
-        return make_plan(understand(open_checkpoint(source, revision)), recipe)
+        made = make_plan(understand(open_checkpoint(source, revision)), recipe)
+    return repeatable(made, plan, anywhere(source), recipe, revision)
 
 
 def open(source: StrPath, revision: str | None = None, *, threads: int | None = None) -> Weights:
@@ -177,6 +179,8 @@ def check(
     disk_budget: int | None = None,
     worker: str | None = None,
     finalize_when_complete: bool = False,
+    engine: str = "threads",
+    ray_address: str | None = None,
 ) -> Needs:
     """What a run of `plan` into `destination` needs, in bytes, and finds finished already; arguments as for `convert`.
 
@@ -186,7 +190,9 @@ def check(
     from kconvert.run import job
     from kconvert.run.delivery import Delivery
 
-    terms = job.Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
+    terms = job.Terms(
+        overwrite, disk_budget, _rank(worker), finalize_when_complete, driver=_is_ray(engine, ray_address)
+    )
     return job.check(plan, Delivery.to(destination, push), terms)
 
 
@@ -203,6 +209,8 @@ def convert(
     disk_budget: int | None = None,
     worker: str | None = None,
     finalize_when_complete: bool = False,
+    engine: str = "threads",
+    ray_address: str | None = None,
     command: str = "kconvert.convert",
 ) -> dict[str, int]:
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
@@ -219,6 +227,9 @@ def convert(
     With `worker` this is one of many processes, on any machines that see SRC and DST, each of which writes its share of the
     shards: "I/N" is number I of N, from 0 on; "slurm", "torchrun" and "kubernetes" take both from what these launchers set,
     "auto" from whichever there is. Afterwards `finalize` closes `destination`, or with `finalize_when_complete` the last one.
+    With the `engine` "ray" the workers of a Ray cluster are such processes, and this one starts them, starts again what a dead
+    machine had, and closes `destination`; `threads` and `memory` are of each. `ray_address` is a cluster's, by default that
+    at hand, or a new one of this machine.
 
     Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
     KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
@@ -231,12 +242,16 @@ def convert(
     from kconvert.run.job import Terms, prepared
 
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
-    card = ModelCard(plan, command)
-    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete)
-    with prepared(plan, Delivery.to(destination, push), terms, command, card) as job:
+    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, driver=_is_ray(engine, ray_address))
+    delivery, limits = Delivery.to(destination, push), (threads, memory)
+    if terms.driver:
+        from kconvert.cluster.conversion import convert_by_ray
+
+        return convert_by_ray(plan, delivery, terms, command, ModelCard, ray_address, limits, advance, found)
+    with prepared(plan, delivery, terms, command, ModelCard(plan, command)) as job:
         found(job.earlier)
         advance(job.earlier)
-        inexact = job.run(Limits.choose(threads, memory), advance)
+        inexact = job.run(Limits.choose(*limits), advance)
         job.finish()
     return inexact
 
@@ -265,3 +280,11 @@ def _rank(worker: str | None) -> Rank | None:
     from kconvert.run.state.ranks import Rank
 
     return None if worker is None else Rank.parse(worker, os.environ)
+
+
+def _is_ray(engine: str, address: str | None) -> bool:
+    if engine not in ("threads", "ray"):
+        raise KconvertError(f"there is no engine {engine!r}; choose threads or ray")
+    if engine != "ray" and address is not None:
+        raise KconvertError("--ray-address is for --engine ray; give both, or leave it out")
+    return engine == "ray"

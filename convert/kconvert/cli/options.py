@@ -88,6 +88,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    show_default=True,
+    help="ray: by the machines of a Ray cluster, which all see SRC and DST.",
+)
+ray_address_option = click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="With --engine ray: the cluster [default: the one at hand, or this machine].",
+)
+
+
 def _parse_worker(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """As I/N, before anything is read: what is wrong with it shows at once."""
     if value is None:
@@ -118,6 +132,8 @@ def output_options(function: Command) -> Command:
             "the launcher says.",
         ),
         click.option("--finalize-when-complete", is_flag=True, help="With --worker: who ends last closes DST."),
+        engine_option,
+        ray_address_option,
         json_option,
         quiet_option,
         click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),

@@ -42,7 +42,8 @@ def carry_out(
 ) -> None:
     """Carry out `plan` or, with `dry_run`, describe it; `launch` is the command that serves the result.
 
-    `terms` are `overwrite`, `push`, `disk_budget`, `worker` and `finalize_when_complete`, as `kconvert.convert` takes them.
+    `terms` are `overwrite`, `push`, `disk_budget`, `worker`, `finalize_when_complete`, `engine` and `ray_address`, as
+    `kconvert.convert` takes them.
     """
     import kconvert
     from kconvert.report.summary import Outcome, describe_plan

@@ -106,9 +106,12 @@ def survey(
     """
     if budget is None and delivery.passing:
         budget = free_bytes(delivery.directory)
-    others = {shard.name for shard in plan.shards} - rank.share(plan) if rank is not None else frozenset[str]()
+    others: Collection[str] = frozenset()
+    if rank is not None:
+        share = rank.share(plan)
+        plan, others = plan.only(share), {shard.name for shard in plan.shards} - share
     staged = _state(delivery, rank) / STAGED
-    fetches = plan_fetches(plan, others)
+    fetches = plan_fetches(plan)
     places = places_of(plan, fetches, staged, passing=budget is not None)
     arriving = {file: fetches[file].nbytes if path.is_relative_to(staged) else 0 for file, path in places.items()}
     leaving = delivery.leads_on and budget is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kconvert.checkpoint.download import Fetch
@@ -15,13 +15,12 @@ GAP = 1 << 20  # bytes that are quicker fetched than left out
 WHOLE = 0.9  # of which more than this is needed, a file is fetched whole and checked against its digest
 
 
-def plan_fetches(plan: Plan, others: Collection[str] = ()) -> dict[str, Fetch]:
-    """What must be fetched, whole files and ranges of others, in the order of first need; not for the shards of `others`."""
+def plan_fetches(plan: Plan) -> dict[str, Fetch]:
+    """What must be fetched, whole files and ranges of others, in the order of first need."""
     if not isinstance(plan.source, RemoteCheckpoint):
         return {}
     fetches = {}
-    steps = plan.steps if not others else [s for s in plan.steps if any(place.file not in others for place in s.writes)]
-    for file, wanted in _extents(steps).items():
+    for file, wanted in _extents(plan.steps).items():
         stat = plan.source.files[file]
         share = sum(stop - start for start, stop in wanted) / max(stat.nbytes, 1)
         fetches[file] = Fetch(file, stat, ((0, stat.nbytes),) if share > WHOLE else wanted)

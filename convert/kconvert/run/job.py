@@ -34,16 +34,28 @@ class Terms:
     disk_budget: int | None = None
     rank: Rank | None = None
     closes: bool = False  # finalize_when_complete
+    driver: bool = False  # of ranks that Ray starts
+    surveyed: bool = False  # by the driver of this rank, as it has looked at DST and its disk for all of them
 
     def check(self, delivery: Delivery) -> None:
         """KconvertError for what ranks cannot do."""
-        if self.rank is None:
-            if self.closes:
-                raise KconvertError("--finalize-when-complete is for ranks; give --worker, or leave it out")
+        if self.driver and self.rank is not None:
+            raise KconvertError("--engine ray numbers its workers itself; leave out it or --worker")
+        if self.rank is None and self.closes:
+            raise KconvertError("--finalize-when-complete is for ranks; give --worker, or leave it out")
+        if self.rank is None and not self.driver:
             return
         if delivery.push is not None:
             raise KconvertError(
                 "ranks cannot send to the Hub; let DST be a directory or an object store, and send it when it is complete"
+            )
+        if self.driver and delivery.store is not None:
+            raise KconvertError(
+                "--engine ray writes to directories; start ranks by --worker for a DST in an object store"
+            )
+        if self.driver and self.disk_budget is not None:
+            raise KconvertError(
+                "the workers of Ray cannot keep within --disk-budget; leave it out, or start ranks by --worker"
             )
         if self.overwrite:
             raise KconvertError(
@@ -122,9 +134,12 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
         # What is on the way to a store is ours alone: whatever lies there is replaced.
         finished = with_sent(finished_shards(delivery.directory, plan, overwrite=True), sent)
     else:
-        finished = finished_shards(delivery.directory, plan, terms.overwrite, delivery.push, terms.rank)
+        finished = finished_shards(
+            delivery.directory, plan, terms.overwrite, delivery.push, terms.rank, alone=terms.surveyed
+        )
     needs = survey(plan, delivery, finished, terms.disk_budget, terms.rank)
-    needs.check(terms.overwrite or delivery.store is not None)
+    if not terms.surveyed:
+        needs.check(terms.overwrite or delivery.store is not None)
     check_repository(plan, delivery, finished, terms.overwrite)
     return needs
 

@@ -22,13 +22,13 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from kconvert.checkpoint.files import exists, is_directory, write_file
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, RANKS, STATE_DIR
 from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.errors import KconvertError, counted, explain_os_error
 from kconvert.hub.ids import HubId, parse_hub_id
 from kconvert.planning.plan import Plan
 from kconvert.run.state.locks import LOCK, hold
-from kconvert.run.state.outline import OUTLINE, RANKS, Outline, folder
+from kconvert.run.state.outline import OUTLINE, Outline, folder
 from kconvert.run.state.ranks import Rank
 from kconvert.version import __version__
 
@@ -70,7 +70,7 @@ class Journal:
             with ExitStack() as held:
                 busy = f"another kconvert is writing to {destination}; wait for it, or choose another directory"
                 held.enter_context(hold(self._root / LOCK, busy, shared=rank is not None))
-                self.finished = with_sent(finished_shards(destination, plan, overwrite, push, rank), sent)
+                self.finished = with_sent(finished_shards(destination, plan, overwrite, push, rank, alone=True), sent)
                 if shares is None:
                     shares = frozenset(shard.name for shard in plan.shards) if rank is None else rank.share(plan)
                 self.shares = shares
@@ -90,7 +90,9 @@ class Journal:
 
     def _join(self, plan: Plan, command: str, rank: Rank) -> None:
         """Be one of the ranks at work, the first if there are none. KconvertError where they are others."""
-        outline = Outline.of(plan, head_of(plan, command), rank.count).put(self._root, self._token)
+        outline = Outline.read(self._root)
+        if outline is None:
+            outline = Outline.of(plan, head_of(plan, command), rank.count).put(self._root, self._token)
         if not belongs(outline.head, plan):
             difference = difference_of(outline.head, plan)
             raise KconvertError(f"{self.destination} holds a conversion {difference}; {advice(rank)}")
@@ -163,20 +165,28 @@ class Journal:
 
 
 def finished_shards(
-    destination: Path, plan: Plan, overwrite: bool, push: HubId | None = None, rank: Rank | None = None
+    destination: Path,
+    plan: Plan,
+    overwrite: bool,
+    push: HubId | None = None,
+    rank: Rank | None = None,
+    alone: bool = False,
 ) -> dict[str, Record]:
     """The records of the shards that earlier runs of this plan, or other ranks, finished and nobody has touched since.
 
-    Those that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
+    Of a rank `alone`, what others of its count have finished is not looked for: that is none of its shards. Those
+    that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
     holds anything else, unless the user said to `overwrite` it; and when it is that of more ranks or fewer.
     """
     if not exists(destination):
         return {}
     state = destination / STATE_DIR
     try:
-        # The list first: other ranks may begin now, and write their outline before all else.
-        foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
-        outline = Outline.read(state)
+        foreign, outline = None, Outline.read(state)
+        if outline is None:
+            # The list first: other ranks may begin now, and write their outline before all else.
+            foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
+            outline = Outline.read(state)
         heads = _heads(state, outline)
         others = [head for head in heads if not belongs(head, plan)]
         if overwrite and (others or not heads):
@@ -186,7 +196,7 @@ def finished_shards(
         if others:
             raise KconvertError(f"{destination} holds a conversion {difference_of(others[0], plan)}; {advice(rank)}")
         _check_count(outline, rank, destination)
-        records = read_records(state, {"plan": plan.hash, "source": plan.stamp})
+        records = read_records(state, {"plan": plan.hash, "source": plan.stamp}, rank if alone else None)
         known = {shard.name: records[shard.name] for shard in plan.shards if shard.name in records}
         return {name: record for name, record in known.items() if is_done(destination / name, record, push)}
     except OSError as error:
@@ -201,10 +211,11 @@ def with_sent(finished: dict[str, Record], sent: Mapping[str, Record] | None) ->
     return {name: here.get(name, {}) | dict(sent.get(name, {})) for name in {**here, **sent}}
 
 
-def read_records(state: Path, head: Mapping[str, Any]) -> dict[str, Record]:
-    """What the journals in DST/.kconvert with such a head, that of DST and those of ranks, have of their shards."""
+def read_records(state: Path, head: Mapping[str, Any], rank: Rank | None = None) -> dict[str, Record]:
+    """What the journals in DST/.kconvert with such a head, that of DST and those of ranks or of one, have of their shards."""
     records: dict[str, Record] = {}
-    for path in (state / JOURNAL, *sorted((state / RANKS).glob(f"*/{JOURNAL}"))):
+    ranks = sorted((state / RANKS).glob(f"*/{JOURNAL}")) if rank is None else [folder(state, rank.index) / JOURNAL]
+    for path in (state / JOURNAL, *ranks):
         lines = read_lines(path)
         if lines and all(lines[0].get(key) == head.get(key) for key in ("plan", "source")):
             for line in lines[1:]:

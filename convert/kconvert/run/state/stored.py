@@ -50,7 +50,7 @@ class Sight:
     def of(cls, objects: Objects) -> Sight:
         files = objects.listed()
         text = objects.read(PLAN) if PLAN in files else None
-        outline = Outline.parse(f"{objects.place}/{PLAN}", text) if text is not None else None
+        outline = _parse(objects.place, text) if text is not None else None
         return cls(objects.place, files, outline, _count(objects) if RANKS in files else None)
 
     def is_done(self, shard: str, head: Mapping[str, Any]) -> bool:
@@ -122,7 +122,7 @@ class Stored:
         outline = Outline.of(self._plan, head_of(self._plan, command), rank.count if rank else 1)
         if not self._objects.create(PLAN, outline.text.encode()):
             text = self._objects.read(PLAN)
-            self._check_plan(Outline.parse(f"{self._place}/{PLAN}", text or b""), rank)
+            self._check_plan(_parse(self._place, text or b""), rank)
         if rank is not None:
             self._join(rank)
 
@@ -211,7 +211,14 @@ def is_closed_stored(place: StoreUrl) -> bool:
 def head_in(place: StoreUrl) -> Mapping[str, Any]:
     """What the run that began in DST said of itself; nothing where none did."""
     text = Objects(place).read(PLAN)
-    return {} if text is None else Outline.parse(f"{place}/{PLAN}", text).head
+    return {} if text is None else _parse(place, text).head
+
+
+def _parse(place: StoreUrl, text: bytes) -> Outline:
+    outline = Outline.parse(text)
+    if outline is None:
+        raise KconvertError(f"{place}/{PLAN} is not what kconvert wrote; start again with another DST")
+    return outline
 
 
 def _close(objects: Objects, sight: Sight, outline: Outline, ranks: int) -> Closed:
