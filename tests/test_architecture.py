@@ -34,10 +34,11 @@ MAY: Mapping[str, str] = {
     "targets": "errors version formats checkpoint dialects models planning",
     "run": "errors version formats checkpoint hub stores planning",
     "weights": "errors formats checkpoint planning run",
+    "cluster": "errors version checkpoint planning run",
     "proof": "errors version formats checkpoint dialects models hub stores address planning",
     "serving": "errors formats checkpoint dialects models hub address planning targets",
     "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof serving",
-    "": "errors version chat formats checkpoint models hub stores address planning targets run weights proof report",
+    "": "errors version chat formats checkpoint models hub stores address planning targets run weights cluster proof report",
     "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof serving report",
     "qat": "",
 }
@@ -56,6 +57,7 @@ HEAVY = {
     "matplotlib",
     "safetensors",
     "openai",
+    "ray",
 }
 OS_FREE = {"os", "io", "pathlib", "shutil", "tempfile", "mmap", "fcntl", "glob", "safetensors"}
 

@@ -23,6 +23,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +120,14 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     KconvertError as `inspect`, and when the recipe does not fit: the source holds another encoding than `recipe.source`,
     nothing is left to convert, or a weight's columns do not divide into groups.
     """
-    from kconvert.address import open_checkpoint
+    from kconvert.address import anywhere, open_checkpoint
     from kconvert.models.model import understand
+    from kconvert.planning.plan import repeatable
     from kconvert.targets.planner import make_plan
 
     with _collector_paused():
-        return make_plan(understand(open_checkpoint(source, revision)), recipe)
+        made = make_plan(understand(open_checkpoint(source, revision)), recipe)
+    return repeatable(made, plan, anywhere(source), recipe, revision)
 
 
 def open(source: StrPath, revision: str | None = None, *, threads: int | None = None) -> Weights:
@@ -147,9 +150,12 @@ def open(source: StrPath, revision: str | None = None, *, threads: int | None = 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
     from kconvert.run.delivery import Delivery
-    from kconvert.run.state.journal import pinned_commit
+    from kconvert.run.state.journal import head_at, pinned_commit
+    from kconvert.run.state.stored import head_in
 
-    return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
+    delivery = Delivery.to(destination)
+    look = partial(head_at, delivery.directory) if delivery.store is None else partial(head_in, delivery.store)
+    return pinned_commit(look, os.fspath(source), revision) or revision
 
 
 @contextmanager
@@ -177,6 +183,8 @@ def check(
     worker: str | None = None,
     finalize_when_complete: bool = False,
     check_first: bool = False,
+    engine: str = "threads",
+    ray_address: str | None = None,
 ) -> Needs:
     """What a run of `plan` into `destination` needs, in bytes, and finds finished already; arguments as for `convert`.
 
@@ -186,7 +194,14 @@ def check(
     from kconvert.run import job
     from kconvert.run.delivery import Delivery
 
-    terms = job.Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first)
+    terms = job.Terms(
+        overwrite,
+        disk_budget,
+        _rank(worker),
+        finalize_when_complete,
+        check_first,
+        driver=_is_ray(engine, ray_address),
+    )
     return job.check(plan, Delivery.to(destination, push), terms)
 
 
@@ -205,13 +220,16 @@ def convert(
     finalize_when_complete: bool = False,
     check_first: bool = False,
     trace: Trace | None = None,
+    engine: str = "threads",
+    ray_address: str | None = None,
     command: str = "kconvert.convert",
 ) -> dict[str, int]:
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
 
-    `destination` is a directory or a Hub id; `push` is a repository that gets the output of a directory, too, and `command`
-    what reports and the model card say was typed. `disk_budget` bounds the bytes on the output's disk: source files from the
-    Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
+    `destination` is a directory, a Hub id or an object store's `s3://bucket/prefix`; `push` is a repository that gets the
+    output of a directory, too, and `command` what reports and the model card say was typed. `disk_budget` bounds the bytes on
+    the output's disk: source files from elsewhere are deleted as soon as nothing needs them, and shards once they are on the
+    Hub or in the store, if they go there.
     `threads` are worker threads (by default the cores and six), `memory` bounds the buffers of all together in bytes (by
     default 256 MiB); neither changes a byte of the output. `overwrite` replaces the checkpoint in `destination`. `advance`
     is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
@@ -220,6 +238,9 @@ def convert(
     With `worker` this is one of many processes, on any machines that see SRC and DST, each of which writes its share of the
     shards: "I/N" is number I of N, from 0 on; "slurm", "torchrun" and "kubernetes" take both from what these launchers set,
     "auto" from whichever there is. Afterwards `finalize` closes `destination`, or with `finalize_when_complete` the last one.
+    With the `engine` "ray" the workers of a Ray cluster are such processes, and this one starts them, starts again what a dead
+    machine had, and closes `destination`; `threads` and `memory` are of each. `ray_address` is a cluster's, by default that
+    at hand, or a new one of this machine.
 
     Values are looked at as they pass, and nothing is read twice for that; with `check_first` all scales and shapes of a local
     checkpoint are read before anything is written.
@@ -236,30 +257,41 @@ def convert(
     from kconvert.run.trace import Trace
 
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
-    card = ModelCard(plan, command)
-    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first)
-    with prepared(plan, Delivery.to(destination, push), terms, command, card) as job:
+    driver = _is_ray(engine, ray_address)
+    terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first, driver=driver)
+    delivery, limits = Delivery.to(destination, push), (threads, memory)
+    if terms.driver:
+        from kconvert.cluster.conversion import convert_by_ray
+
+        if trace is not None and trace.is_drawn:
+            raise KconvertError("--trace shows the workers of one process; leave it out, or start ranks by --worker")
+        return convert_by_ray(plan, delivery, terms, command, ModelCard, ray_address, limits, advance, found)
+    with prepared(plan, delivery, terms, command, ModelCard(plan, command)) as job:
         found(job.earlier)
         advance(job.earlier)
-        inexact = job.run(Limits.choose(threads, memory), advance, trace or Trace())
+        inexact = job.run(Limits.choose(*limits), advance, trace or Trace())
         job.finish()
     return inexact
 
 
 def finalize(destination: StrPath) -> Closed:
-    """Close the directory `destination`, to which the ranks of a conversion have written all shards (`convert` with `worker`).
+    """Close `destination`, a directory or a place in an object store, to which the ranks of a conversion have written all
+    shards (`convert` with `worker`).
 
-    Every shard is looked at: size, time and header are those that it was planned and left with. Then side files, config.json
-    and index are written, and the directory is as a run without ranks would have left it; SRC is not needed. Returns how many
-    `shards` of how many bytes (`nbytes`) there are, and whether it was closed `before`.
+    Every shard is looked at: size, time (in a store: ETag) and header are those that it was planned and left with. Then side
+    files, config.json and index are written, and all is as a run without ranks would have left it; SRC is not needed. Returns
+    how many `shards` of how many bytes (`nbytes`) there are, and whether it was closed `before`.
 
     KconvertError when shards are missing, with the ranks that have to run again, and when `destination` is not that of ranks.
     """
     from pathlib import Path
 
     from kconvert.run.state.finalize import finalize_ranks
+    from kconvert.run.state.stored import finalize_stored
+    from kconvert.stores.urls import parse_store_url
 
-    return finalize_ranks(Path(destination))
+    place = parse_store_url(os.fspath(destination))
+    return finalize_ranks(Path(destination)) if place is None else finalize_stored(place)
 
 
 def apply(destination: StrPath, patch: StrPath) -> Applied:
@@ -284,3 +316,11 @@ def _rank(worker: str | None) -> Rank | None:
     from kconvert.run.state.ranks import Rank
 
     return None if worker is None else Rank.parse(worker, os.environ)
+
+
+def _is_ray(engine: str, address: str | None) -> bool:
+    if engine not in ("threads", "ray"):
+        raise KconvertError(f"there is no engine {engine!r}; choose threads or ray")
+    if engine != "ray" and address is not None:
+        raise KconvertError("--ray-address is for --engine ray; give both, or leave it out")
+    return engine == "ray"

@@ -30,6 +30,11 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     return open_repository(place, revision)
 
 
+def anywhere(path: str | os.PathLike[str]) -> str:
+    """The same address, from whatever directory it is looked at."""
+    return os.path.abspath(path) if os.path.lexists(path) else os.fspath(path)
+
+
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether an address that is no directory could be one of the Hub or of an object store."""
     return parse_store_url(os.fspath(path)) is not None or parse_hub_id(os.fspath(path)) is not None

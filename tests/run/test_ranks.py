@@ -486,6 +486,17 @@ def test_foreign_content_is_refused_by_ranks_too(job: Job) -> None:
 # Closing what is not for it.
 
 
+@pytest.mark.parametrize("command", ["verify", "launch"])
+def test_whoever_uses_a_directory_of_ranks_too_early_is_told_to_close_it(job: Job, command: str) -> None:
+    run_in_turn(job, 2)
+
+    arguments = [job.source, job.destination] if command == "verify" else [job.destination, "--engine", "vllm"]
+    result = run_command(command, *arguments)
+
+    assert result.exit_code in (1, 2)
+    assert f"kconvert finalize {job.destination}" in result.stderr
+
+
 def test_what_no_rank_has_written_is_not_closed(job: Job, tmp_path: Path) -> None:
     job.check_error(run_command("finalize", tmp_path / "nowhere"), "no directory that ranks have written to")
     job.check_error(run_command("finalize", job.source.parent), "no directory that ranks have written to")
@@ -597,7 +608,6 @@ def test_a_rank_that_makes_no_sense(job: Job, monkeypatch: pytest.MonkeyPatch, t
     ("options", "words"),
     [
         (("--push", "me/out", "--worker", "0/2"), "ranks cannot send to the Hub"),
-        (("--disk-budget", "1GB", "--worker", "0/2"), "ranks cannot keep within --disk-budget"),
         (("--overwrite", "--worker", "0/2"), "ranks replace nothing"),
         (("--finalize-when-complete",), "give --worker"),
     ],

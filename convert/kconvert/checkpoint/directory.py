@@ -30,6 +30,11 @@ def links_allowed() -> Iterator[None]:
         _ANY_LINK.reset(token)
 
 
+def are_links_allowed() -> bool:
+    """Whether this is such a command, for who sends a part of it elsewhere."""
+    return _ANY_LINK.get()
+
+
 def list_directory(root: Path) -> dict[str, FileStat]:
     """Every regular file below `root`, by relative path; hidden folders (.git, .cache, our own) are not content.
 
@@ -89,7 +94,7 @@ def check_link(root: Path, path: Path) -> None:
     """KconvertError unless the symbolic link `path`, of the checkpoint in `root`, may be followed."""
     target = Path(os.path.realpath(path))
     in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
-    if in_cache or _ANY_LINK.get() or target.is_relative_to(os.path.realpath(root)):
+    if in_cache or are_links_allowed() or target.is_relative_to(os.path.realpath(root)):
         return
     raise KconvertError(
         f"{path} is a symbolic link to {target}, outside the checkpoint; put the file itself there, or follow it with "

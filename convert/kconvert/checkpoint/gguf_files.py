@@ -18,7 +18,7 @@ from typing import Any
 from kconvert.checkpoint.directory import check_link
 from kconvert.checkpoint.files import is_directory
 from kconvert.checkpoint.gguf import MAGIC, Array, Header, Value, read_array, read_gguf
-from kconvert.checkpoint.listing import STATE_DIR, FileStat
+from kconvert.checkpoint.listing import FileStat, what_finishes
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.errors import KconvertError, explain_os_error
@@ -127,7 +127,7 @@ def _parts(root: Path, name: str) -> list[str]:
         return [name]
     total = int(match[3])
     names = [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, total + 1)]
-    help = "run the conversion again" if (root / STATE_DIR).is_dir() else "fetch it"
+    help = what_finishes(root) or "fetch it"
     for part in names:
         if not os.path.lexists(root / part):
             raise KconvertError(f"{root / part} is missing, a part of the model that {name} is one of; {help}")

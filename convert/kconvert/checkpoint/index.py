@@ -13,7 +13,7 @@ from itertools import count
 from posixpath import normpath
 from typing import TYPE_CHECKING
 
-from kconvert.checkpoint.listing import INDEX_NAME, Listing
+from kconvert.checkpoint.listing import INDEX_NAME, Listing, what_finishes
 from kconvert.checkpoint.lookalikes import is_adapter_file, is_consolidated, what_it_is
 from kconvert.errors import KconvertError
 
@@ -40,6 +40,8 @@ def choose_files(listing: Listing) -> list[str]:
             "directory"
         )
     ((_, total), files) = chosen.popitem()
+    if (help := what_finishes(listing.root)) and (len(files) > 1 or total):
+        raise KconvertError(f"{listing.root} is unfinished, it has no {INDEX_NAME}; {help}")
     if total is not None and len(files) < total:
         raise KconvertError(f"{listing.root} lacks {_missing(files)} and {INDEX_NAME}; fetch them")
     if len(files) > 1:

@@ -14,6 +14,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_NAME = "model-{number:05d}-of-{total:05d}.safetensors"
 CONFIG_NAME = "config.json"
 STATE_DIR = ".kconvert"
+RANKS = "ranks"  # in there, as long as ranks share what is being written
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +61,10 @@ class Listing:
     def top(self) -> list[str]:
         """The files that lie in no folder."""
         return [file for file in self.files if "/" not in file]
+
+
+def what_finishes(root: Path) -> str | None:
+    """What to do with a directory that a conversion has begun, where it is no checkpoint yet; None where none has."""
+    if (root / STATE_DIR / RANKS).is_dir():
+        return f"run `kconvert finalize {root}`, which closes it or names the ranks that are still to run"
+    return "run the conversion again" if (root / STATE_DIR).is_dir() else None

@@ -35,8 +35,8 @@ class Size(click.ParamType[int]):
 
 
 class Location(click.ParamType[str]):
-    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://; or a GGUF file, where such
-    are read."""
+    """A directory, a Hub id or a store's address, as it was typed: a path would make one slash of the two in hf://; or a GGUF
+    file, where such are read."""
 
     name = "location"
 
@@ -45,7 +45,7 @@ class Location(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if exists(value) and not is_directory(value) and not (self._gguf and _is_gguf(value)):
-            self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
+            self.fail(f"{value!r} is a file; give a directory, a Hub id or s3://…", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -88,6 +88,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON o
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 
 
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["threads", "ray"]),
+    default="threads",
+    show_default=True,
+    help="ray: by the machines of a Ray cluster, which all see SRC and DST.",
+)
+ray_address_option = click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="With --engine ray: the cluster [default: the one at hand, or this machine].",
+)
+
+
 def _parse_worker(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """As I/N, before anything is read: what is wrong with it shows at once."""
     if value is None:
@@ -125,6 +139,8 @@ def output_options(function: Command) -> Command:
             metavar="FILE",
             help="Write what the workers did when, for Perfetto.",
         ),
+        engine_option,
+        ray_address_option,
         json_option,
         quiet_option,
         click.option("-v", "--verbose", is_flag=True, help="Print the plan first."),

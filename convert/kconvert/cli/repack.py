@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,10 @@ from kconvert.cli.running import carry_out, pinned
 from kconvert.formats.engines.amx import METHODS
 from kconvert.planning.containers import FORMS
 from kconvert.targets.base import SCALES
+
+if TYPE_CHECKING:
+    from kconvert.planning.plan import Plan
+    from kconvert.targets.amx import AmxRecipe
 
 
 @click.command("repack-amx")
@@ -57,27 +61,43 @@ def repack_amx(
 def _repack(
     source: str, destination: str, *, method: str, numa: int, revision: str | None, shard_size: int, **options: Any
 ) -> None:
-    import kconvert
     from kconvert.report.summary import launch_amx
     from kconvert.serving.place import place_of_plan
-    from kconvert.targets.amx import AmxRecipe, plan_repack
+    from kconvert.targets.amx import AmxRecipe
 
     chosen = {name: options.pop(name) for name in ("scales", "form", "with_rest")}
     recipe = AmxRecipe(method, numa, shard_size=shard_size, **chosen)
-    plan = plan_repack(kconvert.inspect(source, pinned(source, destination, revision, **options)), recipe)
+    plan = _plan_repack(source, pinned(source, destination, revision, **options), recipe)
     carry_out(plan, destination, launch=launch_amx(place_of_plan(plan, destination), source), **options)
+
+
+def _plan_repack(source: str, revision: str | None, recipe: AmxRecipe) -> Plan:
+    import kconvert
+    from kconvert.address import anywhere
+    from kconvert.planning.plan import repeatable
+    from kconvert.targets.amx import plan_repack
+
+    plan = plan_repack(kconvert.inspect(source, revision), recipe)
+    return repeatable(plan, _plan_repack, anywhere(source), revision, recipe)
 
 
 def _resplit(
     source: str, destination: str, *, numa: int, form: str, shard_size: int, revision: str | None, **options: Any
 ) -> None:
-    from kconvert.models.amx import open_amx
     from kconvert.report.summary import launch_amx
     from kconvert.serving.place import place_of_plan
-    from kconvert.targets.amx import plan_resplit
 
     if revision is not None:
         raise click.UsageError("--revision is for SRC; leave it out with --from-amx")
-    model = open_amx(Path(source))
-    plan = plan_resplit(model, numa, form, shard_size)
+    plan = _plan_resplit(source, numa, form, shard_size)
     carry_out(plan, destination, launch=launch_amx(place_of_plan(plan, destination)), **options)
+
+
+def _plan_resplit(source: str, numa: int, form: str, shard_size: int) -> Plan:
+    from kconvert.address import anywhere
+    from kconvert.models.amx import open_amx
+    from kconvert.planning.plan import repeatable
+    from kconvert.targets.amx import plan_resplit
+
+    plan = plan_resplit(open_amx(Path(source)), numa, form, shard_size)
+    return repeatable(plan, _plan_resplit, anywhere(source), numa, form, shard_size)

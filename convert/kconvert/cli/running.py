@@ -52,7 +52,8 @@ def carry_out(
 
     delivery, share = Delivery.to(destination, terms["push"]), _share(plan, terms["worker"])
     if dry_run or (verbose and not as_json):
-        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
+        rank = share.rank if share is not None else None
+        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"], rank)
         _print(description if share is None else share.describe(description), as_json)
     if dry_run:
         kconvert.check(plan, destination, **terms)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kconvert.cli.options import Command, apply, links_option, location, output_options
 from kconvert.cli.running import carry_out, pinned
+
+if TYPE_CHECKING:
+    from kconvert.planning.plan import Plan
+    from kconvert.targets.sample import SampleRecipe
 
 DIMENSIONS = {
     "layers": "Layers in all.",
@@ -48,14 +52,23 @@ def sample(
     \b
     Example: kconvert sample ./tiny --layers 3 --experts 8 --hidden 512 --vocab 1024
     """
-    from kconvert.address import open_checkpoint
-    from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
+    from kconvert.planning.plan import repeatable
+    from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
     given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}
     sizes = {name: size for name, size in given.items() if size is not None}
     recipe = SampleRecipe(like, sizes, shard_size, scatter, seed)
     if origin is None:
-        plan = plan_synthetic(recipe)
+        plan = repeatable(plan_synthetic(recipe), plan_synthetic, recipe)
     else:
-        plan = plan_cut(open_checkpoint(origin, pinned(origin, destination, None, **options)), recipe)
+        plan = _cut(origin, pinned(origin, destination, None, **options), recipe)
     carry_out(plan, destination, **options)
+
+
+def _cut(origin: str, revision: str | None, recipe: SampleRecipe) -> Plan:
+    from kconvert.address import anywhere, open_checkpoint
+    from kconvert.planning.plan import repeatable
+    from kconvert.targets.sample import plan_cut
+
+    plan = plan_cut(open_checkpoint(origin, revision), recipe)
+    return repeatable(plan, _cut, anywhere(origin), revision, recipe)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint
@@ -20,6 +20,7 @@ class Plan:
     """What will be done. `texts` are the small files written last, in this order, config.json and the index at its end.
 
     `recipe` says in words what was asked for, `facts` what a user wants to know; a synthetic sample has no `source`.
+    `again` makes the same plan elsewhere, and can be pickled; who has made a plan by other means than these may leave it out.
     """
 
     recipe: str
@@ -28,6 +29,7 @@ class Plan:
     shards: tuple[Shard, ...]
     texts: Mapping[str, Text]
     facts: Mapping[str, Any]
+    again: Callable[[], Plan] | None = field(default=None, compare=False, repr=False)
 
     @property
     def side_files(self) -> Mapping[str, int]:
@@ -70,6 +72,29 @@ class Plan:
         files = self.source.files if self.source else {}
         return hashlib.sha256(repr([(name, stat.stamp) for name, stat in files.items()]).encode()).hexdigest()
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the shards, in bytes."""
+        return tuple(shard.nbytes for shard in self.shards)
+
+    def only(self, files: Collection[str]) -> Plan:
+        """The same plan with those steps alone that write to `files`; its hash is that of the whole."""
+        spans = (range(*self._spans[file]) for file in files if file in self._spans)
+        numbers = sorted(set().union(*spans))
+        steps = (self.steps[number] for number in numbers)
+        part = replace(self, steps=tuple(step for step in steps if any(place.file in files for place in step.writes)))
+        vars(part).update(hash=self.hash, stamp=self.stamp)
+        return part
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """Of each file the first step that writes to it, and the one after the last."""
+        spans: dict[str, tuple[int, int]] = {}
+        for number, step in enumerate(self.steps):
+            for place in step.writes:
+                spans[place.file] = spans.get(place.file, (number, 0))[0], number + 1
+        return spans
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON: what `--dry-run --json` prints."""
         return {
@@ -79,6 +104,11 @@ class Plan:
             "shards": [{"name": s.name, "bytes": s.nbytes, "tensors": len(s.tensors)} for s in self.shards],
             "side_files": list(self.side_files),
         }
+
+
+def repeatable(plan: Plan, make: Callable[..., Plan], *arguments: Any) -> Plan:
+    """`plan`, which `make` made of these arguments and will make of them elsewhere."""
+    return replace(plan, again=partial(make, *arguments))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.address import is_remote, open_checkpoint
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, what_finishes
 from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
@@ -208,7 +208,9 @@ def _open_output(
     wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
     missing = [name for name in wanted if not (path / name).exists()]
     if path.is_dir() and missing:
-        raise CheckFailed(f"{path} is unfinished, it has no {missing[0]}; run the conversion again")
+        raise CheckFailed(
+            f"{path} is unfinished, it has no {missing[0]}; {what_finishes(path) or 'run the conversion again'}"
+        )
     try:
         converted = understand(open_checkpoint(output), partial)
         converted.checkpoint.check_index()

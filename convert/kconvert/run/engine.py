@@ -152,7 +152,7 @@ class Run:
     def _finish_empty(self) -> None:
         """Shards whose tensors have no elements are complete with their headers."""
         for shard in self.plan.shards:
-            if shard.is_empty and shard.name in self.shards:
+            if shard.name in self.shards and shard.is_empty:
                 self._begin(shard.name)
                 self._finish(shard.name)
 

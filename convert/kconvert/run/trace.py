@@ -37,6 +37,11 @@ class Trace:
         self._lock = threading.Lock()
         self._clocks: list[Clock] = []
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a file is to show it."""
+        return self._path is not None
+
     def clock(self) -> Clock:
         """For another worker."""
         with self._lock:

@@ -11,7 +11,7 @@ from typing import Any
 
 from kconvert.address import open_checkpoint
 from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, what_finishes
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint, open_directory
 from kconvert.errors import KconvertError
@@ -105,10 +105,8 @@ def _made_from(record: Mapping[str, Any]) -> str:
 def _check_finished(root: Path, wanted: Iterable[str]) -> None:
     missing = next((name for name in wanted if not (root / name).exists()), None)
     if missing is not None:
-        unfinished = (root / STATE_DIR).is_dir()
-        advice = (
-            "it is unfinished, run the conversion again" if unfinished else "no engine loads it without; fetch that"
-        )
+        help = what_finishes(root)
+        advice = f"it is unfinished, {help}" if help else "no engine loads it without; fetch that"
         raise KconvertError(f"{root} has no {missing}: {advice}")
 
 

@@ -15,11 +15,15 @@ LOCK = "lock"
 UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+class Busy(KconvertError):
+    """Another run is at work; later it may not be."""
+
+
 @contextmanager
 def hold(path: Path, busy: str, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the file `path`, alone or with others who share it.
 
-    Where another holds it, wait or raise KconvertError `busy`. An OSError is left to the caller.
+    Where another holds it, wait or raise Busy with what `busy` says. An OSError is left to the caller.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -34,7 +38,7 @@ def _lock(held: int, path: Path, busy: str, mode: int) -> None:
     try:
         fcntl.flock(held, mode)
     except BlockingIOError:
-        raise KconvertError(busy) from None
+        raise Busy(busy) from None
     except OSError as error:
         if error.errno not in UNKNOWN:
             raise

@@ -12,15 +12,16 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kconvert.checkpoint.files import sync_directory
+from kconvert.checkpoint.listing import RANKS
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.planning.plan import Plan
 from kconvert.run.state.ranks import MOST
 
-RANKS = "ranks"
 OUTLINE = "plan.json"
 CLOSING = "closing"  # the small files, in the folder of rank 0
 
@@ -44,18 +45,31 @@ class Outline:
         """That of DST/.kconvert; None where no ranks are at work or have been. KconvertError when it is none of ours."""
         path = state / RANKS / OUTLINE
         try:
-            table = json.loads(path.read_bytes())
-            shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
-            outline = cls(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
+            look = path.stat()
+            outline = _read(path, look.st_ino, look.st_size, look.st_mtime_ns)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise explain_os_error(error, f"cannot read {path}") from None
-        except (ValueError, TypeError, KeyError, RecursionError):
-            outline = None
-        if outline is None or not outline.is_sound:
+        if outline is None:
             raise KconvertError(f"{path} is not what kconvert wrote; start again in another directory")
         return outline
+
+    @classmethod
+    def parse(cls, text: bytes) -> Outline | None:
+        """From the content of its file; None of what is no outline."""
+        try:
+            table = json.loads(text)
+            shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
+            outline = cls(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        return outline if outline.is_sound else None
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small})
 
     @property
     def is_sound(self) -> bool:
@@ -65,16 +79,13 @@ class Outline:
         return 0 < self.ranks <= MOST and sizes and all(map(_is_inside, names))
 
     def put(self, state: Path, token: str) -> Outline:
-        """Into DST/.kconvert, unless there is one; returns that which is there. `token` is no other process's."""
-        if (there := Outline.read(state)) is not None:
-            return there
+        """Into DST/.kconvert, unless there is one by now; returns that which is there. `token` is no other process's."""
         path = state / RANKS / OUTLINE
-        table = {"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small}
         partial = path.with_name(f"{OUTLINE}.{token}")
         try:
             path.parent.mkdir(exist_ok=True)
             with open(partial, "w", encoding="utf-8") as file:
-                json.dump(table, file)
+                file.write(self.text)
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(FileExistsError):
@@ -88,6 +99,12 @@ class Outline:
     def is_closable(self, state: Path) -> bool:
         """Whether rank 0 has left the small files."""
         return all((closing(state) / name).is_file() for name in self.small)
+
+
+@lru_cache(1)
+def _read(path: Path, *look: int) -> Outline | None:
+    """A process that is one rank after the other reads it once."""
+    return Outline.parse(path.read_bytes())
 
 
 def folder(state: Path, rank: int) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heapify, heapreplace
 
 from kconvert.errors import KconvertError
@@ -47,8 +48,20 @@ class Rank:
 
     def share(self, plan: Plan) -> frozenset[str]:
         """The shards of this rank."""
-        ranks = deal([shard.nbytes for shard in plan.shards], self.count)
-        return frozenset(shard.name for shard, rank in zip(plan.shards, ranks, strict=True) if rank == self.index)
+        return frozenset(plan.shards[number].name for number in _hands(plan.sizes, self.count)[self.index])
+
+    def nbytes(self, plan: Plan) -> int:
+        """What they have together."""
+        return sum(plan.sizes[number] for number in _hands(plan.sizes, self.count)[self.index])
+
+
+@lru_cache(4)
+def _hands(sizes: tuple[int, ...], count: int) -> list[list[int]]:
+    """The numbers of the shards that each rank has."""
+    hands: list[list[int]] = [[] for _ in range(count)]
+    for number, rank in enumerate(deal(sizes, count)):
+        hands[rank].append(number)
+    return hands
 
 
 def deal(sizes: Sequence[int], count: int) -> list[int]:

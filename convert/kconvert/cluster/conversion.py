@@ -1,0 +1,154 @@
+"""A conversion by the workers of a Ray cluster. Each task is a rank, so DST is what ranks leave, and all that they know."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kconvert.checkpoint.directory import are_links_allowed, links_allowed
+from kconvert.checkpoint.listing import RANKS, STATE_DIR
+from kconvert.cluster.ray import Cluster
+from kconvert.errors import KconvertError, explain_os_error
+from kconvert.planning.plan import Plan
+from kconvert.run import job
+from kconvert.run.delivery import Delivery
+from kconvert.run.departures import Card
+from kconvert.run.disk import Needs
+from kconvert.run.engine import Limits
+from kconvert.run.state.finalize import finalize_complete, is_closed
+from kconvert.run.state.locks import LOCK, Busy, hold
+from kconvert.run.state.outline import Outline
+from kconvert.run.state.ranks import Rank, deal
+from kconvert.run.trace import Trace
+from kconvert.run.values import check_values
+
+ROUNDS = 8  # tasks for each that runs at a time, to even out the end
+PATIENCE = 600  # seconds for the worker of a node that was given up to end, or to lose its locks
+THREADS = 6  # beyond the CPUs of a task, as Limits has it
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one conversion: called with a number it is that rank, in any process that sees SRC and DST."""
+
+    again: Callable[[], Plan]
+    expected: tuple[str, str]  # the plan's hash and stamp
+    destination: str
+    count: int
+    limits: Limits
+    links: bool
+    command: str
+    card: Callable[[Plan, str], Card]
+
+    def __call__(self, number: int, tell: Callable[[int], None]) -> dict[str, int]:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._run(Rank(number, self.count), tell)
+            except Busy:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
+    def _run(self, rank: Rank, tell: Callable[[int], None]) -> dict[str, int]:
+        terms, delivery = job.Terms(rank=rank, surveyed=True), Delivery.to(self.destination)
+        with _links(self.links), job.prepared(self._plan, delivery, terms, self.command, self._card) as work:
+            tell(work.earlier)
+            inexact = work.run(self.limits, tell, Trace())
+            work.finish()
+        return inexact
+
+    @cached_property
+    def _plan(self) -> Plan:
+        with _links(self.links):
+            plan = self.again()
+        if (plan.hash, plan.stamp) != self.expected:
+            raise KconvertError(
+                "the plan that was made here is another than the driver's; SRC must have the same files everywhere, with the "
+                "same sizes and times"
+            )
+        return plan
+
+    @cached_property
+    def _card(self) -> Card:
+        return self.card(self._plan, self.command)
+
+
+def convert_by_ray(
+    plan: Plan,
+    delivery: Delivery,
+    terms: job.Terms,
+    command: str,
+    card: Callable[[Plan, str], Card],
+    address: str | None,
+    limits: tuple[int | None, int | None],
+    advance: Callable[[int], None],
+    found: Callable[[int], None],
+) -> dict[str, int]:
+    """Carry out `plan`, or finish what ranks have begun; see kconvert.convert. The last act is `finalize`, here."""
+    if plan.again is None:
+        raise KconvertError("this plan cannot be made on other machines; make it by kconvert.plan")
+    needs = job.check(plan, delivery, terms)
+    if terms.check_first and plan.source is not None:
+        with plan.source.reader() as reader:
+            check_values(plan, needs.settled, reader)
+    earlier = sum(shard.nbytes for shard in plan.shards if shard.name in needs.finished)
+    found(earlier)
+    advance(earlier)
+    inexact: Counter[str] = Counter()
+    if len(needs.settled) == len(plan.shards) and is_closed(delivery.directory):
+        return inexact
+    with Cluster(address) as cluster, _alone(delivery) as state:
+        outline = Outline.read(state)
+        count = outline.ranks if outline is not None else _tasks(len(plan.shards), cluster.slots)
+        threads, memory = limits
+        ranks = Ranks(
+            plan.again,
+            (plan.hash, plan.stamp),
+            str(delivery.directory.absolute()),
+            count,
+            Limits.choose(threads or cluster.cpus + THREADS, memory),
+            are_links_allowed(),
+            command,
+            card,
+        )
+        for _, lost in cluster.call(ranks, _numbers(needs, count), advance):
+            inexact.update(lost)
+    if finalize_complete(delivery.directory) is None and not is_closed(delivery.directory):
+        raise KconvertError(
+            f"somebody has touched or removed shards of {delivery} meanwhile; run the same command again, which writes them"
+        )
+    return dict(inexact)
+
+
+def _tasks(shards: int, slots: int) -> int:
+    """How many ranks there are to be, of a conversion that nobody has begun."""
+    return max(min(shards, ROUNDS * slots), 1)
+
+
+def _numbers(needs: Needs, count: int) -> list[int]:
+    """The ranks that have something to do; the first leaves the small files."""
+    ranks = deal(needs.plan.sizes, count)
+    late = (rank for rank, shard in zip(ranks, needs.plan.shards, strict=True) if shard.name not in needs.finished)
+    return sorted({0, *late})
+
+
+@contextmanager
+def _alone(delivery: Delivery) -> Iterator[Path]:
+    """DST/.kconvert, held against other drivers, and against runs without ranks."""
+    state = delivery.directory / STATE_DIR
+    busy = f"another kconvert is writing to {delivery}; wait for it, or choose another directory"
+    try:
+        with hold(state / LOCK, busy, shared=True), hold(state / RANKS / LOCK, busy):
+            yield state
+    except OSError as error:
+        raise explain_os_error(error, f"cannot write to {delivery}") from None
+
+
+def _links(allowed: bool) -> AbstractContextManager[None]:
+    return links_allowed() if allowed else nullcontext()

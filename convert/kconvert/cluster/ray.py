@@ -1,0 +1,205 @@
+"""A function called for many numbers on the machines of a Ray cluster, which starts again what a dead one had.
+
+The function travels once, pickled, and what it returns; both are small. Nothing is put into Ray's object store: what the
+function reads and writes lies where all machines see it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from kconvert.errors import KconvertError
+from kconvert.version import __version__
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+LOSSES = 20  # how often one task may lose its worker
+LOOKS = 0.5  # seconds between two looks at what the tasks say
+PORT = 6379  # where Ray is unless it is told
+STORE = 80 << 20  # bytes of a store that nothing is put into; the least that Ray takes
+
+
+class Work(Protocol[T_co]):
+    """What is called with a number; it says by `tell` how much it has done, in bytes of all that the number stands for."""
+
+    def __call__(self, number: int, tell: Callable[[int], None]) -> T_co: ...
+
+
+class Cluster:
+    """A connection to Ray, a context manager; without an address to the cluster at hand, or to a new one of this machine.
+
+    `slots` is how many tasks run at a time, each with `cpus` of its node. KconvertError where there is no Ray.
+    """
+
+    def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
+        self._ray = _ray()
+        self._joined = not self._ray.is_initialized()
+        if self._joined:
+            self._connect(address)
+        nodes = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        self.cpus = cpus or min(filter(None, nodes), default=1)
+        self.slots = max(sum(count // self.cpus for count in nodes), 1)
+
+    def call(self, work: Work[T], numbers: Iterable[int], tell: Callable[[int], None]) -> Iterator[tuple[int, T]]:
+        """Each number with what `work` returns for it, as they are done; `tell` hears how much all have done since last time.
+
+        What `work` raises is raised here, and ends the others.
+        """
+        ray = self._ray
+        board = ray.remote(num_cpus=0, scheduling_strategy=_here(ray))(Board).remote()
+        options = {"num_cpus": self.cpus, "max_retries": LOSSES, "scheduling_strategy": "SPREAD"}
+        task, pickled = ray.remote(**options)(_starter()), ray.cloudpickle.dumps(work)
+        pending = {task.remote(__version__, pickled, number, board): number for number in numbers}
+        done, told = 0, 0
+        try:
+            while pending:
+                ready, _ = ray.wait([*pending], num_returns=len(pending), timeout=LOOKS)
+                for ref in ready:
+                    number = pending.pop(ref)
+                    nbytes, value = self._get(ref, number)
+                    done += nbytes
+                    yield number, value
+                total = done + self._said(board, {*pending.values()})
+                if total > told:  # who has been started again has done less for a while
+                    tell(total - told)
+                    told = total
+        finally:
+            for ref in pending:
+                ray.cancel(ref, force=True)
+
+    def _said(self, board: Any, numbers: Iterable[int]) -> int:
+        """What tasks that are still at work say; nothing where the board has gone."""
+        try:
+            said = self._ray.get(board.read.remote(), timeout=LOOKS)
+        except self._ray.exceptions.RayError:
+            return 0
+        return sum(said.get(number, 0) for number in numbers)
+
+    def _get(self, ref: Any, number: int) -> Any:
+        errors = self._ray.exceptions
+        try:
+            nbytes, value = self._ray.get(ref)
+        except errors.RayTaskError as error:
+            raise error.cause from None
+        except errors.RayError as error:
+            said = str(error).partition("\n")[0]
+            raise KconvertError(
+                f"task {number} lost its worker more than {LOSSES} times ({said}); see the logs of Ray, and whether its nodes "
+                "have memory enough"
+            ) from None
+        if nbytes is None:
+            raise KconvertError(f"{value} has no kconvert; install version {__version__} on all nodes of the cluster")
+        return nbytes, value
+
+    def _connect(self, address: str | None) -> None:
+        """Join a cluster: that of the address, that of RAY_ADDRESS, one that runs on this machine; or else start one here."""
+        quiet = {"logging_level": "ERROR", "log_to_driver": False}
+        named = address or os.environ.get("RAY_ADDRESS")
+        if named:
+            _check_address(named)
+        try:
+            self._ray.init(address=named or "auto", **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if named:
+                said = str(error).partition("\n")[0]
+                raise KconvertError(f"Ray does not let this process into its cluster at {named}: {said}") from None
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            self._ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **quiet)
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._joined:
+            self._ray.shutdown()
+
+
+class Board:
+    """An actor beside the driver: what the tasks have said last."""
+
+    def __init__(self) -> None:
+        self._said: dict[int, int] = {}
+
+    def write(self, number: int, nbytes: int) -> None:
+        self._said[number] = nbytes
+
+    def read(self) -> dict[int, int]:
+        return self._said
+
+
+def _starter() -> Callable[..., Any]:
+    """What travels as code and not by name, for a node may have no kconvert."""
+
+    def start(*arguments: Any) -> tuple[int | None, Any]:
+        try:
+            from kconvert.cluster.ray import perform
+        except ImportError:
+            return None, __import__("os").uname().nodename
+        return perform(*arguments)
+
+    return start
+
+
+def perform(version: str, pickled: bytes, number: int, board: Any) -> tuple[int, Any]:
+    """A task, in a worker of the cluster: the bytes that the work has told of, and what it returns."""
+    host = os.uname().nodename
+    if version != __version__:
+        raise KconvertError(f"{host} has kconvert {__version__}, and this is {version}; install the same on all nodes")
+    told, last = 0, 0.0
+
+    def tell(nbytes: int) -> None:
+        nonlocal told, last
+        told += nbytes
+        if (now := time.monotonic()) - last > LOOKS:
+            last = now
+            board.write.remote(number, told)
+
+    try:
+        value = _unpickled(pickled)(number, tell)
+        return told, value
+    except KconvertError as error:
+        raise type(error)(f"{error} (on {host})") from None
+
+
+@lru_cache(1)
+def _unpickled(pickled: bytes) -> Any:
+    """The same object for all tasks of a worker, so that it can keep what it needs for each."""
+    return _ray().cloudpickle.loads(pickled)
+
+
+def _check_address(address: str) -> None:
+    """KconvertError where nobody listens; Ray would look for minutes, and then end this process."""
+    if address in ("auto", "local"):
+        return
+    try:
+        place = urlsplit(address if "://" in address else f"ray://{address}")
+        socket.create_connection((place.hostname, place.port or PORT), 10).close()
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise KconvertError(
+            f"there is no Ray cluster at {address} ({said}); start it, or give the HOST:PORT that `ray start --head` has told"
+        ) from None
+
+
+def _here(ray: Any) -> Any:
+    """The node of the driver, whose end is the end of all."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise KconvertError("--engine ray needs Ray; pip install 'kconvert-toolkit[ray]'") from None
+    return ray
