@@ -23,6 +23,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -146,9 +147,12 @@ def open(source: StrPath, revision: str | None = None, *, threads: int | None = 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
     from kconvert.run.delivery import Delivery
-    from kconvert.run.state.journal import pinned_commit
+    from kconvert.run.state.journal import head_at, pinned_commit
+    from kconvert.run.state.stored import head_in
 
-    return pinned_commit(Delivery.to(destination).directory, os.fspath(source), revision) or revision
+    delivery = Delivery.to(destination)
+    look = partial(head_at, delivery.directory) if delivery.store is None else partial(head_in, delivery.store)
+    return pinned_commit(look, os.fspath(source), revision) or revision
 
 
 @contextmanager
@@ -211,9 +215,10 @@ def convert(
 ) -> dict[str, int]:
     """Carry out `plan` into `destination`, or finish an earlier run that was interrupted.
 
-    `destination` is a directory or a Hub id; `push` is a repository that gets the output of a directory, too, and `command`
-    what reports and the model card say was typed. `disk_budget` bounds the bytes on the output's disk: source files from the
-    Hub are deleted as soon as nothing needs them, and shards once they are on the Hub, if that is where they go.
+    `destination` is a directory, a Hub id or an object store's `s3://bucket/prefix`; `push` is a repository that gets the
+    output of a directory, too, and `command` what reports and the model card say was typed. `disk_budget` bounds the bytes on
+    the output's disk: source files from elsewhere are deleted as soon as nothing needs them, and shards once they are on the
+    Hub or in the store, if they go there.
     `threads` are worker threads (by default the cores and six), `memory` bounds the buffers of all together in bytes (by
     default 256 MiB); neither changes a byte of the output. `overwrite` replaces the checkpoint in `destination`. `advance`
     is called from worker threads with the number of bytes written (of finished shards too), `found` once, at the beginning,
@@ -252,19 +257,23 @@ def convert(
 
 
 def finalize(destination: StrPath) -> Closed:
-    """Close the directory `destination`, to which the ranks of a conversion have written all shards (`convert` with `worker`).
+    """Close `destination`, a directory or a place in an object store, to which the ranks of a conversion have written all
+    shards (`convert` with `worker`).
 
-    Every shard is looked at: size, time and header are those that it was planned and left with. Then side files, config.json
-    and index are written, and the directory is as a run without ranks would have left it; SRC is not needed. Returns how many
-    `shards` of how many bytes (`nbytes`) there are, and whether it was closed `before`.
+    Every shard is looked at: size, time (in a store: ETag) and header are those that it was planned and left with. Then side
+    files, config.json and index are written, and all is as a run without ranks would have left it; SRC is not needed. Returns
+    how many `shards` of how many bytes (`nbytes`) there are, and whether it was closed `before`.
 
     KconvertError when shards are missing, with the ranks that have to run again, and when `destination` is not that of ranks.
     """
     from pathlib import Path
 
     from kconvert.run.state.finalize import finalize_ranks
+    from kconvert.run.state.stored import finalize_stored
+    from kconvert.stores.urls import parse_store_url
 
-    return finalize_ranks(Path(destination))
+    place = parse_store_url(os.fspath(destination))
+    return finalize_ranks(Path(destination)) if place is None else finalize_stored(place)
 
 
 def _rank(worker: str | None) -> Rank | None:

@@ -608,7 +608,6 @@ def test_a_rank_that_makes_no_sense(job: Job, monkeypatch: pytest.MonkeyPatch, t
     ("options", "words"),
     [
         (("--push", "me/out", "--worker", "0/2"), "ranks cannot send to the Hub"),
-        (("--disk-budget", "1GB", "--worker", "0/2"), "ranks cannot keep within --disk-budget"),
         (("--overwrite", "--worker", "0/2"), "ranks replace nothing"),
         (("--finalize-when-complete",), "give --worker"),
     ],

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 from click.testing import CliRunner
+from s3_server import SECRET, short, status
 
 import kconvert
 from kconvert import KconvertError
@@ -13,12 +14,7 @@ from kconvert.cli import main
 from kconvert.stores import client
 from kconvert.stores.urls import StoreUrl, parse_store_url
 
-from .conftest import PLACE, SECRET
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(client, "WAITS", (0.01,) * 5)
+from .conftest import PLACE
 
 
 def run(*words):
@@ -89,20 +85,6 @@ def near_bytes(root, name):
     return sum(tensor.nbytes for key, tensor in tensors.items() if key.startswith(name))
 
 
-def status(code):
-    def fault(app, environ, start):
-        start(code, [("Content-Type", "text/plain")])
-        return [b"no"]
-
-    return fault
-
-
-def short(app, environ, start):
-    """Less than was announced."""
-    body = b"".join(app(environ, start))
-    return [body[: len(body) // 2]]
-
-
 @pytest.mark.parametrize(
     "fault", [status("500 Server Error"), status("503 Slow Down"), short], ids=["500", "503", "short body"]
 )
@@ -150,12 +132,6 @@ def test_a_place_where_nothing_is(bucket, place, words):
 
 def test_a_store_has_no_revisions(bucket):
     assert "has no revisions" in run("inspect", PLACE, "--revision", "main").output
-
-
-def test_outputs_go_to_directories(bucket, stored):
-    said = run("int4-to-bf16", stored, "s3://models/out")
-    assert said.exit_code == 2
-    assert "an output cannot go to s3://models/out yet" in said.output
 
 
 def test_without_obstore_the_sentence_says_what_to_install(monkeypatch, bucket):

@@ -190,7 +190,7 @@ def test_kt_kernel_finds_every_expert(
 def test_codes_that_are_only_called_otherwise_are_copied(mxfp4: Path, tmp_path: Path) -> None:
     made = plan(mxfp4, Recipe("mxfp4", layout="ktransformers"))
     assert made.facts["transcoded"] == 0
-    assert "lossy" not in "\n".join(describe_plan(made, _delivery(tmp_path), None, None).lines)
+    assert "lossy" not in "\n".join(describe_plan(made, _delivery(tmp_path), None, None, None, None).lines)
 
 
 def _delivery(root: Path) -> Any:

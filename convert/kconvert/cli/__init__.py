@@ -43,8 +43,8 @@ def _fail(kind: str, message: str, code: int) -> None:
 def main() -> None:
     """Convert, repack and re-quantise checkpoints of mixture-of-experts language models, at the disk's speed.
 
-    SRC and DST are directories or repositories of the Hugging Face Hub: ORG/NAME or hf://ORG/NAME@REVISION. A directory of
-    that name goes before the Hub; hf:// is always the Hub.
+    SRC and DST are directories, repositories of the Hugging Face Hub (ORG/NAME or hf://ORG/NAME@REVISION) or objects of a
+    store (s3://BUCKET/PREFIX, gs://…, az://…). A directory of that name goes before the Hub; hf:// is always the Hub.
 
     Shell completion: eval "$(_KCONVERT_COMPLETE=bash_source kconvert)" (or zsh_source, fish_source).
     """

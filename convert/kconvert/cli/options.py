@@ -35,8 +35,8 @@ class Size(click.ParamType[int]):
 
 
 class Location(click.ParamType[str]):
-    """A directory or a Hub id, as it was typed: a path would make one slash of the two in hf://; or a GGUF file, where such
-    are read."""
+    """A directory, a Hub id or a store's address, as it was typed: a path would make one slash of the two in hf://; or a GGUF
+    file, where such are read."""
 
     name = "location"
 
@@ -45,7 +45,7 @@ class Location(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if exists(value) and not is_directory(value) and not (self._gguf and _is_gguf(value)):
-            self.fail(f"{value!r} is a file; give a directory or a Hub id", param, ctx)
+            self.fail(f"{value!r} is a file; give a directory, a Hub id or s3://…", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

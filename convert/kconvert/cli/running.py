@@ -51,7 +51,8 @@ def carry_out(
 
     delivery, share = Delivery.to(destination, terms["push"]), _share(plan, terms["worker"])
     if dry_run or (verbose and not as_json):
-        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"])
+        rank = share.rank if share is not None else None
+        description = describe_plan(plan, delivery, threads, memory, terms["disk_budget"], rank)
         if share is not None:
             description = share.describe(description)
     if dry_run:

@@ -18,6 +18,7 @@ from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Transcode
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import existing, free_bytes, survey
+from kconvert.run.state.ranks import Rank
 from kconvert.serving.contents import contents_of_plan
 from kconvert.serving.launch import launch
 from kconvert.serving.place import Place, place_of_amx, source_of
@@ -121,9 +122,9 @@ def dropped(names: Iterable[str]) -> str:
 
 
 def describe_plan(
-    plan: Plan, delivery: Delivery, threads: int | None, memory: int | None, disk_budget: int | None = None
+    plan: Plan, delivery: Delivery, threads: int | None, memory: int | None, disk_budget: int | None, rank: Rank | None
 ) -> Summary:
-    """`--dry-run`: output bytes, shards, peak RAM, free disk; what comes from the Hub and goes there.
+    """`--dry-run`: output bytes, shards, peak RAM, free disk; what comes from the Hub and goes there, of a `rank` its share.
 
     Where scales are a choice, errors on a sample of the weights, too, if these are on this machine.
     """
@@ -132,7 +133,7 @@ def describe_plan(
     limits = Limits.choose(threads, memory)
     peak = limits.peak(plan)
     free = free_bytes(delivery.directory)
-    traffic = _describe_traffic(plan, delivery, disk_budget)
+    traffic = _describe_traffic(plan, delivery, disk_budget, rank)
     facts = {
         **plan.as_dict(),
         "peak_memory_bytes": peak,
@@ -162,11 +163,11 @@ def describe_plan(
     return Summary(facts, lines)
 
 
-def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None) -> Summary:
-    """What a run from the beginning has to do with the Hub; nothing for one that has nothing to do with it."""
-    if (plan.source is None or plan.source.directory) and delivery.push is None and disk_budget is None:
+def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None, rank: Rank | None) -> Summary:
+    """What a run from the beginning has to do with the Hub or a store; nothing for one that has nothing to do with them."""
+    if (plan.source is None or plan.source.directory) and not delivery.leads_on and disk_budget is None:
         return Summary({}, ())
-    needs = survey(plan, delivery, {}, disk_budget)
+    needs = survey(plan, delivery, {}, disk_budget, rank)
     facts: dict[str, Any] = {}
     lines: list[str] = []
     if needs.fetches:
@@ -176,8 +177,11 @@ def _describe_traffic(plan: Plan, delivery: Delivery, disk_budget: int | None) -
     if delivery.push is not None:
         facts.update(push=str(delivery.push))
         lines.append(f"upload: {human(plan.output_bytes)} to {delivery.push}, private if it is new")
+    if delivery.store is not None:
+        facts.update(store=str(delivery.store))
+        lines.append(f"upload: {human(rank.nbytes(plan) if rank else plan.output_bytes)} to {delivery.store}")
     if needs.budget is None and needs.fetches:
-        lesser = survey(plan, delivery, {}, free_bytes(delivery.directory)).schedule.peak
+        lesser = survey(plan, delivery, {}, free_bytes(delivery.directory), rank).schedule.peak
         facts.update(smallest_disk_budget=lesser)
         lines.append(
             f"disk budget: none, source files stay in the Hub's cache; the smallest possible is {human(lesser)}"

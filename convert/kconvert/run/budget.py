@@ -62,12 +62,13 @@ def make_schedule(
     arriving: Mapping[str, int],
     present: Collection[str] = (),
     gone: Collection[str] | None = None,
+    others: Collection[str] = (),
 ) -> Schedule:
     """The schedule of what is still to be done.
 
     `finished` are the shards that are complete, `arriving` the bytes on the disk of each source file that comes from the
     Hub, `present` those of them that are there already. `gone`, when given, are the shards that have left the disk for the
-    Hub, as every shard will once it is finished.
+    Hub, as every shard will once it is finished. `others` are those that somebody else writes.
     """
     begins: dict[str, int] = {}  # of output shards and of source files, which may have the same names
     ends: dict[str, int] = {}
@@ -92,7 +93,7 @@ def make_schedule(
         if file in needed
     ]
     for output in plan.shards:
-        if gone is None or output.name not in gone:
+        if output.name not in others and (gone is None or output.name not in gone):
             last = len(plan.steps) if gone is None else ends.get(output.name, 0)
             spans.append(Span(("output", output.name), output.nbytes, begins.get(output.name, 0), last))
     rest = plan.output_bytes - sum(output.nbytes for output in plan.shards)

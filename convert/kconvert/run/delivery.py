@@ -1,30 +1,34 @@
-"""Where an output goes: into a directory, and from there perhaps to a repository of the Hub."""
+"""Where an output goes: into a directory, and from there perhaps to a repository of the Hub or to an object store."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kconvert.errors import KconvertError
 from kconvert.hub.ids import HubId, parse_destination, parse_hub_id
-from kconvert.stores.urls import parse_store_url
+from kconvert.run.state.ranks import Rank
+from kconvert.stores.urls import StoreUrl, cache_directory, parse_store_url
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """`push` is the repository that gets the output. With `passing` the directory is only on the way there."""
+    """`push` is the repository that gets the output, or `store` the place. With `passing` the directory is only on the way
+    there."""
 
     directory: Path
     push: HubId | None = None
     passing: bool = False
+    store: StoreUrl | None = None
 
     @classmethod
     def to(cls, destination: str | os.PathLike[str], push: str | None = None) -> Delivery:
-        """From DST, a directory or a Hub id, and --push."""
+        """From DST, a directory, a Hub id or a place in an object store, and --push."""
         if (store := parse_store_url(os.fspath(destination))) is not None:
-            raise KconvertError(f"an output cannot go to {store} yet; name a directory or a repository of the Hub")
+            return cls._to_store(store, push)
         target = parse_destination(os.fspath(destination))
         if push is None and target is None:
             return cls(Path(destination))
@@ -39,8 +43,26 @@ class Delivery:
 
         return cls(workplace(target), target, passing=True)
 
+    @classmethod
+    def _to_store(cls, store: StoreUrl, push: str | None) -> Delivery:
+        if push is not None:
+            raise KconvertError(f"DST is {store} and --push says {push}; leave out one of them")
+        name = f"{store.bucket}-{hashlib.sha256(str(store).encode()).hexdigest()[:16]}"
+        return cls(cache_directory() / "sending" / name, passing=True, store=store)
+
+    def of(self, rank: Rank | None) -> Delivery:
+        """Where a rank's share goes: on the way to a store each has a directory of its own, as if it were alone."""
+        if rank is None or self.store is None:
+            return self
+        return replace(self, directory=self.directory.with_name(f"{self.directory.name}-{rank.index}-of-{rank.count}"))
+
+    @property
+    def leads_on(self) -> bool:
+        """Whether shards go on from the directory."""
+        return self.push is not None or self.store is not None
+
     def __str__(self) -> str:
-        return str(self.push if self.passing else self.directory)
+        return str((self.push or self.store) if self.passing else self.directory)
 
     def clear(self) -> None:
         """What has arrived need not be on the way any more."""

@@ -1,25 +1,32 @@
-"""The output's way to a repository of the Hub: shards as they are finished, and one commit at the end that shows them."""
+"""The output's way to the Hub or to an object store: shards as they are finished, and at the end what makes a checkpoint of
+them: in the Hub one commit, in a store config.json and the index."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from kconvert.checkpoint.source import Reader
-from kconvert.hub.ids import HubId
 from kconvert.planning.plan import Plan
 from kconvert.run.budget import Ledger
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import Needs
 from kconvert.run.mover import Mover
-from kconvert.run.state.journal import Journal, Record
-
-if TYPE_CHECKING:
-    from kconvert.hub.upload import Upload
+from kconvert.run.state.journal import UPLOAD, Journal, Record
+from kconvert.run.state.stored import Stored
 
 UPLOADS = 2  # at a time
+
+
+class Outbox(Protocol):
+    def has(self, upload: Mapping[str, Any], /) -> bool:
+        """Whether a journal's record says that the content is there."""
+
+    def send(self, name: str, path: Path, /) -> dict[str, Any]:
+        """Send the content of a shard; returns what the journal is to have of that."""
 
 
 class Card(Protocol):
@@ -33,18 +40,18 @@ class Card(Protocol):
 
 
 class Departures(Mover):
-    """Gives shards room on the disk and, where the output goes to the Hub, sends them once they are finished."""
+    """Gives shards room on the disk and, where the output goes on from there, sends them once they are finished."""
 
     def __init__(self, needs: Needs, journal: Journal, ledger: Ledger, source: Reader, card: Card) -> None:
         super().__init__(ledger)
         self._needs, self._plan, self._journal = needs, needs.plan, journal
         self._source, self._card = source, card
-        self._outbox: Upload | None = None
+        self._outbox: Outbox | None = None
         self._finished: SimpleQueue[str | None] = SimpleQueue()
 
     def __enter__(self) -> Departures:
-        if self._needs.delivery.push is not None:
-            self._outbox = _open(self._needs.delivery.push)
+        self._outbox = _open(self._needs)
+        if self._outbox is not None:
             for shard in self._journal.finished:
                 self._finished.put(shard)
             self._start(self._send_shards, UPLOADS)
@@ -57,9 +64,10 @@ class Departures(Mover):
 
     def finish(self, shard: str) -> None:
         """The shard is on its way."""
-        if self._outbox is not None:
+        if self._needs.delivery.push is not None:
             with Reader(self._journal.destination) as output:
                 self._journal.note(shard, **self._card.look(shard, self._source, output))
+        if self._outbox is not None:
             self._finished.put(shard)
 
     def _join(self) -> None:
@@ -71,17 +79,20 @@ class Departures(Mover):
         assert self._outbox is not None
         while (shard := self._finished.get()) is not None and not self._stopped.is_set():
             path = self._journal.destination / shard
-            if not self._outbox.has(self._journal.finished[shard].get("upload", {})):
+            if not self._outbox.has(self._journal.finished[shard].get(UPLOAD, {})):
                 self._journal.note(shard, upload=self._outbox.send(shard, path))
             if self._needs.leaving and path.exists():
                 path.unlink()
                 self._ledger.release(("output", shard))
 
     def commit(self, command: str) -> None:
-        """Show what was sent, with the small files of the directory and the card."""
+        """Show what was sent to the Hub, with the small files of the directory and the card."""
         plan, delivery = self._plan, self._needs.delivery
         if self._outbox is None or delivery.push is None:
             return
+        from kconvert.hub.upload import Upload
+
+        assert isinstance(self._outbox, Upload)
         records = {shard.name: self._journal.finished[shard.name] for shard in plan.shards}
         uploads = {name: record["upload"] for name, record in records.items()}
         digests = {name: upload["sha256"] for name, upload in uploads.items()}
@@ -93,7 +104,9 @@ class Departures(Mover):
 
 
 def published(plan: Plan, delivery: Delivery) -> dict[str, Record]:
-    """Records of all shards when the repository that DST is has the output of `plan` already; else none."""
+    """Records of all shards when the repository or the store that DST is has the output of `plan` already; else none."""
+    if delivery.store is not None:
+        return Stored(delivery.store, plan).published()
     if delivery.push is None or not delivery.passing:
         return {}
     from kconvert.hub.front_matter import CARD
@@ -124,10 +137,14 @@ def check_repository(plan: Plan, delivery: Delivery, finished: Mapping[str, Reco
     check_target(delivery.push, ours if begun else (), overwrite)
 
 
-def _open(repository: HubId) -> Upload:
+def _open(needs: Needs) -> Outbox | None:
+    if needs.delivery.store is not None:
+        return Stored(needs.delivery.store, needs.plan)
+    if needs.delivery.push is None:
+        return None
     from kconvert.hub.upload import Upload
 
-    return Upload(repository)
+    return Upload(needs.delivery.push)
 
 
 def _seal(plan: Plan, digests: Mapping[str, str]) -> str:

@@ -17,6 +17,8 @@ from kconvert.run.budget import Schedule, make_schedule
 from kconvert.run.delivery import Delivery
 from kconvert.run.fetches import places_of, plan_fetches
 from kconvert.run.state.journal import STAGED, Record, stale_files
+from kconvert.run.state.outline import folder
+from kconvert.run.state.ranks import Rank
 
 PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 
@@ -25,9 +27,9 @@ PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 class Needs:
     """`budget` is what may be used at the output's disk, None when what comes from the Hub is kept in its cache.
 
-    `others` are shards that other ranks write. `places` says where each source file that comes from the Hub will lie, `missing`
-    how many bytes of it are still to come, `present` which of those that pass through the output's directory an earlier run has
-    left there, whole or in part.
+    `others` are shards that other ranks write, `staged` is where what passes through the output's disk lies. `places` says
+    where each source file that comes from the Hub will lie, `missing` how many bytes of it are still to come, `present` which
+    of those that pass through the output's directory an earlier run has left there, whole or in part.
     """
 
     plan: Plan
@@ -40,6 +42,7 @@ class Needs:
     present: Collection[str]
     schedule: Schedule
     budget: int | None
+    staged: Path
 
     @property
     def settled(self) -> Collection[str]:
@@ -53,11 +56,7 @@ class Needs:
     @property
     def leaving(self) -> bool:
         """Whether finished shards leave the disk once they are sent."""
-        return self.delivery.push is not None and self.budget is not None
-
-    @property
-    def staged(self) -> Path:
-        return self.delivery.directory / STATE_DIR / STAGED
+        return self.delivery.leads_on and self.budget is not None
 
     def clear_staged(self) -> None:
         """Remove what an earlier run has left there and this one does not need, or has no room for yet."""
@@ -82,7 +81,8 @@ class Needs:
 
     def _present(self) -> int:
         """What the run will use of the disk, and uses already."""
-        shards = (self.delivery.directory / shard.name for shard in self.plan.shards if shard.name in self.finished)
+        mine = self.finished.keys() - set(self.others)
+        shards = (self.delivery.directory / shard.name for shard in self.plan.shards if shard.name in mine)
         return sum(map(disk_bytes, [*shards, *(path for path in self.staged.rglob("*") if path.is_file())]))
 
     @property
@@ -98,29 +98,39 @@ def survey(
     delivery: Delivery,
     finished: Mapping[str, Record],
     budget: int | None,
-    others: Collection[str] = frozenset(),
+    rank: Rank | None = None,
 ) -> Needs:
-    """What is needed to finish `plan`, but for the shards of `others`.
+    """What is needed to finish `plan`, or the share of a rank.
 
-    Who sends everything to the Hub, and keeps nothing, has all the disk as a budget.
+    Who sends everything on, and keeps nothing, has all the disk as a budget.
     """
     if budget is None and delivery.passing:
         budget = free_bytes(delivery.directory)
-    staged = delivery.directory / STATE_DIR / STAGED
+    others: Collection[str] = frozenset()
+    if rank is not None:
+        share = rank.share(plan)
+        plan, others = plan.only(share), {shard.name for shard in plan.shards} - share
+    staged = _state(delivery, rank) / STAGED
     fetches = plan_fetches(plan)
     places = places_of(plan, fetches, staged, passing=budget is not None)
     arriving = {file: fetches[file].nbytes if path.is_relative_to(staged) else 0 for file, path in places.items()}
-    leaving = delivery.push is not None and budget is not None
+    leaving = delivery.leads_on and budget is not None
     gone = {name for name in finished if not (delivery.directory / name).exists()} if leaving else None
     present = {file for file, path in places.items() if path.is_relative_to(staged) and _there(path)}
     settled = finished.keys() | others
-    schedule = make_schedule(plan, settled, arriving, present, gone)
+    schedule = make_schedule(plan, settled, arriving, present, gone, others)
     if budget is not None and present and schedule.peak > budget:
         present = set()
-        schedule = make_schedule(plan, settled, arriving, present, gone)
+        schedule = make_schedule(plan, settled, arriving, present, gone, others)
     needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
     missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
-    return Needs(plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, budget)
+    return Needs(plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, budget, staged)
+
+
+def _state(delivery: Delivery, rank: Rank | None) -> Path:
+    """Where a run has what is its own."""
+    state = delivery.directory / STATE_DIR
+    return state if rank is None or delivery.store is not None else folder(state, rank.index)
 
 
 def unfinished(path: Path) -> Path:

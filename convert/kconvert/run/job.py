@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +18,12 @@ from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card, Departures, check_repository, published
 from kconvert.run.disk import Needs, survey
 from kconvert.run.engine import Limits, Run, warm_up
-from kconvert.run.preflight import check_paths, check_side_files, check_values
+from kconvert.run.preflight import check_paths, check_places, check_side_files, check_values
 from kconvert.run.state.finalize import finalize, finalize_complete, leave
-from kconvert.run.state.journal import Journal, finished_shards
+from kconvert.run.state.journal import UPLOAD, Journal, Record, finished_shards, with_sent
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import Rank
+from kconvert.run.state.stored import Stored, finalize_complete_stored
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Terms:
     driver: bool = False  # of ranks that Ray starts
     surveyed: bool = False  # by the driver of this rank, as it has looked at DST and its disk for all of them
 
-    def check(self, plan: Plan, delivery: Delivery) -> None:
+    def check(self, delivery: Delivery) -> None:
         """KconvertError for what ranks cannot do."""
         if self.driver and self.rank is not None:
             raise KconvertError("--engine ray numbers its workers itself; leave out it or --worker")
@@ -45,20 +46,27 @@ class Terms:
         if self.rank is None and not self.driver:
             return
         if delivery.push is not None:
-            raise KconvertError("ranks cannot send to the Hub; let DST be a directory, and send it when it is complete")
-        if self.disk_budget is not None:
-            raise KconvertError("ranks cannot keep within --disk-budget; leave it out, or let one machine do all")
+            raise KconvertError(
+                "ranks cannot send to the Hub; let DST be a directory or an object store, and send it when it is complete"
+            )
+        if self.driver and delivery.store is not None:
+            raise KconvertError(
+                "--engine ray writes to directories; start ranks by --worker for a DST in an object store"
+            )
+        if self.driver and self.disk_budget is not None:
+            raise KconvertError(
+                "the workers of Ray cannot keep within --disk-budget; leave it out, or start ranks by --worker"
+            )
         if self.overwrite:
             raise KconvertError(
                 "ranks replace nothing, as they begin at different times; leave out --overwrite and clear DST"
             )
-        if plan.source is not None and plan.source.directory is None:
-            raise KconvertError(f"ranks cannot fetch {plan.source.name}; download it to a disk that all of them see")
 
 
 def check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     """What a run would have to do, and needs for it; see kconvert.check."""
-    terms.check(plan, delivery)
+    terms.check(delivery)
+    delivery = delivery.of(terms.rank)
     there = {} if terms.overwrite else published(plan, delivery)
     return survey(plan, delivery, there, terms.disk_budget) if there else _check(plan, delivery, terms)
 
@@ -66,17 +74,20 @@ def check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
 @contextmanager
 def prepared(plan: Plan, delivery: Delivery, terms: Terms, command: str, card: Card) -> Iterator[Job]:
     """The job of carrying out `plan`, while it holds the output's directory; everything is as sound as can be seen by now."""
-    terms.check(plan, delivery)
+    terms.check(delivery)
+    delivery = delivery.of(terms.rank)
     if not terms.overwrite and published(plan, delivery):
-        yield Done(plan.output_bytes, delivery)
+        yield Done(terms.rank.nbytes(plan) if terms.rank else plan.output_bytes, delivery)
         return
     needs = _check(plan, delivery, terms)
     if terms.rank is not None and _is_idle(terms.rank, needs):
-        yield Done(sum(shard.nbytes for shard in plan.shards if shard.name not in needs.others), delivery)
+        yield Done(terms.rank.nbytes(plan), delivery)
     else:
         with _conversion(needs, terms, command, card) as job:
             yield job
-    if terms.closes:
+    if terms.closes and delivery.store is not None:
+        finalize_complete_stored(delivery.store)
+    elif terms.closes:
         finalize_complete(delivery.directory)
 
 
@@ -91,10 +102,25 @@ def _conversion(needs: Needs, terms: Terms, command: str, card: Card) -> Iterato
                 source.check_index()
                 if source.directory is not None:  # files on the Hub are looked into as they arrive
                     check_values(plan, needs.settled, reader, source.directory)
-        with Journal(delivery.directory, plan, terms.overwrite, delivery.push, command, terms.rank) as journal:
-            if terms.rank is not None and terms.rank.index == 0:
+        with _journal(needs, terms, command) as journal:
+            if delivery.store is not None:
+                Stored(delivery.store, plan).begin(terms.overwrite, terms.rank, command, not journal.todo)
+            elif terms.rank is not None and terms.rank.index == 0:
                 leave(plan, journal, closing(delivery.directory / STATE_DIR))
-            yield Conversion(needs, journal, command, card)
+            yield Conversion(needs, journal, command, card, terms.rank)
+
+
+def _journal(needs: Needs, terms: Terms, command: str) -> Journal:
+    plan, delivery, rank = needs.plan, needs.delivery, terms.rank
+    if delivery.store is None:
+        return Journal(delivery.directory, plan, terms.overwrite, delivery.push, command, rank)
+    shares = frozenset(shard.name for shard in plan.shards if shard.name not in needs.others)
+    return Journal(delivery.directory, plan, True, None, command, sent=_sent(needs.finished), shares=shares)
+
+
+def _sent(finished: Mapping[str, Record]) -> dict[str, Record]:
+    """The records of what a store has."""
+    return {name: {UPLOAD: record[UPLOAD]} for name, record in finished.items() if UPLOAD in record}
 
 
 def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
@@ -102,28 +128,36 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
         check_side_files(plan.source.directory, plan.side_files)
-    finished = finished_shards(
-        delivery.directory, plan, terms.overwrite, delivery.push, terms.rank, alone=terms.surveyed
-    )
-    others: Collection[str] = frozenset()
-    if terms.rank is not None:
-        share = terms.rank.share(plan)
-        plan, others = plan.only(share), {shard.name for shard in plan.shards} - share
-    needs = survey(plan, delivery, finished, terms.disk_budget, others)
+    if delivery.store is not None:
+        check_places(plan.source, delivery.store)
+        sent = Stored(delivery.store, plan).finished(terms.overwrite, terms.rank)
+        # What is on the way to a store is ours alone: whatever lies there is replaced.
+        finished = with_sent(finished_shards(delivery.directory, plan, overwrite=True), sent)
+    else:
+        finished = finished_shards(
+            delivery.directory, plan, terms.overwrite, delivery.push, terms.rank, alone=terms.surveyed
+        )
+    needs = survey(plan, delivery, finished, terms.disk_budget, terms.rank)
     if not terms.surveyed:
-        needs.check(terms.overwrite)
+        needs.check(terms.overwrite or delivery.store is not None)
     check_repository(plan, delivery, finished, terms.overwrite)
     return needs
 
 
 def _is_idle(rank: Rank, needs: Needs) -> bool:
     """Whether a rank has nothing to do, as all its shards are there, and it need not leave the small files or has."""
+    delivery = needs.delivery
+    if delivery.store is not None:
+        sent = _sent(needs.finished).keys() | set(needs.others)
+        return len(sent) == len(needs.plan.shards) and (
+            rank.index != 0 or Stored(delivery.store, needs.plan).has_small_files()
+        )
     if len(needs.settled) < len(needs.plan.shards):
         return False
-    state = needs.delivery.directory / STATE_DIR
+    state = delivery.directory / STATE_DIR
     outline = Outline.read(state)
     if outline is None:
-        return rank.index != 0 or all(exists(needs.delivery.directory / name) for name in needs.plan.texts)
+        return rank.index != 0 or all(exists(delivery.directory / name) for name in needs.plan.texts)
     return rank.index != 0 or outline.is_closable(state)
 
 
@@ -135,16 +169,16 @@ class Job(Protocol):
         """Bytes of output that are there already."""
 
     def run(self, limits: Limits, advance: Callable[[int], None]) -> dict[str, int]:
-        """Write every shard that is not finished, and send those that go to the Hub; returns what `kconvert.convert` does."""
+        """Write every shard that is not finished, and send those that go on from here; returns what `kconvert.convert` does."""
 
     def finish(self) -> None:
         """Make a checkpoint of the shards, here and on the Hub; of ranks, the last one does."""
 
 
 class Done:
-    """Nothing is left to do: the Hub has the output, or the directory all of a rank's shards.
+    """Nothing is left to do: the Hub or a store has the output, or DST all of a rank's shards.
 
-    What an earlier run may have left on the way to the Hub goes.
+    What an earlier run may have left on the way there goes.
     """
 
     def __init__(self, earlier: int, delivery: Delivery) -> None:
@@ -161,9 +195,10 @@ class Done:
 class Conversion:
     """The engine, and what it tells of its shards to those who bring files and send them."""
 
-    def __init__(self, needs: Needs, journal: Journal, command: str, card: Card) -> None:
+    def __init__(self, needs: Needs, journal: Journal, command: str, card: Card, rank: Rank | None) -> None:
         ledger = Ledger(needs.schedule, needs.room)
         self._plan, self._journal, self._command = needs.plan, journal, command
+        self._delivery, self._rank = needs.delivery, rank
         self._arrivals = Arrivals(needs, needs.others | journal.finished.keys(), ledger)
         self._departures = Departures(needs, journal, ledger, self._arrivals.reader, card)
         mine = journal.shares & journal.finished.keys()
@@ -177,7 +212,10 @@ class Conversion:
         return dict(run.inexact)
 
     def finish(self) -> None:
-        if self._journal.rank is not None:
-            return
-        finalize(self._plan, self._journal)
-        self._departures.commit(self._command)
+        if self._delivery.store is not None:
+            if self._rank is None:
+                Stored(self._delivery.store, self._plan).close()
+            self._delivery.clear()
+        elif self._rank is None:
+            finalize(self._plan, self._journal)
+            self._departures.commit(self._command)

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.checkpoint.remote import RemoteCheckpoint
 from kconvert.checkpoint.safetensors import Tensor
-from kconvert.checkpoint.source import Reader
+from kconvert.checkpoint.source import Checkpoint, Reader
 from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.formats.dtypes import ZERO_DTYPES
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Copy, Origin, Step
+from kconvert.stores.urls import StoreUrl, parse_store_url
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +66,13 @@ def check_paths(source: Path, destination: Path) -> None:
         raise KconvertError(f"{destination} lies inside SRC; choose a directory outside {source}")
     if source.is_relative_to(destination):
         raise KconvertError(f"SRC lies inside {destination}; choose another directory for the output")
+
+
+def check_places(source: Checkpoint | None, destination: StoreUrl) -> None:
+    """The same of places in object stores."""
+    place = parse_store_url(source.name) if isinstance(source, RemoteCheckpoint) else None
+    if place is not None and place.overlaps(destination):
+        raise KconvertError(f"SRC is {place}, and DST {destination}; choose another place for the output, beside SRC")
 
 
 def check_side_files(source: Path, names: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,13 +26,15 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}  # of one request, by obstore
 TIMEOUT = "60s"  # without a byte
 CHUNK = 4 << 20
+# What obstore says of faults that do not pass.
+NO_BUCKET, NO_CONDITION, REGION = LASTING = ("404 Not Found", "501 Not Implemented", "incorrectly configured region")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 
 
 def open_store(place: StoreUrl) -> ObjectStore:
     """The store, whose paths are relative to the prefix; KconvertError when obstore is not installed."""
     if importlib.util.find_spec("obstore") is None:
-        raise KconvertError(f"{place} takes obstore to read; install it with `pip install 'kconvert-toolkit[cloud]'`")
+        raise KconvertError(f"{place} takes obstore; install it with `pip install 'kconvert-toolkit[cloud]'`")
     from obstore.store import from_url
 
     plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)  # as the user wants it
@@ -54,6 +57,20 @@ def attempt(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise explain(error, place, doing) from None
+
+
+def persist(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:
+    """The same after faults that pass; `call` must be one that can be made twice."""
+    for wait in WAITS:
+        try:
+            return call()
+        except KconvertError:
+            raise
+        except Exception as error:
+            if not _may_pass(error):
+                raise explain(error, place, doing) from None
+        time.sleep(wait)
+    return attempt(place, doing, call)
 
 
 def transfer(
@@ -93,7 +110,7 @@ def transfer(
 def _may_pass(error: Exception) -> bool:
     from obstore.exceptions import GenericError
 
-    return isinstance(error, (GenericError, TimeoutError)) and "404 Not Found" not in str(error)
+    return isinstance(error, (GenericError, TimeoutError)) and not any(words in str(error) for words in LASTING)
 
 
 def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
@@ -107,7 +124,14 @@ def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
             fault = "the object has changed since the command began; run it again when nobody writes there"
         case PermissionDeniedError() | UnauthenticatedError():
             fault = "access was refused; check the credentials, as the store's own command line takes them"
-        case _ if "404 Not Found" in str(error):
+        case _ if NO_CONDITION in str(error):
+            fault = (
+                "the store takes no writes on condition that there is no such object, by which runs know of each other; choose "
+                "another store"
+            )
+        case _ if REGION in str(error):
+            fault = "the bucket is in another region; set that, as the store's own command line takes it"
+        case _ if NO_BUCKET in str(error):
             fault = f"there is no bucket {place.bucket!r}; check the address"
         case _ if "credential" in str(error).lower():
             fault = "there are no credentials for it; set them as the store's own command line takes them"

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from kconvert.checkpoint.listing import FileStat, Listing
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
 from kconvert.checkpoint.remote import RemoteCheckpoint, assemble_remote, check_file_name
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.stores.client import attempt, open_store, transfer
-from kconvert.stores.urls import StoreUrl
+from kconvert.stores.client import open_store, persist, transfer
+from kconvert.stores.urls import StoreUrl, cache_directory
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 ETAG = "etag:"
@@ -50,7 +51,7 @@ class StoreCheckpoint(RemoteCheckpoint):
         """In a cache of this machine: another content has another place there."""
         stamp = self.listed[name].stamp
         folder = hashlib.sha256(f"{self.place} {stamp}".encode()).hexdigest()[:32]
-        path = _cache() / folder / name
+        path = cache_directory() / folder / name
         try:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +76,13 @@ def open_objects(place: StoreUrl, revision: str | None = None) -> StoreCheckpoin
     if revision is not None:
         raise KconvertError(f"{place} is in an object store, which has no revisions; leave out --revision")
     store = open_store(place)
-    inventory = _list(place, store)
-    if not inventory:
+    objects = list_objects(place, store)
+    inventory = {name: stat for name, stat in objects.items() if not is_hidden(name)}
+    if not objects:
         raise KconvertError(f"{place} has no objects; give the prefix that the checkpoint's config.json is below")
+    missing = [name for name in (CONFIG_NAME, INDEX_NAME) if name not in inventory]
+    if missing and any(name.startswith(f"{STATE_DIR}/") for name in objects):
+        raise KconvertError(f"{place} is unfinished, it has no {missing[0]}; run the conversion again")
 
     def move(file: str, *range_and_taker: Any) -> None:
         _transfer(place, store, inventory[file], file, *range_and_taker)
@@ -87,19 +92,28 @@ def open_objects(place: StoreUrl, revision: str | None = None) -> StoreCheckpoin
     return StoreCheckpoint(**vars(found), place=place, store=store, listed=inventory)
 
 
-def _list(place: StoreUrl, store: ObjectStore) -> dict[str, FileStat]:
-    """Every object below the prefix but those of hidden folders, by its path, stamped with its ETag."""
+def list_objects(place: StoreUrl, store: ObjectStore) -> dict[str, FileStat]:
+    """Every object below the prefix by its path, those of hidden folders too; what a console makes of a folder is none."""
     import obstore
 
     found = {}
-    for entry in attempt(place, "list its objects", lambda: obstore.list(store).collect()):
+    for entry in persist(place, "list its objects", lambda: obstore.list(store).collect()):
         name = str(entry["path"])
-        check_file_name(place, name)
-        if not any(folder.startswith(".") for folder in PurePosixPath(name).parts[:-1]):
-            tag = entry["e_tag"]
-            stamp = f"{ETAG}{tag}" if tag else f"time:{entry['last_modified'].timestamp()}"
-            found[name] = FileStat(entry["size"], stamp)
+        if name and not (entry["size"] == 0 and name.endswith("/")):
+            check_file_name(place, name)
+            found[name] = stat_of(entry)
     return found
+
+
+def stat_of(entry: ObjectMeta) -> FileStat:
+    """An object's size, stamped with its ETag."""
+    tag = entry["e_tag"]
+    return FileStat(entry["size"], f"{ETAG}{tag}" if tag else f"time:{entry['last_modified'].timestamp()}")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether an object is not content but in some program's folder."""
+    return any(folder.startswith(".") for folder in PurePosixPath(name).parts[:-1])
 
 
 def _transfer(place: StoreUrl, store: ObjectStore, stat: FileStat, *rest: Any) -> None:
@@ -111,7 +125,3 @@ def _whole(move: Callable[..., None], file: str, stat: FileStat) -> bytes:
     content = bytearray()
     move(file, 0, stat.nbytes, content.extend)
     return bytes(content)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kconvert"

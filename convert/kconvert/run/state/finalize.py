@@ -85,7 +85,7 @@ def _close(destination: Path, state: Path) -> Closed:
     if (outline := Outline.read(state)) is None:
         return _closed_before(destination)
     if missing := _missing(destination, state, outline):
-        _refuse(destination, outline, missing)
+        refuse_missing(destination, outline, outline.ranks, missing)
     if not outline.is_closable(state):
         raise KconvertError(
             f"{destination} lacks its side files and config.json, which rank 0 of {outline.ranks} leaves; run that rank again"
@@ -123,13 +123,14 @@ def _is_whole(path: Path, nbytes: int, record: Record) -> bool:
     return record.get("bytes") == nbytes and is_done(path, record, None)
 
 
-def _refuse(destination: Path, outline: Outline, missing: Collection[str]) -> None:
-    owners = deal([nbytes for _, nbytes, *_ in outline.shards], outline.ranks)
+def refuse_missing(destination: object, outline: Outline, ranks: int, missing: Collection[str]) -> None:
+    """KconvertError that names the ranks whose shards are missing."""
+    owners = deal([nbytes for _, nbytes, *_ in outline.shards], ranks)
     late = sorted({rank for rank, (name, *_) in zip(owners, outline.shards, strict=True) if name in missing})
     one, named = len(late) == 1, [*map(str, late[:8]), *(["others"] if len(late) > 8 else [])]
     listed = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
     raise KconvertError(
-        f"{destination} is not complete: {'rank' if one else 'ranks'} {listed} of {outline.ranks} {'has' if one else 'have'} "
+        f"{destination} is not complete: {'rank' if one else 'ranks'} {listed} of {ranks} {'has' if one else 'have'} "
         f"not finished, {counted(len(missing), 'shard')} of {len(outline.shards):,} missing or changed since, the first "
         f"{next(iter(missing))}; run {'that rank' if one else 'those ranks'} again"
     )

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from kconvert.version import __version__
 JOURNAL = "journal.jsonl"
 PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
 PARTS = "*.part"  # unfinished files
+UPLOAD = "upload"  # of a record: where else the content is
 STAGED = "source"  # source files on their way through the disk
 SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
 
@@ -45,7 +46,8 @@ class Journal:
     """Hold of a DST for one plan, a context manager. `finished` has the records of shards that need no more work.
 
     Without a `rank` it is alone; ranks, of which none may have the same number, share DST. `command` is what the user typed, to
-    be told later.
+    be told later. On the way to an object store, `sent` has the records of what is there, and `shares` are the shards that are
+    made here.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Journal:
         push: HubId | None = None,
         command: str = "",
         rank: Rank | None = None,
+        sent: Mapping[str, Record] | None = None,
+        shares: frozenset[str] | None = None,
     ) -> None:
         self.destination, self.rank = destination, rank
         self._root = destination / STATE_DIR
@@ -66,8 +70,10 @@ class Journal:
             with ExitStack() as held:
                 busy = f"another kconvert is writing to {destination}; wait for it, or choose another directory"
                 held.enter_context(hold(self._root / LOCK, busy, shared=rank is not None))
-                self.finished = finished_shards(destination, plan, overwrite, push, rank, alone=True)
-                self.shares = frozenset(shard.name for shard in plan.shards) if rank is None else rank.share(plan)
+                self.finished = with_sent(finished_shards(destination, plan, overwrite, push, rank, alone=True), sent)
+                if shares is None:
+                    shares = frozenset(shard.name for shard in plan.shards) if rank is None else rank.share(plan)
+                self.shares = shares
                 if rank is not None:
                     self._join(plan, command, rank)
                     busy = f"{rank} is at work on {destination} already; give each worker a number of its own"
@@ -86,17 +92,17 @@ class Journal:
         """Be one of the ranks at work, the first if there are none. KconvertError where they are others."""
         outline = Outline.read(self._root)
         if outline is None:
-            outline = Outline.of(plan, _head(plan, command), rank.count).put(self._root, self._token)
-        if not _belongs(outline.head, plan):
-            difference = _difference(outline.head, plan)
-            raise KconvertError(f"{self.destination} holds a conversion {difference}; {_advice(rank)}")
+            outline = Outline.of(plan, head_of(plan, command), rank.count).put(self._root, self._token)
+        if not belongs(outline.head, plan):
+            difference = difference_of(outline.head, plan)
+            raise KconvertError(f"{self.destination} holds a conversion {difference}; {advice(rank)}")
         _check_count(outline, rank, self.destination)
 
     def _begin(self, plan: Plan, overwrite: bool, command: str) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
-        heads = [head for head in _heads(self._root, Outline.read(self._root)) if _belongs(head, plan)]
+        heads = [head for head in _heads(self._root, Outline.read(self._root)) if belongs(head, plan)]
         # Who goes on names the commit that he found here; what was asked for at first must stay.
-        head = heads[0] if heads else _head(plan, command)
+        head = heads[0] if heads else head_of(plan, command)
         mine = sorted(self.finished.keys() & self.shares)
         lines = [head, *({"shard": shard, **self.finished[shard]} for shard in mine)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -182,19 +188,27 @@ def finished_shards(
             foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
             outline = Outline.read(state)
         heads = _heads(state, outline)
-        others = [head for head in heads if not _belongs(head, plan)]
+        others = [head for head in heads if not belongs(head, plan)]
         if overwrite and (others or not heads):
             return {}
         if foreign is not None and not heads:
-            raise KconvertError(f"{destination} is not empty ({foreign}); {_advice(rank)}")
+            raise KconvertError(f"{destination} is not empty ({foreign}); {advice(rank)}")
         if others:
-            raise KconvertError(f"{destination} holds a conversion {_difference(others[0], plan)}; {_advice(rank)}")
+            raise KconvertError(f"{destination} holds a conversion {difference_of(others[0], plan)}; {advice(rank)}")
         _check_count(outline, rank, destination)
         records = read_records(state, {"plan": plan.hash, "source": plan.stamp}, rank if alone else None)
         known = {shard.name: records[shard.name] for shard in plan.shards if shard.name in records}
         return {name: record for name, record in known.items() if is_done(destination / name, record, push)}
     except OSError as error:
         raise explain_os_error(error, f"cannot read {destination}") from None
+
+
+def with_sent(finished: dict[str, Record], sent: Mapping[str, Record] | None) -> dict[str, Record]:
+    """The records of what is finished here and in the store; who has sent what, only the store knows."""
+    if sent is None:
+        return finished
+    here = {name: {key: value for key, value in record.items() if key != UPLOAD} for name, record in finished.items()}
+    return {name: here.get(name, {}) | dict(sent.get(name, {})) for name in {**here, **sent}}
 
 
 def read_records(state: Path, head: Mapping[str, Any], rank: Rank | None = None) -> dict[str, Record]:
@@ -215,10 +229,16 @@ def _heads(state: Path, outline: Outline | None) -> list[Mapping[str, Any]]:
 
 
 def _check_count(outline: Outline | None, rank: Rank | None, destination: Path) -> None:
-    if outline is not None and rank is not None and outline.ranks != rank.count:
+    if outline is not None and rank is not None:
+        check_count(outline.ranks, rank, destination)
+
+
+def check_count(ranks: int, rank: Rank, destination: object) -> None:
+    """KconvertError where a rank is none of those that share DST."""
+    if ranks != rank.count:
         raise KconvertError(
-            f"{destination} is shared by {counted(outline.ranks, 'rank')}, and {rank} is none of them; go on with "
-            f"{outline.ranks}, or by one run without --worker, which takes over what they have finished"
+            f"{destination} is shared by {counted(ranks, 'rank')}, and {rank} is none of them; go on with {ranks}, or by one "
+            "run without --worker, which takes over what they have finished"
         )
 
 
@@ -228,13 +248,14 @@ def disband(state: Path) -> None:
     shutil.rmtree(state / RANKS, ignore_errors=True)
 
 
-def _advice(rank: Rank | None) -> str:
+def advice(rank: Rank | None, another: str = "another directory") -> str:
+    """What helps where DST holds something else."""
     if rank is None:
-        return "choose another directory, or --overwrite to replace the checkpoint in it"
-    return "choose another directory, and give all ranks the same command, SRC and kconvert"
+        return f"choose {another}, or --overwrite to replace the checkpoint in it"
+    return f"choose {another}, and give all ranks the same command, SRC and kconvert"
 
 
-def _difference(head: Mapping[str, Any], plan: Plan) -> str:
+def difference_of(head: Mapping[str, Any], plan: Plan) -> str:
     """What is another in the run that a journal belongs to."""
     if (version := head.get("version", __version__)) != __version__:
         return f"by kconvert {version}, and this is {__version__}"
@@ -249,18 +270,25 @@ def is_done(path: Path, record: Record, push: HubId | None) -> bool:
     return bool(looks) and looks == {key: record.get(key) for key in looks}
 
 
-def pinned_commit(destination: Path, source: str, revision: str | None) -> str | None:
-    """The commit of the repository `source` from which a run into `destination` was begun that asked for the same revision."""
+def pinned_commit(look: Callable[[], Mapping[str, Any]], source: str, revision: str | None) -> str | None:
+    """The commit of the repository `source` from which a run was begun that asked for the same revision; `look` finds what
+    that run said of itself in DST."""
     place = parse_hub_id(source)
     if place is None or is_directory(source):
         return None
-    try:
-        lines = read_lines(destination / STATE_DIR / JOURNAL)
-    except OSError:
-        return None  # whoever opens the journal says so
-    origin = parse_hub_id(str(lines[0].get("origin"))) if lines else None
-    same = origin is not None and origin.repo == place.repo and lines[0].get("asked") == (revision or place.revision)
+    head = look()
+    origin = parse_hub_id(str(head.get("origin")))
+    same = origin is not None and origin.repo == place.repo and head.get("asked") == (revision or place.revision)
     return origin.revision if origin is not None and same else None
+
+
+def head_at(destination: Path) -> Mapping[str, Any]:
+    """What the run that began in DST said of itself; nothing where none did."""
+    state = destination / STATE_DIR
+    try:
+        return next(iter(_heads(state, Outline.read(state))), {})
+    except OSError:
+        return {}  # whoever opens the journal says so
 
 
 def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -> list[Path]:
@@ -287,14 +315,14 @@ def provenance(root: Path) -> dict[str, str]:
     return {key: str(head.get(key, "")) for key in PROVENANCE} if "version" in head else {}
 
 
-def _head(plan: Plan, command: str) -> Record:
+def head_of(plan: Plan, command: str) -> Record:
     """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
     said = {"version": __version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
     origin = {} if plan.source is None else plan.source.origin
     return {"plan": plan.hash, "source": plan.stamp, **said, "command": command, **origin}
 
 
-def _belongs(head: Mapping[str, Any], plan: Plan) -> bool:
+def belongs(head: Mapping[str, Any], plan: Plan) -> bool:
     """Whether a journal is this plan's; what the source is called does not matter."""
     return (head.get("plan"), head.get("source")) == (plan.hash, plan.stamp)
 

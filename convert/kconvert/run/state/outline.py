@@ -55,6 +55,22 @@ class Outline:
             raise KconvertError(f"{path} is not what kconvert wrote; start again in another directory")
         return outline
 
+    @classmethod
+    def parse(cls, text: bytes) -> Outline | None:
+        """From the content of its file; None of what is no outline."""
+        try:
+            table = json.loads(text)
+            shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
+            outline = cls(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return None
+        return outline if outline.is_sound else None
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small})
+
     @property
     def is_sound(self) -> bool:
         """Whether what a file says can be: nothing in it may lead out of DST, or be larger than there is."""
@@ -65,12 +81,11 @@ class Outline:
     def put(self, state: Path, token: str) -> Outline:
         """Into DST/.kconvert, unless there is one by now; returns that which is there. `token` is no other process's."""
         path = state / RANKS / OUTLINE
-        table = {"head": self.head, "ranks": self.ranks, "shards": self.shards, "small": self.small}
         partial = path.with_name(f"{OUTLINE}.{token}")
         try:
             path.parent.mkdir(exist_ok=True)
             with open(partial, "w", encoding="utf-8") as file:
-                json.dump(table, file)
+                file.write(self.text)
                 file.flush()
                 os.fsync(file.fileno())
             with suppress(FileExistsError):
@@ -88,14 +103,8 @@ class Outline:
 
 @lru_cache(1)
 def _read(path: Path, *look: int) -> Outline | None:
-    """A process that is one rank after the other reads it once; None of what is no outline."""
-    try:
-        table = json.loads(path.read_bytes())
-        shards = tuple((str(name), int(a), int(b), str(digest)) for name, a, b, digest in table["shards"])
-        outline = Outline(dict(table["head"]), int(table["ranks"]), shards, tuple(map(str, table["small"])))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return outline if outline.is_sound else None
+    """A process that is one rank after the other reads it once."""
+    return Outline.parse(path.read_bytes())
 
 
 def folder(state: Path, rank: int) -> Path:

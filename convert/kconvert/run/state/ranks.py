@@ -50,6 +50,10 @@ class Rank:
         """The shards of this rank."""
         return frozenset(plan.shards[number].name for number in _hands(plan.sizes, self.count)[self.index])
 
+    def nbytes(self, plan: Plan) -> int:
+        """What they have together."""
+        return sum(plan.sizes[number] for number in _hands(plan.sizes, self.count)[self.index])
+
 
 @lru_cache(4)
 def _hands(sizes: tuple[int, ...], count: int) -> list[list[int]]:
