@@ -68,12 +68,13 @@ def chosen(table: dict[str, Any]) -> str:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.layers.linear import RowParallelLinear
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
-    from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant
+    from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant, mxfp4
 
     # What is chosen asks how new the GPU is, as far as it does so when it is chosen: an H100.
     torch.cuda.get_device_capability = lambda *device: (9, 0)
     torch.cuda.is_available = lambda: True
-    modelopt_quant.ModelOptNvFp4FusedMoEMethod.__init__ = lambda self, config: None
+    for made in (modelopt_quant.ModelOptNvFp4FusedMoEMethod, mxfp4.Mxfp4MoEMethod):
+        made.__init__ = lambda self, *given, **settings: None
     parsed = ModelConfig._parse_modelopt_quant_config(SimpleNamespace(), table) or table
     config = get_quantization_config(parsed["quant_method"]).from_config(table)
     config.packed_modules_mapping = {}

@@ -36,7 +36,7 @@ ENGINES = {
 }
 SIZES = "--layers 3 --experts 16 --hidden 512 --intermediate 512 --moe-intermediate 256 --vocab 512 --heads 4"
 PATIENCE = 900  # seconds for one engine and one output
-RAISED = re.compile(r"(?:^|[])] )((?:\w+[.])*\w*Error: .+)")  # behind what a logger says of time and place
+RAISED = re.compile(r"(?:^|[])]:? )((?:\w+[.])*\w*Error: .+)")  # behind what a logger says of time and place
 BEGIN, END = "<!-- written by `make engines` -->", "<!-- end of what `make engines` wrote -->"
 
 
@@ -159,7 +159,7 @@ def ask(
 
 def reason(said: str) -> str:
     """The first error of a traceback that is more than a report of another one."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip().removeprefix("[rank0]: ") for line in said.splitlines() if line.strip()]
     errors = [found[1] for line in lines if (found := RAISED.search(line)) and "Engine core" not in line]
     return (errors[:1] or lines[-1:] or ["ended without a word"])[0][:160]
 
