@@ -181,3 +181,36 @@ def test_the_template_for_kubernetes_numbers_its_pods_as_the_command_expects(
         )
         assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "bf16") == whole
+
+
+def test_the_template_for_ray_writes_what_one_machine_writes(
+    int4: Path, tmp_path: Path, whole: dict[str, bytes], tree: Tree
+) -> None:
+    pytest.importorskip("ray")
+
+    result = run_template("ray_job.sh", int4, tmp_path / "bf16", *SHARDS, RAY_ADDRESS="local")
+
+    assert result.returncode == 0, result.stderr
+    assert tree(tmp_path / "bf16") == whole
+
+
+def test_the_template_for_skypilot_numbers_its_nodes_as_the_command_expects(
+    int4: Path, tmp_path: Path, whole: dict[str, bytes], tree: Tree
+) -> None:
+    """Its `run` as on each node, on paths of this machine in the place of the volume."""
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((EXAMPLES / "skypilot.yaml").read_text())
+    assert task["envs"]["SRC"].startswith(tuple(task["volumes"]))
+    assert task["envs"]["DST"].startswith(tuple(task["volumes"]))
+    places = {"SRC": str(int4), "DST": str(tmp_path / "bf16"), "SKYPILOT_NUM_NODES": str(task["num_nodes"])}
+    script = task["run"].replace("--worker", "--shard-size 100KB --worker")
+
+    for node in range(task["num_nodes"]):
+        own = {"SKYPILOT_NODE_RANK": str(node), "PATH": f"{KCONVERT.parent}:{os.environ['PATH']}"}
+        environment = {**os.environ, **task["envs"], **places, **own}
+        result = subprocess.run(
+            ["bash", "-c", script], check=False, capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+
+    assert tree(tmp_path / "bf16") == whole

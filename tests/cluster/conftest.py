@@ -46,13 +46,13 @@ class Job:
     whole: dict[str, bytes]
     tree: Tree
 
-    def plan(self, seconds: float = 0.0, **differences: Any) -> Plan:
-        """Workers make it again, and are held up from then on at every write."""
-        recipe = Recipe("bf16", **{"shard_size": 100_000, **differences})
-        return replace(plan(self.source, recipe), again=held_up(self.source, recipe, seconds))
+    def plan(self, seconds: float = 0.0, clock: float = 0.0) -> Plan:
+        """Workers make it again, and are held up from then on at every write; their files are as late as their clock."""
+        recipe = Recipe("bf16", shard_size=100_000)
+        return replace(plan(self.source, recipe), again=held_up(self.source, recipe, seconds, clock))
 
-    def run(self, address: str, seconds: float = 0.0, **options: Any) -> None:
-        convert(self.plan(seconds), self.destination, engine="ray", ray_address=address, **options)
+    def run(self, address: str, seconds: float = 0.0, clock: float = 0.0, **options: Any) -> None:
+        convert(self.plan(seconds, clock), self.destination, engine="ray", ray_address=address, **options)
 
     def check_finished(self) -> None:
         assert self.tree(self.destination) == self.whole
@@ -76,7 +76,7 @@ class Job:
             time.sleep(0.01)
 
 
-def held_up(source: Path, recipe: Recipe, seconds: float) -> Callable[[], Plan]:
+def held_up(source: Path, recipe: Recipe, seconds: float, clock: float) -> Callable[[], Plan]:
     """A closure, which travels as code: the nodes do not have the tests."""
 
     def again() -> Plan:
@@ -92,7 +92,13 @@ def held_up(source: Path, recipe: Recipe, seconds: float) -> Callable[[], Plan]:
 
             return call
 
-        os.pwrite, os.rename = slow(os.pwrite), slow(os.rename)
+        def rename(name: Any, target: Any) -> None:
+            if clock:
+                os.utime(name, (time.time() + clock,) * 2)
+            real(name, target)
+
+        real = os.rename
+        os.pwrite, os.rename = slow(os.pwrite), slow(rename)
         return plan(source, recipe)
 
     return again

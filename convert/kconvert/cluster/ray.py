@@ -22,6 +22,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 LOSSES = 20  # how often one task may lose its worker
 LOOKS = 0.5  # seconds between two looks at what the tasks say
+AT_HAND, HERE = "auto", "local"  # in the place of an address
 PORT = 6379  # where Ray is unless it is told
 STORE = 80 << 20  # bytes of a store that nothing is put into; the least that Ray takes
 
@@ -91,8 +92,8 @@ class Cluster:
         except errors.RayError as error:
             said = str(error).partition("\n")[0]
             raise KconvertError(
-                f"task {number} lost its worker more than {LOSSES} times ({said}); see the logs of Ray, and whether its nodes "
-                "have memory enough"
+                f"Ray has given up task {number} ({said}); see its logs, and whether the nodes have memory enough, and run the "
+                "same command again, which goes on from here"
             ) from None
         if nbytes is None:
             raise KconvertError(f"{value} has no kconvert; install version {__version__} on all nodes of the cluster")
@@ -100,18 +101,20 @@ class Cluster:
 
     def _connect(self, address: str | None) -> None:
         """Join a cluster: that of the address, that of RAY_ADDRESS, one that runs on this machine; or else start one here."""
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        named = address or os.environ.get("RAY_ADDRESS")
-        if named:
-            _check_address(named)
+        named = address or os.environ.get("RAY_ADDRESS", AT_HAND)
+        _check_address(named)
         try:
-            self._ray.init(address=named or "auto", **quiet)
+            if named != HERE:
+                self._ray.init(address=named, **quiet)
+                return
         except (ConnectionError, ValueError, RuntimeError) as error:
-            if named:
+            if named != AT_HAND:
                 said = str(error).partition("\n")[0]
                 raise KconvertError(f"Ray does not let this process into its cluster at {named}: {said}") from None
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            self._ray.init(address="local", include_dashboard=False, object_store_memory=STORE, **quiet)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._ray.init(address=HERE, include_dashboard=False, object_store_memory=STORE, **quiet)
 
     def __enter__(self) -> Cluster:
         return self
@@ -178,7 +181,7 @@ def _unpickled(pickled: bytes) -> Any:
 
 def _check_address(address: str) -> None:
     """KconvertError where nobody listens; Ray would look for minutes, and then end this process."""
-    if address in ("auto", "local"):
+    if address in (AT_HAND, HERE):
         return
     try:
         place = urlsplit(address if "://" in address else f"ray://{address}")

@@ -95,9 +95,10 @@ def _close(destination: Path, state: Path) -> Closed:
     for number, name in enumerate(outline.small):
         _copy(closing(state) / name, destination / name, state / f"{number}.part")
     records = read_records(state, outline.head)
-    lines = [outline.head, *({"shard": name, **records[name]} for name, *_ in sorted(outline.shards))]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_file(state / JOURNAL, state / f"{JOURNAL}.part", text.encode())
+    text = bytearray(f"{json.dumps(outline.head)}\n".encode())
+    for name in sorted(records.keys() & {name for name, *_ in outline.shards}):
+        text += f"{json.dumps({'shard': name, **records[name]})}\n".encode()
+    write_file(state / JOURNAL, state / f"{JOURNAL}.part", bytes(text))
     disband(state)
     return Closed(len(outline.shards), sum(nbytes for _, nbytes, *_ in outline.shards))
 
