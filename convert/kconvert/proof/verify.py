@@ -227,7 +227,7 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     values = "the source's values"
     if any(witness_of(ours.format).by_library for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
-    if any(is_quick(ours) for ours, _ in weights):
+    if any(is_quick(ours) and witness_of(ours.format).by_library for ours, _ in weights):
         values = "the source's values, decompressed by torch and checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"

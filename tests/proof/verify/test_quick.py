@@ -18,6 +18,7 @@ from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.amx import Amx
+from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
@@ -50,6 +51,15 @@ def test_every_int4_code_with_every_finite_scale_is_decoded_as_compressed_tensor
     assert same_bits(quickly(format, state, (255, 2048)), decoded(format, state, (255, 2048)))
 
 
+def test_int4_times_its_scale_is_rounded_nowhere_where_that_is_asked_for() -> None:
+    format = Packed(32)
+    words = torch.randint(-(1 << 31), 1 << 31, (300, 64), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    scale = torch.randn(300, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    state = {"weight_packed": words, "weight_scale": scale}
+    witness = witness_of(format)
+    assert same_bits(witness.quick_products(state, 512, Buffers()), witness.products(state, (300, 512)))
+
+
 @pytest.mark.parametrize("scale_dtype", ["F32", "BF16"])
 @pytest.mark.parametrize(("strategy", "scale"), [("block", (3, 5)), ("channel", (300, 1)), ("tensor", (1,))])
 def test_every_fp8_code_is_decoded_as_compressed_tensors_does(
@@ -62,6 +72,17 @@ def test_every_fp8_code_is_decoded_as_compressed_tensors_does(
     scales = (torch.randn(scale, generator=generator) * 4).exp2()
     state = {"weight": codes, format.scale_name: scales.bfloat16() if scale_dtype == "BF16" else scales}
     assert same_bits(quickly(format, state, (300, 600)), decoded(format, state, (300, 600)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [32, 64])
+def test_every_affine_code_is_decoded_as_by_mlx_s_operators(group: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(group)
+    words = torch.randint(0, 1 << 32, (300, 512 // 8), generator=generator).to(torch.uint32)
+    scales, biases = (torch.randn(2, 300, 512 // group, generator=generator) * 0.01).to(dtype)
+    state = {"weight": words, "scales": scales, "biases": biases}
+    format = Affine(4, group)
+    assert same_bits(quickly(format, state, (300, 512)), decoded(format, state, (300, 512)))
 
 
 def awkward(rows: int, cols: int) -> torch.Tensor:

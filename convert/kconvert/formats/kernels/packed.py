@@ -269,16 +269,13 @@ def _error(tile: Any, group: Any, bits: Any, lowest: Any, rounds: Any, unit: Any
 
 
 @inline
-def _best(tile: Any, group: Any, amax: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, size: Any) -> Any:
+def _best(tile: Any, group: Any, amax: Any, divisor: Any, lowest: Any, rounds: Any, zero: Any, size: Any) -> Any:
     """The bf16 bits of the scale with the least squared error; loops of a `size` known when this is compiled have no rest."""
-    unit = error_unit(amax)
-    best = usual = rule(amax, divisor, zero_scale)
-    least = _error(tile, group, best, lowest, rounds, unit, size)
+    best = usual = rule(amax, divisor, zero)
+    least = _error(tile, group, best, lowest, rounds, error_unit(amax), size)
     for other in DIVISORS:
-        bits = rule(amax, np.float32(other), zero_scale)
-        if bits == usual:  # the rule's own divisor is one of them
-            continue
-        error = _error(tile, group, bits, lowest, rounds, unit, size)
+        bits = rule(amax, np.float32(other), zero)  # one of them is the rule's
+        error = least if bits == usual else _error(tile, group, bits, lowest, rounds, error_unit(amax), size)
         best, least = bits if error < least else best, min(error, least)
     return best
 

@@ -68,7 +68,10 @@ class Rows:
     @cached_property
     def expected(self) -> torch.Tensor:
         if witness_of(self.theirs.format).keeps_products:
-            return witness_of(self.ours.format).products(self.source, (self.last - self.first, self.ours.cols))
+            witness, cols = witness_of(self.ours.format), self.ours.cols
+            if self.quickly and is_quick(self.ours):
+                return witness.quick_products(self.source, cols, self.desk.ours)
+            return witness.products(self.source, (self.last - self.first, cols))
         return self._values(self.ours, self.source, self.desk.ours)
 
     @cached_property

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 
 def decode(words: torch.Tensor, scale: torch.Tensor, cols: int, buffers: Buffers) -> torch.Tensor:
-    """I32 [rows, cols / 8] and bf16 [rows, groups] -> bf16 [rows, cols] in memory of `buffers`."""
+    """I32 [rows, cols / 8] and bf16 or f32 [rows, groups] -> [rows, cols] in the scale's dtype, in memory of `buffers`.
+
+    With bf16 scales widened to f32 nothing rounds.
+    """
     import torch
 
     rows, groups = scale.shape
-    values = take(buffers, "values", torch.bfloat16, (rows, cols))
+    values = take(buffers, "values", scale.dtype, (rows, cols))
     size = cols // max(groups, 1)
     count = piece_rows(size) if size % 4 == 0 else groups
     # In two dimensions: torch is twice as fast with them as with three.

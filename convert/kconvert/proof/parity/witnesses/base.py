@@ -85,6 +85,10 @@ class Witness(Generic[F]):
         """`values` in less time, in memory of `buffers`."""
         raise NotImplementedError(f"no quick decoder of {self.format.label}")
 
+    def quick_products(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        """`products` in less time, by the table of `quick_values`."""
+        return self.quick_values(state, cols, buffers).float()
+
     @property
     def encodes_quickly(self) -> bool:
         """Whether there are `quick_encoding`s."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads
 from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
+from kconvert.proof.parity.quick import mlx as quick
 from kconvert.proof.parity.quick.memory import piece_rows
 from kconvert.proof.parity.witnesses.base import State, Witness
 from kconvert.proof.parity.witnesses.dense import DenseWitness
@@ -38,6 +40,13 @@ class AffineWitness(Witness[Affine]):
             codes = self._codes(state["weight"][piece]).view(-1, shape[1] // size, size)
             values[piece] = (codes.float() * scales[piece] + biases[piece]).flatten(1)
         return values
+
+    def is_quick(self, cols: int) -> bool:
+        return self.format.bits == 4 and self.format.group_size % 4 == 0
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        scales, biases = (state[suffix].float() for suffix in ("scales", "biases"))
+        return quick.decode(state["weight"], scales, biases, cols, buffers)
 
     def _codes(self, words: torch.Tensor) -> torch.Tensor:
         """int32 [rows, cols] of words [rows, n]."""

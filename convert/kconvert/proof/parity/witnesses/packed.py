@@ -96,6 +96,9 @@ class PackedWitness(Witness[Packed]):
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
         return int4.decode(state["weight_packed"], state["weight_scale"], cols, buffers)
 
+    def quick_products(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return int4.decode(state["weight_packed"], state["weight_scale"].float(), cols, buffers)
+
     def largest_step(self, state: State) -> torch.Tensor | None:
         return state["weight_scale"]  # codes are -8 to 7
 
