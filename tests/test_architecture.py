@@ -247,7 +247,8 @@ def test_only_the_command_line_prints():
 
 
 def test_numba_is_known_to_the_kernels_only():
-    assert not offenders(MODULES.keys() - set(inside("formats.kernels")), ["numba", "llvmlite"])
+    kernels = {*inside("formats.kernels"), "kconvert_qat.grids.vectors"}  # the latter for those of training's grids
+    assert not offenders(MODULES.keys() - kernels, ["numba", "llvmlite"])
 
 
 def test_proof_never_takes_the_way_of_the_kernels():
