@@ -150,7 +150,7 @@ def open(source: StrPath, revision: str | None = None, *, threads: int | None = 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:
     """The commit of the Hub that an earlier run into `destination` began with, if it read the same source; else `revision`."""
     from kconvert.run.delivery import Delivery
-    from kconvert.run.state.journal import head_at, pinned_commit
+    from kconvert.run.state.heads import head_at, pinned_commit
     from kconvert.run.state.stored import head_in
 
     delivery = Delivery.to(destination)

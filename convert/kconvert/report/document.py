@@ -18,7 +18,7 @@ from kconvert.proof.parity.compare import Comparison
 from kconvert.proof.parity.metrics import Errors, Spread
 from kconvert.proof.verify import Excerpt, Report
 from kconvert.report.summary import summarise
-from kconvert.run.state.journal import provenance
+from kconvert.run.state.heads import provenance
 from kconvert.version import __version__
 
 

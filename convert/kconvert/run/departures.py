@@ -15,7 +15,8 @@ from kconvert.run.budget import Ledger
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import Needs
 from kconvert.run.mover import Mover
-from kconvert.run.state.journal import UPLOAD, Journal, Record
+from kconvert.run.state.heads import Record
+from kconvert.run.state.journal import UPLOAD, Journal
 from kconvert.run.state.stored import Stored
 
 UPLOADS = 2  # at a time

@@ -20,7 +20,8 @@ from kconvert.planning.plan import Plan
 from kconvert.run.budget import Schedule, make_schedule
 from kconvert.run.delivery import Delivery
 from kconvert.run.fetches import places_of, plan_fetches
-from kconvert.run.state.journal import STAGED, Record, stale_files
+from kconvert.run.state.heads import Record
+from kconvert.run.state.journal import STAGED, stale_files
 from kconvert.run.state.outline import folder
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl, parse_store_url

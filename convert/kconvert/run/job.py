@@ -19,7 +19,8 @@ from kconvert.run.departures import Card, Departures, check_repository, publishe
 from kconvert.run.disk import Needs, check_paths, check_places, check_side_files, survey
 from kconvert.run.engine import Limits, Run, warm_up
 from kconvert.run.state.finalize import finalize, finalize_complete, leave
-from kconvert.run.state.journal import UPLOAD, Journal, Record, finished_shards, with_sent
+from kconvert.run.state.heads import Record
+from kconvert.run.state.journal import UPLOAD, Journal, finished_shards, with_sent
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import Rank
 from kconvert.run.state.stored import Stored, finalize_complete_stored

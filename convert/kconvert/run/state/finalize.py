@@ -17,7 +17,8 @@ from kconvert.checkpoint.files import exists, is_directory, sync_directory, writ
 from kconvert.checkpoint.listing import CONFIG_NAME, STATE_DIR
 from kconvert.errors import KconvertError, counted, explain_os_error
 from kconvert.planning.plan import Plan
-from kconvert.run.state.journal import JOURNAL, Journal, Record, disband, is_done, read_lines, read_records
+from kconvert.run.state.heads import JOURNAL, Record, read_lines
+from kconvert.run.state.journal import Journal, disband, is_done, read_records
 from kconvert.run.state.locks import LOCK, hold
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import deal

@@ -15,32 +15,28 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
-from kconvert.checkpoint.files import exists, is_directory, write_file
+from kconvert.checkpoint.files import exists, write_file
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, RANKS, STATE_DIR
 from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.errors import KconvertError, counted, explain_os_error
-from kconvert.hub.ids import HubId, parse_hub_id
+from kconvert.hub.ids import HubId
 from kconvert.planning.plan import Plan
+from kconvert.run.state.heads import JOURNAL, Record, advice, belongs, difference_of, head_of, heads_of, read_lines
 from kconvert.run.state.locks import LOCK, hold
 from kconvert.run.state.outline import OUTLINE, Outline, folder
 from kconvert.run.state.ranks import Rank
-from kconvert.version import __version__
 
-JOURNAL = "journal.jsonl"
-PROVENANCE = ("version", "recipe", "from", "command")  # what a journal says of the run that began it
 PARTS = "*.part"  # unfinished files
 MERGE = "merge"  # of a patch that is being merged, see state.merge
 UPLOAD = "upload"  # of a record: where else the content is
 STAGED = "source"  # source files on their way through the disk
 SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
-
-Record: TypeAlias = dict[str, Any]
 
 
 class Journal:
@@ -101,7 +97,7 @@ class Journal:
 
     def _begin(self, plan: Plan, overwrite: bool, command: str) -> None:
         """Clear away what is stale, the marks of a finished checkpoint first, and write down what is not."""
-        heads = [head for head in _heads(self._root, Outline.read(self._root)) if belongs(head, plan)]
+        heads = [head for head in heads_of(self._root, Outline.read(self._root)) if belongs(head, plan)]
         # Who goes on names the commit that he found here; what was asked for at first must stay.
         head = heads[0] if heads else head_of(plan, command)
         mine = sorted(self.finished.keys() & self.shares)
@@ -189,7 +185,7 @@ def finished_shards(
             # The list first: other ranks may begin now, and write their outline before all else.
             foreign = next((path.name for path in destination.iterdir() if path.name != STATE_DIR), None)
             outline = Outline.read(state)
-        heads = _heads(state, outline)
+        heads = heads_of(state, outline)
         others = [head for head in heads if not belongs(head, plan)]
         if overwrite and (others or not heads):
             return {}
@@ -225,11 +221,6 @@ def read_records(state: Path, head: Mapping[str, Any], rank: Rank | None = None)
     return records
 
 
-def _heads(state: Path, outline: Outline | None) -> list[Mapping[str, Any]]:
-    """Of the journal in DST/.kconvert, and of the ranks' outline."""
-    return [*read_lines(state / JOURNAL)[:1], *([outline.head] if outline else [])]
-
-
 def _check_count(outline: Outline | None, rank: Rank | None, destination: Path) -> None:
     if outline is not None and rank is not None:
         check_count(outline.ranks, rank, destination)
@@ -250,47 +241,11 @@ def disband(state: Path) -> None:
     shutil.rmtree(state / RANKS, ignore_errors=True)
 
 
-def advice(rank: Rank | None, another: str = "another directory") -> str:
-    """What helps where DST holds something else."""
-    if rank is None:
-        return f"choose {another}, or --overwrite to replace the checkpoint in it"
-    return f"choose {another}, and give all ranks the same command, SRC and kconvert"
-
-
-def difference_of(head: Mapping[str, Any], plan: Plan) -> str:
-    """What is another in the run that a journal belongs to."""
-    if (version := head.get("version", __version__)) != __version__:
-        return f"by kconvert {version}, and this is {__version__}"
-    same = head.get("plan") == plan.hash
-    return "from source files that have changed since" if same else "with other settings, or of another source"
-
-
 def is_done(path: Path, record: Record, push: HubId | None) -> bool:
     if push is not None and record.get("upload", {}).get("repo") == push.repo:
         return True
     looks = _looks(path) if path.is_file() else {}
     return bool(looks) and looks == {key: record.get(key) for key in looks}
-
-
-def pinned_commit(look: Callable[[], Mapping[str, Any]], source: str, revision: str | None) -> str | None:
-    """The commit of the repository `source` from which a run was begun that asked for the same revision; `look` finds what
-    that run said of itself in DST."""
-    place = parse_hub_id(source)
-    if place is None or is_directory(source):
-        return None
-    head = look()
-    origin = parse_hub_id(str(head.get("origin")))
-    same = origin is not None and origin.repo == place.repo and head.get("asked") == (revision or place.revision)
-    return origin.revision if origin is not None and same else None
-
-
-def head_at(destination: Path) -> Mapping[str, Any]:
-    """What the run that began in DST said of itself; nothing where none did."""
-    state = destination / STATE_DIR
-    try:
-        return next(iter(_heads(state, Outline.read(state))), {})
-    except OSError:
-        return {}  # whoever opens the journal says so
 
 
 def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -> list[Path]:
@@ -304,44 +259,6 @@ def stale_files(destination: Path, finished: Collection[str], overwrite: bool) -
     return stale
 
 
-def provenance(root: Path) -> dict[str, str]:
-    """`version`, `recipe`, `from` and `command` of the run that wrote the checkpoint in `root`; none without a journal.
-
-    `from` is the source's name, empty of a synthetic sample, and `command` what was typed, empty if nothing was.
-    """
-    try:
-        lines = read_lines(root / STATE_DIR / JOURNAL)
-    except OSError:
-        return {}
-    head = lines[0] if lines else {}
-    return {key: str(head.get(key, "")) for key in PROVENANCE} if "version" in head else {}
-
-
-def head_of(plan: Plan, command: str) -> Record:
-    """What a journal belongs to, and where that comes from; of a source on the Hub also the revision that was asked for."""
-    said = {"version": __version__, "recipe": plan.recipe, "from": plan.source.name if plan.source else ""}
-    origin = {} if plan.source is None else plan.source.origin
-    return {"plan": plan.hash, "source": plan.stamp, **said, "command": command, **origin}
-
-
-def belongs(head: Mapping[str, Any], plan: Plan) -> bool:
-    """Whether a journal is this plan's; what the source is called does not matter."""
-    return (head.get("plan"), head.get("source")) == (plan.hash, plan.stamp)
-
-
 def _looks(path: Path) -> Record:
     stat = path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
-def read_lines(path: Path) -> list[Record]:
-    """The journal's records; a last line that a crash cut short is no record."""
-    lines: list[Record] = []
-    if path.exists():
-        for text in path.read_bytes().splitlines():
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            lines.append(line if isinstance(line, dict) else {})
-    return lines

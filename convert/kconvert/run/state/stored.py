@@ -22,7 +22,8 @@ from kconvert.checkpoint.side_files import is_stale
 from kconvert.errors import KconvertError
 from kconvert.planning.plan import Plan
 from kconvert.run.state.finalize import Closed, refuse_missing
-from kconvert.run.state.journal import UPLOAD, Record, advice, belongs, check_count, difference_of, head_of
+from kconvert.run.state.heads import Record, advice, belongs, difference_of, head_of
+from kconvert.run.state.journal import UPLOAD, check_count
 from kconvert.run.state.outline import CLOSING, OUTLINE, Outline
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl
