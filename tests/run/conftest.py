@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from kconvert import Recipe, plan
 from kconvert.cli import main
 
 Tree = Callable[[Path], "dict[str, bytes]"]
@@ -66,6 +67,13 @@ class Job:
     @property
     def shards(self) -> list[str]:
         return sorted(name for name in self.files if name.endswith(".safetensors"))
+
+    def shards_of(self, file: str) -> list[str]:
+        """The shards that a file of the source goes into."""
+        steps = plan(self.source, Recipe("bf16", shard_size=SHARD_SIZE)).steps
+        return [
+            place.file for step in steps if file in {origin.file for origin in step.origins} for place in step.writes
+        ]
 
     @property
     def state(self) -> set[str]:

@@ -81,11 +81,25 @@ def test_a_shrunken_source_file_is_refused_by_the_rerun(
     fragile.check_error(fragile.run(), str(shard), "truncated")
 
 
-def test_a_source_that_has_changed_since_the_interruption_is_refused(
+def test_of_a_source_with_another_file_since_the_interruption_what_comes_from_the_rest_is_kept(
     fragile: Job, broken: Callable[..., AbstractContextManager[Tap]]
 ) -> None:
-    with broken("posix_fallocate", errno.ENOSPC, fragile.destination, 0.5):
-        assert fragile.run().exit_code == 2
+    with broken("posix_fallocate", errno.ENOSPC, fragile.destination, 0.9):
+        assert fragile.run("--threads", 1).exit_code == 2
+    before = {name: (fragile.destination / name).stat().st_mtime_ns for name in fragile.shards}
+    first = min(fragile.source.glob("*.safetensors"))
+    os.utime(first, ns=(1, 1))
+    made = set(fragile.shards_of(first.name))
+
+    assert fragile.run().exit_code == 0
+    kept = {name for name, mtime in before.items() if (fragile.destination / name).stat().st_mtime_ns == mtime}
+    assert kept == before.keys() - made
+    assert kept
+    assert fragile.files == fragile.whole
+
+
+def test_a_source_that_has_changed_since_the_output_was_finished_is_refused(fragile: Job) -> None:
+    assert fragile.run().exit_code == 0
     os.utime(next(fragile.source.glob("*.safetensors")), ns=(1, 1))
     before = fragile.files
 
@@ -170,7 +184,8 @@ def test_a_bad_value_met_late_leaves_what_is_finished_and_a_rerun_starts_there(
     sound = shutil.copytree(fragile.source, tmp_path / "sound")
     file = break_last_weight(fragile, raw, damage)
     for path in sound.glob("*.safetensors"):
-        shutil.copystat(path, fragile.source / path.name)
+        if path.name != file:
+            shutil.copystat(path, fragile.source / path.name)
 
     fragile.check_error(fragile.run("--threads", "1"), file, LAST_WEIGHT, *names)
     finished = {path.name: path.stat().st_mtime_ns for path in fragile.destination.glob("*.safetensors")}
@@ -182,8 +197,9 @@ def test_a_bad_value_met_late_leaves_what_is_finished_and_a_rerun_starts_there(
     again = fragile.run()
     assert again.exit_code == 0, again.output
     assert "that were missing" in again.output
-    for name, mtime in finished.items():
-        assert (fragile.destination / name).stat().st_mtime_ns == mtime
+    kept = {name for name, mtime in finished.items() if (fragile.destination / name).stat().st_mtime_ns == mtime}
+    assert kept == finished.keys() - set(fragile.shards_of(file))
+    assert kept
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,13 @@ def belongs(head: Mapping[str, Any], plan: Plan) -> bool:
     return (head.get("plan"), head.get("source")) == (plan.hash, plan.stamp)
 
 
+def is_mended(head: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether a journal is this plan's, but of files on this disk of which some were others then: what comes from the rest is
+    as good as it was."""
+    here = plan.source is not None and plan.source.directory is not None
+    return here and head.get("plan") == plan.hash and head.get("source") != plan.stamp
+
+
 def heads_of(state: Path, outline: Outline | None) -> list[Mapping[str, Any]]:
     """Of the journal in DST/.kconvert, and of the ranks' outline."""
     return [*read_lines(state / JOURNAL)[:1], *([outline.head] if outline else [])]

@@ -27,13 +27,24 @@ from kconvert.checkpoint.side_files import DECLARATION, why_left_out
 from kconvert.errors import KconvertError, counted, explain_os_error
 from kconvert.hub.ids import HubId
 from kconvert.planning.plan import Plan
-from kconvert.run.state.heads import JOURNAL, Record, advice, belongs, difference_of, head_of, heads_of, read_lines
+from kconvert.run.state.heads import (
+    JOURNAL,
+    Record,
+    advice,
+    belongs,
+    difference_of,
+    head_of,
+    heads_of,
+    is_mended,
+    read_lines,
+)
 from kconvert.run.state.locks import LOCK, hold
 from kconvert.run.state.outline import OUTLINE, Outline, folder
 from kconvert.run.state.ranks import Rank
 
 PARTS = "*.part"  # unfinished files
 MERGE = "merge"  # of a patch that is being merged, see state.merge
+MADE_OF = "made_of"  # of a record: which source files
 UPLOAD = "upload"  # of a record: where else the content is
 STAGED = "source"  # source files on their way through the disk
 SHARDS = ("*.safetensors", "*.gguf", "_layer_*/_numa_*/*.kt")  # the last of AMX weights
@@ -58,7 +69,7 @@ class Journal:
         sent: Mapping[str, Record] | None = None,
         shares: frozenset[str] | None = None,
     ) -> None:
-        self.destination, self.rank = destination, rank
+        self.destination, self.rank, self._plan = destination, rank, plan
         self._root = destination / STATE_DIR
         self._state = self._root if rank is None else folder(self._root, rank.index)
         self._token = secrets.token_hex(4)  # where locks fail, two runs still do not write one file
@@ -134,7 +145,7 @@ class Journal:
     def record(self, shard: str) -> None:
         """Note that `shard` is complete, durable and under its name."""
         try:
-            self._append(shard, _looks(self.destination / shard))
+            self._append(shard, {**_looks(self.destination / shard), MADE_OF: self._plan.stamp_of(shard)})
         except OSError as error:
             raise explain_os_error(error, f"cannot read {self.destination / shard}") from None
 
@@ -172,9 +183,11 @@ def finished_shards(
 ) -> dict[str, Record]:
     """The records of the shards that earlier runs of this plan, or other ranks, finished and nobody has touched since.
 
-    Of a rank `alone`, what others of its count have finished is not looked for: that is none of its shards. Those
-    that were sent to the Hub, to `push`, need not be there any more. Only looks, writes nothing. KconvertError when DST
-    holds anything else, unless the user said to `overwrite` it; and when it is that of more ranks or fewer.
+    Where some of the source's files were replaced since, as a damaged one is by a sound one, those shards count that others
+    were made of; but not for ranks, nor once the output is complete. Of a rank `alone`, what others of its count have finished
+    is not looked for: that is none of its shards. Those that were sent to the Hub, to `push`, need not be there any more. Only
+    looks, writes nothing. KconvertError when DST holds anything else, unless the user said to `overwrite` it; and when it is
+    that of more ranks or fewer.
     """
     if not exists(destination):
         return {}
@@ -191,11 +204,15 @@ def finished_shards(
             return {}
         if foreign is not None and not heads:
             raise KconvertError(f"{destination} is not empty ({foreign}); {advice(rank)}")
-        if others:
+        mended = outline is None and rank is None and not exists(destination / CONFIG_NAME)
+        if others and not (mended and is_mended(others[0], plan)):
             raise KconvertError(f"{destination} holds a conversion {difference_of(others[0], plan)}; {advice(rank)}")
         _check_count(outline, rank, destination)
-        records = read_records(state, {"plan": plan.hash, "source": plan.stamp}, rank if alone else None)
+        head = others[0] if others else {"plan": plan.hash, "source": plan.stamp}
+        records = read_records(state, head, rank if alone else None)
         known = {shard.name: records[shard.name] for shard in plan.shards if shard.name in records}
+        if others:
+            known = {name: record for name, record in known.items() if record.get(MADE_OF) == plan.stamp_of(name)}
         return {name: record for name, record in known.items() if is_done(destination / name, record, push)}
     except OSError as error:
         raise explain_os_error(error, f"cannot read {destination}") from None
