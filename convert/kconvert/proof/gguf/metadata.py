@@ -21,7 +21,7 @@ from kconvert.errors import counted
 from kconvert.models.model import Model
 
 LOG_MUL = 0.1  # llama.cpp's number for YaRN is this times DeepSeek's mscale_all_dim
-SIGMOID = 2
+SIGMOID, SQRT_SOFTPLUS = 2, 4
 # Key without the architecture -> the keys of config.json, of which the first that is there says the same.
 SAME = {
     "context_length": ("max_position_embeddings",),
@@ -40,6 +40,26 @@ SAME_BY_ARCHITECTURE = {
         "attention.q_lora_rank": ("q_lora_rank",),
         "attention.kv_lora_rank": ("kv_lora_rank",),
         "rope.dimension_count": ("qk_rope_head_dim",),
+        "expert_feed_forward_length": ("moe_intermediate_size",),
+        "expert_weights_norm": ("norm_topk_prob",),
+    },
+    "deepseek4": {
+        "attention.head_count_kv": ("num_key_value_heads",),
+        "attention.key_length": ("head_dim",),
+        "attention.value_length": ("head_dim",),
+        "attention.q_lora_rank": ("q_lora_rank",),
+        "attention.sliding_window": ("sliding_window",),
+        "attention.output_group_count": ("o_groups",),
+        "attention.output_lora_rank": ("o_lora_rank",),
+        "attention.compress_rope_freq_base": ("compress_rope_theta",),
+        "attention.indexer.head_count": ("index_n_heads",),
+        "attention.indexer.key_length": ("index_head_dim",),
+        "attention.indexer.top_k": ("index_topk",),
+        "rope.dimension_count": ("qk_rope_head_dim",),
+        "hyper_connection.count": ("hc_mult",),
+        "hyper_connection.sinkhorn_iterations": ("hc_sinkhorn_iters",),
+        "hyper_connection.epsilon": ("hc_eps",),
+        "hash_layer_count": ("num_hash_layers",),
         "expert_feed_forward_length": ("moe_intermediate_size",),
         "expert_weights_norm": ("norm_topk_prob",),
     },
@@ -129,7 +149,7 @@ def _expected(original: Model, checkpoint: GgufCheckpoint) -> Iterator[tuple[str
         # What multiplies by one, or is not done, may be left out.
         if isinstance(value, int | float) and (name in said or value not in (1.0, False) or key == "expert_used_count"):
             yield name, (value,)
-    own = (*_rope(config, architecture), *(_latent(config) if architecture == "deepseek2" else ()))
+    own = (*_rope(config, architecture), *OWN.get(architecture, lambda _: ())(config))
     yield from ((f"{architecture}.{key}", values) for key, values in own)
     if f"{architecture}.rope.scaling.type" in said and not any(key == "rope.scaling.type" for key, _ in own):
         yield f"{architecture}.rope.scaling.type", ("none",)
@@ -152,7 +172,7 @@ def _rope(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, t
             yield "rope.scaling.yarn_log_multiplier", (LOG_MUL * all_dim,)
 
 
-def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Heads of latent attention: absorbed, as those of one head of keys, or as all heads have them."""
     names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "num_attention_heads")
     sizes = [config.get(name) for name in names]
@@ -163,6 +183,20 @@ def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention.key_length", (latent + rope, nope + rope)
     yield "attention.value_length", (latent, value)
     yield "expert_gating_func", (SIGMOID,)
+
+
+def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """DeepSeek-V4: what each layer compresses and where it cuts activations off, and the router's function."""
+    layers, ratios, limit = (config.get(key) for key in ("num_hidden_layers", "compress_ratios", "swiglu_limit"))
+    yield "expert_gating_func", (SQRT_SOFTPLUS,)
+    if isinstance(layers, int) and isinstance(ratios, list):
+        yield "attention.compress_ratios", dict(enumerate(ratios[:layers]))
+    if isinstance(layers, int) and isinstance(limit, int | float):
+        for kind in ("exp", "shexp"):
+            yield f"swiglu_clamp_{kind}", dict.fromkeys(range(layers), limit)
+
+
+OWN = {"deepseek2": _latent, "deepseek4": _compressed}
 
 
 class _Beside:
@@ -248,7 +282,7 @@ def _difference(checkpoint: GgufCheckpoint, key: str, expected: Any) -> str | No
     """In words how a value is not what the source makes it."""
     if isinstance(expected, dict):
         found = checkpoint.items(key) or []
-        wrong = [i for i, item in expected.items() if i >= len(found) or found[i] != item]
+        wrong = [i for i, item in expected.items() if i >= len(found) or not _same(found[i], item)]
         wrong += range(len(expected), len(found)) if key.endswith("merges") else ()
         if not wrong:
             return None

@@ -19,6 +19,7 @@ TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
 ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
+    "deepseek_v4": "deepseek4",
     "kimi_k2": "deepseek2",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",

@@ -8,6 +8,7 @@ from typing import Any
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.amx import Amx
+from kconvert.formats.engines.ggml import Integers
 from kconvert.formats.engines.heads import Heads
 from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.engines.turns import Turns
@@ -40,6 +41,7 @@ WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
     Fp8: Fp8Witness,
     Gptq: GptqWitness,
     Heads: HeadsWitness,
+    Integers: ggml.IntegersWitness,
     Int8: Int8Witness,
     Mx: MxWitness,
     MxStack: MxStackWitness,

@@ -1,0 +1,62 @@
+"""What llama.cpp calls the modules of a model: by the table of the `gguf` package, or for those it lacks by one of facts here.
+
+Source of what is here: https://github.com/ggml-org/llama.cpp, `src/llama-arch.cpp`, `src/models/*.cpp` and `conversion/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+# Models that the gguf package (0.19) does not know: the source's module -> llama.cpp's, without `.weight`; of a layer by number
+# what stands behind `layers.N.` and `blk.N.`.
+WHOLE: Mapping[str, Mapping[str, str]] = {
+    "deepseek4": {
+        "embed": "token_embd",
+        "norm": "output_norm",
+        "head": "output",
+        **{f"hc_head_{part}": f"output_hc_{part}" for part in ("fn", "base", "scale")},
+    },
+}
+LAYERS: Mapping[str, Mapping[str, str]] = {
+    "deepseek4": {
+        "attn_norm": "attn_norm",
+        "attn.attn_sink": "attn_sinks",
+        "attn.wq_a": "attn_q_a",
+        "attn.q_norm": "attn_q_a_norm",
+        "attn.wq_b": "attn_q_b",
+        "attn.wkv": "attn_kv",
+        "attn.kv_norm": "attn_kv_a_norm",
+        "attn.wo_a": "attn_output_a",
+        "attn.wo_b": "attn_output_b",
+        "attn.indexer.wq_b": "indexer.attn_q_b",
+        "attn.indexer.weights_proj": "indexer.proj",
+        **{
+            f"attn.{theirs}.{part}": f"{ours}_{name}"
+            for theirs, ours in (("compressor", "attn_compressor"), ("indexer.compressor", "indexer_compressor"))
+            for part, name in (("wkv", "kv"), ("wgate", "gate"), ("ape", "ape"), ("norm", "norm"))
+        },
+        "ffn_norm": "ffn_norm",
+        "ffn.gate": "ffn_gate_inp",
+        "ffn.gate.e_score_correction": "exp_probs_b",
+        "ffn.gate.tid2eid": "ffn_gate_tid2eid",
+        **{
+            f"ffn.shared_experts.{part}": f"ffn_{name}_shexp"
+            for part, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
+        },
+        **{f"hc_{side}_{part}": f"hc_{side}_{part}" for side in ("attn", "ffn") for part in ("fn", "base", "scale")},
+    },
+}
+
+
+def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
+    """From a module's name to llama.cpp's, in a model of so many layers; None for one that it has not."""
+    if architecture in LAYERS:
+        table = dict(WHOLE[architecture])
+        for number in range(layers):
+            for old, new in LAYERS[architecture].items():
+                table[f"layers.{number}.{old}"] = table[f"model.layers.{number}.{old}"] = f"blk.{number}.{new}"
+        return table.get
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(kind, layers).get_name
