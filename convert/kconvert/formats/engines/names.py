@@ -46,6 +46,8 @@ LAYERS: Mapping[str, Mapping[str, str]] = {
         **{f"hc_{side}_{part}": f"hc_{side}_{part}" for side in ("attn", "ffn") for part in ("fn", "base", "scale")},
     },
 }
+# Whose tensors are those of another model, which gguf knows.
+LIKE: Mapping[str, str] = {"deepseek32": "glm-dsa"}
 
 
 def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
@@ -58,5 +60,6 @@ def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
         return table.get
     import gguf
 
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = LIKE.get(architecture, architecture)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
     return gguf.get_tensor_name_map(kind, layers).get_name

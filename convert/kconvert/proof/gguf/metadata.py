@@ -34,15 +34,23 @@ SAME = {
     "expert_shared_count": ("n_shared_experts",),
     "expert_weights_scale": ("routed_scaling_factor",),
 }
+LATENT = {
+    "leading_dense_block_count": ("first_k_dense_replace",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+    "rope.dimension_count": ("qk_rope_head_dim",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_weights_norm": ("norm_topk_prob",),
+}
+INDEXER = {
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
+}
 SAME_BY_ARCHITECTURE = {
-    "deepseek2": {
-        "leading_dense_block_count": ("first_k_dense_replace",),
-        "attention.q_lora_rank": ("q_lora_rank",),
-        "attention.kv_lora_rank": ("kv_lora_rank",),
-        "rope.dimension_count": ("qk_rope_head_dim",),
-        "expert_feed_forward_length": ("moe_intermediate_size",),
-        "expert_weights_norm": ("norm_topk_prob",),
-    },
+    "deepseek2": LATENT,
+    "deepseek32": {**LATENT, **INDEXER},
+    "glm-dsa": {**LATENT, **INDEXER},
     "deepseek4": {
         "attention.head_count_kv": ("num_key_value_heads",),
         "attention.key_length": ("head_dim",),
@@ -52,9 +60,7 @@ SAME_BY_ARCHITECTURE = {
         "attention.output_group_count": ("o_groups",),
         "attention.output_lora_rank": ("o_lora_rank",),
         "attention.compress_rope_freq_base": ("compress_rope_theta",),
-        "attention.indexer.head_count": ("index_n_heads",),
-        "attention.indexer.key_length": ("index_head_dim",),
-        "attention.indexer.top_k": ("index_topk",),
+        **INDEXER,
         "rope.dimension_count": ("qk_rope_head_dim",),
         "hyper_connection.count": ("hc_mult",),
         "hyper_connection.sinkhorn_iterations": ("hc_sinkhorn_iters",),
@@ -168,7 +174,9 @@ def _rope(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, t
         yield "rope.scaling.factor", (table.get("factor"),)
         original = table.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
         yield "rope.scaling.original_context_length", (original,)
-        if architecture == "deepseek2" and isinstance(all_dim := table.get("mscale_all_dim"), int | float):
+        if architecture in ("deepseek2", "deepseek32") and isinstance(
+            all_dim := table.get("mscale_all_dim"), int | float
+        ):
             yield "rope.scaling.yarn_log_multiplier", (LOG_MUL * all_dim,)
 
 
@@ -196,7 +204,15 @@ def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"swiglu_clamp_{kind}", dict.fromkeys(range(layers), limit)
 
 
-OWN = {"deepseek2": _latent, "deepseek4": _compressed}
+def _indexed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Latent attention to what indexers choose, which some layers have."""
+    yield from _latent(config)
+    layers, kinds = config.get("num_hidden_layers"), config.get("indexer_types")
+    if isinstance(layers, int) and isinstance(kinds, list):
+        yield "attention.indexer.types", {number: kind == "full" for number, kind in enumerate(kinds[:layers])}
+
+
+OWN = {"deepseek2": _latent, "deepseek32": _indexed, "deepseek4": _compressed, "glm-dsa": _indexed}
 
 
 class _Beside:

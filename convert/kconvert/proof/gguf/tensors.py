@@ -29,7 +29,7 @@ from kconvert.models.sorting import Plain
 from kconvert.proof.parity.witnesses.ggml import Blocks, KeysAndValues, Turns, is_known
 
 # Whose tensors are the checkpoint's but for what is said above; those of others may be permuted or computed.
-ARCHITECTURES = ("deepseek2", "deepseek4", "qwen3moe", "gpt-oss", "glm4moe", "minimax-m2")
+ARCHITECTURES = ("deepseek2", "deepseek32", "deepseek4", "glm-dsa", "qwen3moe", "gpt-oss", "glm4moe", "minimax-m2")
 INTEGERS = ("I32", "I64")
 # What llama.cpp has in files of its own, or does not run.
 ELSEWHERE = ("vision", "projector", "mtp")

@@ -19,7 +19,9 @@ TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
 ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
     "deepseek_v4": "deepseek4",
+    "glm_moe_dsa": "glm-dsa",
     "kimi_k2": "deepseek2",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
@@ -27,7 +29,7 @@ ARCHITECTURES = {
     "minimax_m2": "minimax-m2",
 }
 
-HAVE_DENSE = ("deepseek2", "glm4moe")  # layers without experts, the first ones
+HAVE_DENSE = ("deepseek2", "deepseek32", "glm-dsa", "glm4moe")  # layers without experts, the first ones
 # The weights whose outputs llama.cpp multiplies by the factor of their NVFP4. Its loader takes that of any weight, but what it
 # computes from deepseek2's experts goes without.
 HAS_FACTOR = {

@@ -12,7 +12,7 @@ from kconvert.errors import KconvertError
 from kconvert.models.model import Model
 from kconvert.targets.gguf.architectures import section_of, title_of
 from kconvert.targets.gguf.fields import Fields
-from kconvert.targets.gguf.sparse import deepseek4
+from kconvert.targets.gguf.sparse import add_indexer, deepseek4
 
 if TYPE_CHECKING:
     from gguf import ExpertGatingFuncType, GGUFWriter
@@ -105,6 +105,12 @@ def _deepseek2(writer: GGUFWriter, fields: Fields) -> None:
     _shared_experts(writer, fields)
 
 
+def _indexed(writer: GGUFWriter, fields: Fields) -> None:
+    """The same, and of each layer an indexer that says what is attended to."""
+    _deepseek2(writer, fields)
+    add_indexer(writer, fields)
+
+
 def _shared_experts(writer: GGUFWriter, fields: Fields) -> None:
     """Layers without experts first, then such with routed and shared ones."""
     writer.add_leading_dense_block_count(fields.integer("first_k_dense_replace"))
@@ -184,7 +190,9 @@ def _minimax_m2(writer: GGUFWriter, fields: Fields) -> None:
 
 OWN: Mapping[str, Callable[[GGUFWriter, Fields], None]] = {
     "deepseek2": _deepseek2,
+    "deepseek32": _indexed,
     "deepseek4": deepseek4,
+    "glm-dsa": _indexed,
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4moe,

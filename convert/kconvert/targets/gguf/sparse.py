@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SQRT_SOFTPLUS = 4  # llama.cpp's number for it, which gguf (0.19) has not
 RATIOS = (0, 4, 128)  # of the compression, that llama.cpp knows
+KINDS = ("full", "shared")  # of indexers
 # Key without the architecture -> key of config.json.
 INDEXER = {
     "attention.indexer.head_count": "index_n_heads",
@@ -30,6 +31,18 @@ INTEGERS = {
     "hash_layer_count": "num_hash_layers",
 }
 NUMBERS = {"attention.compress_rope_freq_base": "compress_rope_theta", "hyper_connection.epsilon": "hc_eps"}
+
+
+def add_indexer(writer: GGUFWriter, fields: Fields) -> None:
+    """What chooses the tokens that are attended to: in each layer, or in those that `indexer_types` calls full."""
+    for key, name in INDEXER.items():
+        writer.add_uint32(f"{writer.arch}.{key}", fields.integer(name))
+    if not fields.has("indexer_types"):
+        return
+    layers, kinds = fields.integer("num_hidden_layers"), fields.value("indexer_types")
+    if not isinstance(kinds, list) or len(kinds) < layers or any(kind not in KINDS for kind in kinds[:layers]):
+        raise fields.fault("indexer_types", f"full or shared for each of the {layers} layers")
+    writer.add_array(f"{writer.arch}.attention.indexer.types", [kind == "full" for kind in kinds[:layers]])
 
 
 def deepseek4(writer: GGUFWriter, fields: Fields) -> None:
