@@ -19,6 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
     "kimi-k2-thinking": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "kimi-k2.5": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "deepseek-v3": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
+    "kimi-k3": {"layers": 4, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "deepseek-v4": V4,
     "deepseek-v4-base": V4,
     "deepseek-v3.2": DSA,

@@ -16,6 +16,12 @@ WHOLE: Mapping[str, Mapping[str, str]] = {
         "head": "output",
         **{f"hc_head_{part}": f"output_hc_{part}" for part in ("fn", "base", "scale")},
     },
+    "kimi-k3": {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.output_attn_res_norm": "output_res_score",
+    },
 }
 LAYERS: Mapping[str, Mapping[str, str]] = {
     "deepseek4": {
@@ -44,6 +50,32 @@ LAYERS: Mapping[str, Mapping[str, str]] = {
             for part, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
         },
         **{f"hc_{side}_{part}": f"hc_{side}_{part}" for side in ("attn", "ffn") for part in ("fn", "base", "scale")},
+    },
+    "kimi-k3": {
+        "input_layernorm": "attn_norm",
+        "self_attention_res_norm": "attn_res_score",
+        "mlp_res_norm": "ffn_res_score",
+        **{f"self_attn.{part}_proj": f"attn_{part}" for part in ("q", "k", "v", "q_a", "q_b", "kv_b", "k_b", "v_b")},
+        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.g_proj": "attn_gate",
+        "self_attn.delta_g_proj": "ssm_g",
+        **{f"self_attn.{part}_conv1d": f"ssm_conv1d_{part}" for part in "qkv"},
+        "self_attn.f_a_proj": "ssm_f_a",
+        "self_attn.f_b_proj": "ssm_f_b",
+        "self_attn.b_proj": "ssm_beta",
+        "self_attn.A_log": "ssm_a",
+        "self_attn.dt_proj": "ssm_dt",
+        "self_attn.o_norm": "ssm_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+        "block_sparse_moe.gate": "ffn_gate_inp",
+        "block_sparse_moe.gate.e_score_correction": "exp_probs_b",
+        **{f"block_sparse_moe.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+        **{f"block_sparse_moe.routed_expert_{part}_proj": f"ffn_routed_{part}" for part in ("down", "up")},
+        "block_sparse_moe.routed_expert_norm": "ffn_routed_norm",
     },
 }
 # Whose tensors are those of another model, which gguf knows.

@@ -30,8 +30,8 @@ SAME = {
     "attention.head_count": ("num_attention_heads",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "expert_count": ("n_routed_experts", "num_experts", "num_local_experts"),
-    "expert_used_count": ("num_experts_per_tok",),
-    "expert_shared_count": ("n_shared_experts",),
+    "expert_used_count": ("num_experts_per_tok", "num_experts_per_token"),
+    "expert_shared_count": ("n_shared_experts", "num_shared_experts"),
     "expert_weights_scale": ("routed_scaling_factor",),
 }
 LATENT = {
@@ -82,6 +82,16 @@ SAME_BY_ARCHITECTURE = {
         "attention.value_length": ("head_dim",),
         "expert_feed_forward_length": ("moe_intermediate_size",),
         "expert_weights_norm": ("norm_topk_prob",),
+    },
+    "kimi-k3": {
+        **LATENT,
+        "expert_weights_norm": ("moe_renormalize",),
+        "expert_latent_length": ("routed_expert_hidden_size",),
+        "attention.value_length": ("kv_lora_rank",),
+        "attention.value_length_mla": ("v_head_dim",),
+        "attn_res.block_size": ("attn_res_block_size",),
+        "activation.situ_beta": ("activation_situ_beta",),
+        "activation.situ_linear_beta": ("activation_situ_linear_beta",),
     },
     "minimax-m2": {
         "attention.head_count_kv": ("num_key_value_heads",),
@@ -212,7 +222,25 @@ def _indexed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "attention.indexer.types", {number: kind == "full" for number, kind in enumerate(kinds[:layers])}
 
 
-OWN = {"deepseek2": _latent, "deepseek32": _indexed, "deepseek4": _compressed, "glm-dsa": _indexed}
+def _delta(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Kimi-K3: which layers have latent attention, and how long keys are there; the others have no heads of keys."""
+    yield "expert_gating_func", (SIGMOID,)
+    sizes = [config.get(key) for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "num_hidden_layers")]
+    delta = config.get("linear_attn_config")
+    if not isinstance(delta, Mapping) or not all(isinstance(size, int) for size in sizes):
+        return
+    latent, rope, nope, layers = (int(size or 0) for size in sizes)
+    yield "attention.key_length", (latent + rope,)
+    yield "attention.key_length_mla", (nope + rope,)
+    for key, name in (("ssm.conv_kernel", "short_conv_kernel_size"), ("kda.head_dim", "head_dim")):
+        yield key, (delta.get(name),)
+    if isinstance(bound := delta.get("gate_lower_bound"), int | float):
+        yield "kda.gate_lower_bound", (bound,)
+    if isinstance(numbers := delta.get("full_attn_layers"), list):
+        yield "attention.head_count_kv", {number: int(number + 1 in numbers) for number in range(layers)}
+
+
+OWN = {"deepseek2": _latent, "deepseek32": _indexed, "deepseek4": _compressed, "glm-dsa": _indexed, "kimi-k3": _delta}
 
 
 class _Beside:

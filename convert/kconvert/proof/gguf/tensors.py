@@ -26,10 +26,22 @@ from kconvert.formats.engines.names import names_of
 from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight
 from kconvert.models.sorting import Plain
+from kconvert.proof.gguf.kimi_k3 import fused
 from kconvert.proof.parity.witnesses.ggml import Blocks, KeysAndValues, Turns, is_known
+from kconvert.proof.parity.witnesses.kimi import Exponents
 
 # Whose tensors are the checkpoint's but for what is said above; those of others may be permuted or computed.
-ARCHITECTURES = ("deepseek2", "deepseek32", "deepseek4", "glm-dsa", "qwen3moe", "gpt-oss", "glm4moe", "minimax-m2")
+ARCHITECTURES = (
+    "deepseek2",
+    "deepseek32",
+    "deepseek4",
+    "glm-dsa",
+    "qwen3moe",
+    "gpt-oss",
+    "glm4moe",
+    "kimi-k3",
+    "minimax-m2",
+)
 INTEGERS = ("I32", "I64")
 # What llama.cpp has in files of its own, or does not run.
 ELSEWHERE = ("vision", "projector", "mtp")
@@ -38,6 +50,7 @@ COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 # How the tensors of transformers are called where llama.cpp's converter calls them otherwise first.
 RESPELT = {
     "e_score_correction_bias": "e_score_correction.bias",
+    ".dt_bias": ".dt_proj.bias",
     ".ffn.gate.bias": ".ffn.gate.e_score_correction.bias",
     ".sinks": ".sinks.weight",
     "down_proj_bias": "down_proj.bias",
@@ -61,6 +74,8 @@ def open_related(original: Model, whole: Model, path: Path) -> tuple[Model, Mode
             f"what its tensors are made of; that is known of {', '.join(ARCHITECTURES)}"
         )
     shelf, everything = _Shelf(checkpoint, whole), [*whole.weights, *map(_as_weight, whole.plain)]
+    if checkpoint.architecture == "kimi-k3":
+        everything = list(fused(everything, whole))
     counterparts = [shelf.counterpart(item) for item in everything]
     chosen = {*(weight.name for weight in original.weights), *(plain.tensor.name for plain in original.plain)}
     pairs = [pair for pair in zip(everything, counterparts, strict=True) if _name(pair[0]) in chosen]
@@ -146,6 +161,8 @@ class _Shelf:
             return self._expert(item)
         name = item.name.removeprefix(self.original.manifest.prefix)
         name = next((name.replace(old, new) for old, new in RESPELT.items() if name.endswith(old)), name)
+        if item.role == "delta.gate":  # called as that of latent attention
+            name = name.replace(".g_proj", ".delta_g_proj")
         module, suffix = name, "weight"
         if name.endswith((".weight", ".bias")):
             module, _, suffix = name.rpartition(".")
@@ -153,9 +170,9 @@ class _Shelf:
             return self._turns(item, module, suffix)
         if (stem := self._name_of(module)) is None:
             return None
-        if (whole := self._tensor(f"{stem}.{suffix}")) is None:
+        if (whole := self._tensor(f"{stem}.{suffix}") or self._tensor(stem)) is None:
             return self._by_head(item, module) if module.endswith("kv_b_proj") else None
-        if whole.shape != (shape := _shape(item)):
+        if not _fits(item, whole.shape, shape := _shape(item)):
             raise CheckFailed(
                 f"{self.checkpoint.root / whole.file}: tensor {whole.name!r} is {list(whole.shape)}, in the source "
                 f"{item.name!r} is {list(shape)}"
@@ -230,7 +247,17 @@ def _shape(item: Weight) -> tuple[int, ...]:
     """What a tensor measures that has all of the weight, and is not transposed."""
     if (height := item.format.height(item.rows)) is not None:
         return item.rows // height, height, item.cols
+    if isinstance(item.format, Exponents):
+        return (item.cols,)
     return (item.rows, item.cols) if item.format.quantised else item.tensors[0].shape
+
+
+def _fits(item: Weight, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether this is its shape; converters put dimensions of one where they like around a convolution's."""
+    if item.role != "delta.conv":
+        return found == shape
+    one, other = (tuple(size for size in sizes if size != 1) for sizes in (found, shape))
+    return one == other
 
 
 def _columns(tensor: Tensor) -> int:

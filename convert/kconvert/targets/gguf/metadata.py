@@ -12,6 +12,7 @@ from kconvert.errors import KconvertError
 from kconvert.models.model import Model
 from kconvert.targets.gguf.architectures import section_of, title_of
 from kconvert.targets.gguf.fields import Fields
+from kconvert.targets.gguf.kimi_k3 import kimi_k3
 from kconvert.targets.gguf.sparse import add_indexer, deepseek4
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ QUANTIZATION_VERSION = 2
 LOG_MUL = 0.1
 ALL_EXPERTS = ("deepseek4",)  # that have no other MLPs, and no size of them
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # how models call the number of them
+USED = ("num_experts_per_tok", "num_experts_per_token")
 
 
 def add_hyperparameters(writer: GGUFWriter, model: Model, architecture: str, layers: int, experts: str) -> None:
@@ -40,23 +42,24 @@ def add_hyperparameters(writer: GGUFWriter, model: Model, architecture: str, lay
         ("hidden_size", writer.add_embedding_length),
         ("num_attention_heads", writer.add_head_count),
         ("vocab_size", writer.add_vocab_size),
-        ("num_experts_per_tok", writer.add_expert_used_count),
     ):
         add(fields.integer(key))
     if architecture not in ALL_EXPERTS:
         writer.add_feed_forward_length(fields.integer("intermediate_size"))
-    _check_experts(fields)
+    writer.add_expert_used_count(_experts_used(fields))
     writer.add_layer_norm_rms_eps(fields.number("rms_norm_eps"))
-    _add_rope(writer, fields)
+    if architecture != "kimi-k3":  # which has no positions
+        _add_rope(writer, fields)
     OWN[architecture](writer, fields)
 
 
-def _check_experts(fields: Fields) -> None:
-    """KconvertError where a token goes to more experts than there are, with which llama.cpp does not start."""
-    key = next(filter(fields.has, EXPERTS), EXPERTS[0])
-    used, count = fields.integer("num_experts_per_tok"), fields.integer(key)
+def _experts_used(fields: Fields) -> int:
+    """By a token; KconvertError where these are more experts than there are, with which llama.cpp does not start."""
+    key, by_token = (next(filter(fields.has, keys), keys[0]) for keys in (EXPERTS, USED))
+    used, count = fields.integer(by_token), fields.integer(key)
     if not 0 < used <= count:
-        raise fields.fault("num_experts_per_tok", f"a number from 1 to the {count} of {key}")
+        raise fields.fault(by_token, f"a number from 1 to the {count} of {key}")
+    return used
 
 
 def _add_rope(writer: GGUFWriter, fields: Fields) -> None:
@@ -196,5 +199,6 @@ OWN: Mapping[str, Callable[[GGUFWriter, Fields], None]] = {
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4moe,
+    "kimi-k3": kimi_k3,
     "minimax-m2": _minimax_m2,
 }

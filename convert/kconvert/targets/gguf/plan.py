@@ -11,6 +11,7 @@ from kconvert.errors import KconvertError, counted
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.engines.ggml import Q4_0, Q8_0, Integers
 from kconvert.formats.engines.heads import Heads
+from kconvert.formats.engines.kimi import Decay, Product
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Model
 from kconvert.planning.gguf import Gguf
@@ -92,6 +93,8 @@ def _origins(steps: Sequence[Step]) -> Counter[str]:
     for step in steps:
         if isinstance(step, Copy):
             counts["the source's bytes"] += 1
+        elif isinstance(step.source, Product) or isinstance(step.target, Decay):
+            counts["computed of the source's values, as llama.cpp wants them"] += 1
         elif step.target.takes_codes(step.source) and not isinstance(step.source, Integers):
             counts["the source's codes and scales, in another order"] += 1
         else:

@@ -22,6 +22,7 @@ from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.engines.ggml import INTEGERS, Q4_0, Q8_0, Integers, Mxfp4, Nvfp4Blocks, Whole
 from kconvert.formats.engines.heads import Heads, Piece
+from kconvert.formats.engines.kimi import Decay, Product
 from kconvert.formats.engines.names import names_of
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.nvfp4 import Nvfp4
@@ -34,6 +35,7 @@ from kconvert.targets.gguf.fields import Fields
 
 Stack: TypeAlias = "tuple[int, str]"  # a layer, and which matrix of its experts
 EXPERTS = ("expert.gate", "expert.up", "expert.down")
+FUSED = "residual."  # Kimi-K3's, which go into their norms
 STAY = ("hyper.", "compressor.", "indexer.")  # small, and not rounded by llama.cpp's tools either
 LEFT_OUT = frozenset({"mtp", "vision", "projector", "buffer"})
 
@@ -55,6 +57,8 @@ class Tensors:
         """A step without places for each weight and tensor, in natural order of the source's names."""
         weights: Iterable[Weight | Plain] = self.model.weights
         for item in merge(weights, self.model.plain, key=lambda item: natural_key(_name(item))):
+            if item.role.startswith(FUSED):
+                continue
             if self._stays_out(item):
                 self.left_out.append(_name(item))
             elif isinstance(item, Weight):
@@ -87,7 +91,8 @@ class Tensors:
             raise KconvertError(f"weight {weight.name!r} is a stack of matrices, which is not mapped to GGUF yet")
         if weight.role == "attention.kv_b":
             return self._kv_b(weight)
-        name = self.name(f"{weight.name}.weight")
+        name = weight.name if weight.role != "delta.gate" else weight.name.replace(".g_proj", ".delta_g_proj")
+        name = self.name(f"{name}.weight")
         if weight.role == "router":
             return _whole(weight, name, Dense("F32"), (weight.rows, weight.cols))
         target = self._target(weight)
@@ -166,7 +171,7 @@ class Tensors:
 
     def _kv_b(self, weight: Weight) -> Transcode:
         """As two stacks with a matrix for each head."""
-        fields = Fields(section_of(self.model), f"{self.model.checkpoint.root}/config.json")
+        fields = self._fields
         format: Format = self.rest or Dense("BF16" if weight.format.quantised else weight.format.value_dtype)
         keys = Piece("_k_b", fields.integer("qk_nope_head_dim"), format, transposed=True)
         target = self._fit(Heads((keys, Piece("_v_b", fields.integer("v_head_dim"), format))), weight)
@@ -199,17 +204,39 @@ class Tensors:
         if plain.role == "expert.gate_up.bias":
             target: Format = Turns(Dense("F32"), shape[0], ("_gate_exps.bias", "_up_exps.bias"), flat=True)
             return Transcode(tensor.name, math.prod(shape), 1, source, (tensor,), target, (), f"blk.{plain.layer}.ffn")
+        if tensor.name.endswith((".A_log", "_res_norm.weight")) and self.architecture == "kimi-k3":
+            return self._computed(plain)
         name = self.name(tensor.name)
         is_matrix = len(shape) == 2 and name.endswith(".weight") and plain.role != "router"
         whole = Weight(tensor.name, plain.role, math.prod(shape[:-1]), shape[-1], source, (tensor,), plain.layer)
         target = self._target(whole) if is_matrix else Dense("F32")
         return copy_of(tensor._replace(name=name)) if target == source else _whole(whole, name, target, shape)
 
+    def _computed(self, plain: Plain) -> Transcode:
+        """What llama.cpp wants of Kimi-K3 computed: a norm with the projection behind it, and how fast memory decays."""
+        tensor, cols = plain.tensor, plain.tensor.shape[-1]
+        name = self.name(tensor.name)
+        if tensor.name.endswith(".A_log"):
+            heads = self._fields.integer("num_attention_heads")
+            target, output = Decay(min(heads, cols)), name.removesuffix(".weight")
+            return Transcode(tensor.name, 1, cols, Dense(tensor.dtype), (tensor,), target, (), output)
+        other = tensor.name.replace("_res_norm.", "_res_proj.")
+        projection = next((item.tensor for item in self.whole.plain if item.tensor.name == other), None)
+        if projection is None or projection.dtype not in DTYPES:
+            raise KconvertError(f"{tensor} has no floats {other!r} beside it, with which llama.cpp wants it multiplied")
+        both = Product((tensor.dtype, projection.dtype))
+        shape = Whole(Dense("F32"), tensor.shape)
+        return Transcode(tensor.name, 1, cols, both, (tensor, projection), shape, (), name)
+
     def _table(self, plain: Plain, below: int) -> Transcode:
         """Integers that are experts' numbers, as I32."""
         tensor, (rows, cols) = plain.tensor, plain.tensor.shape
         source, target = Integers(tensor.dtype, below), Whole(Integers("I32"), tensor.shape)
         return Transcode(tensor.name, rows, cols, source, (tensor,), target, (), self.name(tensor.name))
+
+    @property
+    def _fields(self) -> Fields:
+        return Fields(section_of(self.model), f"{self.model.checkpoint.root}/config.json")
 
     def name(self, tensor: str) -> str:
         """What llama.cpp calls the tensor; KconvertError where it knows none of this name."""
@@ -237,6 +264,7 @@ SPELLINGS = {
     "embed_tokens.": "model.embed_tokens.",
     "norm.weight.": "model.norm.weight.",
     ".e_score_correction_bias": ".e_score_correction.bias",
+    ".dt_bias": ".dt_proj.bias",
     ".ffn.gate.bias": ".ffn.gate.e_score_correction.bias",
     ".experts.down_proj_bias": ".experts.down_proj.bias",
 }
