@@ -91,6 +91,10 @@ def test_the_plan_says_what_is_computed(source: Source) -> None:
     assert not any("res_proj" in name for name in facts["dropped"])
 
 
+def test_nothing_is_rounded_otherwise(source: Source) -> None:
+    assert plan(source("kimi-k3"), Recipe("gguf", require_exact=True)).steps
+
+
 def test_it_says_which_layers_remember_by_delta_attention(source: Source, to_gguf: ToGguf) -> None:
     read = to_gguf(source("kimi-k3"))
     wanted = {

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kconvert.formats.base import Format, Part
+from kconvert.formats.base import Fate, Format, Part
 from kconvert.formats.dense import Dense
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ class Decay(Format):
     @property
     def quantised(self) -> bool:
         return False
+
+    def fate(self, source: Format) -> Fate:
+        """The model itself computes just this when it runs, of which no encoding has more."""
+        return "lossless"
 
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         return (Part("", "F32", (self.heads,)),)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kconvert.errors import KconvertError
+
 # Models that the gguf package (0.19) does not know: the source's module -> llama.cpp's, without `.weight`; of a layer by number
 # what stands behind `layers.N.` and `blk.N.`.
 WHOLE: Mapping[str, Mapping[str, str]] = {
@@ -83,7 +85,10 @@ LIKE: Mapping[str, str] = {"deepseek32": "glm-dsa"}
 
 
 def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
-    """From a module's name to llama.cpp's, in a model of so many layers; None for one that it has not."""
+    """From a module's name to llama.cpp's, in a model of so many layers; None for one that it has not.
+
+    KconvertError where the gguf package is too old to know the architecture.
+    """
     if architecture in LAYERS:
         table = dict(WHOLE[architecture])
         for number in range(layers):
@@ -93,5 +98,9 @@ def names_of(architecture: str, layers: int) -> Callable[[str], str | None]:
     import gguf
 
     known = LIKE.get(architecture, architecture)
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
+    kind = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == known), None)
+    if kind is None:
+        raise KconvertError(
+            f"the gguf package that is installed does not know {known!r}; install gguf 0.19 or a later one"
+        )
     return gguf.get_tensor_name_map(kind, layers).get_name

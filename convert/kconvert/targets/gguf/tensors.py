@@ -16,6 +16,7 @@ from functools import cached_property
 from heapq import merge
 from typing import TypeAlias
 
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import DTYPES, Dense
@@ -221,12 +222,16 @@ class Tensors:
             target, output = Decay(min(heads, cols)), name.removesuffix(".weight")
             return Transcode(tensor.name, 1, cols, Dense(tensor.dtype), (tensor,), target, (), output)
         other = tensor.name.replace("_res_norm.", "_res_proj.")
-        projection = next((item.tensor for item in self.whole.plain if item.tensor.name == other), None)
+        projection = self._projections.get(other)
         if projection is None or projection.dtype not in DTYPES:
             raise KconvertError(f"{tensor} has no floats {other!r} beside it, with which llama.cpp wants it multiplied")
         both = Product((tensor.dtype, projection.dtype))
         shape = Whole(Dense("F32"), tensor.shape)
         return Transcode(tensor.name, 1, cols, both, (tensor, projection), shape, (), name)
+
+    @cached_property
+    def _projections(self) -> Mapping[str, Tensor]:
+        return {plain.tensor.name: plain.tensor for plain in self.whole.plain if plain.role.startswith(FUSED)}
 
     def _table(self, plain: Plain, below: int) -> Transcode:
         """Integers that are experts' numbers, as I32."""
