@@ -538,7 +538,8 @@ def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> N
     assert Standard().limits_for("q8_0").ceilings == {"max_relative": 0.05}
 
 
-def test_every_architecture_is_one_that_gguf_knows() -> None:
+def test_every_architecture_is_one_that_gguf_knows_or_that_has_a_table_of_its_own() -> None:
+    from kconvert.formats.engines.names import LAYERS, LIKE
     from kconvert.proof.gguf.tensors import ARCHITECTURES
 
-    assert set(ARCHITECTURES) <= set(gguf.MODEL_ARCH_NAMES.values())
+    assert set(ARCHITECTURES) <= {*gguf.MODEL_ARCH_NAMES.values(), *LAYERS, *LIKE}

@@ -13,10 +13,18 @@ from kimi_release import as_released
 from kconvert import Recipe, convert, plan
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
+V4 = {"layers": 4, "heads": 2, "head": 128, "q_rank": 32, "o_rank": 32, "index_heads": 2, "index_head": 64}
+DSA = {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2, "index_heads": 2}
 SIZES: dict[str, dict[str, int]] = {
     "kimi-k2-thinking": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "kimi-k2.5": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
     "deepseek-v3": {"layers": 2, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
+    "kimi-k3": {"layers": 4, "dense_layers": 1, "intermediate": 256, "q_rank": 32, "kv_rank": 32, "heads": 2},
+    "deepseek-v4": V4,
+    "deepseek-v4-base": V4,
+    "deepseek-v3.2": DSA,
+    "glm-5": DSA,
+    "glm-5.3": {**DSA, "layers": 5},
     "qwen3-moe": {"layers": 2, "heads": 4, "kv_heads": 2, "head": 32},
     "gpt-oss": {"layers": 2, "heads": 4, "kv_heads": 2, "head": 32},
     "glm-4-moe": {"layers": 2, "dense_layers": 1, "intermediate": 256, "heads": 4, "kv_heads": 2, "head": 32},

@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "kimi-k2-thinking": ("deepseek2", "kimi-k2"),
     "kimi-k2.5": ("deepseek2", "kimi-k2"),
     "deepseek-v3": ("deepseek2", "gpt-2"),
+    "deepseek-v3.2": ("deepseek32", "gpt-2"),
+    "glm-5": ("glm-dsa", "gpt-2"),
     "qwen3-moe": ("qwen3moe", "gpt-2"),
     "gpt-oss": ("gpt-oss", "gpt-2"),
     "glm-4-moe": ("glm4moe", "gpt-2"),
@@ -96,6 +98,18 @@ def test_kimis_special_tokens_have_the_names_of_its_tokenizer(copy: Callable[[st
 def test_a_part_of_each_head_has_rotary_positions(source: Source, to_gguf: ToGguf) -> None:
     assert to_gguf(source("glm-4-moe"))["glm4moe.rope.dimension_count"] == 16
     assert to_gguf(source("minimax-m2"))["minimax-m2.rope.dimension_count"] == 64
+
+
+def test_indexers_are_in_the_layers_that_have_one(source: Source, to_gguf: ToGguf) -> None:
+    read = to_gguf(source("glm-5.3"))
+    assert read["glm-dsa.attention.indexer.types"] == [True, True, True, False, False]
+    assert ["blk.2.indexer.attn_k.weight" in read.tensors, "blk.3.indexer.attn_k.weight" in read.tensors] == [
+        True,
+        False,
+    ]
+    read = to_gguf(source("deepseek-v3.2"))
+    assert read["deepseek32.attention.indexer.head_count"] == 2
+    assert "deepseek32.attention.indexer.types" not in read
 
 
 def test_an_answer_ends_with_each_of_several_tokens(copy: Callable[[str], Path], to_gguf: ToGguf) -> None:
@@ -199,6 +213,12 @@ def test_the_plan_says_what_is_the_sources_and_what_is_not(source: Source) -> No
         ),
         ("kimi-k2-thinking", {"scoring_func": "softmax"}, "scoring_func is 'softmax', not sigmoid"),
         ("kimi-k2-thinking", {"rope_scaling": {"type": "linear", "factor": 2}}, "by 'linear'"),
+        (
+            "glm-5",
+            {"indexer_types": ["full"]},
+            "indexer_types is .* but llama.cpp needs full or shared for each of the 2",
+        ),
+        ("deepseek-v3.2", {"index_topk": None}, "index_topk is missing, but llama.cpp needs a whole number there"),
         ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is not true"),
         ("gpt-oss", {"layer_types": ["full_attention"] * 2}, "layer_types do not take turns"),
     ],

@@ -19,7 +19,7 @@ from kconvert import KconvertError, Recipe, convert, plan, verify
 
 Source = Callable[[str], Path]
 ToGguf = Callable[..., Any]
-MODELS = ["kimi-k2-thinking", "kimi-k2.5", "deepseek-v3", "qwen3-moe", "glm-4-moe"]
+MODELS = ["kimi-k2-thinking", "kimi-k2.5", "deepseek-v3", "deepseek-v3.2", "qwen3-moe", "glm-4-moe"]
 PROJECTIONS = ("gate", "up", "down")
 # llama.cpp's names -> what stands in a layer.
 PLAIN = {
@@ -36,6 +36,11 @@ PLAIN = {
     "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
     **{f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
+    "indexer.attn_q_b.weight": "self_attn.indexer.wq_b.weight",
+    "indexer.attn_k.weight": "self_attn.indexer.wk.weight",
+    "indexer.proj.weight": "self_attn.indexer.weights_proj.weight",
+    "indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
+    "indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
@@ -103,7 +108,7 @@ def test_every_value_is_the_sources(source: Source, to_gguf: ToGguf, tmp_path: P
     assert seen == read.tensors.keys()
 
 
-@pytest.mark.parametrize("name", [*MODELS, "gpt-oss", "minimax-m2"])
+@pytest.mark.parametrize("name", [*MODELS, "gpt-oss", "minimax-m2", "glm-5", "glm-5.3"])
 def test_verify_finds_every_value_and_key(source: Source, to_gguf: ToGguf, tmp_path: Path, name: str) -> None:
     root = source(name)
     to_gguf(root)

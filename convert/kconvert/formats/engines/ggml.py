@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kconvert.formats.conventions import Convention
 
 BLOCK = 32
+INTEGERS = {"I32": "i4", "I64": "i8"}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -225,6 +226,36 @@ class Nvfp4Blocks(Blocks):
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have other values by 1 / global scale in F32,")
         return lost
+
+
+@dataclass(frozen=True, slots=True)
+class Integers(Format):
+    """A table of integers of `dtype` (a key of INTEGERS), in the source of numbers in [0, below); I32 in GGUF files."""
+
+    dtype: str
+    below: int | None = None
+
+    @property
+    def label(self) -> str:
+        return self.dtype.lower()
+
+    @property
+    def quantised(self) -> bool:
+        return False
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return (Part("", self.dtype, (rows, cols), below=self.below),)
+
+    def takes_codes(self, source: Format) -> bool:
+        return isinstance(source, Integers)
+
+    def fate(self, source: Format) -> Fate:
+        return "lossless"
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        assert isinstance(source, Integers)
+        parts[0].view("i4")[:] = inputs[0].view(INTEGERS[source.dtype])
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from kconvert.errors import counted
 from kconvert.models.model import Model
 
 LOG_MUL = 0.1  # llama.cpp's number for YaRN is this times DeepSeek's mscale_all_dim
-SIGMOID = 2
+SIGMOID, SQRT_SOFTPLUS = 2, 4
 # Key without the architecture -> the keys of config.json, of which the first that is there says the same.
 SAME = {
     "context_length": ("max_position_embeddings",),
@@ -30,16 +30,42 @@ SAME = {
     "attention.head_count": ("num_attention_heads",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "expert_count": ("n_routed_experts", "num_experts", "num_local_experts"),
-    "expert_used_count": ("num_experts_per_tok",),
-    "expert_shared_count": ("n_shared_experts",),
+    "expert_used_count": ("num_experts_per_tok", "num_experts_per_token"),
+    "expert_shared_count": ("n_shared_experts", "num_shared_experts"),
     "expert_weights_scale": ("routed_scaling_factor",),
 }
+LATENT = {
+    "leading_dense_block_count": ("first_k_dense_replace",),
+    "attention.q_lora_rank": ("q_lora_rank",),
+    "attention.kv_lora_rank": ("kv_lora_rank",),
+    "rope.dimension_count": ("qk_rope_head_dim",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_weights_norm": ("norm_topk_prob",),
+}
+INDEXER = {
+    "attention.indexer.head_count": ("index_n_heads",),
+    "attention.indexer.key_length": ("index_head_dim",),
+    "attention.indexer.top_k": ("index_topk",),
+}
 SAME_BY_ARCHITECTURE = {
-    "deepseek2": {
-        "leading_dense_block_count": ("first_k_dense_replace",),
+    "deepseek2": LATENT,
+    "deepseek32": {**LATENT, **INDEXER},
+    "glm-dsa": {**LATENT, **INDEXER},
+    "deepseek4": {
+        "attention.head_count_kv": ("num_key_value_heads",),
+        "attention.key_length": ("head_dim",),
+        "attention.value_length": ("head_dim",),
         "attention.q_lora_rank": ("q_lora_rank",),
-        "attention.kv_lora_rank": ("kv_lora_rank",),
+        "attention.sliding_window": ("sliding_window",),
+        "attention.output_group_count": ("o_groups",),
+        "attention.output_lora_rank": ("o_lora_rank",),
+        "attention.compress_rope_freq_base": ("compress_rope_theta",),
+        **INDEXER,
         "rope.dimension_count": ("qk_rope_head_dim",),
+        "hyper_connection.count": ("hc_mult",),
+        "hyper_connection.sinkhorn_iterations": ("hc_sinkhorn_iters",),
+        "hyper_connection.epsilon": ("hc_eps",),
+        "hash_layer_count": ("num_hash_layers",),
         "expert_feed_forward_length": ("moe_intermediate_size",),
         "expert_weights_norm": ("norm_topk_prob",),
     },
@@ -56,6 +82,16 @@ SAME_BY_ARCHITECTURE = {
         "attention.value_length": ("head_dim",),
         "expert_feed_forward_length": ("moe_intermediate_size",),
         "expert_weights_norm": ("norm_topk_prob",),
+    },
+    "kimi-k3": {
+        **LATENT,
+        "expert_weights_norm": ("moe_renormalize",),
+        "expert_latent_length": ("routed_expert_hidden_size",),
+        "attention.value_length": ("kv_lora_rank",),
+        "attention.value_length_mla": ("v_head_dim",),
+        "attn_res.block_size": ("attn_res_block_size",),
+        "activation.situ_beta": ("activation_situ_beta",),
+        "activation.situ_linear_beta": ("activation_situ_linear_beta",),
     },
     "minimax-m2": {
         "attention.head_count_kv": ("num_key_value_heads",),
@@ -129,7 +165,7 @@ def _expected(original: Model, checkpoint: GgufCheckpoint) -> Iterator[tuple[str
         # What multiplies by one, or is not done, may be left out.
         if isinstance(value, int | float) and (name in said or value not in (1.0, False) or key == "expert_used_count"):
             yield name, (value,)
-    own = (*_rope(config, architecture), *(_latent(config) if architecture == "deepseek2" else ()))
+    own = (*_rope(config, architecture), *OWN.get(architecture, lambda _: ())(config))
     yield from ((f"{architecture}.{key}", values) for key, values in own)
     if f"{architecture}.rope.scaling.type" in said and not any(key == "rope.scaling.type" for key, _ in own):
         yield f"{architecture}.rope.scaling.type", ("none",)
@@ -148,11 +184,13 @@ def _rope(config: Mapping[str, Any], architecture: str) -> Iterator[tuple[str, t
         yield "rope.scaling.factor", (table.get("factor"),)
         original = table.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
         yield "rope.scaling.original_context_length", (original,)
-        if architecture == "deepseek2" and isinstance(all_dim := table.get("mscale_all_dim"), int | float):
+        if architecture in ("deepseek2", "deepseek32") and isinstance(
+            all_dim := table.get("mscale_all_dim"), int | float
+        ):
             yield "rope.scaling.yarn_log_multiplier", (LOG_MUL * all_dim,)
 
 
-def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Heads of latent attention: absorbed, as those of one head of keys, or as all heads have them."""
     names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "num_attention_heads")
     sizes = [config.get(name) for name in names]
@@ -163,6 +201,46 @@ def _latent(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "attention.key_length", (latent + rope, nope + rope)
     yield "attention.value_length", (latent, value)
     yield "expert_gating_func", (SIGMOID,)
+
+
+def _compressed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """DeepSeek-V4: what each layer compresses and where it cuts activations off, and the router's function."""
+    layers, ratios, limit = (config.get(key) for key in ("num_hidden_layers", "compress_ratios", "swiglu_limit"))
+    yield "expert_gating_func", (SQRT_SOFTPLUS,)
+    if isinstance(layers, int) and isinstance(ratios, list):
+        yield "attention.compress_ratios", dict(enumerate(ratios[:layers]))
+    if isinstance(layers, int) and isinstance(limit, int | float):
+        for kind in ("exp", "shexp"):
+            yield f"swiglu_clamp_{kind}", dict.fromkeys(range(layers), limit)
+
+
+def _indexed(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Latent attention to what indexers choose, which some layers have."""
+    yield from _latent(config)
+    layers, kinds = config.get("num_hidden_layers"), config.get("indexer_types")
+    if isinstance(layers, int) and isinstance(kinds, list):
+        yield "attention.indexer.types", {number: kind == "full" for number, kind in enumerate(kinds[:layers])}
+
+
+def _delta(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Kimi-K3: which layers have latent attention, and how long keys are there; the others have no heads of keys."""
+    yield "expert_gating_func", (SIGMOID,)
+    sizes = [config.get(key) for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "num_hidden_layers")]
+    delta = config.get("linear_attn_config")
+    if not isinstance(delta, Mapping) or not all(isinstance(size, int) for size in sizes):
+        return
+    latent, rope, nope, layers = (int(size or 0) for size in sizes)
+    yield "attention.key_length", (latent + rope,)
+    yield "attention.key_length_mla", (nope + rope,)
+    for key, name in (("ssm.conv_kernel", "short_conv_kernel_size"), ("kda.head_dim", "head_dim")):
+        yield key, (delta.get(name),)
+    if isinstance(bound := delta.get("gate_lower_bound"), int | float):
+        yield "kda.gate_lower_bound", (bound,)
+    if isinstance(numbers := delta.get("full_attn_layers"), list):
+        yield "attention.head_count_kv", {number: int(number + 1 in numbers) for number in range(layers)}
+
+
+OWN = {"deepseek2": _latent, "deepseek32": _indexed, "deepseek4": _compressed, "glm-dsa": _indexed, "kimi-k3": _delta}
 
 
 class _Beside:
@@ -248,7 +326,7 @@ def _difference(checkpoint: GgufCheckpoint, key: str, expected: Any) -> str | No
     """In words how a value is not what the source makes it."""
     if isinstance(expected, dict):
         found = checkpoint.items(key) or []
-        wrong = [i for i, item in expected.items() if i >= len(found) or found[i] != item]
+        wrong = [i for i, item in expected.items() if i >= len(found) or not _same(found[i], item)]
         wrong += range(len(expected), len(found)) if key.endswith("merges") else ()
         if not wrong:
             return None

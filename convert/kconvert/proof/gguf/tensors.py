@@ -1,7 +1,7 @@
 """A GGUF file and the checkpoint that it was made of as two models with the same names, for `verify` to compare.
 
-Whoever made the file, its tensors go by llama.cpp's names; gguf's own table says which of them a name of transformers is. The
-experts of a layer lie in one tensor, kv_b may be split by head, and gpt-oss's gate and up are parted.
+Whoever made the file, its tensors go by llama.cpp's names; gguf's own table, where it has the model, says which of them a name
+of transformers is. The experts of a layer lie in one tensor, kv_b may be split by head, and gpt-oss's gate and up are parted.
 Source: https://github.com/ggml-org/llama.cpp, `conversion/`, `gguf-py/gguf/tensor_mapping.py`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,13 +21,28 @@ from kconvert.dialects import QuantizationConfig
 from kconvert.errors import CheckFailed, KconvertError, counted
 from kconvert.formats import Format
 from kconvert.formats.dense import DTYPES, Dense
+from kconvert.formats.engines.ggml import Integers
+from kconvert.formats.engines.names import names_of
 from kconvert.models.experts import experts_in
 from kconvert.models.model import Model, Weight
 from kconvert.models.sorting import Plain
+from kconvert.proof.gguf.kimi_k3 import fused
 from kconvert.proof.parity.witnesses.ggml import Blocks, KeysAndValues, Turns, is_known
+from kconvert.proof.parity.witnesses.kimi import Exponents
 
 # Whose tensors are the checkpoint's but for what is said above; those of others may be permuted or computed.
-ARCHITECTURES = ("deepseek2", "qwen3moe", "gpt-oss", "glm4moe", "minimax-m2")
+ARCHITECTURES = (
+    "deepseek2",
+    "deepseek32",
+    "deepseek4",
+    "glm-dsa",
+    "qwen3moe",
+    "gpt-oss",
+    "glm4moe",
+    "kimi-k3",
+    "minimax-m2",
+)
+INTEGERS = ("I32", "I64")
 # What llama.cpp has in files of its own, or does not run.
 ELSEWHERE = ("vision", "projector", "mtp")
 # What converters compute from config.json, or keep of the scales of activations.
@@ -35,6 +50,8 @@ COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 # How the tensors of transformers are called where llama.cpp's converter calls them otherwise first.
 RESPELT = {
     "e_score_correction_bias": "e_score_correction.bias",
+    ".dt_bias": ".dt_proj.bias",
+    ".ffn.gate.bias": ".ffn.gate.e_score_correction.bias",
     ".sinks": ".sinks.weight",
     "down_proj_bias": "down_proj.bias",
     "gate_up_proj_bias": "gate_up_proj.bias",
@@ -57,6 +74,8 @@ def open_related(original: Model, whole: Model, path: Path) -> tuple[Model, Mode
             f"what its tensors are made of; that is known of {', '.join(ARCHITECTURES)}"
         )
     shelf, everything = _Shelf(checkpoint, whole), [*whole.weights, *map(_as_weight, whole.plain)]
+    if checkpoint.architecture == "kimi-k3":
+        everything = list(fused(everything, whole))
     counterparts = [shelf.counterpart(item) for item in everything]
     chosen = {*(weight.name for weight in original.weights), *(plain.tensor.name for plain in original.plain)}
     pairs = [pair for pair in zip(everything, counterparts, strict=True) if _name(pair[0]) in chosen]
@@ -78,8 +97,10 @@ def open_related(original: Model, whole: Model, path: Path) -> tuple[Model, Mode
 
 
 def _as_weight(plain: Plain) -> Weight | Plain:
-    """Floats as a weight, whose values are compared and not their bytes; its name is the tensor's."""
+    """Floats and tables of integers as a weight, whose values are compared and not their bytes; its name is the tensor's."""
     tensor = plain.tensor
+    if tensor.dtype in INTEGERS and len(tensor.shape) == 2:
+        return Weight(tensor.name, plain.role, *tensor.shape, Integers(tensor.dtype), (tensor,), plain.layer)
     if tensor.dtype not in DTYPES:
         return plain
     cols = tensor.shape[-1] if tensor.shape else 1
@@ -128,7 +149,8 @@ class _Shelf:
 
     def __post_init__(self) -> None:
         items: list[Weight | Plain] = [*self.original.weights, *self.original.plain]
-        self._name_of = _table(self.checkpoint.architecture, 1 + max((item.layer or 0 for item in items), default=0))
+        layers = 1 + max((item.layer or 0 for item in items), default=0)
+        self._name_of = cache(names_of(self.checkpoint.architecture, layers))
         self._experts = experts_in(self.original.weights)
 
     def counterpart(self, item: Weight | Plain) -> Weight | None:
@@ -139,6 +161,8 @@ class _Shelf:
             return self._expert(item)
         name = item.name.removeprefix(self.original.manifest.prefix)
         name = next((name.replace(old, new) for old, new in RESPELT.items() if name.endswith(old)), name)
+        if item.role == "delta.gate":  # called as that of latent attention
+            name = name.replace(".g_proj", ".delta_g_proj")
         module, suffix = name, "weight"
         if name.endswith((".weight", ".bias")):
             module, _, suffix = name.rpartition(".")
@@ -146,20 +170,23 @@ class _Shelf:
             return self._turns(item, module, suffix)
         if (stem := self._name_of(module)) is None:
             return None
-        if (whole := self._tensor(f"{stem}.{suffix}")) is None:
+        if (whole := self._tensor(f"{stem}.{suffix}") or self._tensor(stem)) is None:
             return self._by_head(item, module) if module.endswith("kv_b_proj") else None
-        if whole.shape != (shape := _shape(item)):
+        if not _fits(item, whole.shape, shape := _shape(item)):
             raise CheckFailed(
                 f"{self.checkpoint.root / whole.file}: tensor {whole.name!r} is {list(whole.shape)}, in the source "
                 f"{item.name!r} is {list(shape)}"
             )
-        blocks, factors = self._scaled(self._blocks(item, whole), stem, 1)
-        return self._taken(item, blocks, [whole, *factors], item.rows, item.cols)
+        format: Format = Integers(whole.dtype)
+        factors: list[Tensor] = []
+        if not isinstance(item.format, Integers) or whole.dtype not in INTEGERS:
+            format, factors = self._scaled(self._blocks(item, whole), stem, 1)
+        return self._taken(item, format, [whole, *factors], item.rows, item.cols)
 
     def _expert(self, item: Weight) -> Weight | None:
         """One of the matrices of a stack."""
         projection = item.role.partition(".")[2]
-        stem = self._name_of(f"model.layers.{item.layer}.mlp.experts.{projection}_proj")
+        stem = f"blk.{item.layer}.ffn_{projection}_exps"
         stack = self._tensor(f"{stem}.weight")
         count = self._experts[item.layer, item.role]
         if stack is None or len(stack.shape) != 3 or stack.shape[0] != count or (item.expert or 0) >= count:
@@ -220,7 +247,17 @@ def _shape(item: Weight) -> tuple[int, ...]:
     """What a tensor measures that has all of the weight, and is not transposed."""
     if (height := item.format.height(item.rows)) is not None:
         return item.rows // height, height, item.cols
+    if isinstance(item.format, Exponents):
+        return (item.cols,)
     return (item.rows, item.cols) if item.format.quantised else item.tensors[0].shape
+
+
+def _fits(item: Weight, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether this is its shape; converters put dimensions of one where they like around a convolution's."""
+    if item.role != "delta.conv":
+        return found == shape
+    one, other = (tuple(size for size in sizes if size != 1) for sizes in (found, shape))
+    return one == other
 
 
 def _columns(tensor: Tensor) -> int:
@@ -231,11 +268,3 @@ def _slab(stack: Tensor, number: int) -> Tensor:
     nbytes = stack.nbytes // stack.shape[0]
     name = f"{stack.name}[{number}]"
     return Tensor(name, stack.dtype, stack.shape[1:], stack.file, stack.start + number * nbytes, nbytes)
-
-
-def _table(architecture: str, layers: int) -> Callable[[str], str | None]:
-    """llama.cpp's name of what transformers calls a module, without `.weight`."""
-    import gguf
-
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return cache(gguf.get_tensor_name_map(kind, layers).get_name)

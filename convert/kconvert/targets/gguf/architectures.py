@@ -19,14 +19,18 @@ TARGETS: Targets = {"gguf": {"": Target(Q4_0(), EXPERTS)}}
 
 ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
+    "deepseek_v32": "deepseek32",
+    "deepseek_v4": "deepseek4",
+    "glm_moe_dsa": "glm-dsa",
     "kimi_k2": "deepseek2",
+    "kimi_k3": "kimi-k3",
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
     "minimax_m2": "minimax-m2",
 }
 
-HAVE_DENSE = ("deepseek2", "glm4moe")  # layers without experts, the first ones
+HAVE_DENSE = ("deepseek2", "deepseek32", "glm-dsa", "glm4moe", "kimi-k3")  # layers without experts, the first ones
 # The weights whose outputs llama.cpp multiplies by the factor of their NVFP4. Its loader takes that of any weight, but what it
 # computes from deepseek2's experts goes without.
 HAS_FACTOR = {
@@ -38,8 +42,10 @@ HAS_FACTOR = {
 
 def architecture_of(model: Model) -> str:
     """What llama.cpp calls the model; KconvertError where kconvert has no mapping of its tensors."""
-    model_type = section_of(model).get("model_type")
-    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    kinds = (section_of(model).get("model_type"), model.checkpoint.config.get("model_type"))
+    architecture = next(
+        (ARCHITECTURES[kind] for kind in kinds if isinstance(kind, str) and kind in ARCHITECTURES), None
+    )
     if architecture is None:
         what = model.checkpoint.config.get("model_type") or "model without model_type in config.json"
         raise KconvertError(

@@ -6,11 +6,14 @@ Source: https://github.com/ggml-org/llama.cpp, `src/models/*.cpp` and `conversio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kconvert.errors import KconvertError
 from kconvert.models.model import Model
 from kconvert.targets.gguf.architectures import section_of, title_of
+from kconvert.targets.gguf.fields import Fields
+from kconvert.targets.gguf.kimi_k3 import kimi_k3
+from kconvert.targets.gguf.sparse import add_indexer, deepseek4
 
 if TYPE_CHECKING:
     from gguf import ExpertGatingFuncType, GGUFWriter
@@ -20,48 +23,9 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32, "MXFP4": 38,
 QUANTIZATION_VERSION = 2
 # How llama.cpp's "yarn_log_mul" relates to DeepSeek's mscale_all_dim.
 LOG_MUL = 0.1
+ALL_EXPERTS = ("deepseek4",)  # that have no other MLPs, and no size of them
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # how models call the number of them
-MOST, LARGEST = (1 << 32) - 1, 3e38  # of its integers, and of its F32
-
-
-class Fields:
-    """config.json, each of whose values is asked for by key, and is of the kind that is wanted."""
-
-    def __init__(self, table: Mapping[str, Any], where: str) -> None:
-        self._table = table
-        self._where = where
-
-    def has(self, key: str) -> bool:
-        return self._table.get(key) is not None
-
-    def integer(self, key: str) -> int:
-        value = self._table.get(key)
-        if type(value) is not int or not 0 <= value <= MOST:
-            raise self.fault(key, "a whole number")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self._table.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
-            raise self.fault(key, "a number")
-        return float(value)
-
-    def true(self, key: str) -> bool:
-        value = self._table.get(key)
-        if not isinstance(value, bool | None):
-            raise self.fault(key, "true or false")
-        return bool(value)
-
-    def value(self, key: str) -> Any:
-        return self._table.get(key)
-
-    def table(self, key: str) -> Fields:
-        value = self._table.get(key)
-        return Fields(value if isinstance(value, Mapping) else {}, f"{self._where}: {key}")
-
-    def fault(self, key: str, wanted: str) -> KconvertError:
-        have = f"is {self._table[key]!r:.80}" if self.has(key) else "is missing"
-        return KconvertError(f"{self._where}: {key} {have}, but llama.cpp needs {wanted} there")
+USED = ("num_experts_per_tok", "num_experts_per_token")
 
 
 def add_hyperparameters(writer: GGUFWriter, model: Model, architecture: str, layers: int, experts: str) -> None:
@@ -76,24 +40,26 @@ def add_hyperparameters(writer: GGUFWriter, model: Model, architecture: str, lay
     for key, add in (
         ("max_position_embeddings", writer.add_context_length),
         ("hidden_size", writer.add_embedding_length),
-        ("intermediate_size", writer.add_feed_forward_length),
         ("num_attention_heads", writer.add_head_count),
         ("vocab_size", writer.add_vocab_size),
-        ("num_experts_per_tok", writer.add_expert_used_count),
     ):
         add(fields.integer(key))
-    _check_experts(fields)
+    if architecture not in ALL_EXPERTS:
+        writer.add_feed_forward_length(fields.integer("intermediate_size"))
+    writer.add_expert_used_count(_experts_used(fields))
     writer.add_layer_norm_rms_eps(fields.number("rms_norm_eps"))
-    _add_rope(writer, fields)
+    if architecture != "kimi-k3":  # which has no positions
+        _add_rope(writer, fields)
     OWN[architecture](writer, fields)
 
 
-def _check_experts(fields: Fields) -> None:
-    """KconvertError where a token goes to more experts than there are, with which llama.cpp does not start."""
-    key = next(filter(fields.has, EXPERTS), EXPERTS[0])
-    used, count = fields.integer("num_experts_per_tok"), fields.integer(key)
+def _experts_used(fields: Fields) -> int:
+    """By a token; KconvertError where these are more experts than there are, with which llama.cpp does not start."""
+    key, by_token = (next(filter(fields.has, keys), keys[0]) for keys in (EXPERTS, USED))
+    used, count = fields.integer(by_token), fields.integer(key)
     if not 0 < used <= count:
-        raise fields.fault("num_experts_per_tok", f"a number from 1 to the {count} of {key}")
+        raise fields.fault(by_token, f"a number from 1 to the {count} of {key}")
+    return used
 
 
 def _add_rope(writer: GGUFWriter, fields: Fields) -> None:
@@ -140,6 +106,12 @@ def _deepseek2(writer: GGUFWriter, fields: Fields) -> None:
         writer.add_expert_group_count(fields.integer("n_group"))
         writer.add_expert_group_used_count(fields.integer("topk_group"))
     _shared_experts(writer, fields)
+
+
+def _indexed(writer: GGUFWriter, fields: Fields) -> None:
+    """The same, and of each layer an indexer that says what is attended to."""
+    _deepseek2(writer, fields)
+    add_indexer(writer, fields)
 
 
 def _shared_experts(writer: GGUFWriter, fields: Fields) -> None:
@@ -221,8 +193,12 @@ def _minimax_m2(writer: GGUFWriter, fields: Fields) -> None:
 
 OWN: Mapping[str, Callable[[GGUFWriter, Fields], None]] = {
     "deepseek2": _deepseek2,
+    "deepseek32": _indexed,
+    "deepseek4": deepseek4,
+    "glm-dsa": _indexed,
     "qwen3moe": _qwen3moe,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4moe,
+    "kimi-k3": kimi_k3,
     "minimax-m2": _minimax_m2,
 }

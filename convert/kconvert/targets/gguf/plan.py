@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import KconvertError, counted
 from kconvert.formats.dtypes import BLOCKS
-from kconvert.formats.engines.ggml import Q4_0, Q8_0
+from kconvert.formats.engines.ggml import Q4_0, Q8_0, Integers
 from kconvert.formats.engines.heads import Heads
+from kconvert.formats.engines.kimi import Decay, Product
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Model
 from kconvert.planning.gguf import Gguf
@@ -18,7 +19,8 @@ from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Copy, Step, Transcode
 from kconvert.targets.base import facts_of, refuse_loss
 from kconvert.targets.gguf.architectures import HAVE_DENSE, architecture_of, section_of, title_of
-from kconvert.targets.gguf.metadata import Fields, add_hyperparameters
+from kconvert.targets.gguf.fields import Fields
+from kconvert.targets.gguf.metadata import add_hyperparameters
 from kconvert.targets.gguf.tensors import Tensors
 from kconvert.targets.gguf.vocabulary import add_vocabulary
 from kconvert.targets.recipe import Recipe
@@ -91,7 +93,9 @@ def _origins(steps: Sequence[Step]) -> Counter[str]:
     for step in steps:
         if isinstance(step, Copy):
             counts["the source's bytes"] += 1
-        elif step.target.takes_codes(step.source):
+        elif isinstance(step.source, Product) or isinstance(step.target, Decay):
+            counts["computed of the source's values, as llama.cpp wants them"] += 1
+        elif step.target.takes_codes(step.source) and not isinstance(step.source, Integers):
             counts["the source's codes and scales, in another order"] += 1
         else:
             fate = step.target.fate(step.source)

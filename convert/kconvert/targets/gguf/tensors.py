@@ -2,26 +2,29 @@
 
 Codes of INT4 in groups of 32 go to Q4_0, of MXFP4 to MXFP4 and of NVFP4, where llama.cpp heeds its factor, to NVFP4; other
 matrices are BF16 (F16 and F32 stay), or Q8_0 if wanted;
-routers, and what is no matrix, F32. The experts of a layer lie in one tensor, kv_b is split by head, gpt-oss's gate and up are
-taken apart. Names are those of the `gguf` package.
+routers, and what is no matrix, F32; tables of integers I32. The experts of a layer lie in one tensor, kv_b is split by head,
+gpt-oss's gate and up are taken apart. Names are in formats.engines.names.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import merge
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import DTYPES, Dense
 from kconvert.formats.dtypes import BLOCKS
-from kconvert.formats.engines.ggml import Q4_0, Q8_0, Mxfp4, Nvfp4Blocks, Whole
+from kconvert.formats.engines.ggml import INTEGERS, Q4_0, Q8_0, Integers, Mxfp4, Nvfp4Blocks, Whole
 from kconvert.formats.engines.heads import Heads, Piece
+from kconvert.formats.engines.kimi import Decay, Product
+from kconvert.formats.engines.names import names_of
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.experts import experts_in
@@ -29,13 +32,12 @@ from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of
 from kconvert.targets.gguf.architectures import HAS_FACTOR, section_of
-from kconvert.targets.gguf.metadata import Fields
-
-if TYPE_CHECKING:
-    from gguf import TensorNameMap
+from kconvert.targets.gguf.fields import Fields
 
 Stack: TypeAlias = "tuple[int, str]"  # a layer, and which matrix of its experts
 EXPERTS = ("expert.gate", "expert.up", "expert.down")
+FUSED = "residual."  # Kimi-K3's, which go into their norms
+STAY = ("hyper.", "compressor.", "indexer.")  # small, and not rounded by llama.cpp's tools either
 LEFT_OUT = frozenset({"mtp", "vision", "projector", "buffer"})
 
 
@@ -56,6 +58,8 @@ class Tensors:
         """A step without places for each weight and tensor, in natural order of the source's names."""
         weights: Iterable[Weight | Plain] = self.model.weights
         for item in merge(weights, self.model.plain, key=lambda item: natural_key(_name(item))):
+            if item.role.startswith(FUSED):
+                continue
             if self._stays_out(item):
                 self.left_out.append(_name(item))
             elif isinstance(item, Weight):
@@ -88,7 +92,8 @@ class Tensors:
             raise KconvertError(f"weight {weight.name!r} is a stack of matrices, which is not mapped to GGUF yet")
         if weight.role == "attention.kv_b":
             return self._kv_b(weight)
-        name = self.name(f"{weight.name}.weight")
+        name = weight.name if weight.role != "delta.gate" else weight.name.replace(".g_proj", ".delta_g_proj")
+        name = self.name(f"{name}.weight")
         if weight.role == "router":
             return _whole(weight, name, Dense("F32"), (weight.rows, weight.cols))
         target = self._target(weight)
@@ -149,7 +154,7 @@ class Tensors:
                 return self._fit(blocks, weight)
         if self._stays_nvfp4(weight):
             return Nvfp4Blocks(self.q4_0.strict)
-        if self.rest is not None:
+        if self.rest is not None and not weight.role.startswith(STAY):
             return self._fit(self.rest, weight)
         return self._fit(Dense("BF16"), weight) if weight.format.quantised else weight.format
 
@@ -167,7 +172,7 @@ class Tensors:
 
     def _kv_b(self, weight: Weight) -> Transcode:
         """As two stacks with a matrix for each head."""
-        fields = Fields(section_of(self.model), f"{self.model.checkpoint.root}/config.json")
+        fields = self._fields
         format: Format = self.rest or Dense("BF16" if weight.format.quantised else weight.format.value_dtype)
         keys = Piece("_k_b", fields.integer("qk_nope_head_dim"), format, transposed=True)
         target = self._fit(Heads((keys, Piece("_v_b", fields.integer("v_head_dim"), format))), weight)
@@ -192,17 +197,51 @@ class Tensors:
     def _plain(self, plain: Plain) -> Step:
         """Norms, biases and the router in F32, embeddings as they are."""
         tensor, shape = plain.tensor, plain.tensor.shape
-        if tensor.dtype not in DTYPES or not shape:
+        if plain.below is not None and tensor.dtype in INTEGERS and len(shape) == 2:
+            return self._table(plain, plain.below)
+        if plain.below is not None or tensor.dtype not in DTYPES or not shape:
             raise KconvertError(f"{tensor} is {tensor.dtype} {list(shape)}, which has no place in a GGUF")
         source = Dense(tensor.dtype)
         if plain.role == "expert.gate_up.bias":
             target: Format = Turns(Dense("F32"), shape[0], ("_gate_exps.bias", "_up_exps.bias"), flat=True)
             return Transcode(tensor.name, math.prod(shape), 1, source, (tensor,), target, (), f"blk.{plain.layer}.ffn")
+        if tensor.name.endswith((".A_log", "_res_norm.weight")) and self.architecture == "kimi-k3":
+            return self._computed(plain)
         name = self.name(tensor.name)
         is_matrix = len(shape) == 2 and name.endswith(".weight") and plain.role != "router"
         whole = Weight(tensor.name, plain.role, math.prod(shape[:-1]), shape[-1], source, (tensor,), plain.layer)
         target = self._target(whole) if is_matrix else Dense("F32")
         return copy_of(tensor._replace(name=name)) if target == source else _whole(whole, name, target, shape)
+
+    def _computed(self, plain: Plain) -> Transcode:
+        """What llama.cpp wants of Kimi-K3 computed: a norm with the projection behind it, and how fast memory decays."""
+        tensor, cols = plain.tensor, plain.tensor.shape[-1]
+        name = self.name(tensor.name)
+        if tensor.name.endswith(".A_log"):
+            heads = self._fields.integer("num_attention_heads")
+            target, output = Decay(min(heads, cols)), name.removesuffix(".weight")
+            return Transcode(tensor.name, 1, cols, Dense(tensor.dtype), (tensor,), target, (), output)
+        other = tensor.name.replace("_res_norm.", "_res_proj.")
+        projection = self._projections.get(other)
+        if projection is None or projection.dtype not in DTYPES:
+            raise KconvertError(f"{tensor} has no floats {other!r} beside it, with which llama.cpp wants it multiplied")
+        both = Product((tensor.dtype, projection.dtype))
+        shape = Whole(Dense("F32"), tensor.shape)
+        return Transcode(tensor.name, 1, cols, both, (tensor, projection), shape, (), name)
+
+    @cached_property
+    def _projections(self) -> Mapping[str, Tensor]:
+        return {plain.tensor.name: plain.tensor for plain in self.whole.plain if plain.role.startswith(FUSED)}
+
+    def _table(self, plain: Plain, below: int) -> Transcode:
+        """Integers that are experts' numbers, as I32."""
+        tensor, (rows, cols) = plain.tensor, plain.tensor.shape
+        source, target = Integers(tensor.dtype, below), Whole(Integers("I32"), tensor.shape)
+        return Transcode(tensor.name, rows, cols, source, (tensor,), target, (), self.name(tensor.name))
+
+    @property
+    def _fields(self) -> Fields:
+        return Fields(section_of(self.model), f"{self.model.checkpoint.root}/config.json")
 
     def name(self, tensor: str) -> str:
         """What llama.cpp calls the tensor; KconvertError where it knows none of this name."""
@@ -210,29 +249,28 @@ class Tensors:
         for other, usual in SPELLINGS.items():
             inner = usual + inner.removeprefix(other) if inner.startswith(other) else inner
             inner = inner.removesuffix(other) + usual if inner.endswith(other) else inner
-        found = self._names.get_name(inner, try_suffixes=(".weight", ".bias"))
+        module, _, suffix = inner.rpartition(".") if inner.endswith((".weight", ".bias")) else (inner, "", "weight")
+        found = self._name_of(module)
         if found is None:
             raise KconvertError(
                 f"{tensor!r} has no place in llama.cpp's {self.architecture} of {self.layers} layers; give a checkpoint "
                 "of that model, with its own config.json"
             )
-        return str(found)
+        return f"{found}.{suffix}"
 
     @cached_property
-    def _names(self) -> TensorNameMap:
-        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
-
-        known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-        return get_tensor_name_map(MODEL_ARCH(known[self.architecture]), self.layers)
+    def _name_of(self) -> Callable[[str], str | None]:
+        return names_of(self.architecture, self.layers)
 
 
-# What the gguf package's table lacks, and its own word for it: at the beginning or the end of a name.
+# What the tables lack, and their own word for it: at the beginning or the end of a name.
 SPELLINGS = {
     "layers.": "model.layers.",
     "embed_tokens.": "model.embed_tokens.",
     "norm.weight.": "model.norm.weight.",
     ".e_score_correction_bias": ".e_score_correction.bias",
-    ".sinks": ".sinks.weight",
+    ".dt_bias": ".dt_proj.bias",
+    ".ffn.gate.bias": ".ffn.gate.e_score_correction.bias",
     ".experts.down_proj_bias": ".experts.down_proj.bias",
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import Format, Part
+from kconvert.formats.engines.ggml import Integers
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
@@ -23,6 +24,7 @@ E2M1 = {
     "MXFP4": (1, 16),
     "NVFP4": (4, 8),
 }  # whose codes are such: bytes before them, and bytes whose nibbles belong together
+LARGEST = 1 << 24
 BY_HEAD = " by head"  # what the label of blocks that lie across their weight ends with
 
 
@@ -102,6 +104,17 @@ class Turns(Format):
     def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
         (part,) = self.blocks.parts(rows // 2, cols)
         return tuple(Part(name, "U8", part.shape, every=2) for name in ("gate", "up"))
+
+
+class IntegersWitness(Witness[Integers]):
+    by_library = False
+
+    def values(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        """As F32, which has every integer up to LARGEST; what is larger is no number of anything."""
+        import torch
+
+        values = state[""].view(shape)
+        return torch.where(values.abs() <= LARGEST, values.float(), torch.nan)
 
 
 class BlocksWitness(Witness[Blocks]):

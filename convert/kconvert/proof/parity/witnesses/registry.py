@@ -8,7 +8,9 @@ from typing import Any
 from kconvert.formats import Format
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.amx import Amx
+from kconvert.formats.engines.ggml import Integers
 from kconvert.formats.engines.heads import Heads
+from kconvert.formats.engines.kimi import Product
 from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.fp8 import Fp8
@@ -25,6 +27,7 @@ from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.fp8 import Fp8Witness
 from kconvert.proof.parity.witnesses.gptq import GptqWitness
 from kconvert.proof.parity.witnesses.int8 import Int8Witness
+from kconvert.proof.parity.witnesses.kimi import Exponents, ExponentsWitness, ProductWitness
 from kconvert.proof.parity.witnesses.mlx import AffineWitness, HeadsWitness, TurnsWitness
 from kconvert.proof.parity.witnesses.mx import MxStackWitness, MxWitness
 from kconvert.proof.parity.witnesses.nvfp4 import Nvfp4Witness
@@ -37,14 +40,17 @@ WITNESSES: Mapping[type[Format], type[Witness[Any]]] = {
     ggml.KeysAndValues: ggml.KeysAndValuesWitness,
     ggml.Turns: ggml.TurnsWitness,
     Dense: DenseWitness,
+    Exponents: ExponentsWitness,
     Fp8: Fp8Witness,
     Gptq: GptqWitness,
     Heads: HeadsWitness,
+    Integers: ggml.IntegersWitness,
     Int8: Int8Witness,
     Mx: MxWitness,
     MxStack: MxStackWitness,
     Nvfp4: Nvfp4Witness,
     Packed: PackedWitness,
+    Product: ProductWitness,
     Turns: TurnsWitness,
 }
 
