@@ -203,7 +203,7 @@ def test_a_rank_of_another_version_is_refused(
     bucket: Bucket, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ok(*arguments, "--worker", "1/3")
-    for module in ("kconvert.planning.plan", "kconvert.run.state.journal"):
+    for module in ("kconvert.planning.plan", "kconvert.run.state.heads"):
         monkeypatch.setattr(sys.modules[module], "__version__", "99.0")
     assert "holds a conversion by kconvert" in refused(*arguments, "--worker", "0/3")
 
