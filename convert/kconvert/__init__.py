@@ -191,6 +191,7 @@ def check(
     KconvertError when it cannot be carried out: paths that overlap, a full disk, a budget that is too small, another
     checkpoint or another plan's unfinished output in `destination`. Writes nothing.
     """
+    from kconvert.cluster.ray import is_ray
     from kconvert.run import job
     from kconvert.run.delivery import Delivery
 
@@ -200,7 +201,7 @@ def check(
         _rank(worker),
         finalize_when_complete,
         check_first,
-        driver=_is_ray(engine, ray_address),
+        driver=is_ray(engine, ray_address),
     )
     return job.check(plan, Delivery.to(destination, push), terms)
 
@@ -250,6 +251,7 @@ def convert(
     not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
     finished then stays, and the same call goes on from there.
     """
+    from kconvert.cluster.ray import is_ray
     from kconvert.report.card import ModelCard
     from kconvert.run.delivery import Delivery
     from kconvert.run.engine import Limits
@@ -257,7 +259,7 @@ def convert(
     from kconvert.run.trace import Trace
 
     advance, found = advance or (lambda nbytes: None), found or (lambda nbytes: None)
-    driver = _is_ray(engine, ray_address)
+    driver = is_ray(engine, ray_address)
     terms = Terms(overwrite, disk_budget, _rank(worker), finalize_when_complete, check_first, driver=driver)
     delivery, limits = Delivery.to(destination, push), (threads, memory)
     if terms.driver:
@@ -316,11 +318,3 @@ def _rank(worker: str | None) -> Rank | None:
     from kconvert.run.state.ranks import Rank
 
     return None if worker is None else Rank.parse(worker, os.environ)
-
-
-def _is_ray(engine: str, address: str | None) -> bool:
-    if engine not in ("threads", "ray"):
-        raise KconvertError(f"there is no engine {engine!r}; choose threads or ray")
-    if engine != "ray" and address is not None:
-        raise KconvertError("--ray-address is for --engine ray; give both, or leave it out")
-    return engine == "ray"

@@ -15,11 +15,13 @@ import click
 from kconvert.cli.options import (
     Command,
     apply,
+    engine_option,
     json_option,
     links_option,
     location,
     location_or_gguf,
     quiet_option,
+    ray_address_option,
     report_option,
     selection_options,
 )
@@ -107,6 +109,8 @@ certificate_option = click.option(
 @certificate_option
 @logits_options
 @selection_options
+@engine_option
+@ray_address_option
 @links_option
 @report_option
 @json_option

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -25,6 +25,15 @@ LOOKS = 0.5  # seconds between two looks at what the tasks say
 AT_HAND, HERE = "auto", "local"  # in the place of an address
 PORT = 6379  # where Ray is unless it is told
 STORE = 80 << 20  # bytes of a store that nothing is put into; the least that Ray takes
+
+
+def is_ray(engine: str, address: str | None) -> bool:
+    """Whether these two options ask for Ray; KconvertError where they do not go together."""
+    if engine not in ("threads", "ray"):
+        raise KconvertError(f"there is no engine {engine!r}; choose threads or ray")
+    if engine != "ray" and address is not None:
+        raise KconvertError("--ray-address is for --engine ray; give both, or leave it out")
+    return engine == "ray"
 
 
 class Work(Protocol[T_co]):
@@ -48,10 +57,12 @@ class Cluster:
         self.cpus = cpus or min(filter(None, nodes), default=1)
         self.slots = max(sum(count // self.cpus for count in nodes), 1)
 
-    def call(self, work: Work[T], numbers: Iterable[int], tell: Callable[[int], None]) -> Iterator[tuple[int, T]]:
+    def call(
+        self, work: Work[T], numbers: Iterable[int], tell: Callable[[int], None]
+    ) -> Generator[tuple[int, T], None, None]:
         """Each number with what `work` returns for it, as they are done; `tell` hears how much all have done since last time.
 
-        What `work` raises is raised here, and ends the others.
+        What `work` raises is raised here, and ends the others, as closing this does.
         """
         ray = self._ray
         board = ray.remote(num_cpus=0, scheduling_strategy=_here(ray))(Board).remote()
@@ -93,7 +104,7 @@ class Cluster:
             said = str(error).partition("\n")[0]
             raise KconvertError(
                 f"Ray has given up task {number} ({said}); see its logs, and whether the nodes have memory enough, and run the "
-                "same command again, which goes on from here"
+                "same command again; a conversion goes on from here"
             ) from None
         if nbytes is None:
             raise KconvertError(f"{value} has no kconvert; install version {__version__} on all nodes of the cluster")

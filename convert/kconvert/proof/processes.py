@@ -24,9 +24,9 @@ PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def worthwhile(nbytes: int) -> int:
-    """How many processes reading so many bytes is worth; 0 where it is done sooner here."""
-    count = min(len(os.sched_getaffinity(0)) + WAITING, nbytes // SHARE)
+def worthwhile(nbytes: int, cores: int | None = None) -> int:
+    """How many processes reading so many bytes is worth on so many cores, or all; 0 where it is done sooner here."""
+    count = min((cores or len(os.sched_getaffinity(0))) + WAITING, nbytes // SHARE)
     return count if count > 1 else 0
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 import filecmp
 import heapq
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kconvert.address import is_remote, open_checkpoint
+from kconvert.address import anywhere, is_remote, open_checkpoint
 from kconvert.checkpoint.gguf_files import GgufCheckpoint, is_gguf
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, what_finishes
 from kconvert.checkpoint.source import Checkpoint, Reader
+from kconvert.cluster.ray import Cluster, is_ray
 from kconvert.dialects import DECLARING_FILES, QuantizationConfig, quantization_tables
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.formats.engines.amx import Amx
@@ -32,9 +34,18 @@ from kconvert.proof.gguf.metadata import compare_metadata
 from kconvert.proof.gguf.tensors import open_related
 from kconvert.proof.pairs import Pair, choose, relate
 from kconvert.proof.parity.compare import Comparison, Standard
-from kconvert.proof.parity.comparing import Advance, Comparing, Digests, Job, Outcome, weights_of
+from kconvert.proof.parity.comparing import (
+    Advance,
+    Comparing,
+    Digests,
+    Job,
+    Outcome,
+    fault_of,
+    weights_of,
+)
 from kconvert.proof.parity.metrics import Spread
 from kconvert.proof.parity.oracle import is_quick
+from kconvert.proof.parity.shares import compared_by_ray
 from kconvert.proof.parity.witnesses.registry import witness_of
 
 if TYPE_CHECKING:
@@ -96,6 +107,8 @@ def verify(
     thorough: bool = True,
     digest: bool = False,
     advance: Advance | None = None,
+    engine: str = "threads",
+    ray_address: str | None = None,
 ) -> Report:
     """Compare a checkpoint with the one it was made of, directories or Hub ids; CheckFailed names the first fault.
 
@@ -106,25 +119,26 @@ def verify(
     of the conversion. With `keep_going` faults are collected in the report; of an output that cannot be read it has one.
     Every value is compared; unless `thorough`, figures are of some rows and of what differs. With `digest` the report has what
     a certificate needs, and the output need not be read again for it. `advance` gets bytes of output compared.
+    With the `engine` "ray" the workers of a Ray cluster, which see both, compare: that of `ray_address`, by default the one at
+    hand, or a new one of this machine. The report is the same.
     """
+    by_ray = is_ray(engine, ray_address)
     include, exclude, standard = tuple(include), tuple(exclude), standard or Standard()
-    whole = understand(open_checkpoint(source))
-    original = whole.select(include, exclude)
-    original.checkpoint.check_index()
+    whole, original = _open_source(source, include, exclude)
+    lenient = bool(include or exclude or keep_going)
     try:
-        expected, converted, notes = _open_output(original, whole, output, bool(include or exclude or keep_going))
+        expected, converted, notes = _open_output(original, whole, output, lenient)
     except CheckFailed as unreadable:
         return _unreadable(original, Path(output), standard, unreadable, keep_going)
     (pairs, faults), differences = relate(expected, converted), tuple(_side_file_faults(expected, converted))
     said = compare_metadata(whole, converted.checkpoint)
     faults += [*(differences if standard.exact else ()), *said.faults]
-    if faults and not keep_going:
-        raise CheckFailed(faults[0])
-    chosen = choose(pairs, sample)
     tally = _Tally(converted.checkpoint.title, keep_going, faults)
-    with original.checkpoint.reader() as ours, _reader(converted.checkpoint, digest) as theirs:
-        job = Job(chosen, ours, theirs, standard, thorough, partial(_declaration_faults, converted))
-        worst = _compare(job, tally, advance or (lambda nbytes: None))
+    tally.check()
+    chosen, make = choose(pairs, sample), partial(_job, standard, thorough, digest)
+    job = make(original, converted, chosen)
+    again = partial(_again, anywhere(source), anywhere(output), include, exclude, lenient, sample, make)
+    worst = _compare(job, tally, advance or (lambda nbytes: None), again if by_ray else None, ray_address)
     return Report(
         original,
         converted,
@@ -143,6 +157,36 @@ def verify(
         worst=worst,
         digests=tally.digests,
     )
+
+
+def _open_source(source: str | os.PathLike[str], include: Iterable[str], exclude: Iterable[str]) -> tuple[Model, Model]:
+    """All of it, which is sound, and what is chosen."""
+    whole = understand(open_checkpoint(source))
+    original = whole.select(include, exclude)
+    original.checkpoint.check_index()
+    return whole, original
+
+
+def _job(standard: Standard, thorough: bool, digest: bool, original: Model, converted: Model, pairs: list[Pair]) -> Job:
+    ours, theirs = original.checkpoint, converted.checkpoint
+    declared = partial(_declaration_faults, converted)
+    files = ours.files, theirs.files
+    return Job(pairs, ours.reader(), _reader(theirs, digest), standard, thorough, declared, files)
+
+
+def _again(
+    source: str,
+    output: str,
+    include: Iterable[str],
+    exclude: Iterable[str],
+    lenient: bool,
+    sample: float,
+    make: Callable[[Model, Model, list[Pair]], Job],
+) -> Job:
+    """The job of `verify` in another process, which need not look at the files beside the weights."""
+    whole, original = _open_source(source, include, exclude)
+    expected, converted, _ = _open_output(original, whole, output, lenient)
+    return make(original, converted, choose(relate(expected, converted)[0], sample))
 
 
 def _reader(checkpoint: Checkpoint, digest: bool) -> Reader:
@@ -176,17 +220,18 @@ class _Tally:
             self.add(outcome)
 
     def add(self, outcome: Outcome) -> None:
-        fault = outcome
         if isinstance(outcome, tuple):
             comparison, spread = outcome
             key = comparison.role, comparison.output_format
             self.comparisons.append(comparison)
             self.spreads[key] = self.spreads.get(key, Spread()) + spread
-            fault = comparison.fault
-        if fault:
+        if fault := fault_of(outcome):
             self.faults.append(f"{self.root}: {fault}")
-            if not self.keep_going:
-                raise CheckFailed(self.faults[0])
+            self.check()
+
+    def check(self) -> None:
+        if self.faults and not self.keep_going:
+            raise CheckFailed(self.faults[0])
 
 
 def _open_output(
@@ -265,11 +310,15 @@ def _side_file_faults(expected: Model, output: Model) -> Iterator[str]:
             yield f"{converted.root / name} differs from the source's"
 
 
-def _compare(job: Job, tally: _Tally, advance: Advance) -> tuple[Excerpt, ...]:
-    """Fill the tally; what lies around the worst elements."""
-    with Comparing(job, advance) as comparing:
-        tally.add_all(comparing.outcomes())
-        return tuple(_excerpts(job.pairs, tally.comparisons, comparing))
+def _compare(
+    job: Job, tally: _Tally, advance: Advance, again: Callable[[], Job] | None, address: str | None
+) -> tuple[Excerpt, ...]:
+    """Fill the tally, by the cluster at the address where the job can be made again; what lies around the worst elements."""
+    with Cluster(address) if again else nullcontext() as cluster, job.ours, job.theirs:
+        elsewhere = partial(compared_by_ray, cluster, job, again, tally.keep_going) if cluster and again else None
+        with Comparing(job, advance, elsewhere=elsewhere) as comparing:
+            tally.add_all(comparing.outcomes())
+            return tuple(_excerpts(job.pairs, tally.comparisons, comparing))
 
 
 def _excerpts(pairs: Iterable[Pair], comparisons: Iterable[Comparison], comparing: Comparing) -> Iterator[Excerpt]:

@@ -7,12 +7,15 @@ it does not is compared again, without the quick way.
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
+from kconvert.checkpoint.listing import FileStat
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.models.model import Weight
@@ -31,6 +34,8 @@ from kconvert.proof.processes import Crew, worthwhile
 Advance: TypeAlias = Callable[[int], None]
 Outcome: TypeAlias = tuple[Comparison, Spread] | str | None  # of a pair of weights; of plain tensors the fault
 Digests: TypeAlias = dict[str, str]
+Compared: TypeAlias = Generator[tuple[Outcome, Digests], None, None]
+Elsewhere: TypeAlias = Callable[[Advance], Compared]
 EXCERPT = 48  # columns around the worst element
 
 
@@ -38,7 +43,7 @@ EXCERPT = 48  # columns around the worst element
 class Job:
     """What the processes of a comparison are asked for, of pairs by their numbers.
 
-    `declared` finds what is wrong with the output's config.json.
+    `declared` finds what is wrong with the output's config.json; `files` are those of the source and of the output.
     """
 
     pairs: list[Pair]
@@ -47,6 +52,7 @@ class Job:
     standard: Standard
     thorough: bool
     declared: Callable[[], list[str]]
+    files: tuple[Mapping[str, FileStat], Mapping[str, FileStat]]
     desk: Desk = field(default_factory=Desk)
 
     def compare(self, number: int, quickly: bool = True) -> tuple[Outcome, Digests]:
@@ -81,25 +87,43 @@ class Job:
             sides.append(tuple(row[first : first + EXCERPT].float().tolist()))
         return first, tuple(sides)
 
+    @cached_property
+    def stamp(self) -> str:
+        """Changes when a side's files do, or the pairs."""
+        files = [(name, stat.stamp) for side in self.files for name, stat in side.items()]
+        names = [item.name if isinstance(item, Weight) else item.tensor.name for pair in self.pairs for item in pair]
+        formats = {repr(item.format) for pair in self.pairs for item in pair if isinstance(item, Weight)}
+        text = repr((files, names, sorted(formats)))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def undeclared(self) -> list[str]:
         return self.declared()
 
 
 class Comparing:
-    """The processes of a job, while the context is entered."""
+    """The processes of a job, while the context is entered; they are to share so many cores, or all.
 
-    def __init__(self, job: Job, advance: Advance) -> None:
+    With an `elsewhere` the pairs are compared there.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        advance: Advance,
+        cores: int | None = None,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         import torch
 
         torch.set_num_threads(1)
         self._job, self._advance = job, advance
-        self._sizes = [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in job.pairs]
+        self._elsewhere, self._sizes = elsewhere, sizes_of(job.pairs)
         kinds = {(weight.format, weight.cols) for pair in job.pairs for weight in pair if isinstance(weight, Weight)}
         asks = any(witness_of(format).by_library for format, _ in kinds)
         leans = any(witness_of(format).by_library and not witness_of(format).is_quick(cols) for format, cols in kinds)
         # Where it is loaded already there is nothing to be gained; and a process of multiprocessing's pool has no children.
         here = library.is_loaded() or multiprocessing.current_process().daemon
-        many = worthwhile(sum(map(sum, self._sizes)))
+        many = worthwhile(sum(map(sum, self._sizes)), cores)
         self._crowd = Crew(many or int(leans and not here), job)
         self._library = Crew(int(asks and not (here and not many)), job)
         self._open = ExitStack()
@@ -115,21 +139,39 @@ class Comparing:
     def outcomes(self) -> Iterator[tuple[Outcome, Digests]]:
         """What is wrong with config.json, the outcome of each pair, in order, and what is wrong with several together; and the
         digests that were heard by then."""
-        count = len(self._sizes)
-        declared, approvals = self._library.ask("undeclared"), self._library.each("approve", count)
-        found = self._crowd.each("compare", count)
+        declared = self._library.ask("undeclared")
+        compared = self._elsewhere(self._advance) if self._elsewhere else self.compared()
+        self._open.enter_context(closing(compared))
         yield from ((fault, {}) for fault in declared.result())
+        yield from compared
+        if self._job.standard.exact:
+            yield from ((fault, {}) for fault in fused_faults(weights_of(self._job.pairs), self._job.theirs))
+
+    def compared(self) -> Compared:
+        """The outcome of each pair, in order; begun at once."""
+        count = len(self._sizes)
+        approvals = self._library.each("approve", count)
+        return self._approved(self._crowd.each("compare", count), approvals)
+
+    def _approved(self, found: Iterator[tuple[Outcome, Digests]], approvals: Iterator[bool]) -> Compared:
         for number, ((outcome, heard), is_approved) in enumerate(zip(found, approvals, strict=True)):
             by_oracle = None if is_approved else self._library.ask("compare", number, False).result()[0]
             self._advance(self._sizes[number][1])
             yield by_oracle or outcome, heard
-        if self._job.standard.exact:
-            yield from ((fault, {}) for fault in fused_faults(weights_of(self._job.pairs), self._job.theirs))
 
     def excerpt(self, number: int, at: Position) -> tuple[int, tuple[tuple[float, ...], ...]]:
         """See Job."""
         found: tuple[int, tuple[tuple[float, ...], ...]] = self._library.ask("excerpt", number, at).result()
         return found
+
+
+def fault_of(outcome: Outcome) -> str | None:
+    return outcome[0].fault if isinstance(outcome, tuple) else outcome
+
+
+def sizes_of(pairs: Iterable[Pair]) -> list[tuple[int, ...]]:
+    """Of each pair how many bytes either side has."""
+    return [tuple(sum(tensor.nbytes for tensor in _tensors(item)) for item in pair) for pair in pairs]
 
 
 def weights_of(pairs: Iterable[Pair]) -> list[tuple[Weight, Weight]]:
