@@ -104,6 +104,30 @@ def test_a_refusal_is_one_sentence(bucket, stored):
     assert "access was refused; check the credentials" in said.output
 
 
+@pytest.fixture
+def nobody(bucket, monkeypatch, tmp_path):
+    """A user who has no credentials of any kind."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "--to", "bf16"), ("finalize",)])
+def test_without_credentials_the_sentence_says_so(nobody, int4, command):
+    arguments = [int4, PLACE] if command[0] == "convert" else [PLACE]
+    said = run(*command, *arguments)
+    assert said.exit_code == 2
+    assert "there are no credentials for it; set them as the store's own command line takes them" in said.output
+    assert "Traceback" not in said.output
+
+
+def test_requests_without_a_signature_take_no_credentials(nobody, stored, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert "access was refused" in run("inspect", stored).output  # by the server, as the objects are private
+
+
 def test_an_object_that_changes_meanwhile_is_never_mixed(bucket, stored, int4, tmp_path):
     plan = kconvert.plan(stored, kconvert.Recipe("bf16"))
     shard = sorted(int4.glob("*.safetensors"))[-1]

@@ -42,10 +42,11 @@ def open_store(place: StoreUrl) -> ObjectStore:
         "client_options": {"allow_http": plain, "timeout": TIMEOUT},
         "retry_config": RETRIES,
     }
-    if place.scheme == "s3" and "AWS_ACCESS_KEY_ID" not in os.environ and importlib.util.find_spec("boto3") is not None:
+    said = any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE"))
+    if place.scheme == "s3" and not said and importlib.util.find_spec("boto3") is not None:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = Boto3CredentialProvider()
+        options["credential_provider"] = attempt(place, "open it", Boto3CredentialProvider)
     return attempt(place, "open it", lambda: from_url(str(place), **options))
 
 
