@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -68,6 +70,13 @@ def test_a_conversion_from_a_store_writes_the_bytes_of_a_local_one(stored, int4,
 def test_both_sides_of_verify_may_be_in_a_store(stored):
     done = run("verify", stored, stored)
     assert done.exit_code == 0, done.output
+
+
+def test_verify_in_a_process_of_its_own_comes_to_an_end(stored, int4):
+    """Connections of a store stand still in a fork; here nothing has loaded compressed-tensors yet, for which there is one."""
+    command = [sys.executable, "-c", "from kconvert.cli import main; main()", "verify", stored, str(int4)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_tensor_is_opened_by_its_bytes_alone(bucket, stored, int4):

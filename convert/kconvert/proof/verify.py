@@ -171,7 +171,8 @@ def _job(standard: Standard, thorough: bool, digest: bool, original: Model, conv
     ours, theirs = original.checkpoint, converted.checkpoint
     declared = partial(_declaration_faults, converted)
     files = ours.files, theirs.files
-    return Job(pairs, ours.reader(), _reader(theirs, digest), standard, thorough, declared, files)
+    forks = ours.directory is not None and theirs.directory is not None
+    return Job(pairs, ours.reader(), _reader(theirs, digest), standard, thorough, declared, files, forks)
 
 
 def _again(

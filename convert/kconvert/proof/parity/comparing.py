@@ -43,7 +43,8 @@ EXCERPT = 48  # columns around the worst element
 class Job:
     """What the processes of a comparison are asked for, of pairs by their numbers.
 
-    `declared` finds what is wrong with the output's config.json; `files` are those of the source and of the output.
+    `declared` finds what is wrong with the output's config.json; `files` are those of the source and of the output. `forks` may
+    read them, unless they come by connections, which processes cannot share.
     """
 
     pairs: list[Pair]
@@ -53,6 +54,7 @@ class Job:
     thorough: bool
     declared: Callable[[], list[str]]
     files: tuple[Mapping[str, FileStat], Mapping[str, FileStat]]
+    forks: bool
     desk: Desk = field(default_factory=Desk)
 
     def compare(self, number: int, quickly: bool = True) -> tuple[Outcome, Digests]:
@@ -122,8 +124,8 @@ class Comparing:
         asks = any(witness_of(format).by_library for format, _ in kinds)
         leans = any(witness_of(format).by_library and not witness_of(format).is_quick(cols) for format, cols in kinds)
         # Where it is loaded already there is nothing to be gained; and a process of multiprocessing's pool has no children.
-        here = library.is_loaded() or multiprocessing.current_process().daemon
-        many = worthwhile(sum(map(sum, self._sizes)), cores)
+        here = not job.forks or library.is_loaded() or multiprocessing.current_process().daemon
+        many = worthwhile(sum(map(sum, self._sizes)), cores) if job.forks else 0
         self._crowd = Crew(many or int(leans and not here), job)
         self._library = Crew(int(asks and not (here and not many)), job)
         self._open = ExitStack()
