@@ -19,7 +19,7 @@ from kconvert.run import job
 from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card
 from kconvert.run.disk import Needs
-from kconvert.run.engine import Limits
+from kconvert.run.engine import WAITING, Limits
 from kconvert.run.state.finalize import finalize_complete, is_closed
 from kconvert.run.state.locks import LOCK, Busy, hold
 from kconvert.run.state.outline import Outline
@@ -29,7 +29,6 @@ from kconvert.run.values import check_values
 
 ROUNDS = 8  # tasks for each that runs at a time, to even out the end
 PATIENCE = 600  # seconds for the worker of a node that was given up to end, or to lose its locks
-THREADS = 6  # beyond the CPUs of a task, as Limits has it
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ def convert_by_ray(
     if plan.again is None:
         raise KconvertError("this plan cannot be made on other machines; make it by kconvert.plan")
     needs = job.check(plan, delivery, terms)
-    if terms.check_first and plan.source is not None:
-        with plan.source.reader() as reader:
-            check_values(plan, needs.settled, reader)
+    if terms.check_first:
+        check_values(plan, needs.settled)
     earlier = sum(shard.nbytes for shard in plan.shards if shard.name in needs.finished)
     found(earlier)
     advance(earlier)
@@ -112,7 +110,7 @@ def convert_by_ray(
             (plan.hash, plan.stamp),
             str(delivery.directory.absolute()),
             count,
-            Limits.choose(threads or cluster.cpus + THREADS, memory),
+            Limits.choose(threads or cluster.cpus + WAITING, memory),
             are_links_allowed(),
             command,
             card,

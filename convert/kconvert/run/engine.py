@@ -45,6 +45,7 @@ from kconvert.run.writer import ShardWriter
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
 
+WAITING = 6  # workers beyond the number of cores, as some wait for the disk
 DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
 MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
 BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
@@ -75,7 +76,7 @@ class Limits:
 
     @classmethod
     def choose(cls, threads: int | None = None, memory: int | None = None) -> Limits:
-        return cls(threads or len(os.sched_getaffinity(0)) + 6, memory or DEFAULT_MEMORY)
+        return cls(threads or len(os.sched_getaffinity(0)) + WAITING, memory or DEFAULT_MEMORY)
 
     @property
     def task_bytes(self) -> int:

@@ -106,10 +106,9 @@ def _conversion(needs: Needs, terms: Terms, command: str, card: Card) -> Iterato
         if len(needs.settled) < len(plan.shards):
             background.submit(warm_up, plan)
         if (source := plan.source) is not None:
-            with source.reader() as reader:
-                source.check_index()
-                if terms.check_first:
-                    check_values(plan, needs.settled, reader)
+            source.check_index()
+            if terms.check_first:
+                check_values(plan, needs.settled)
         with _journal(needs, terms, command) as journal:
             if delivery.store is not None:
                 Stored(delivery.store, plan).begin(terms.overwrite, terms.rank, command, not journal.todo)

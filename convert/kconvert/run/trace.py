@@ -45,7 +45,7 @@ class Trace:
     def clock(self) -> Clock:
         """For another worker."""
         with self._lock:
-            clock = Clock(self, len(self._clocks), self._path is not None)
+            clock = Clock(self, len(self._clocks), self.is_drawn)
             self._clocks.append(clock)
         return clock
 
@@ -65,7 +65,7 @@ class Trace:
         return BOUNDS[max(BOUNDS, key=lambda doing: seconds[doing])]
 
     def __enter__(self) -> Trace:
-        if self._path is not None:
+        if self.is_drawn:
             self._append("[\n", "w")
         self._began = time.perf_counter_ns()
         self._wall, self._busy = -time.perf_counter(), -time.process_time()
@@ -76,7 +76,7 @@ class Trace:
     ) -> None:
         self._wall += time.perf_counter()
         self._busy += time.process_time()
-        if self._path is not None:
+        if self.is_drawn:
             for clock in self._clocks:
                 clock.flush()
             self._append("{}]\n")

@@ -70,8 +70,10 @@ def check_part(step: Step, part: Part, place: Origin, data: Bytes, start: int = 
         )
 
 
-def check_values(plan: Plan, finished: Collection[str], reader: Reader) -> None:
+def check_values(plan: Plan, finished: Collection[str]) -> None:
     """Read the scales and shapes of every weight still to be converted; KconvertError for the first that is not sound."""
+    if plan.source is None:
+        return
     doubts = [
         (step, part, place)
         for step in plan.steps
@@ -80,7 +82,7 @@ def check_values(plan: Plan, finished: Collection[str], reader: Reader) -> None:
         if is_doubtful(part)
     ]
     batches = [doubts[i : i + 128] for i in range(0, len(doubts), 128)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
+    with plan.source.reader() as reader, ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 2) as pool:
         for _ in pool.map(lambda batch: _check(batch, reader), batches):
             pass
 

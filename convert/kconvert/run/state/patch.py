@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kconvert.checkpoint.download import feed
 from kconvert.checkpoint.files import is_directory
 from kconvert.checkpoint.listing import Listing
 from kconvert.checkpoint.safetensors import Tensor, read_header
@@ -76,20 +77,13 @@ class Patch:
     def check(self, root: Path) -> None:
         """Read everything; KconvertError for a file that is not as it was written."""
         for file, known in self.sha256.items():
+            digest = hashlib.sha256()
             try:
-                digest = _sha256(root / file)
+                feed(digest.update, root / file)
             except OSError as error:
                 raise explain_os_error(error, f"cannot read {root / file}") from None
-            if digest != known:
+            if digest.hexdigest() != known:
                 raise KconvertError(f"{root / file} is not as it was written; copy the patch again")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def size_of(path: Path) -> int:
