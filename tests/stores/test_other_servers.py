@@ -15,7 +15,8 @@ from kconvert.stores import writing
 from kconvert.stores.urls import parse_store_url
 from kconvert.stores.writing import Objects
 
-from .test_writing import LAST, SHARDS, Tree, ok, refused
+from .conftest import SHARDS, Tree
+from .test_writing import LAST, ok, refused
 
 ACCOUNT = "devstoreaccount1"  # Azurite's own, whose key is public
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="

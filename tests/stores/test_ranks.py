@@ -17,22 +17,8 @@ from s3_server import SECRET, Bucket, Request, hang, status
 
 from kconvert.cli import main  # noqa: F401  what the processes below import
 
-from .test_writing import LAST, OUT, SHARDS, SMALL, Tree, is_write, ok, refused, run
-
-__all__ = ["whole"]
-
-
-@pytest.fixture(scope="session")
-def whole(int4: Path, tmp_path_factory: pytest.TempPathFactory, tree: Tree) -> dict[str, bytes]:
-    """What a conversion into a directory writes."""
-    root = tmp_path_factory.mktemp("ranks") / "bf16"
-    ok("int4-to-bf16", int4, root, *SHARDS)
-    return tree(root)
-
-
-@pytest.fixture
-def arguments(bucket: Bucket, int4: Path) -> tuple[object, ...]:
-    return ("int4-to-bf16", int4, OUT, *SHARDS)
+from .conftest import OUT, SHARDS, Tree
+from .test_writing import LAST, SMALL, is_write, ok, refused, run
 
 
 def start(*words: object, machine: str = "one") -> subprocess.Popen[str]:

@@ -22,10 +22,9 @@ from kconvert import KconvertError, Recipe
 from kconvert.cli import main
 from kconvert.stores import writing
 
-OUT = "s3://models/kimi/bf16"
-SHARDS = ("--shard-size", "300kB")
+from .conftest import OUT, SHARDS, Tree
+
 LAST = ["config.json", "model.safetensors.index.json"]
-Tree = Callable[[Path], "dict[str, bytes]"]
 
 # The command, whose shards go in parts of 64 kB and whose patience is short.
 SMALL = """
@@ -40,19 +39,6 @@ main()
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "PART", 1 << 16)
-
-
-@pytest.fixture(scope="session")
-def whole(int4: Path, tmp_path_factory: pytest.TempPathFactory, tree: Tree) -> dict[str, bytes]:
-    """What a conversion into a directory writes."""
-    root = tmp_path_factory.mktemp("stores") / "bf16"
-    ok("int4-to-bf16", int4, root, *SHARDS)
-    return tree(root)
-
-
-@pytest.fixture
-def arguments(bucket: Bucket, int4: Path) -> tuple[object, ...]:
-    return ("int4-to-bf16", int4, OUT, *SHARDS)
 
 
 def run(*words: object) -> Result:
