@@ -65,6 +65,15 @@ def run(command: Sequence[str | Path], allowed: Sequence[int] = (0,)) -> Child:
     return Child(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, stdout, stderr)
 
 
+def convert_cold(command: Sequence[str | Path], source: Path, target: Path) -> tuple[Child, int]:
+    """A conversion of `source`, whose files are cold, to `target`, which is removed; and how many bytes of tensors it had."""
+    make_cold(source)
+    result = run(command)
+    written = nbytes(tensor_files(target))
+    remove(target)
+    return result, written
+
+
 def peak_together(command: Sequence[str | Path]) -> int:
     """Bytes that `command` and all processes that it starts have at most at once, each page counted once, looked at ten times
     a second."""

@@ -26,6 +26,7 @@ from common import (
     Child,
     alternate,
     arguments,
+    convert_cold,
     machine,
     make_cold,
     nbytes,
@@ -70,10 +71,8 @@ def main() -> None:
     converted, moved = options.dir / "limit-converted", options.dir / "limit-moved"
 
     def convert() -> Child:
-        make_cold(source)
-        result = run([*command(options.job, source, converted), "-q"])
-        sizes.append(nbytes(tensor_files(converted)))
-        remove(converted)
+        result, written = convert_cold([*command(options.job, source, converted), "-q"], source, converted)
+        sizes.append(written)
         return result
 
     def by(way: str) -> Child:

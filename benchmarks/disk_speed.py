@@ -17,6 +17,7 @@ from common import (
     Child,
     alternate,
     arguments,
+    convert_cold,
     machine,
     make_cold,
     nbytes,
@@ -58,10 +59,8 @@ def main() -> None:
     converted, zeros = options.dir / "disk-converted", options.dir / "disk-zeros"
 
     def convert() -> Child:
-        make_cold(source)
-        result = run([*command(options.job, source, converted), "-q"])
-        sizes.append(nbytes(tensor_files(converted)))
-        remove(converted)
+        result, written = convert_cold([*command(options.job, source, converted), "-q"], source, converted)
+        sizes.append(written)
         return result
 
     def disk() -> Child:

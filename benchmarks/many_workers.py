@@ -15,14 +15,12 @@ from common import (
     Child,
     alternate,
     arguments,
+    convert_cold,
     machine,
-    make_cold,
-    nbytes,
     remove,
     run,
     spread,
     table,
-    tensor_files,
     true_experts,
     verdict,
 )
@@ -63,10 +61,9 @@ def main() -> None:
     source, target = true_experts(options.dir, options.model_gb), options.dir / "many-workers"
 
     def convert(workers: int) -> Child:
-        make_cold(source)
-        result = run([KCONVERT, "int4-to-bf16", source, target, "-q", f"--threads={workers}"])
-        sizes.append(nbytes(tensor_files(target)))
-        remove(target)
+        command = [KCONVERT, "int4-to-bf16", source, target, "-q", f"--threads={workers}"]
+        result, written = convert_cold(command, source, target)
+        sizes.append(written)
         return result
 
     sizes: list[int] = []

@@ -16,11 +16,10 @@ from common import (
     Child,
     alternate,
     arguments,
+    convert_cold,
     machine,
-    make_cold,
     nbytes,
     remove,
-    run,
     sample,
     spread,
     table,
@@ -82,10 +81,7 @@ def room(folder: Path, experts: int) -> bool:
 
 def convert(name: str, source: Path, written: dict[str, int]) -> Child:
     target = source.with_name(source.name + "-bf16")
-    make_cold(source)
-    result = run([KCONVERT, "int4-to-bf16", source, target, "-q"])
-    written[name] = nbytes(tensor_files(target))
-    remove(target)
+    result, written[name] = convert_cold([KCONVERT, "int4-to-bf16", source, target, "-q"], source, target)
     return result
 
 

@@ -15,11 +15,9 @@ from common import (
     Child,
     alternate,
     arguments,
+    convert_cold,
     machine,
-    make_cold,
     nbytes,
-    remove,
-    run,
     spread,
     table,
     tensor_files,
@@ -58,11 +56,9 @@ def main() -> None:
     source, target = true_experts(options.dir, options.model_gb), options.dir / "read-once"
 
     def convert(base: str) -> Child:
-        make_cold(source)
         latency = str(options.read_latency / 1000)
-        result = run([sys.executable, "-c", CHILD, base, latency, "int4-to-bf16", source, target, "-q"])
-        remove(target)
-        return result
+        command = [sys.executable, "-c", CHILD, base, latency, "int4-to-bf16", source, target, "-q"]
+        return convert_cold(command, source, target)[0]
 
     sides = {"kconvert": lambda: convert("")}
     if options.base:
