@@ -21,7 +21,7 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Copy, Step, Transcode
-from kconvert.run.tiles import across_of, copied, decoded, inputs_of, naming, row_unit
+from kconvert.run.tiles import copied, decoded, inputs_of, naming, row_unit, wholes_of
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
@@ -180,8 +180,8 @@ class Weights(Mapping[str, torch.Tensor]):
         row, unit = _row_bytes(step), row_unit(step)
         first = piece.first // row // unit * unit
         last = min(-(-piece.last // row // unit) * unit, step.rows)
-        across = across_of(step, self._reader)
-        inputs = inputs_of(step, first, last, across, self._reader, buffers)
+        wholes = wholes_of(step, self._reader)
+        inputs = inputs_of(step, first, last, wholes, self._reader, buffers)
         for begin, end, tile in decoded(step, inputs, first, last, buffers):
             low, high = max(begin * row, piece.first), min(end * row, piece.last)
             exact = (low, high) == (begin * row, end * row)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,17 +27,18 @@ from kconvert.run.tiles import (
     Once,
     Shared,
     Task,
-    across_of,
     copied,
     cut,
     decoded,
     inputs_of,
+    is_small,
     naming,
     reach_of,
     row_bytes,
     row_unit,
     task_size,
     tile_rows,
+    wholes_of,
 )
 from kconvert.run.trace import Clock, Source, Trace, Watched
 from kconvert.run.writer import ShardWriter
@@ -91,11 +92,13 @@ class Limits:
         """Of tasks of this kind. What these have in common is in memory for as many weights as they are of: tasks begin in
         order."""
         size, unit = task_size(step, self.task_bytes)
-        rows, across = max(unit, size // unit * unit), [part for part in step.source_parts if part.across]
-        buffers = int(rows * (row_bytes(step) - sum(part.nbytes for part in across) / max(step.rows, 1)))
-        weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if across else 0
+        rows = max(unit, size // unit * unit)
+        wholes = [part for part in step.source_parts if part.across or is_small(part)]
+        apart = sum(part.nbytes for part in wholes if part.every) / max(step.rows, 1)
+        buffers = int(rows * (row_bytes(step) - apart))
+        weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if wholes else 0
         tile = 4 * tile_rows(step) * step.cols
-        return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in across)
+        return self.threads * (buffers + tile) + weights * sum(part.nbytes for part in wholes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +210,8 @@ class Run:
         outputs = self._outputs(step, first, last, worker.buffers)
         if reach is not None:
             step.target.settle(reach, outputs)
-        with task.shared.held(lambda: across_of(step, worker.source)) as across:
-            lost = self._fill(step, first, last, across, outputs, worker)
+        with task.shared.held(lambda: wholes_of(step, worker.source, small=True)) as wholes:
+            lost = self._fill(step, first, last, wholes, outputs, worker)
         if lost:
             with self._lock:
                 self.inexact[step.name] += lost
@@ -217,10 +220,10 @@ class Run:
                 self._write(place.file, place.start + part.span(step.rows, first, last)[0], data, worker.clock)
 
     def _fill(
-        self, step: Transcode, first: int, last: int, across: list[Bytes], outputs: list[Bytes], worker: Worker
+        self, step: Transcode, first: int, last: int, wholes: Mapping[int, Bytes], outputs: list[Bytes], worker: Worker
     ) -> int:
         """Make these rows of all outputs, tile by tile; returns the sum of what `encode` says."""
-        inputs, clock = inputs_of(step, first, last, across, worker.source, worker.buffers), worker.clock
+        inputs, clock = inputs_of(step, first, last, wholes, worker.source, worker.buffers), worker.clock
         if step.target.takes_codes(step.source):
             with (
                 clock.on("encode", step.name),

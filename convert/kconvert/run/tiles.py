@@ -4,7 +4,7 @@ are read, and what all tasks of a weight share."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -23,20 +23,22 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
 
 TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
+SMALL = 1 << 20  # bytes
 INFINITE = np.float32(2.0**128 - 2.0**119)  # this and more is, rounded to BF16
 
 
 class Shared:
-    """The parts of a weight that lie across, which each of its `tasks` needs whole: the first reads them for all."""
+    """The parts of a weight that each of its `tasks` needs whole, or that are too small to be read in pieces: the first reads
+    them for all."""
 
     def __init__(self, tasks: int) -> None:
         self._left = tasks
-        self._data: list[Bytes] = []
+        self._data: dict[int, Bytes] = {}
         self._lock = threading.Lock()
 
     @contextmanager
-    def held(self, read: Callable[[], list[Bytes]]) -> Iterator[list[Bytes]]:
-        """The parts in their order, while one task decodes; with the last task they are gone."""
+    def held(self, read: Callable[[], dict[int, Bytes]]) -> Iterator[dict[int, Bytes]]:
+        """The parts by their places, while one task decodes; with the last task they are gone."""
         with self._lock:
             self._data = self._data or read()
         yield self._data
@@ -114,12 +116,18 @@ def naming(fault: str, first: int, stop: int) -> Iterator[None]:
         raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
 
 
-def across_of(step: Transcode, source: Fetcher) -> list[Bytes]:
-    """All bytes of the parts that lie across, in memory of their own."""
-    parts = zip(step.source_parts, step.reads, strict=True)
-    return [
-        _fetched(step, part, place, 0, part.nbytes, source, Buffers(), "across") for part, place in parts if part.across
-    ]
+def is_small(part: Part) -> bool:
+    """Whether it takes longer to ask for the part than to read it."""
+    return part.nbytes <= SMALL
+
+
+def wholes_of(step: Transcode, source: Fetcher, small: bool = False) -> dict[int, Bytes]:
+    """All bytes of the parts that lie across, and of the `small` ones, by their places; in memory of their own."""
+    return {
+        index: _fetched(step, part, place, 0, part.nbytes, source, Buffers(), "whole")
+        for index, (part, place) in enumerate(zip(step.source_parts, step.reads, strict=True))
+        if part.across or (small and is_small(part))
+    }
 
 
 def copied(step: Copy, first: int, last: int, source: Fetcher, buffers: Buffers) -> Bytes:
@@ -138,16 +146,15 @@ def _fetched(
 
 
 def inputs_of(
-    step: Transcode, first: int, last: int, across: Sequence[Bytes], source: Fetcher, buffers: Buffers
+    step: Transcode, first: int, last: int, wholes: Mapping[int, Bytes], source: Fetcher, buffers: Buffers
 ) -> list[Bytes]:
-    """The bytes of every part that these rows need, of those `across` all; parts of other rows take no buffer."""
+    """The bytes of every part that these rows need, of those that lie across all; parts of other rows take no buffer."""
     data: list[Bytes] = []
-    whole = iter(across)
-    for part, place in zip(step.source_parts, step.reads, strict=True):
-        if part.across:
-            data.append(next(whole))
-            continue
+    for index, (part, place) in enumerate(zip(step.source_parts, step.reads, strict=True)):
         start, stop = part.span(step.rows, first, last)
+        if index in wholes:
+            data.append(wholes[index][start:stop])
+            continue
         use = f"in.{sum(map(bool, map(len, data)))}"
         data.append(_fetched(step, part, place, start, stop, source, buffers, use))
     return data
@@ -190,17 +197,17 @@ def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int
     reach = step.source.reach(read)
     if reach is not None:
         return reach
-    across = across_of(step, source)
+    wholes = wholes_of(step, source)
     return max(
-        (_largest(step, first, min(first + count, step.rows), across, source, buffers) for first in starts), default=0
+        (_largest(step, first, min(first + count, step.rows), wholes, source, buffers) for first in starts), default=0
     )
 
 
 def _largest(
-    step: Transcode, first: int, last: int, across: Sequence[Bytes], source: Fetcher, buffers: Buffers
+    step: Transcode, first: int, last: int, wholes: Mapping[int, Bytes], source: Fetcher, buffers: Buffers
 ) -> float:
     """The largest magnitude of the values in these rows."""
-    inputs, largest = inputs_of(step, first, last, across, source, buffers), 0.0
+    inputs, largest = inputs_of(step, first, last, wholes, source, buffers), 0.0
     for _, _, tile in decoded(step, inputs, first, last, buffers):
         largest = max(largest, float(tile.max(initial=0)), -float(tile.min(initial=0)))
     return largest
