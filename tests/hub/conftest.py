@@ -27,7 +27,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
-    from kconvert.hub import client
+    from kconvert.hub import bodies, client
 
     home = tmp_path / "hf"
     with Hub() as hub:
@@ -51,6 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(client, "BACKOFF", (0.01, 0.01, 0.02, 0.02, 0.02))
+        monkeypatch.setattr(bodies, "LARGE", 100_000)  # shards are, headers are not
         for module in (_http, file_download):  # the client's own waits
             monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
         yield hub

@@ -89,6 +89,7 @@ class Request:
     path: str
     span: str
     token: str
+    coding: str = ""
     sent: int = 0
 
 
@@ -193,7 +194,8 @@ class Handler(BaseHTTPRequestHandler):
         self.limit, self.flip = None, False
         path = unquote(urlsplit(self.path).path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        self.request_log = Request(self.command, path, self.headers.get("Range", ""), token)
+        coding = self.headers.get("Accept-Encoding", "")
+        self.request_log = Request(self.command, path, self.headers.get("Range", ""), token, coding)
         if path == "/api/agent-harnesses":  # which the client may want to know, once a day
             self.error(404, "")
             return

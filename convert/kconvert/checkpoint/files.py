@@ -93,6 +93,16 @@ def write_at(descriptor: int, data: memoryview, offset: int) -> None:
             refused = _leave_direct(descriptor, error, refused)
 
 
+def write_past_cache(cached: int, direct: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, to which its address is equal modulo PAGE: whole pages by the descriptor `direct`, the
+    ragged ends, less than a page each, by `cached`."""
+    head = min(-offset % PAGE, len(data))
+    tail = head + (len(data) - head) // PAGE * PAGE
+    write_at(cached, data[:head], offset)
+    write_at(direct, data[head:tail], offset + head)
+    write_at(cached, data[tail:], offset + tail)
+
+
 def _leave_direct(descriptor: int, error: OSError, refused: bool) -> bool:
     """Make the descriptor go through the page cache from now on; another thread may have done so in the meantime."""
     if error.errno != errno.EINVAL or refused:

@@ -7,11 +7,11 @@ belong to the checkpoint, and before weights are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kconvert.checkpoint.index import compare_index, read_weight_map
 from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
@@ -24,18 +24,49 @@ FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown 
 HEADER_TO_INDEX = 1.345  # bytes: a header says of a tensor dtype, shape and offsets, the index its file (K2: 1.34)
 
 
+class Sink(Protocol):
+    """Takes bytes in order, without another copy of them: they are received where they belong."""
+
+    def room(self) -> memoryview:
+        """For the next bytes; never empty while any are to come."""
+
+    def took(self, count: int) -> None:
+        """So many bytes have come into the room, from its beginning."""
+
+
+class Memory:
+    """A sink that fills `buffer`."""
+
+    def __init__(self, buffer: bytearray | memoryview) -> None:
+        self._left = memoryview(buffer)
+
+    def room(self) -> memoryview:
+        return self._left
+
+    def took(self, count: int) -> None:
+        self._left = self._left[count:]
+
+
+def pour(data: bytes | memoryview, sink: Sink) -> None:
+    """Give a sink bytes that are in memory already."""
+    left = memoryview(data)
+    while left:
+        room = sink.room()[: len(left)]
+        room[:] = left[: len(room)]
+        sink.took(len(room))
+        left = left[len(room) :]
+
+
 class Transfer(Protocol):
-    def __call__(
-        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
-    ) -> None:
-        """Hand bytes `start` to `stop` (exclusive) of a file to `take`, in order; KconvertError when they cannot be had, or
+    def __call__(self, file: str, start: int, stop: int, sink: Sink, stopped: threading.Event | None = None, /) -> None:
+        """Bring bytes `start` to `stop` (exclusive) of a file to `sink`; KconvertError when they cannot be had, or
         `stopped` is set meanwhile."""
 
 
 class Digest(Protocol):
     """Of a file's content, while its bytes pass."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         """The next bytes."""
 
     def agrees(self) -> bool:
@@ -63,9 +94,7 @@ class RemoteCheckpoint(Checkpoint):
             listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())
             compare_index(listing, self.tensors, read_weight_map(listing))
 
-    def transfer(
-        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
-    ) -> None:
+    def transfer(self, file: str, start: int, stop: int, sink: Sink, stopped: threading.Event | None = None, /) -> None:
         """See Transfer."""
         raise NotImplementedError
 
@@ -94,14 +123,7 @@ class RangeReader(Reader):
         self._transfer = transfer
 
     def _fill(self, file: str, descriptors: dict[str, int], start: int, buffer: memoryview, needed: int) -> None:
-        done = 0
-
-        def take(chunk: bytes) -> None:
-            nonlocal done
-            buffer[done : done + len(chunk)] = chunk
-            done += len(chunk)
-
-        self._transfer(file, start, start + needed, take)
+        self._transfer(file, start, start + needed, Memory(buffer))
 
 
 def assemble_remote(listing: Listing, transfer: Transfer) -> Checkpoint:
@@ -128,7 +150,9 @@ def _header(listing: Listing, file: str, transfer: Transfer, guess: int) -> list
     def read(start: int, nbytes: int) -> bytes:
         stop = start + nbytes
         if stop > len(head):
-            transfer(file, len(head), min(size, max(stop, guess)), head.extend)
+            more = bytearray(min(size, max(stop, guess)) - len(head))
+            transfer(file, len(head), len(head) + len(more), Memory(more))
+            head.extend(more)
         return bytes(head[start:stop])
 
     return read_header(f"{listing.root}/{file}", size, read, file)

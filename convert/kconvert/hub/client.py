@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import huggingface_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,21 +25,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    build_hf_headers,
-    disable_progress_bars,
-    get_session,
-    hf_raise_for_status,
-    logging,
-    parse_ratelimit_headers,
-)
+from huggingface_hub.utils import disable_progress_bars, logging, parse_ratelimit_headers
 
+from kconvert.checkpoint.remote import Sink
 from kconvert.errors import KconvertError
+from kconvert.hub.bodies import httpx, receive
 from kconvert.hub.ids import HubId
 from kconvert.version import __version__
 
-# httpx2, with huggingface_hub 1.x httpx; both may be installed.
-httpx: Any = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 T = TypeVar("T")
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
@@ -114,39 +105,16 @@ def into_cache(place: HubId, file: str, force: bool = False) -> Path:
     )
 
 
-def stream(place: HubId, file: str, start: int, stop: int) -> Iterator[bytes]:
-    """One attempt at bytes `start` to `stop` (exclusive) of a file; may end early, or raise what the client raises."""
-    url = huggingface_hub.hf_hub_url(place.repo, file, revision=place.revision, endpoint=constants.ENDPOINT)
-    headers = build_hf_headers(library_name="kconvert", library_version=__version__)
-    headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
-        hf_raise_for_status(response)
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise httpx.RemoteProtocolError("the answer is another range")
-        # Who ignores the range sends the file from its beginning.
-        skip, wanted = (0 if response.status_code == 206 else start), stop - start
-        for chunk in response.iter_bytes():
-            piece = chunk[skip : skip + wanted]
-            skip = max(0, skip - len(chunk))
-            wanted -= len(piece)
-            if piece:
-                yield piece
-            if not wanted:
-                return
-
-
 def transfer(
-    place: HubId, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None
+    place: HubId, file: str, start: int, stop: int, sink: Sink, stopped: threading.Event | None = None
 ) -> None:
-    """Hand bytes `start` to `stop` (exclusive) of a file to `take`, in order, going on where a connection broke off."""
+    """Bring bytes `start` to `stop` (exclusive) of a file to `sink`, going on where a connection broke off."""
     patience = Patience(place, f"read {file}", stopped)
     position = start
     while position < stop:
         with patience.attempt():
-            for chunk in stream(place, file, position, stop):
-                take(chunk)
-                position += len(chunk)
+            for count in receive(place, file, position, stop, sink):
+                position += count
                 patience.progress()
             if position < stop:
                 raise httpx.RemoteProtocolError("the answer was too short")

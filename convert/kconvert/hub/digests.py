@@ -19,7 +19,7 @@ class ContentDigest:
         else:
             self._digest = hashlib.sha1(b"blob %d\0" % stat.nbytes, usedforsecurity=False)
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         self._digest.update(data)
 
     def agrees(self) -> bool:

@@ -6,11 +6,9 @@ The commit is pinned by the first call; all others name it, so a branch that mov
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -18,7 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from kconvert.checkpoint.listing import FileStat, Listing
-from kconvert.checkpoint.remote import RemoteCheckpoint, assemble_remote, check_file_name
+from kconvert.checkpoint.remote import RemoteCheckpoint, Sink, assemble_remote, check_file_name
 from kconvert.errors import KconvertError
 from kconvert.hub.client import api, into_cache, patiently, transfer
 from kconvert.hub.digests import ContentDigest, matches
@@ -48,10 +46,8 @@ class HubCheckpoint(RemoteCheckpoint):
     def side_file(self, name: str) -> Path:
         return small_file(self.place, name, self.listed[name])
 
-    def transfer(
-        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
-    ) -> None:
-        transfer(self.place, file, start, stop, take, stopped)
+    def transfer(self, file: str, start: int, stop: int, sink: Sink, stopped: threading.Event | None = None, /) -> None:
+        transfer(self.place, file, start, stop, sink, stopped)
 
     def digest(self, file: str) -> ContentDigest:
         return ContentDigest(self.listed[file])

@@ -13,8 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
-from kconvert.checkpoint.download import fetch
-from kconvert.checkpoint.files import PAGE
+from kconvert.checkpoint.download import Line, fetch
 from kconvert.checkpoint.remote import RemoteCheckpoint
 from kconvert.checkpoint.source import Reader
 from kconvert.run.budget import Ledger
@@ -30,18 +29,9 @@ class StagedReader(Reader):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.places: dict[str, Path] = {}
-        self.fresh: set[str] = set()
 
     def path(self, file: str) -> Path:
         return self.places.get(file) or super().path(file)
-
-    def fetch(self, file: str, start: int, nbytes: int, room: memoryview) -> memoryview:
-        """By way of the page cache where the file has just arrived, most of which is still there."""
-        if file not in self.fresh:
-            return super().fetch(file, start, nbytes, room)
-        view = room[start % PAGE :][:nbytes]
-        self._fill(file, self._cached, start, view, nbytes)
-        return view
 
 
 class Arrivals(Mover):
@@ -58,6 +48,7 @@ class Arrivals(Mover):
             for file in files & needs.fetches.keys():
                 self._needed_by[file].add(shard)
         self._lock = threading.Lock()
+        self._line = Line(DOWNLOADS)
         self._side_files: SimpleQueue[str] = SimpleQueue()
 
     def __enter__(self) -> Arrivals:
@@ -113,8 +104,7 @@ class Arrivals(Mover):
         source, target = self._plan.source, self._needs.places[file]
         assert isinstance(source, RemoteCheckpoint)
         if not target.exists():
-            fetch(source, self._needs.fetches[file], target, unfinished(target), self._stopped)
-            self.reader.fresh.add(file)
+            fetch(source, self._needs.fetches[file], target, unfinished(target), self._line.turn(self._stopped))
         if target.is_relative_to(self._needs.staged):
             return target
         return source.cached(file) or source.keep(file)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TILE_BYTES = 2 << 20  # of f32: stays in the shared cache, and is work enough that threads seldom wait for the GIL
 SMALL = 1 << 20  # bytes
+COPIES = 4  # times a task is as large as what is copied at a time
 INFINITE = np.float32(2.0**128 - 2.0**119)  # this and more is, rounded to BF16
 
 
@@ -87,10 +88,17 @@ def tile_rows(step: Transcode) -> int:
 
 
 def task_size(step: Step, nbytes: int) -> tuple[int, int]:
-    """How much of the step makes a task of about `nbytes`, and the unit that it is a multiple of."""
+    """How much of the step makes a task of up to about `nbytes`, and the unit that it is a multiple of.
+
+    All tasks of a weight are alike, so that none needs more memory than their number makes necessary. Copies are smaller: what
+    they are read into is then no larger than the input of a task that has more output.
+    """
     if isinstance(step, Copy):
-        return nbytes // 2, PAGE  # once as read, and again as written where that is in another place of its page
-    return int(nbytes / max(row_bytes(step), 1)), row_unit(step)
+        return nbytes // COPIES, PAGE
+    unit = row_unit(step)
+    most = max(int(nbytes / max(row_bytes(step), 1)) // unit, 1)
+    units = -(-step.rows // unit)
+    return -(-units // max(-(-units // most), 1)) * unit, unit
 
 
 def row_bytes(step: Transcode) -> float:

@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from kconvert.checkpoint.files import PAGE, open_direct, reserve, sync_directory, write_at
+from kconvert.checkpoint.files import open_direct, reserve, sync_directory, write_at, write_past_cache
 from kconvert.errors import explain_os_error
 
 
@@ -39,12 +39,8 @@ class ShardWriter:
     def write(self, data: memoryview, offset: int) -> bool:
         """Write `data` at `offset`; True when the shard is complete with it. Each byte must come exactly once."""
         cached, direct = self._descriptors
-        head = min(-offset % PAGE, len(data))
-        tail = head + (len(data) - head) // PAGE * PAGE
         try:
-            write_at(cached, data[:head], offset)
-            write_at(direct, data[head:tail], offset + head)
-            write_at(cached, data[tail:], offset + tail)
+            write_past_cache(cached, direct, data, offset)
         except OSError as error:
             raise explain_os_error(error, f"cannot write {self.path}") from None
         with self._lock:

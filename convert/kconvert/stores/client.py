@@ -15,6 +15,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kconvert.checkpoint.remote import Sink, pour
 from kconvert.errors import KconvertError
 from kconvert.stores.urls import StoreUrl
 
@@ -81,10 +82,10 @@ def transfer(
     file: str,
     start: int,
     stop: int,
-    take: Callable[[bytes], Any],
+    sink: Sink,
     stopped: threading.Event | None = None,
 ) -> None:
-    """Hand bytes `start` to `stop` (exclusive) of an object to `take`, in order, going on where an answer broke off.
+    """Bring bytes `start` to `stop` (exclusive) of an object to `sink`, going on where an answer broke off.
 
     `stamp` is the ETag that the object must have still.
     """
@@ -95,7 +96,7 @@ def transfer(
         try:
             answer = get(store, file, options={"range": (position, stop), "if_match": stamp})
             for chunk in answer.stream(min_chunk_size=CHUNK):
-                take(bytes(chunk))
+                pour(memoryview(chunk), sink)
                 position, failures = position + len(chunk), 0
             if position < stop:
                 raise TimeoutError

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
-from kconvert.checkpoint.remote import RemoteCheckpoint, assemble_remote, check_file_name
+from kconvert.checkpoint.remote import Memory, RemoteCheckpoint, Sink, assemble_remote, check_file_name
 from kconvert.errors import KconvertError, explain_os_error
 from kconvert.stores.client import open_store, persist, transfer
 from kconvert.stores.urls import StoreUrl, cache_directory
@@ -29,7 +29,7 @@ ETAG = "etag:"
 class Unchecked:
     """The content that a range request names by its ETag has no digest that anybody could compute."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: bytes | memoryview, /) -> None:
         """Nothing comes of it."""
 
     def agrees(self) -> bool:
@@ -62,10 +62,8 @@ class StoreCheckpoint(RemoteCheckpoint):
             raise explain_os_error(error, f"cannot write {path}") from None
         return path
 
-    def transfer(
-        self, file: str, start: int, stop: int, take: Callable[[bytes], Any], stopped: threading.Event | None = None, /
-    ) -> None:
-        _transfer(self.place, self.store, self.listed[file], file, start, stop, take, stopped)
+    def transfer(self, file: str, start: int, stop: int, sink: Sink, stopped: threading.Event | None = None, /) -> None:
+        _transfer(self.place, self.store, self.listed[file], file, start, stop, sink, stopped)
 
     def digest(self, file: str) -> Unchecked:
         return Unchecked()
@@ -84,8 +82,8 @@ def open_objects(place: StoreUrl, revision: str | None = None) -> StoreCheckpoin
     if missing and any(name.startswith(f"{STATE_DIR}/") for name in objects):
         raise KconvertError(f"{place} is unfinished, it has no {missing[0]}; run the conversion again")
 
-    def move(file: str, *range_and_taker: Any) -> None:
-        _transfer(place, store, inventory[file], file, *range_and_taker)
+    def move(file: str, *range_and_sink: Any) -> None:
+        _transfer(place, store, inventory[file], file, *range_and_sink)
 
     listing = Listing(Path(place.path), inventory, lambda file: _whole(move, file, inventory[file]))
     found = assemble_remote(listing, move)
@@ -122,6 +120,6 @@ def _transfer(place: StoreUrl, store: ObjectStore, stat: FileStat, *rest: Any) -
 
 
 def _whole(move: Callable[..., None], file: str, stat: FileStat) -> bytes:
-    content = bytearray()
-    move(file, 0, stat.nbytes, content.extend)
+    content = bytearray(stat.nbytes)
+    move(file, 0, stat.nbytes, Memory(content))
     return bytes(content)
