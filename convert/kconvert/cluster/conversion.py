@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,10 +21,11 @@ from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card
 from kconvert.run.disk import Needs
 from kconvert.run.engine import WAITING, Limits
-from kconvert.run.state.finalize import finalize_complete, is_closed
+from kconvert.run.state.heads import head_of
 from kconvert.run.state.locks import LOCK, Busy, hold
 from kconvert.run.state.outline import Outline
 from kconvert.run.state.ranks import Rank, deal
+from kconvert.run.state.stored import Stored
 from kconvert.run.trace import Trace
 from kconvert.run.values import check_values
 
@@ -39,6 +41,7 @@ class Ranks:
     expected: tuple[str, str]  # the plan's hash and stamp
     destination: str
     count: int
+    disk_budget: int | None
     limits: Limits
     links: bool
     command: str
@@ -55,8 +58,9 @@ class Ranks:
                 time.sleep(1)
 
     def _run(self, rank: Rank, tell: Callable[[int], None]) -> dict[str, int]:
-        terms, delivery = job.Terms(rank=rank, surveyed=True), Delivery.to(self.destination)
-        with _links(self.links), job.prepared(self._plan, delivery, terms, self.command, self._card) as work:
+        plan, delivery = self._plan, Delivery.to(self.destination)
+        terms = job.Terms(rank=rank, disk_budget=self.disk_budget, surveyed=True)
+        with _links(self.links), job.prepared(plan, delivery, terms, self.command, self._card) as work:
             tell(work.earlier)
             inexact = work.run(self.limits, tell, Trace())
             work.finish()
@@ -99,17 +103,21 @@ def convert_by_ray(
     found(earlier)
     advance(earlier)
     inexact: Counter[str] = Counter()
-    if len(needs.settled) == len(plan.shards) and is_closed(delivery.directory):
+    if len(needs.settled) == len(plan.shards) and job.is_closed(delivery):
         return inexact
     with Cluster(address) as cluster, _alone(delivery) as state:
-        outline = Outline.read(state)
-        count = outline.ranks if outline is not None else _tasks(len(plan.shards), cluster.slots)
+        tasks = max(min(len(plan.shards), ROUNDS * cluster.slots), 1)
+        if delivery.store is not None:
+            count = Stored(delivery.store, plan).share(tasks, command)
+        else:
+            count = Outline.of(plan, head_of(plan, command), tasks).put(state, f"driver.{os.getpid()}").ranks
         threads, memory = limits
         ranks = Ranks(
             plan.again,
             (plan.hash, plan.stamp),
-            str(delivery.directory.absolute()),
+            str(delivery.store or delivery.directory.absolute()),
             count,
+            terms.disk_budget,
             Limits.choose(threads or cluster.cpus + WAITING, memory),
             are_links_allowed(),
             command,
@@ -117,16 +125,12 @@ def convert_by_ray(
         )
         for _, lost in cluster.call(ranks, _numbers(needs, count), advance):
             inexact.update(lost)
-    if finalize_complete(delivery.directory) is None and not is_closed(delivery.directory):
+    if job.close_complete(delivery) is None and not job.is_closed(delivery):
         raise KconvertError(
             f"somebody has touched or removed shards of {delivery} meanwhile; run the same command again, which writes them"
         )
+    delivery.clear()
     return dict(inexact)
-
-
-def _tasks(shards: int, slots: int) -> int:
-    """How many ranks there are to be, of a conversion that nobody has begun."""
-    return max(min(shards, ROUNDS * slots), 1)
 
 
 def _numbers(needs: Needs, count: int) -> list[int]:
@@ -138,7 +142,7 @@ def _numbers(needs: Needs, count: int) -> list[int]:
 
 @contextmanager
 def _alone(delivery: Delivery) -> Iterator[Path]:
-    """DST/.kconvert, held against other drivers, and against runs without ranks."""
+    """DST/.kconvert, held against other drivers, and against runs without ranks; of a DST in a store only those here know."""
     state = delivery.directory / STATE_DIR
     busy = f"another kconvert is writing to {delivery}; wait for it, or choose another directory"
     try:
