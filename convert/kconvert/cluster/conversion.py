@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,6 @@ from kconvert.planning.plan import Plan
 from kconvert.run import job
 from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card
-from kconvert.run.disk import Needs
 from kconvert.run.engine import WAITING, Limits
 from kconvert.run.state.heads import head_of
 from kconvert.run.state.locks import LOCK, Busy, hold
@@ -29,7 +28,8 @@ from kconvert.run.state.stored import Stored
 from kconvert.run.trace import Trace
 from kconvert.run.values import check_values
 
-ROUNDS = 8  # tasks for each that runs at a time, to even out the end
+ROUNDS = 8  # tasks at most for each that runs at a time, to even out the end
+TASK = 8_000_000_000  # bytes, of which one is made in so many seconds that nobody sees it begin
 PATIENCE = 600  # seconds for the worker of a node that was given up to end, or to lose its locks
 
 
@@ -96,17 +96,15 @@ def convert_by_ray(
     """Carry out `plan`, or finish what ranks have begun; see kconvert.convert. The last act is `finalize`, here."""
     if plan.again is None:
         raise KconvertError("this plan cannot be made on other machines; make it by kconvert.plan")
-    needs = job.check(plan, delivery, terms)
-    if terms.check_first:
-        check_values(plan, needs.settled)
-    earlier = sum(shard.nbytes for shard in plan.shards if shard.name in needs.finished)
+    settled = _settled(plan, delivery, terms)
+    earlier = sum(shard.nbytes for shard in plan.shards if shard.name in settled)
     found(earlier)
     advance(earlier)
     inexact: Counter[str] = Counter()
-    if len(needs.settled) == len(plan.shards) and job.is_closed(delivery):
+    if len(settled) == len(plan.shards) and job.is_closed(delivery):
         return inexact
     with Cluster(address) as cluster, _alone(delivery) as state:
-        tasks = max(min(len(plan.shards), ROUNDS * cluster.slots), 1)
+        tasks = _tasks(plan, cluster.slots)
         if delivery.store is not None:
             count = Stored(delivery.store, plan).share(tasks, command)
         else:
@@ -123,7 +121,7 @@ def convert_by_ray(
             command,
             card,
         )
-        for _, lost in cluster.call(ranks, _numbers(needs, count), advance):
+        for _, lost in cluster.call(ranks, _numbers(plan, settled, count), advance):
             inexact.update(lost)
     if job.close_complete(delivery) is None and not job.is_closed(delivery):
         raise KconvertError(
@@ -133,10 +131,24 @@ def convert_by_ray(
     return dict(inexact)
 
 
-def _numbers(needs: Needs, count: int) -> list[int]:
+def _settled(plan: Plan, delivery: Delivery, terms: job.Terms) -> frozenset[str]:
+    """The shards that are there, which is all that is kept of many; KconvertError when the plan cannot be carried out."""
+    needs = job.check(plan, delivery, terms)
+    if terms.check_first:
+        check_values(plan, needs.settled)
+    return frozenset(needs.settled)
+
+
+def _tasks(plan: Plan, slots: int) -> int:
+    """How many ranks there are to be, of a conversion that nobody has begun."""
+    worthwhile = min(ROUNDS * slots, plan.output_bytes // TASK)
+    return max(min(len(plan.shards), max(slots, worthwhile)), 1)
+
+
+def _numbers(plan: Plan, settled: Collection[str], count: int) -> list[int]:
     """The ranks that have something to do; the first leaves the small files."""
-    ranks = deal(needs.plan.sizes, count)
-    late = (rank for rank, shard in zip(ranks, needs.plan.shards, strict=True) if shard.name not in needs.finished)
+    ranks = deal(plan.sizes, count)
+    late = (rank for rank, shard in zip(ranks, plan.shards, strict=True) if shard.name not in settled)
     return sorted({0, *late})
 
 

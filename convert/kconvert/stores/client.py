@@ -29,7 +29,10 @@ TIMEOUT = "60s"  # without a byte
 CHUNK = 4 << 20
 # What obstore says of faults that do not pass.
 NO_BUCKET, NO_CONDITION, REGION = LASTING = ("404 Not Found", "501 Not Implemented", "incorrectly configured region")
-ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+ENDPOINTS = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "STORAGE_EMULATOR_HOST",
+)
 
 
 def open_store(place: StoreUrl) -> ObjectStore:
