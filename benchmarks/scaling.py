@@ -1,23 +1,25 @@
 """What many workers cost: ranks on cores of their own, Ray beside threads, and what it takes to share 10,000 shards.
 
 Ranks have a core each, of which there may be fewer than ranks; let --dir be a tmpfs, as no second process makes a disk faster.
-The 256 workers are simulated one after the other: each opens DST, finds out what is its own, writes shards of a few kB and
-records them; what a core takes for that beside the writing is the cost. The model of docs/CLUSTER.md says how long n ranks
-should take.
+The driver of 256 workers is the true one, and their tasks are done by one process after the other, as theirs would: each opens
+DST, finds out what is its own, writes shards of a few kB and records them. What all of that costs beyond one process without
+workers is coordination.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import resource
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from common import (
     GB,
@@ -35,7 +37,7 @@ from common import (
 )
 
 WORKERS = (1, 2, 4)
-SIMULATED, SHARDS, TASKS = 256, 10_000, 8  # tasks of each worker, as the Ray engine has them
+SIMULATED = 256
 SIZES = {"experts": 384, "hidden": 64, "moe_intermediate": 32, "intermediate": 64, "vocab": 64, "heads": 1}
 RANKS = {"q_rank": 32, "kv_rank": 32, "dense_layers": 1, "layers": 26}
 
@@ -104,50 +106,98 @@ def slowest(source: Path, target: Path, count: int, cores: list[int]) -> float:
 
 
 def coordinate(folder: Path) -> None:
-    """In a process of its own, which is each worker in turn, and then the driver."""
-    from kconvert.run import job
-    from kconvert.run.delivery import Delivery
-    from kconvert.run.state.finalize import finalize_ranks
-    from kconvert.run.state.ranks import Rank
+    """In a process of its own, which is the driver."""
+    import kconvert
+    from kconvert.cluster import conversion
+    from kconvert.planning.plan import repeatable
     from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
-    plan = plan_synthetic(SampleRecipe("kimi-k2-thinking", {**SIZES, **RANKS}, 4000, False, 0))
-    target, count = folder / "coordination", SIMULATED * TASKS
-    remove(target)
-    inside = [0.0]
-    started = time.process_time()
+    recipe = SampleRecipe("kimi-k2-thinking", {**SIZES, **RANKS}, 4000, False, 0)
+    plan, target = repeatable(plan_synthetic(recipe), plan_synthetic, recipe), folder / "coordination"
     plan.hash  # noqa: B018  once in each process
-    for number in range(count):
-        terms = job.Terms(rank=Rank(number, count), surveyed=True)
-        with job.prepared(plan, Delivery.to(target), terms, "benchmark", None) as work:  # type: ignore[arg-type]
-            write(work, inside)
-    spent = time.process_time() - started - inside[0]
+    remove(target)
+    alone = in_child(lambda: kconvert.convert(plan, target, threads=7))
+    remove(target)
+    conversion.Cluster, conversion.TASK = Simulated, 1  # type: ignore[misc, assignment]  as many tasks as a large one has
     tracemalloc.start()
-    closing = time.process_time()
-    finalize_ranks(target)
-    closing = time.process_time() - closing
-    grown, shards = tracemalloc.get_traced_memory()[1], len(plan.shards)
-    shutil.rmtree(target)
-    milliseconds = 1e3 * (spent + closing) / shards
+    driver, workers = time.process_time(), cpu_of_children()
+    kconvert.convert(plan, target, engine="ray", threads=7)
+    driver, workers = time.process_time() - driver, cpu_of_children() - workers - Simulated.planning
+    grown, shards = tracemalloc.get_traced_memory()[1] / 1e6, len(plan.shards)
+    remove(target)
+    cost = 1e3 * (driver + workers - alone) / shards
     print(
-        f"{shards:,} shards, {count:,} tasks of {SIMULATED} workers: {milliseconds:.2f} ms of a core a shard", end="  "
+        f"{shards:,} shards, {Simulated.tasks:,} tasks of {SIMULATED} workers, CPU time: one process {alone:.1f} s, all"
     )
-    print(verdict(milliseconds, 5, "ms"), f" closing {closing:.2f} s")
     print(
-        f"a driver's memory beside the plan, when it closes DST: {grown / 1e6 / (shards / 1000):.2f} MB per 1,000 shards",
-        end="  ",
+        f"workers {workers:.1f} s, the driver {driver:.1f} s: coordination {cost:.2f} ms a shard  {verdict(cost, 5, 'ms')}"
     )
-    print(verdict(grown / 1e6 / (shards / 1000), 1, "MB"))
+    print(f"a driver's memory beside the plan: {grown / shards * 1000:.2f} MB per 1,000 shards", end="  ")
+    print(verdict(grown / shards * 1000, 1, "MB"))
 
 
-def write(work: object, inside: list[float]) -> None:
-    """The share of a task; what the engine takes for the bytes themselves is no coordination."""
-    from kconvert.run.engine import Limits
+class Simulated:
+    """In the place of cluster.ray.Cluster: the tasks of 256 workers, each done by one process that is like theirs."""
 
+    tasks, planning = 0, 0.0
+
+    def __init__(self, address: str | None) -> None:
+        self.slots, self.cpus = SIMULATED, 1
+
+    def call(
+        self, work: Callable[..., object], numbers: Iterable[int], tell: Callable[[int], None]
+    ) -> Iterator[tuple[int, object]]:
+        with get_context("fork").Pool(1, begin, (work,)) as pool:
+            Simulated.planning = pool.apply(plan_again)
+            for number, told, value in pool.imap(perform, numbers):
+                Simulated.tasks += 1
+                tell(told)
+                yield number, value
+            pool.close()
+            pool.join()
+
+    def __enter__(self) -> Simulated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+AT_WORK: list[Any] = []  # of a worker
+
+
+def begin(work: object) -> None:
+    tracemalloc.stop()
+    AT_WORK.append(work)
+
+
+def plan_again() -> float:
+    """CPU seconds that a worker takes for what each does once."""
     before = time.process_time()
-    work.run(Limits.choose(1), lambda nbytes: None)  # type: ignore[attr-defined]
-    inside[0] += time.process_time() - before
-    work.finish()  # type: ignore[attr-defined]
+    AT_WORK[0]._plan.hash  # noqa: B018
+    return time.process_time() - before
+
+
+def perform(number: int) -> tuple[int, int, object]:
+    told: list[int] = []
+    value = AT_WORK[0](number, told.append)
+    return number, sum(told), value
+
+
+def in_child(work: Callable[[], object]) -> float:
+    """CPU seconds of `work` in a fork."""
+    before = cpu_of_children()
+    child = get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit("a conversion failed")
+    return cpu_of_children() - before
+
+
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def compare_ray(folder: Path, source: Path, runs: int) -> None:

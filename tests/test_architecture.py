@@ -36,7 +36,7 @@ MAY: Mapping[str, str] = {
     "weights": "errors formats checkpoint planning run",
     "cluster": "errors version checkpoint planning run",
     "proof": "errors version formats checkpoint dialects models hub stores address planning cluster",
-    "serving": "errors formats checkpoint dialects models hub address planning targets",
+    "serving": "errors formats checkpoint dialects models hub stores address planning targets",
     "report": "errors version formats checkpoint dialects models hub stores address planning targets run proof serving",
     "": "errors version chat formats checkpoint models hub stores address planning targets run weights cluster proof report",
     "cli": "errors version chat formats checkpoint models hub stores address planning targets run proof serving report",

@@ -126,8 +126,9 @@ def plan(source: StrPath, recipe: Recipe, revision: str | None = None) -> Plan:
     from kconvert.targets.planner import make_plan
 
     with _collector_paused():
-        made = make_plan(understand(open_checkpoint(source, revision)), recipe)
-    return repeatable(made, plan, anywhere(source), recipe, revision)
+        checkpoint = open_checkpoint(source, revision)
+        made = make_plan(understand(checkpoint), recipe)
+    return repeatable(made, plan, anywhere(source), recipe, checkpoint.commit or revision)
 
 
 def open(source: StrPath, revision: str | None = None, *, threads: int | None = None) -> Weights:

@@ -9,17 +9,13 @@ import pytest
 from kconvert import KconvertError, Recipe, convert, plan
 
 
-def test_a_destination_in_an_object_store_is_for_ranks(int4: Path) -> None:
-    with pytest.raises(
-        KconvertError, match="--engine ray writes to directories; start ranks by --worker for a DST in an"
-    ):
-        convert(plan(int4, Recipe("bf16")), "s3://models/bf16", engine="ray")
+def test_a_destination_in_the_hub_is_for_one_machine(int4: Path) -> None:
+    with pytest.raises(KconvertError, match="ranks cannot send to the Hub; let DST be a directory or an object store"):
+        convert(plan(int4, Recipe("bf16")), "hf://me/tiny", engine="ray")
 
 
-def test_a_disk_budget_is_for_one_process(int4: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        KconvertError, match="the workers of Ray cannot keep within --disk-budget; leave it out, or start"
-    ):
-        convert(plan(int4, Recipe("bf16")), tmp_path / "bf16", engine="ray", disk_budget=1 << 30)
+def test_replacing_is_for_one_machine(int4: Path, tmp_path: Path) -> None:
+    with pytest.raises(KconvertError, match="ranks replace nothing"):
+        convert(plan(int4, Recipe("bf16")), tmp_path / "bf16", engine="ray", overwrite=True)
 
     assert not (tmp_path / "bf16").exists()

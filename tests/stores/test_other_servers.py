@@ -1,11 +1,14 @@
-"""The same against servers of other makes, where they are installed: s3rver and Azurite, from npm."""
+"""The same against servers of other makes, where they are installed: s3rver and Azurite, from npm, and fake-gcs-server, which
+can be read by obstore and not written."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +97,6 @@ def make_container(url: str) -> None:
     import base64
     import hashlib
     import hmac
-    import urllib.request
     from email.utils import formatdate
 
     date = formatdate(usegmt=True)
@@ -160,3 +162,43 @@ def test_what_is_there_is_not_made_again(place: str) -> None:
     if objects.create("plan.json", b"second"):
         pytest.xfail("this server takes no notice of If-None-Match")
     assert objects.read("plan.json") == b"first"
+
+
+def test_what_is_in_google_s_storage_is_read(
+    int4: Path, local: dict[str, bytes], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = shutil.which("fake-gcs-server")
+    if program is None:
+        pytest.skip("fake-gcs-server is not installed")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    key = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(key))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    command = [
+        program,
+        "-scheme",
+        "http",
+        "-host",
+        "127.0.0.1",
+        "-port",
+        str(port),
+        "-public-host",
+        f"127.0.0.1:{port}",
+    ]
+    command += ["-backend", "memory"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(port, server)
+            post(f"{url}/storage/v1/b?project=tests", b'{"name": "models"}', "application/json")
+            for path in (path for path in int4.rglob("*") if path.is_file() and ".kconvert" not in path.parts):
+                name = f"{url}/upload/storage/v1/b/models/o?uploadType=media&name=tiny/{path.relative_to(int4)}"
+                post(name, path.read_bytes(), "application/octet-stream")
+            ok("int4-to-bf16", "gs://models/tiny", tmp_path / "out", *SHARDS, "--disk-budget", "12MB")
+        finally:
+            server.kill()
+    assert tree(tmp_path / "out") == local
+
+
+def post(url: str, content: bytes, kind: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(url, content, {"Content-Type": kind}), timeout=10).read()

@@ -130,6 +130,20 @@ def test_config_and_index_are_written_last(bucket: Bucket, arguments: tuple[obje
     assert bucket.sent(OUT)[-2:] == LAST
 
 
+def test_a_place_is_listed_once_before_the_first_shard_and_once_at_the_end(
+    bucket: Bucket, arguments: tuple[object, ...]
+) -> None:
+    def looks() -> int:
+        bucket.requests.clear()
+        ok(*arguments)
+        return sum(request.method == "GET" and "list-type" in request.query for request in bucket.requests)
+
+    assert looks() == 2
+    assert looks() == 1, "all is there"
+    bucket.remove(OUT, "config.json")
+    assert looks() == 2
+
+
 def test_what_passes_through_the_disk_keeps_within_the_budget(
     bucket: Bucket, arguments: tuple[object, ...], tmp_path: Path, whole: dict[str, bytes]
 ) -> None:

@@ -66,6 +66,11 @@ class Checkpoint:
         """Where on the Hub it comes from: `origin` is the commit, `asked` the revision by which it was named."""
         return {}
 
+    @property
+    def commit(self) -> str | None:
+        """The revision by which anybody reads the same on the Hub; None where nothing but the address says what is read."""
+        return None
+
     def reader(self) -> Reader:
         return Reader(self.root)
 

@@ -45,7 +45,7 @@ class Gigabytes(Size):
 @links_option
 @json_option
 def launch(source: str, more: tuple[str, ...], engine: str, run: bool, as_json: bool, **options: Any) -> None:
-    """Print the command that serves what is in DIR, a directory, a GGUF file or a Hub id; refuse what ENGINE cannot run.
+    """Print the command that serves what is in DIR, a directory, GGUF file, Hub id or s3://…; refuse what ENGINE cannot run.
 
     The command goes to stdout, what is worth knowing to stderr. FLAGS behind `--` are handed on to the engine.
 

@@ -77,8 +77,9 @@ def _plan_repack(source: str, revision: str | None, recipe: AmxRecipe) -> Plan:
     from kconvert.planning.plan import repeatable
     from kconvert.targets.amx import plan_repack
 
-    plan = plan_repack(kconvert.inspect(source, revision), recipe)
-    return repeatable(plan, _plan_repack, anywhere(source), revision, recipe)
+    model = kconvert.inspect(source, revision)
+    commit = model.checkpoint.commit
+    return repeatable(plan_repack(model, recipe), _plan_repack, anywhere(source), commit or revision, recipe)
 
 
 def _resplit(

@@ -70,5 +70,5 @@ def _cut(origin: str, revision: str | None, recipe: SampleRecipe) -> Plan:
     from kconvert.planning.plan import repeatable
     from kconvert.targets.sample import plan_cut
 
-    plan = plan_cut(open_checkpoint(origin, revision), recipe)
-    return repeatable(plan, _cut, anywhere(origin), revision, recipe)
+    checkpoint = open_checkpoint(origin, revision)
+    return repeatable(plan_cut(checkpoint, recipe), _cut, anywhere(origin), checkpoint.commit or revision, recipe)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +19,17 @@ from kconvert.planning.plan import Plan
 from kconvert.run import job
 from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card
-from kconvert.run.disk import Needs
 from kconvert.run.engine import WAITING, Limits
-from kconvert.run.state.finalize import finalize_complete, is_closed
+from kconvert.run.state.heads import head_of
 from kconvert.run.state.locks import LOCK, Busy, hold
 from kconvert.run.state.outline import Outline
 from kconvert.run.state.ranks import Rank, deal
+from kconvert.run.state.stored import Stored
 from kconvert.run.trace import Trace
 from kconvert.run.values import check_values
 
-ROUNDS = 8  # tasks for each that runs at a time, to even out the end
+ROUNDS = 8  # tasks at most for each that runs at a time, to even out the end
+TASK = 8_000_000_000  # bytes, of which one is made in so many seconds that nobody sees it begin
 PATIENCE = 600  # seconds for the worker of a node that was given up to end, or to lose its locks
 
 
@@ -39,6 +41,7 @@ class Ranks:
     expected: tuple[str, str]  # the plan's hash and stamp
     destination: str
     count: int
+    disk_budget: int | None
     limits: Limits
     links: bool
     command: str
@@ -55,8 +58,9 @@ class Ranks:
                 time.sleep(1)
 
     def _run(self, rank: Rank, tell: Callable[[int], None]) -> dict[str, int]:
-        terms, delivery = job.Terms(rank=rank, surveyed=True), Delivery.to(self.destination)
-        with _links(self.links), job.prepared(self._plan, delivery, terms, self.command, self._card) as work:
+        plan, delivery = self._plan, Delivery.to(self.destination)
+        terms = job.Terms(rank=rank, disk_budget=self.disk_budget, surveyed=True)
+        with _links(self.links), job.prepared(plan, delivery, terms, self.command, self._card) as work:
             tell(work.earlier)
             inexact = work.run(self.limits, tell, Trace())
             work.finish()
@@ -92,53 +96,65 @@ def convert_by_ray(
     """Carry out `plan`, or finish what ranks have begun; see kconvert.convert. The last act is `finalize`, here."""
     if plan.again is None:
         raise KconvertError("this plan cannot be made on other machines; make it by kconvert.plan")
-    needs = job.check(plan, delivery, terms)
-    if terms.check_first:
-        check_values(plan, needs.settled)
-    earlier = sum(shard.nbytes for shard in plan.shards if shard.name in needs.finished)
+    settled = _settled(plan, delivery, terms)
+    earlier = sum(shard.nbytes for shard in plan.shards if shard.name in settled)
     found(earlier)
     advance(earlier)
     inexact: Counter[str] = Counter()
-    if len(needs.settled) == len(plan.shards) and is_closed(delivery.directory):
+    if len(settled) == len(plan.shards) and job.is_closed(delivery):
         return inexact
     with Cluster(address) as cluster, _alone(delivery) as state:
-        outline = Outline.read(state)
-        count = outline.ranks if outline is not None else _tasks(len(plan.shards), cluster.slots)
+        tasks = _tasks(plan, cluster.slots)
+        if delivery.store is not None:
+            count = Stored(delivery.store, plan).share(tasks, command)
+        else:
+            count = Outline.of(plan, head_of(plan, command), tasks).put(state, f"driver.{os.getpid()}").ranks
         threads, memory = limits
         ranks = Ranks(
             plan.again,
             (plan.hash, plan.stamp),
-            str(delivery.directory.absolute()),
+            str(delivery.store or delivery.directory.absolute()),
             count,
+            terms.disk_budget,
             Limits.choose(threads or cluster.cpus + WAITING, memory),
             are_links_allowed(),
             command,
             card,
         )
-        for _, lost in cluster.call(ranks, _numbers(needs, count), advance):
+        for _, lost in cluster.call(ranks, _numbers(plan, settled, count), advance):
             inexact.update(lost)
-    if finalize_complete(delivery.directory) is None and not is_closed(delivery.directory):
+    if job.close_complete(delivery) is None and not job.is_closed(delivery):
         raise KconvertError(
             f"somebody has touched or removed shards of {delivery} meanwhile; run the same command again, which writes them"
         )
+    delivery.clear()
     return dict(inexact)
 
 
-def _tasks(shards: int, slots: int) -> int:
+def _settled(plan: Plan, delivery: Delivery, terms: job.Terms) -> frozenset[str]:
+    """The shards that are there, which is all that is kept of many; KconvertError when the plan cannot be carried out."""
+    needs = job.check(plan, delivery, terms)
+    if terms.check_first:
+        check_values(plan, needs.settled)
+    return frozenset(needs.settled)
+
+
+def _tasks(plan: Plan, slots: int) -> int:
     """How many ranks there are to be, of a conversion that nobody has begun."""
-    return max(min(shards, ROUNDS * slots), 1)
+    worthwhile = min(ROUNDS * slots, plan.output_bytes // TASK)
+    return max(min(len(plan.shards), max(slots, worthwhile)), 1)
 
 
-def _numbers(needs: Needs, count: int) -> list[int]:
+def _numbers(plan: Plan, settled: Collection[str], count: int) -> list[int]:
     """The ranks that have something to do; the first leaves the small files."""
-    ranks = deal(needs.plan.sizes, count)
-    late = (rank for rank, shard in zip(ranks, needs.plan.shards, strict=True) if shard.name not in needs.finished)
+    ranks = deal(plan.sizes, count)
+    late = (rank for rank, shard in zip(ranks, plan.shards, strict=True) if shard.name not in settled)
     return sorted({0, *late})
 
 
 @contextmanager
 def _alone(delivery: Delivery) -> Iterator[Path]:
-    """DST/.kconvert, held against other drivers, and against runs without ranks."""
+    """DST/.kconvert, held against other drivers, and against runs without ranks; of a DST in a store only those here know."""
     state = delivery.directory / STATE_DIR
     busy = f"another kconvert is writing to {delivery}; wait for it, or choose another directory"
     try:

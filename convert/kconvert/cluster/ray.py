@@ -7,9 +7,11 @@ function reads and writes lies where all machines see it.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -64,11 +66,10 @@ class Cluster:
 
         What `work` raises is raised here, and ends the others, as closing this does.
         """
-        ray = self._ray
-        board = ray.remote(num_cpus=0, scheduling_strategy=_here(ray))(Board).remote()
+        ray, board = self._ray, Board(secrets.token_hex(8))
         options = {"num_cpus": self.cpus, "max_retries": LOSSES, "scheduling_strategy": "SPREAD"}
         task, pickled = ray.remote(**options)(_starter()), ray.cloudpickle.dumps(work)
-        pending = {task.remote(__version__, pickled, number, board): number for number in numbers}
+        pending = {task.remote(__version__, pickled, number, board.name): number for number in numbers}
         done, told = 0, 0
         try:
             while pending:
@@ -78,21 +79,14 @@ class Cluster:
                     nbytes, value = self._get(ref, number)
                     done += nbytes
                     yield number, value
-                total = done + self._said(board, {*pending.values()})
+                total = done + board.read({*pending.values()})
                 if total > told:  # who has been started again has done less for a while
                     tell(total - told)
                     told = total
         finally:
             for ref in pending:
                 ray.cancel(ref, force=True)
-
-    def _said(self, board: Any, numbers: Iterable[int]) -> int:
-        """What tasks that are still at work say; nothing where the board has gone."""
-        try:
-            said = self._ray.get(board.read.remote(), timeout=LOOKS)
-        except self._ray.exceptions.RayError:
-            return 0
-        return sum(said.get(number, 0) for number in numbers)
+            board.clear()
 
     def _get(self, ref: Any, number: int) -> Any:
         errors = self._ray.exceptions
@@ -138,16 +132,31 @@ class Cluster:
 
 
 class Board:
-    """An actor beside the driver: what the tasks have said last."""
+    """What tasks have said last, in the cluster's own table of keys: an actor would be a process, which takes a second to
+    start. Where the table cannot be had, nothing is said."""
 
-    def __init__(self) -> None:
-        self._said: dict[int, int] = {}
+    def __init__(self, name: str) -> None:
+        from ray.exceptions import RayError
+        from ray.experimental import internal_kv
+
+        self.name, self._table, self._faults = name, internal_kv, suppress(RayError)
+        self._start = f"kconvert/{name}/"
 
     def write(self, number: int, nbytes: int) -> None:
-        self._said[number] = nbytes
+        with self._faults:
+            self._table._internal_kv_put(f"{self._start}{number}", str(nbytes))
 
-    def read(self) -> dict[int, int]:
-        return self._said
+    def read(self, numbers: Collection[int]) -> int:
+        """The sum of what tasks of these numbers say."""
+        with self._faults:
+            keys = self._table._internal_kv_list(self._start)
+            wanted = [key for key in keys if int(key.rpartition(b"/")[2]) in numbers]
+            return sum(int(self._table._internal_kv_get(key) or 0) for key in wanted)
+        return 0
+
+    def clear(self) -> None:
+        with self._faults:
+            self._table._internal_kv_del(self._start, del_by_prefix=True)
 
 
 def _starter() -> Callable[..., Any]:
@@ -163,19 +172,19 @@ def _starter() -> Callable[..., Any]:
     return start
 
 
-def perform(version: str, pickled: bytes, number: int, board: Any) -> tuple[int, Any]:
+def perform(version: str, pickled: bytes, number: int, name: str) -> tuple[int, Any]:
     """A task, in a worker of the cluster: the bytes that the work has told of, and what it returns."""
     host = os.uname().nodename
     if version != __version__:
         raise KconvertError(f"{host} has kconvert {__version__}, and this is {version}; install the same on all nodes")
-    told, last = 0, 0.0
+    board, told, last = Board(name), 0, time.monotonic()
 
     def tell(nbytes: int) -> None:
         nonlocal told, last
         told += nbytes
         if (now := time.monotonic()) - last > LOOKS:
             last = now
-            board.write.remote(number, told)
+            board.write(number, told)
 
     try:
         value = _unpickled(pickled)(number, tell)
@@ -202,13 +211,6 @@ def _check_address(address: str) -> None:
         raise KconvertError(
             f"there is no Ray cluster at {address} ({said}); start it, or give the HOST:PORT that `ray start --head` has told"
         ) from None
-
-
-def _here(ray: Any) -> Any:
-    """The node of the driver, whose end is the end of all."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _ray() -> Any:

@@ -43,6 +43,10 @@ class HubCheckpoint(RemoteCheckpoint):
     def origin(self) -> dict[str, str | None]:
         return {"origin": self.name, "asked": self.asked}
 
+    @property
+    def commit(self) -> str | None:
+        return self.place.revision
+
     def side_file(self, name: str) -> Path:
         return small_file(self.place, name, self.listed[name])
 

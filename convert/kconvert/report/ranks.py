@@ -11,9 +11,8 @@ from kconvert.errors import counted, human
 from kconvert.planning.plan import Plan
 from kconvert.report.summary import Summary, exactness
 from kconvert.run.delivery import Delivery
-from kconvert.run.state.finalize import is_closed
+from kconvert.run.job import is_closed
 from kconvert.run.state.ranks import Rank
-from kconvert.run.state.stored import is_closed_stored
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Share:
     ) -> Summary:
         """The closing summary of a run that began when `earlier` bytes of the share were finished already."""
         written, peak = self.nbytes - earlier, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        closed = is_closed(delivery.directory) if delivery.store is None else is_closed_stored(delivery.store)
+        closed = is_closed(delivery)
         facts: dict[str, Any] = {
             "output": str(delivery),
             "rank": self.rank.index,

@@ -105,9 +105,7 @@ class Departures(Mover):
 
 
 def published(plan: Plan, delivery: Delivery) -> dict[str, Record]:
-    """Records of all shards when the repository or the store that DST is has the output of `plan` already; else none."""
-    if delivery.store is not None:
-        return Stored(delivery.store, plan).published()
+    """Records of all shards when the repository that DST is has the output of `plan` already; else none."""
     if delivery.push is None or not delivery.passing:
         return {}
     from kconvert.hub.front_matter import CARD

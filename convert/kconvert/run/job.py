@@ -18,12 +18,13 @@ from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card, Departures, check_repository, published
 from kconvert.run.disk import Needs, check_paths, check_places, check_side_files, survey
 from kconvert.run.engine import Limits, Run, warm_up
-from kconvert.run.state.finalize import finalize, finalize_complete, leave
+from kconvert.run.state.finalize import Closed, finalize, finalize_complete, leave
+from kconvert.run.state.finalize import is_closed as is_closed_here
 from kconvert.run.state.heads import Record
 from kconvert.run.state.journal import UPLOAD, Journal, finished_shards, with_sent
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import Rank
-from kconvert.run.state.stored import Stored, finalize_complete_stored
+from kconvert.run.state.stored import Stored, finalize_complete_stored, is_closed_stored
 from kconvert.run.trace import Trace
 from kconvert.run.values import check_values
 
@@ -38,7 +39,7 @@ class Terms:
     closes: bool = False  # finalize_when_complete
     check_first: bool = False
     driver: bool = False  # of ranks that Ray starts
-    surveyed: bool = False  # by the driver of this rank, as it has looked at DST and its disk for all of them
+    surveyed: bool = False  # by the driver of this rank, which has looked at DST for all of them
 
     def check(self, plan: Plan, delivery: Delivery) -> None:
         """KconvertError for what ranks cannot do, and what cannot be done with a source that is elsewhere."""
@@ -57,14 +58,6 @@ class Terms:
             raise KconvertError(
                 "ranks cannot send to the Hub; let DST be a directory or an object store, and send it when it is complete"
             )
-        if self.driver and delivery.store is not None:
-            raise KconvertError(
-                "--engine ray writes to directories; start ranks by --worker for a DST in an object store"
-            )
-        if self.driver and self.disk_budget is not None:
-            raise KconvertError(
-                "the workers of Ray cannot keep within --disk-budget; leave it out, or start ranks by --worker"
-            )
         if self.overwrite:
             raise KconvertError(
                 "ranks replace nothing, as they begin at different times; leave out --overwrite and clear DST"
@@ -75,8 +68,9 @@ def check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     """What a run would have to do, and needs for it; see kconvert.check."""
     terms.check(plan, delivery)
     delivery = delivery.of(terms.rank)
-    there = {} if terms.overwrite else published(plan, delivery)
-    return survey(plan, delivery, there, terms.disk_budget) if there else _check(plan, delivery, terms)
+    stored = _stored(plan, delivery)
+    there = {} if terms.overwrite else _published(plan, delivery, stored)
+    return survey(plan, delivery, there, terms.disk_budget) if there else _check(plan, delivery, terms, stored)
 
 
 @contextmanager
@@ -84,23 +78,44 @@ def prepared(plan: Plan, delivery: Delivery, terms: Terms, command: str, card: C
     """The job of carrying out `plan`, while it holds the output's directory; everything is as sound as can be seen by now."""
     terms.check(plan, delivery)
     delivery = delivery.of(terms.rank)
-    if not terms.overwrite and published(plan, delivery):
+    stored = _stored(plan, delivery)
+    if not terms.overwrite and _published(plan, delivery, stored):
         yield Done(terms.rank.nbytes(plan) if terms.rank else plan.output_bytes, delivery)
         return
-    needs = _check(plan, delivery, terms)
-    if terms.rank is not None and _is_idle(terms.rank, needs):
+    needs = _check(plan, delivery, terms, stored)
+    if terms.rank is not None and _is_idle(terms.rank, needs, stored):
         yield Done(terms.rank.nbytes(plan), delivery)
     else:
-        with _conversion(needs, terms, command, card) as job:
+        with _conversion(needs, terms, command, card, stored) as job:
             yield job
-    if terms.closes and delivery.store is not None:
-        finalize_complete_stored(delivery.store)
-    elif terms.closes:
-        finalize_complete(delivery.directory)
+    if terms.closes:
+        close_complete(delivery)
+
+
+def close_complete(delivery: Delivery) -> Closed | None:
+    """Close DST where no rank has anything left to do; None where one has, who will do this in its turn."""
+    if delivery.store is not None:
+        return finalize_complete_stored(delivery.store)
+    return finalize_complete(delivery.directory)
+
+
+def is_closed(delivery: Delivery) -> bool:
+    """Whether ranks have nothing more to do with DST."""
+    return is_closed_stored(delivery.store) if delivery.store is not None else is_closed_here(delivery.directory)
+
+
+def _stored(plan: Plan, delivery: Delivery) -> Stored | None:
+    """DST in a store, which is looked at once for all that is to be known before the first shard."""
+    return None if delivery.store is None else Stored(delivery.store, plan)
+
+
+def _published(plan: Plan, delivery: Delivery, stored: Stored | None) -> dict[str, Record]:
+    """Records of all shards when the repository or the store that DST is has the output of `plan` already; else none."""
+    return published(plan, delivery) if stored is None else stored.published()
 
 
 @contextmanager
-def _conversion(needs: Needs, terms: Terms, command: str, card: Card) -> Iterator[Conversion]:
+def _conversion(needs: Needs, terms: Terms, command: str, card: Card, stored: Stored | None) -> Iterator[Conversion]:
     plan, delivery = needs.plan, needs.delivery
     with ThreadPoolExecutor(1) as background:
         if len(needs.settled) < len(plan.shards):
@@ -110,8 +125,8 @@ def _conversion(needs: Needs, terms: Terms, command: str, card: Card) -> Iterato
             if terms.check_first:
                 check_values(plan, needs.settled)
         with _journal(needs, terms, command) as journal:
-            if delivery.store is not None:
-                Stored(delivery.store, plan).begin(terms.overwrite, terms.rank, command, not journal.todo)
+            if stored is not None:
+                stored.begin(terms.overwrite, terms.rank, command, not journal.todo)
             elif terms.rank is not None and terms.rank.index == 0:
                 leave(plan, journal, closing(delivery.directory / STATE_DIR))
             yield Conversion(needs, journal, command, card, terms.rank)
@@ -130,14 +145,14 @@ def _sent(finished: Mapping[str, Record]) -> dict[str, Record]:
     return {name: {UPLOAD: record[UPLOAD]} for name, record in finished.items() if UPLOAD in record}
 
 
-def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
+def _check(plan: Plan, delivery: Delivery, terms: Terms, stored: Stored | None) -> Needs:
     """What is still to be done, and what that takes; KconvertError when it cannot be."""
     if plan.source is not None and plan.source.directory is not None:
         check_paths(plan.source.directory, delivery.directory)
         check_side_files(plan.source.directory, plan.side_files)
-    if delivery.store is not None:
-        check_places(plan.source, delivery.store)
-        sent = Stored(delivery.store, plan).finished(terms.overwrite, terms.rank)
+    if stored is not None:
+        check_places(plan.source, stored.place)
+        sent = stored.finished(terms.overwrite, terms.rank)
         # What is on the way to a store is ours alone: whatever lies there is replaced.
         finished = with_sent(finished_shards(delivery.directory, plan, overwrite=True), sent)
     else:
@@ -145,20 +160,20 @@ def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
             delivery.directory, plan, terms.overwrite, delivery.push, terms.rank, alone=terms.surveyed
         )
     needs = survey(plan, delivery, finished, terms.disk_budget, terms.rank)
-    if not terms.surveyed:
-        needs.check(terms.overwrite or delivery.store is not None)
+    # The disk is that of all ranks, or each has its own.
+    elsewhere = terms.driver if stored is not None or terms.disk_budget is not None else terms.surveyed
+    if not elsewhere:
+        needs.check(terms.overwrite or stored is not None)
     check_repository(plan, delivery, finished, terms.overwrite)
     return needs
 
 
-def _is_idle(rank: Rank, needs: Needs) -> bool:
+def _is_idle(rank: Rank, needs: Needs, stored: Stored | None) -> bool:
     """Whether a rank has nothing to do, as all its shards are there, and it need not leave the small files or has."""
     delivery = needs.delivery
-    if delivery.store is not None:
+    if stored is not None:
         sent = _sent(needs.finished).keys() | set(needs.others)
-        return len(sent) == len(needs.plan.shards) and (
-            rank.index != 0 or Stored(delivery.store, needs.plan).has_small_files()
-        )
+        return len(sent) == len(needs.plan.shards) and (rank.index != 0 or stored.has_small_files)
     if len(needs.settled) < len(needs.plan.shards):
         return False
     state = delivery.directory / STATE_DIR

@@ -56,6 +56,7 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     if cell.source and model.root is not None:
         _taken(model, engines()["sglang"], ", to be given with --source")  # which runs all but the experts of it
         _check_source(place, model)
+    _check_stored(served, place, model)
     gpus = wishes.gpus or 1
     environment = ["env", *cell.environment] if cell.environment else []
     words = [*environment, *(word.format(model.address) for word in served.command), *_told(served, model, place)]
@@ -66,7 +67,8 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
         words += served.ask("context", _possible(place, wishes.context))
     shared = _on_the_gpus if "weights" not in served.flags else on_the_cpu
     experts = shared(served, place, model, output, cell, wishes)
-    notes = [*([served.note] if served.note else []), *experts.notes, *_roomy(served, experts.room)]
+    notes = [*filter(None, (served.note, served.streams if place.stored else "")), *experts.notes]
+    notes += _roomy(served, experts.room)
     return Launch(served, (*words, *experts.words, *wishes.more), cell.by, experts.room, notes)
 
 
@@ -122,12 +124,25 @@ def _told(engine: Engine, model: Place, place: Place) -> Iterator[str]:
         yield from ("--revision", model.revision)
     if model.remote_code and "remote_code" in engine.flags:
         yield from engine.ask("remote_code")
+    if model.stored:
+        yield from engine.ask("store")
     contents = model.contents if model.contents.config else place.contents
     serving = contents.manifest.serving.get(engine.parsers or engine.name, {})
     yield from serving.get("flags", ())
     for what in ("tools", "reasoning"):
         if what in serving and (what == "tools" or model.thinks):
             yield from engine.ask(what, serving[what])
+
+
+def _check_stored(engine: Engine, *places: Place) -> None:
+    """KconvertError where the engine cannot read what is in an object store."""
+    for place in places:
+        if place.stored and not engine.streams:
+            streaming = " and ".join(other.title for other in engines().values() if other.streams)
+            raise KconvertError(
+                f"{engine.title} reads from a directory, not from an object store; copy {place.address} with the store's own "
+                f"tools and give the directory, or give another --engine: {streaming} can"
+            )
 
 
 def _possible(place: Place, context: int) -> int:

@@ -1,11 +1,12 @@
-"""What a user wants to have served: a directory, a GGUF file or a repository of the Hub, as an engine is told of it."""
+"""What a user wants to have served: a directory, a GGUF file, a repository of the Hub or objects of a store, as an engine is
+told of it."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import RECORD, AmxModel, is_amx, open_amx
 from kconvert.planning.plan import Plan
 from kconvert.serving.contents import Contents, contents_of, contents_of_amx, contents_of_plan, holds_expert
+from kconvert.stores.urls import parse_store_url
 
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 THOUGHT, TOOLS = "think", "tool"
@@ -26,10 +28,11 @@ THOUGHT, TOOLS = "think", "tool"
 
 @dataclass(frozen=True)
 class Place:
-    """`address` is what an engine is told: a whole path, or a Hub id, of which `revision` is asked for.
+    """`address` is what an engine is told: a whole path, a store's address, or a Hub id, of which `revision` is asked for.
 
-    `root` is the directory, None on the Hub. `remote_code`: its own code has to be run. `thinks` is False where its chat
-    template shows that the model does not. `made_from` is the source of weights without their model, as their record has it.
+    `root` is the directory, None of what is `stored` in an object store, or on the Hub. `remote_code`: its own code has to be
+    run. `thinks` is False where its chat template shows that the model does not. `made_from` is the source of weights without
+    their model, as their record has it.
     """
 
     address: str
@@ -39,10 +42,14 @@ class Place:
     remote_code: bool = False
     thinks: bool = True
     made_from: str = ""
+    stored: bool = False
 
 
 def look_at(address: str, revision: str | None = None) -> Place:
     """What is there, from headers; KconvertError where it is nothing that an engine could load."""
+    if (objects := parse_store_url(address)) is not None:
+        checkpoint = open_checkpoint(address, revision)
+        return replace(_place(checkpoint, contents_of(checkpoint), str(objects)), stored=True)
     hub = parse_hub_id(address)
     if is_gguf(address):
         gguf = open_gguf(address)

@@ -43,6 +43,7 @@ class Engine:
     parsers: str = ""
     instead: str = ""
     note: str = ""
+    streams: str = ""
 
     def ask(self, what: str, value: object = "") -> list[str]:
         """The words on a command line by which the engine is asked for `what`; KeyError where it cannot be."""

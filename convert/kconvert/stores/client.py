@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kconvert.checkpoint.remote import Sink, pour
@@ -29,13 +30,21 @@ TIMEOUT = "60s"  # without a byte
 CHUNK = 4 << 20
 # What obstore says of faults that do not pass.
 NO_BUCKET, NO_CONDITION, REGION = LASTING = ("404 Not Found", "501 Not Implemented", "incorrectly configured region")
-ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+ENDPOINTS = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "STORAGE_EMULATOR_HOST",
+)
 
 
 def open_store(place: StoreUrl) -> ObjectStore:
-    """The store, whose paths are relative to the prefix; KconvertError when obstore is not installed."""
+    """The store, whose paths are relative to the prefix; KconvertError when obstore is not installed, or cannot be used."""
     if importlib.util.find_spec("obstore") is None:
         raise KconvertError(f"{place} takes obstore; install it with `pip install 'kconvert-toolkit[cloud]'`")
+    if is_forked():
+        raise KconvertError(
+            f"{place} cannot be opened in a process that was forked from one that has used a store, which obstore does not "
+            "survive; open it before the fork, or start processes by spawn"
+        )
     from obstore.store import from_url
 
     plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)  # as the user wants it
@@ -49,6 +58,17 @@ def open_store(place: StoreUrl) -> ObjectStore:
 
         options["credential_provider"] = attempt(place, "open it", Boto3CredentialProvider)
     return attempt(place, "open it", lambda: from_url(str(place), **options))
+
+
+def is_forked() -> bool:
+    """Whether obstore, whose threads are those of another process, stands still here; see stores.forked."""
+    return _home() != os.getpid()
+
+
+@lru_cache(1)
+def _home() -> int:
+    """The process that was the first to use it."""
+    return os.getpid()
 
 
 def attempt(place: StoreUrl, doing: str, call: Callable[[], T]) -> T:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
 from kconvert.checkpoint.remote import Memory, RemoteCheckpoint, Sink, assemble_remote, check_file_name
 from kconvert.errors import KconvertError, explain_os_error
-from kconvert.stores.client import open_store, persist, transfer
+from kconvert.stores.client import is_forked, open_store, persist, transfer
+from kconvert.stores.forked import Wanted, read
 from kconvert.stores.urls import StoreUrl, cache_directory
 
 if TYPE_CHECKING:
@@ -114,9 +115,21 @@ def is_hidden(name: str) -> bool:
     return any(folder.startswith(".") for folder in PurePosixPath(name).parts[:-1])
 
 
-def _transfer(place: StoreUrl, store: ObjectStore, stat: FileStat, *rest: Any) -> None:
+def _transfer(
+    place: StoreUrl,
+    store: ObjectStore,
+    stat: FileStat,
+    file: str,
+    start: int,
+    stop: int,
+    take: Callable[[bytes], Any],
+    stopped: threading.Event | None = None,
+) -> None:
     tag = stat.stamp.removeprefix(ETAG) if stat.stamp.startswith(ETAG) else None
-    transfer(place, store, tag, *rest)
+    if is_forked():
+        read(Wanted(place, tag, file, start, stop), take)
+    else:
+        transfer(place, store, tag, file, start, stop, take, stopped)
 
 
 def _whole(move: Callable[..., None], file: str, stat: FileStat) -> bytes:

@@ -18,7 +18,7 @@ from kconvert.checkpoint.listing import CONFIG_NAME, STATE_DIR
 from kconvert.errors import KconvertError, counted, explain_os_error
 from kconvert.planning.plan import Plan
 from kconvert.run.state.heads import JOURNAL, Record, read_lines
-from kconvert.run.state.journal import Journal, disband, is_done, read_records
+from kconvert.run.state.journal import Journal, disband, each_journal, is_done, read_records
 from kconvert.run.state.locks import LOCK, hold
 from kconvert.run.state.outline import Outline, closing
 from kconvert.run.state.ranks import deal
@@ -95,13 +95,19 @@ def _close(destination: Path, state: Path) -> Closed:
         _check_header(destination / name, nbytes, digest)
     for number, name in enumerate(outline.small):
         _copy(closing(state) / name, destination / name, state / f"{number}.part")
-    records = read_records(state, outline.head)
-    text = bytearray(f"{json.dumps(outline.head)}\n".encode())
-    for name in sorted(records.keys() & {name for name, *_ in outline.shards}):
-        text += f"{json.dumps({'shard': name, **records[name]})}\n".encode()
-    write_file(state / JOURNAL, state / f"{JOURNAL}.part", bytes(text))
+    write_file(state / JOURNAL, state / f"{JOURNAL}.part", _joined(state, outline))
     disband(state)
     return Closed(len(outline.shards), sum(nbytes for _, nbytes, *_ in outline.shards))
+
+
+def _joined(state: Path, outline: Outline) -> bytes:
+    """One journal of all, made of one after the other, as of many shards there are many."""
+    ours, text = {name for name, *_ in outline.shards}, bytearray(f"{json.dumps(outline.head)}\n".encode())
+    for records in each_journal(state, outline.head):
+        for name, record in records.items():
+            if name in ours:
+                text += f"{json.dumps({'shard': name, **record})}\n".encode()
+    return bytes(text)
 
 
 def _closed_before(destination: Path) -> Closed:
@@ -115,9 +121,12 @@ def _closed_before(destination: Path) -> Closed:
 
 def _missing(destination: Path, state: Path, outline: Outline) -> list[str]:
     """The shards that are not there, or not as the rank left them that wrote them."""
-    records = read_records(state, outline.head)
-    sizes = {name: nbytes for name, nbytes, *_ in outline.shards}
-    return [name for name in sizes if not _is_whole(destination / name, sizes[name], records.get(name, {}))]
+    missing = {name: nbytes for name, nbytes, *_ in outline.shards}
+    whole = {}
+    for records in each_journal(state, outline.head):
+        for name in missing.keys() & records.keys():
+            whole[name] = _is_whole(destination / name, missing[name], records[name])
+    return [name for name in missing if not whole.get(name)]
 
 
 def _is_whole(path: Path, nbytes: int, record: Record) -> bool:

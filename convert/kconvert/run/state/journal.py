@@ -15,8 +15,9 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -229,13 +230,27 @@ def with_sent(finished: dict[str, Record], sent: Mapping[str, Record] | None) ->
 def read_records(state: Path, head: Mapping[str, Any], rank: Rank | None = None) -> dict[str, Record]:
     """What the journals in DST/.kconvert with such a head, that of DST and those of ranks or of one, have of their shards."""
     records: dict[str, Record] = {}
-    ranks = sorted((state / RANKS).glob(f"*/{JOURNAL}")) if rank is None else [folder(state, rank.index) / JOURNAL]
-    for path in (state / JOURNAL, *ranks):
-        lines = read_lines(path)
+    for found in each_journal(state, head, rank):
+        for shard, record in found.items():
+            records.setdefault(shard, {}).update(record)
+    return records
+
+
+def each_journal(state: Path, head: Mapping[str, Any], rank: Rank | None = None) -> Iterator[dict[str, Record]]:
+    """The same of each of them; of a shard that several have, what comes later goes."""
+    ranks = _folders(state / RANKS) if rank is None else [str(rank.index)]
+    for where in chain((state,), (state / RANKS / name for name in ranks)):
+        lines, records = read_lines(where / JOURNAL), dict[str, Record]()
         if lines and all(lines[0].get(key) == head.get(key) for key in ("plan", "source")):
             for line in lines[1:]:
                 records.setdefault(str(line.pop("shard", "")), {}).update(line)
-    return records
+            yield records
+
+
+def _folders(ranks: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        return sorted(os.listdir(ranks))
+    return []
 
 
 def _check_count(outline: Outline | None, rank: Rank | None, destination: Path) -> None:

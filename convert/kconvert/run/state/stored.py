@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,36 +83,42 @@ class Stored:
     """A DST in an object store, for one plan."""
 
     def __init__(self, place: StoreUrl, plan: Plan) -> None:
-        self._place, self._plan, self._objects = place, plan, Objects(place)
+        self.place, self._plan, self._objects = place, plan, Objects(place)
         self._head = head_of(plan, "")
+
+    @cached_property
+    def _sight(self) -> Sight:
+        """What was there when this was first asked for something: a large DST has a long list."""
+        return Sight.of(self._objects)
 
     def finished(self, overwrite: bool, rank: Rank | None) -> dict[str, Record]:
         """Records of the shards that are there. KconvertError when DST holds anything else; only looks."""
-        sight = Sight.of(self._objects)
+        sight = self._sight
         outline = sight.outline
         if outline is None or (overwrite and not belongs(outline.head, self._plan)):
             if (content := sight.content) and not overwrite:
-                raise KconvertError(f"{self._place} is not empty ({min(content)}); {advice(rank, OTHER)}")
+                raise KconvertError(f"{self.place} is not empty ({min(content)}); {advice(rank, OTHER)}")
             return {}
         self._check_plan(outline, rank)
-        _check_rank(sight.ranks, rank, self._place)
+        _check_rank(sight.ranks, rank, self.place)
         return {s.name: self._record(s.name) for s in self._plan.shards if sight.is_done(s.name, outline.head)}
 
     def published(self) -> dict[str, Record]:
         """The same of all shards when nothing is left to do; else none."""
-        sight = Sight.of(self._objects)
+        sight = self._sight
         if sight.outline is None or not belongs(sight.outline.head, self._plan) or not sight.is_closed(sight.outline):
             return {}
         return {shard.name: self._record(shard.name) for shard in self._plan.shards}
 
+    @property
     def has_small_files(self) -> bool:
         """Whether rank 0 has left them."""
-        sight = Sight.of(self._objects)
+        sight = self._sight
         return sight.outline is not None and sight.is_closable(sight.outline)
 
     def begin(self, overwrite: bool, rank: Rank | None, command: str, complete: bool) -> None:
         """Make the plan known, after clearing away what says that DST is finished, when it is not `complete`; see Journal."""
-        sight = Sight.of(self._objects)
+        sight = self._sight
         mine = sight.outline is not None and belongs(sight.outline.head, self._plan)
         if not complete or not mine:
             marks = {CONFIG_NAME, INDEX_NAME, *self._plan.texts}
@@ -120,12 +127,21 @@ class Stored:
             self._objects.delete(self._stale(sight, mine))
         if rank is None:
             self._objects.delete([name for name in (RANKS,) if name in sight.files])
+        self._introduce(rank, command)
+        if rank is not None:
+            self._join(rank)
+
+    def share(self, count: int, command: str) -> int:
+        """Make the plan known to ranks, so many unless others began before; returns how many they are."""
+        self._introduce(Rank(0, count), command)
+        self._objects.create(RANKS, _ranks(count))
+        return _count(self._objects) or count
+
+    def _introduce(self, rank: Rank | None, command: str) -> None:
         outline = Outline.of(self._plan, head_of(self._plan, command), rank.count if rank else 1)
         if not self._objects.create(PLAN, outline.text.encode()):
             text = self._objects.read(PLAN)
-            self._check_plan(_parse(self._place, text or b""), rank)
-        if rank is not None:
-            self._join(rank)
+            self._check_plan(_parse(self.place, text or b""), rank)
 
     def _stale(self, sight: Sight, mine: bool) -> Collection[str]:
         """What a run that may overwrite removes: what would pass for a part of the new checkpoint, and another plan's state."""
@@ -134,19 +150,19 @@ class Stored:
         return stale if mine else stale | {name for name in sight.files if name.startswith(STATE)}
 
     def _join(self, rank: Rank) -> None:
-        if not self._objects.create(RANKS, json.dumps({"ranks": rank.count}).encode()):
-            _check_rank(_count(self._objects), rank, self._place)
+        if not self._objects.create(RANKS, _ranks(rank.count)):
+            _check_rank(_count(self._objects), rank, self.place)
         if rank.index == 0:
             self._put_small_files(SMALL)
 
     def _check_plan(self, outline: Outline, rank: Rank | None) -> None:
         if not belongs(outline.head, self._plan):
             difference = difference_of(outline.head, self._plan)
-            raise KconvertError(f"{self._place} holds a conversion {difference}; {advice(rank, OTHER)}")
+            raise KconvertError(f"{self.place} holds a conversion {difference}; {advice(rank, OTHER)}")
 
     def has(self, upload: Mapping[str, Any]) -> bool:
         """Whether a journal's record says that the content is here."""
-        return upload.get("store") == str(self._place)
+        return upload.get("store") == str(self.place)
 
     def send(self, name: str, path: Path) -> Record:
         """Send a shard, and note that it is here."""
@@ -159,11 +175,11 @@ class Stored:
         sight = Sight.of(self._objects)
         if sight.outline is None:
             raise KconvertError(
-                f"{self._place} has lost {PLAN}; run the same command again when nobody else writes there"
+                f"{self.place} has lost {PLAN}; run the same command again when nobody else writes there"
             )
         self._check_plan(sight.outline, None)
         if missing := sight.missing(sight.outline):
-            raise KconvertError(f"{missing[0]} is not in {self._place} any more; run the same command again")
+            raise KconvertError(f"{missing[0]} is not in {self.place} any more; run the same command again")
         self._put_small_files("")
         _clear(self._objects, sight)
 
@@ -175,7 +191,7 @@ class Stored:
             self._objects.put(f"{folder}{name}", bytes(text))
 
     def _record(self, shard: str) -> Record:
-        return {UPLOAD: {"store": str(self._place)}}
+        return {UPLOAD: {"store": str(self.place)}}
 
 
 def finalize_stored(place: StoreUrl) -> Closed:
@@ -262,6 +278,10 @@ def _outline_of_ranks(sight: Sight) -> Outline:
     if sight.outline is None:
         raise KconvertError(f"{sight.place} is no DST that ranks have written to; give the DST of their commands")
     return sight.outline
+
+
+def _ranks(count: int) -> bytes:
+    return json.dumps({"ranks": count}).encode()
 
 
 def _count(objects: Objects) -> int | None:

@@ -1,0 +1,92 @@
+"""Reads in a process that was forked from one that has used a store.
+
+obstore has threads, which a fork does not take along: there every call of it stands still for ever, of a new store as well. So
+a forked process starts another one, without a fork, that reads in its place, and ends when it does. Each read has a socket of
+its own, which is handed to that process with what is wanted.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kconvert.errors import KconvertError
+from kconvert.stores.client import open_store, transfer
+from kconvert.stores.urls import StoreUrl
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+MOST = 1 << 16  # bytes of what is wanted, names of objects have 1024
+
+
+class Wanted(NamedTuple):
+    """Bytes `start` to `stop` (exclusive) of an object; see client.transfer."""
+
+    place: StoreUrl
+    stamp: str | None
+    file: str
+    start: int
+    stop: int
+
+
+def read(wanted: Wanted, take: Callable[[bytes], Any]) -> None:
+    """Hand these bytes to `take`, in order; KconvertError when they cannot be had. From any thread."""
+    here, there = socket.socketpair()
+    with there:
+        socket.send_fds(_reader(os.getpid()), [pickle.dumps(wanted)], [there.fileno()])
+    with Connection(here.detach()) as answers:
+        try:
+            while chunk := answers.recv_bytes():
+                take(chunk)
+            fault = answers.recv()
+        except (EOFError, ConnectionError):
+            fault = f"{wanted.place}: cannot read {wanted.file}, the process that does has ended; run the same command again"
+    if fault is not None:
+        raise KconvertError(fault)
+
+
+@lru_cache(1)
+def _reader(process: int) -> socket.socket:
+    """The way to the process that reads for this one."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-c", "from kconvert.stores.forked import serve; serve()"]
+    with there:
+        subprocess.Popen(command, stdin=there.fileno(), env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    return here
+
+
+def serve() -> None:
+    """Answer what comes by stdin until nobody is there."""
+    with socket.socket(fileno=0) as requests:
+        while True:
+            text, descriptors, *_ = socket.recv_fds(requests, MOST, 1)
+            if not text:
+                return
+            arguments = pickle.loads(text), Connection(descriptors[0])
+            threading.Thread(target=_answer, args=arguments, daemon=True).start()
+
+
+def _answer(wanted: Wanted, answers: Connection) -> None:
+    with answers, suppress(ConnectionError):  # who has asked may be gone
+        fault = None
+        try:
+            transfer(wanted.place, _store(wanted.place), *wanted[1:], answers.send_bytes)
+        except KconvertError as error:
+            fault = str(error)
+        answers.send_bytes(b"")
+        answers.send(fault)
+
+
+@lru_cache
+def _store(place: StoreUrl) -> ObjectStore:
+    return open_store(place)
