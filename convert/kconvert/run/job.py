@@ -133,7 +133,7 @@ def _sent(finished: Mapping[str, Record]) -> dict[str, Record]:
 def _check(plan: Plan, delivery: Delivery, terms: Terms) -> Needs:
     """What is still to be done, and what that takes; KconvertError when it cannot be."""
     if plan.source is not None and plan.source.directory is not None:
-        check_paths(plan.source.directory, delivery.directory)
+        check_paths(plan.source.title, delivery.directory)
         check_side_files(plan.source.directory, plan.side_files)
     if delivery.store is not None:
         check_places(plan.source, delivery.store)
