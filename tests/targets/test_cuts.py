@@ -132,6 +132,21 @@ def test_a_cut_has_what_lies_beside_weights_and_what_declares_them(
     assert "model.layers.1.mlp.experts.2.up_proj.input_scale" in left
 
 
+@pytest.mark.parametrize("experts", [2, 3, 5, 6, 7, 8])
+def test_groups_of_experts_divide_those_that_are_left(tmp_path: Path, experts: int) -> None:
+    """DeepSeek-V3's router looks at four of eight groups."""
+    sizes = {**COMMON, **SIZES["deepseek-v3"], "experts": 16}
+    convert(plan_synthetic(SampleRecipe("deepseek-v3", sizes)), tmp_path / "source")
+    convert(plan(tmp_path / "source", Recipe("gguf")), tmp_path / "gguf")
+    small = cut(tmp_path / "source", tmp_path / "small", experts=experts)
+    convert(plan(small, Recipe("gguf")), tmp_path / "wanted")
+    said = json.loads((small / "config.json").read_text())
+    assert experts % said["n_group"] == said["n_group"] % said["topk_group"] == 0
+    ours, theirs = (keys(cut(tmp_path / "gguf", tmp_path / "found", experts=experts)), keys(tmp_path / "wanted"))
+    for key in ("expert_group_count", "expert_group_used_count", "expert_count", "expert_used_count"):
+        assert ours.get(f"deepseek2.{key}") == theirs.get(f"deepseek2.{key}"), key
+
+
 def test_split_files_become_one_cut_and_a_whole_file_several(source: Callable[[str], Path], tmp_path: Path) -> None:
     convert(plan(source("qwen3-moe"), Recipe("gguf", shard_size=100_000)), tmp_path / "split")
     first = min((tmp_path / "split").glob("*.gguf"))
@@ -221,12 +236,14 @@ def test_tables_of_experts_are_made_up_where_fewer_stay(source: Callable[[str], 
     assert (np.sort(numbers) == range(3)).all()
 
 
-def test_mlx_lm_loads_a_cut_and_answers(source: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2-thinking", "kimi-k3", "gpt-oss", "qwen3-moe", "minimax-m3"])
+def test_mlx_lm_loads_a_cut_and_answers(source: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     utils = pytest.importorskip("mlx_lm.utils")
     mx = pytest.importorskip("mlx.core")
-    convert(plan(source("deepseek-v3"), Recipe("mlx")), tmp_path / "mlx")
-    model, config = utils.load_model(cut(tmp_path / "mlx", tmp_path / "found"))
-    assert (config["num_hidden_layers"], config["n_routed_experts"]) == (2, 3)
+    convert(plan(source(name), Recipe("mlx")), tmp_path / "mlx")
+    model, _ = utils.load_model(cut(tmp_path / "mlx", tmp_path / "found"))
+    model.set_dtype(mx.float32)  # on CPUs MLX multiplies stacks of nothing else
+    assert len(model.layers) == 2
     assert bool(mx.isfinite(model(mx.array([[1, 2, 3]]))).all())
 
 

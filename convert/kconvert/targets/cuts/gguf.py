@@ -17,6 +17,7 @@ from kconvert.checkpoint.gguf import ARRAY, Array
 from kconvert.checkpoint.gguf_files import GgufCheckpoint
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.errors import KconvertError
+from kconvert.models.sizes import divisor
 from kconvert.planning.gguf import Gguf
 from kconvert.planning.steps import Step, copy_of
 from kconvert.targets.cuts.base import Cut, check_size, first_of, numbers_below
@@ -31,7 +32,7 @@ ALONE = re.compile(r"ffn_(?:gate|up|down)\.([0-9]{1,9})\.")  # an expert's matri
 ROUTER = ("ffn_gate_inp", "exp_probs_b")
 STACKED = "_exps"
 TABLE = "ffn_gate_tid2eid"  # of experts by token
-# What is of the container, which says it anew, and groups of experts, which fewer of them need not divide into.
+# What is of the container, which says it anew.
 CONTAINER = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 GROUPS = ("expert_group_count", "expert_group_used_count")
 WHOLE = "rope."  # lists below it are of the parts of a head, all others of layers
@@ -165,4 +166,14 @@ class _Cutting:
                 return value[:layers]
         if key in ("expert_count", "expert_used_count"):
             return min(value, self._kept)
-        return None if key in GROUPS and self._kept != self.experts else value
+        return self._groups.get(key) if key in GROUPS else value
+
+    @cached_property
+    def _groups(self) -> Mapping[str, int]:
+        """Of experts, and how many of them a token looks at: whole groups of what is left, of which the router takes the two
+        best experts each; nothing where these are all groups."""
+        count, used = (self._number(key) or 1 for key in GROUPS)
+        if self._kept != self.experts:
+            count = divisor(self._kept, min(count, (self._kept + 1) // 2))
+            used = divisor(count, used)
+        return dict(zip(GROUPS, (count, used), strict=True)) if used < count else {}
