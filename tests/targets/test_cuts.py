@@ -9,11 +9,13 @@ from typing import Any
 
 import gguf
 import pytest
+from click.testing import CliRunner
 from kimi_release import as_released
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.address import open_stored
 from kconvert.checkpoint.gguf_files import open_gguf
+from kconvert.cli import main
 from kconvert.proof.diff import diff
 from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
@@ -253,3 +255,18 @@ def test_llama_cpp_loads_a_cut_and_answers(source: Callable[[str], Path], tmp_pa
     (file,) = cut(tmp_path / "gguf", tmp_path / "found").glob("*.gguf")
     model = llama.Llama(str(file), n_ctx=64, logits_all=True, verbose=False)
     assert model.create_completion("the", max_tokens=4, temperature=0)["choices"]
+
+
+def test_the_command_reads_a_file_any_of_its_parts_and_their_directory(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert(plan(source("qwen3-moe"), Recipe("gguf", shard_size=200_000)), tmp_path / "gguf")
+    last = max((tmp_path / "gguf").glob("*.gguf"))
+    for number, place in enumerate((last, tmp_path / "gguf")):
+        command = ["sample", str(tmp_path / f"out-{number}"), "--from", str(place), "--layers", "1", "-q"]
+        done = CliRunner().invoke(main, command)
+        assert (done.exit_code, done.output) == (0, "")
+    assert tensors(tmp_path / "out-0") == tensors(tmp_path / "out-1")
+    refused = CliRunner().invoke(main, ["convert", str(last), str(tmp_path / "bf16"), "--to", "bf16"])
+    assert refused.exit_code == 2
+    assert "is a GGUF, which inspect, diff and sample --from read" in refused.stderr
