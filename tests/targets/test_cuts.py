@@ -227,6 +227,24 @@ def test_what_a_gguf_cannot_be_cut_to_is_one_sentence(
         plan_cut(open_gguf(tmp_path / "gguf"), SampleRecipe(sizes=sizes))
 
 
+@pytest.mark.parametrize(
+    ("key", "sizes", "sentence"),
+    [
+        ("block_count", {"layers": 5}, "says that it has 9 layers, but has no tensor of layer 3"),
+        ("expert_count", {"experts": 2}, r"of which the first 2 of 9 experts cannot be cut out"),
+    ],
+)
+def test_metadata_that_counts_wrongly_is_found_out(
+    source: Callable[[str], Path], tmp_path: Path, key: str, sizes: dict[str, int], sentence: str
+) -> None:
+    convert(plan(source("qwen3-moe"), Recipe("gguf")), tmp_path / "gguf")
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    before, name, behind = file.read_bytes().partition(f"qwen3moe.{key}".encode())
+    file.write_bytes(before + name + behind[:4] + b"\x09\0\0\0" + behind[8:])  # behind the type of the value
+    with pytest.raises(KconvertError, match=sentence):
+        plan_cut(open_gguf(file), SampleRecipe(sizes=sizes))
+
+
 def test_tables_of_experts_are_made_up_where_fewer_stay(source: Callable[[str], Path], tmp_path: Path) -> None:
     import numpy as np
 

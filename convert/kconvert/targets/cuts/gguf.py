@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LAYER = re.compile(r"blk\.([0-9]{1,9})\.(.+)", re.DOTALL)
 ALONE = re.compile(r"ffn_(?:gate|up|down)\.([0-9]{1,9})\.")  # an expert's matrix, as files of 2023 have them
 ROUTER = ("ffn_gate_inp", "exp_probs_b")
-STACKED = "_exps"
+STACKED, NORM = "_exps", "_norm_exps"
 TABLE = "ffn_gate_tid2eid"  # of experts by token
 # What is of the container, which says it anew.
 CONTAINER = ("general.alignment", "split.no", "split.count", "split.tensors.count")
@@ -74,6 +74,13 @@ class _Cutting:
             check_size(symbol, size, have)
             if size == 0:
                 raise KconvertError(f"--{symbol} 0 leaves no model that an engine loads; take one or more")
+        blocks = {int(match[1]) for name in self.checkpoint.tensors if (match := LAYER.fullmatch(name))}
+        absent = next((number for number in range(self.sizes.get("layers", 0)) if number not in blocks), None)
+        if absent is not None:
+            raise KconvertError(
+                f"{self.checkpoint.title} says that it has {self.layers} layers, but has no tensor of layer {absent} (from 0); "
+                "choose fewer, or get the whole of it"
+            )
 
     @cached_property
     def layers(self) -> int | None:
@@ -127,7 +134,7 @@ class _Cutting:
         elif stem == TABLE and kept < have and tensor.dtype in INTEGERS and len(tensor.shape) == 2:
             used = min(tensor.shape[1], kept)
             yield numbers_below(tensor, (tensor.shape[0], used), kept, self.seed)
-        elif (stem in ROUTER or stem.endswith(STACKED)) and tensor.shape[:1] == (have,):
+        elif stem in ROUTER or (stem.endswith(STACKED) and not stem.endswith(NORM)):
             yield first_of(tensor, have, kept)
         else:
             yield copy_of(tensor)
