@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
@@ -40,12 +41,12 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
     config = manifest.resize(checkpoint.config, sizes)
     whole, names = manifest.bind(checkpoint.config), manifest.bind(config)
     cutting = _Cutting(model, whole, names, sizes, seed)
-    drafts = sorted(cutting.drafts(), key=lambda draft: natural_key(draft.name))
     if missing := names.missing(cutting.found):
         raise KconvertError(
             f"{checkpoint.root} has no tensor of {missing[0]!r}, which a {manifest.name} of these sizes has, as its layers are "
             "then of other kinds; choose others"
         )
+    drafts = sorted(cutting.drafts(), key=lambda draft: natural_key(draft.name))
     parameters = sum(math.prod(match.shape) for name, match in names.expected() if name in cutting.found)
     is_mlx = MLX_KEY in checkpoint.config or any(map(SWITCH.fullmatch, checkpoint.tensors))
     container = Safetensors(shard_size, scatter=scatter, metadata=MLX if is_mlx else METADATA)
@@ -70,21 +71,28 @@ def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> objec
 
 @dataclass(frozen=True)
 class _Cutting:
-    """What becomes of the tensors of a model whose names are those of `whole`, in one with these `names` and `sizes`; `found`
-    are the names that it has then."""
+    """What becomes of the tensors of a model whose names are those of `whole`, in one with these `names` and `sizes`."""
 
     model: Model
     whole: Names
     names: Names
     sizes: Mapping[str, int]
     seed: int
-    found: set[str] = field(default_factory=set)
+
+    @cached_property
+    def found(self) -> set[str]:
+        """The names of the smaller model that are there."""
+        stays = (item for item in self._items if self._match(self.names, item) is not None)
+        return {name if self.names.match(name) else f"{name}.weight" for name in map(_name, stays)}
+
+    @property
+    def _items(self) -> list[Weight | Plain]:
+        return [*self.model.weights, *self.model.plain]
 
     def drafts(self) -> Iterator[Step]:
         """A step for each tensor; a stack keeps the matrices of the experts that stay, which are its first ones."""
         stacked, kept = Counter[str](), Counter[str]()
-        items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
-        for item in items:
+        for item in self._items:
             stays = self._stays(item)
             for tensor in (*item.tensors, *item.companions) if isinstance(item, Weight) else (item.tensor,):
                 if isinstance(tensor, Matrix):
@@ -102,13 +110,9 @@ class _Cutting:
 
     def _stays(self, item: Weight | Plain) -> bool:
         """Whether the smaller model has it; by its number of layer and expert, where the manifest does not know it."""
-        name = _name(item)
         if self._match(self.whole, item) is None:
-            return self._is_within(name)
-        match = self._match(self.names, item)
-        if match is not None:
-            self.found.add(name if self.names.match(name) else f"{name}.weight")
-        return match is not None
+            return self._is_within(_name(item))
+        return self._match(self.names, item) is not None
 
     def _match(self, names: Names, item: Weight | Plain) -> Match | None:
         name = _name(item)
