@@ -40,6 +40,6 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return parse_store_url(os.fspath(path)) is not None or parse_hub_id(os.fspath(path)) is not None
 
 
-def open_stored(path: str | os.PathLike[str]) -> Checkpoint:
+def open_stored(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """The same, or a model in GGUF, whose tensors are taken as they lie in its files and not for weights."""
-    return open_gguf(path) if is_gguf(path) else open_checkpoint(path)
+    return open_gguf(path) if is_gguf(path) else open_checkpoint(path, revision)

@@ -75,6 +75,10 @@ def test_a_conversion_on_this_disk_loads_neither_torch_nor_the_hub(int4, tmp_pat
     assert loaded(["int4-to-bf16", str(int4), str(tmp_path / "out"), "-q"]) <= {"numpy", "numba", "tqdm"}
 
 
+def test_codes_that_stay_what_they_are_wait_for_no_compiled_kernel(int4, tmp_path):
+    assert loaded(["convert", str(int4), str(tmp_path / "out"), "--to", "mlx", "-q"]) <= {"numpy", "tqdm"}
+
+
 def test_the_version_is_the_packages(kconvert):
     assert kconvert("--version").stdout.strip().endswith(package.__version__)
 

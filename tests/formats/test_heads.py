@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,21 @@ def test_each_piece_has_all_tensors_of_its_encoding(codec: Any) -> None:
     alone, _ = codec.encode(Mx(4), weight.view(2, 64, 64)[1, :32].T)
     assert torch.equal(tensors["k.weight_packed"][1], alone["weight_packed"])
     assert torch.equal(tensors["k.weight_scale"][1], alone["weight_scale"])
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_numbers_that_stay_what_they_are_are_moved_bit_for_bit(dtype: str) -> None:
+    """NaNs and the signs of zeros, too."""
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    weight = torch.randint(0, 256, (2 * 12, 20 * kind.itemsize), dtype=torch.uint8).view(kind)
+    format = Heads((Piece("_k_b", 8, Dense(dtype), transposed=True), Piece("_v_b", 4, Dense(dtype))))
+    assert format.takes_codes(Dense(dtype))
+    assert not format.takes_codes(Dense("F32" if dtype == "BF16" else "BF16"))
+    parts = [np.zeros(part.nbytes, np.uint8) for part in format.parts(24, 20)]
+    format.recode(Dense(dtype), [weight.view(torch.uint8).numpy().reshape(-1)], 24, 20, parts)
+    k, v = weight.view(2, 12, 20).split([8, 4], dim=1)
+    for part, wanted in zip(parts, (k.transpose(1, 2), v), strict=True):
+        assert part.tobytes() == wanted.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def test_rows_that_are_no_whole_heads_are_refused() -> None:

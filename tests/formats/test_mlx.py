@@ -158,3 +158,18 @@ def test_shapes_tell_what_config_json_does_not_name() -> None:
 def test_what_is_no_affine_weight_is_refused(found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     with pytest.raises(ValueError, match=r"^(its|it has)"):
         recognise(Scheme("mlx", 4, "int", False, "group", 32), found, (8, 256))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_every_scale_has_the_bias_that_torch_computes(dtype: str) -> None:
+    """All but those whose multiple is not finite, over codes that are zero, negative, positive, or all of it."""
+    scales = torch.arange(1 << 16).to(torch.int32).to(torch.uint16).view(torch.bfloat16)
+    scales = scales[(scales.float() * 16).isfinite()]
+    scales = scales[: len(scales) // 8 * 8].reshape(-1, 8)
+    kinds = torch.tensor([[8] * 16, [7] * 16, [9] * 16, list(range(16))])
+    codes = kinds.repeat(1, 2)[torch.arange(scales.numel()) % 4].reshape(len(scales), 256)
+    parts, lost = carried(pack(codes, 4), scales, Packed(32, None), dtype)
+    stored = torch.from_numpy(parts[2]).view(DTYPES[dtype]).view(scales.shape)
+    assert stored.float().view(torch.int32).equal((-8 * scales.float()).view(torch.int32))
+    products = (codes - 8).view(len(scales), 8, 32) * scales.float().unsqueeze(-1)
+    assert lost == int((products.view(torch.int32) == -(1 << 31)).any(-1).sum())

@@ -304,6 +304,15 @@ def test_a_model_that_mlx_lm_does_not_know_is_refused_in_one_sentence(tmp_path: 
         plan(source, Recipe("mlx"))
 
 
+def test_the_plan_misses_a_tokenizer_that_is_not_there(int4: Path, int4_copy: Path) -> None:
+    for name in ("tokenizer.json", "tiktoken.model"):
+        (int4_copy / name).unlink()
+    said = [
+        any("no tokenizer" in note for note in plan(root, Recipe("mlx")).facts["notes"]) for root in (int4, int4_copy)
+    ]
+    assert said == [False, True]
+
+
 def test_scales_in_f32_are_for_mlx_alone() -> None:
     with pytest.raises(KconvertError, match="--scales f32 is for mlx"):
         Recipe("int4", scales="f32")

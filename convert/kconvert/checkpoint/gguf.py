@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kconvert.checkpoint.safetensors import LENGTH, LFS_POINTER, Tensor
 from kconvert.errors import KconvertError
+from kconvert.formats import dtypes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -46,27 +47,26 @@ class Type(NamedTuple):
 
 # By number, as `ggml_type` in https://github.com/ggml-org/ggml/blob/master/include/ggml.h counts them; those that are plain are
 # called as safetensors files call them.
+NUMBERS = {
+    **{0: "F32", 1: "F16", 30: "BF16", 28: "F64", 24: "I8", 25: "I16", 26: "I32", 27: "I64"},
+    **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 41: "Q1_0", 39: "MXFP4", 40: "NVFP4"},
+    **{10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 34: "TQ1_0", 35: "TQ2_0"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"},
+    **{23: "IQ4_XS", 29: "IQ1_M"},
+}
 TYPES = {
-    **{0: Type("F32", 1, 4), 1: Type("F16", 1, 2), 30: Type("BF16", 1, 2), 28: Type("F64", 1, 8)},
-    **{24: Type("I8", 1, 1), 25: Type("I16", 1, 2), 26: Type("I32", 1, 4), 27: Type("I64", 1, 8)},
-    **{2: Type("Q4_0", 32, 18), 3: Type("Q4_1", 32, 20), 6: Type("Q5_0", 32, 22), 7: Type("Q5_1", 32, 24)},
-    **{8: Type("Q8_0", 32, 34), 9: Type("Q8_1", 32, 40), 41: Type("Q1_0", 128, 18)},
-    **{10: Type("Q2_K", 256, 84), 11: Type("Q3_K", 256, 110), 12: Type("Q4_K", 256, 144)},
-    **{13: Type("Q5_K", 256, 176), 14: Type("Q6_K", 256, 210), 15: Type("Q8_K", 256, 292)},
-    **{16: Type("IQ2_XXS", 256, 66), 17: Type("IQ2_XS", 256, 74), 18: Type("IQ3_XXS", 256, 98)},
-    **{19: Type("IQ1_S", 256, 50), 20: Type("IQ4_NL", 32, 18), 21: Type("IQ3_S", 256, 110)},
-    **{22: Type("IQ2_S", 256, 82), 23: Type("IQ4_XS", 256, 136), 29: Type("IQ1_M", 256, 56)},
-    **{34: Type("TQ1_0", 256, 54), 35: Type("TQ2_0", 256, 66)},
-    **{39: Type("MXFP4", 32, 17), 40: Type("NVFP4", 64, 36)},
+    number: Type(name, *(dtypes.BLOCKS.get(name) or (1, dtypes.DTYPE_BITS[name] // 8)))
+    for number, name in NUMBERS.items()
 }
 BLOCKS = {type.name: type for type in TYPES.values()}
 
 
 class Array(NamedTuple):
-    """A value that is a list of so many items, which are left in the file, see `read_array`."""
+    """A value that is a list of so many items of a type, which are left in the file, see `read_array`."""
 
     items: int
     start: int
+    kind: int
 
 
 Value: TypeAlias = "int | float | bool | str | Array"
@@ -74,9 +74,11 @@ Value: TypeAlias = "int | float | bool | str | Array"
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors in the order of their data; of a type that is not known the dtype is `TYPE_n` and the size up to the next."""
+    """Tensors in the order of their data; of a type that is not known the dtype is `TYPE_n` and the size up to the next.
+    `kinds` are the types of the values, by number."""
 
     metadata: Mapping[str, Value]
+    kinds: Mapping[str, int]
     tensors: tuple[Tensor, ...]
 
 
@@ -93,15 +95,17 @@ def read_gguf(file: str, size: int, read: Callable[[int, int], bytes], inside: s
         if number > MOST_ENTRIES:
             raise cursor.fault(f"its header claims {number} {what}, over the limit of {MOST_ENTRIES}")
     metadata: dict[str, Value] = {}
+    kinds: dict[str, int] = {}
     for _ in range(keys):
         key = cursor.text(f"key {len(metadata)}", LONGEST_NAME)
         if key in metadata:
             raise cursor.fault(f"it has the key {key!r} twice")
-        metadata[key] = cursor.value(key, cursor.number("I"))
+        kinds[key] = cursor.number("I")
+        metadata[key] = cursor.value(key, kinds[key])
     entries = [_entry(cursor, number) for number in range(count)]
     alignment = _alignment(cursor, metadata)
     data_start = -(-cursor.position // alignment) * alignment
-    return Header(metadata, _placed(cursor, entries, data_start, alignment, inside))
+    return Header(metadata, kinds, _placed(cursor, entries, data_start, alignment, inside))
 
 
 def read_array(file: str, size: int, read: Callable[[int, int], bytes], array: Array) -> list[Any] | None:
@@ -166,8 +170,9 @@ class _Cursor:
         if kind == STRING:
             return self.text(f"the key {key!r}", LONGEST_TEXT)
         if kind == ARRAY:
-            start = self.position
-            return Array(self._skip_array(key, 1), start)
+            start, items = self.position, self.number("I")
+            self.position = start
+            return Array(self._skip_array(key, 1), start, items)
         raise self.fault(f"the key {key!r} has a value of the unknown type {kind}")
 
     def _skip_array(self, key: str, depth: int) -> int:

@@ -30,9 +30,11 @@ PROJECTOR = "mmproj"  # what the file of a vision tower begins with, which llama
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
-    """`files` are the parts, in order; nothing that lies beside them belongs to it."""
+    """`files` are the parts, in order; nothing that lies beside them belongs to it. `kinds` are the types of the metadata's
+    values, by number."""
 
     metadata: Mapping[str, Value]
+    kinds: Mapping[str, int]
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
                     f"{root / tensor.file}: tensor {tensor.name!r} is here and in {tensors[tensor.name].file}; they are not "
                     "parts of one model, fetch them again"
                 )
-    return GgufCheckpoint(root, {}, tensors, files, {}, (), metadata=headers[0].metadata)
+    return GgufCheckpoint(root, {}, tensors, files, {}, (), metadata=headers[0].metadata, kinds=headers[0].kinds)
 
 
 def _model_of(root: Path) -> str:

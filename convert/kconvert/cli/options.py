@@ -44,8 +44,13 @@ class Location(click.ParamType[str]):
         self._gguf = gguf
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if exists(value) and not is_directory(value) and not (self._gguf and _is_gguf(value)):
-            self.fail(f"{value!r} is a file; give a directory, a Hub id or s3://…", param, ctx)
+        if exists(value) and not is_directory(value):
+            is_source = param is not None and param.name == "source"
+            if not (self._gguf or is_source) or not _is_gguf(value):
+                self.fail(f"{value!r} is a file; give a directory, a Hub id or s3://…", param, ctx)
+            if not self._gguf:
+                told = "which inspect, diff and sample --from read, and verify as its DST"
+                self.fail(f"{value!r} is a GGUF, {told}; give the checkpoint that it was made of", param, ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

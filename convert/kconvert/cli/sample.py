@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kconvert.cli.options import Command, apply, links_option, location, output_options
+from kconvert.cli.options import Command, apply, links_option, location, location_or_gguf, output_options
 from kconvert.cli.running import carry_out, pinned
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def dimension_options(function: Command) -> Command:
 @click.command()
 @click.argument("destination", metavar="DST", type=location)
 @click.option("--like", default="kimi-k2-thinking", show_default=True, help="The manifest whose shape it takes.")
-@click.option("--from", "origin", type=location, metavar="SRC", help="Cut real weights out of SRC instead.")
+@click.option("--from", "origin", type=location_or_gguf, metavar="SRC", help="Cut real weights out of SRC instead.")
 @click.option("--scatter", is_flag=True, help="Put the tensors of one weight into different shards.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the synthetic weights.")
 @dimension_options
@@ -45,7 +45,8 @@ def dimension_options(function: Command) -> Command:
 def sample(
     destination: str, like: str, origin: str | None, scatter: bool, seed: int, shard_size: int, **options: Any
 ) -> None:
-    """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC.
+    """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC,
+    in the form that SRC has: MLX's and GGUF, too.
 
     Sizes that are not given stay the model's own, so without any this writes 594 GB.
 
@@ -66,9 +67,9 @@ def sample(
 
 
 def _cut(origin: str, revision: str | None, recipe: SampleRecipe) -> Plan:
-    from kconvert.address import anywhere, open_checkpoint
+    from kconvert.address import anywhere, open_stored
     from kconvert.planning.plan import repeatable
     from kconvert.targets.sample import plan_cut
 
-    checkpoint = open_checkpoint(origin, revision)
+    checkpoint = open_stored(origin, revision)
     return repeatable(plan_cut(checkpoint, recipe), _cut, anywhere(origin), checkpoint.commit or revision, recipe)

@@ -218,11 +218,15 @@ def mx_table(bits: int, quantised: Iterable[str], unquantised: Iterable[str]) ->
     return compressed_table(format, {"weights": {**weights, **scales}}, quantised, unquantised)
 
 
-def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str]) -> dict[str, Any]:
-    """The preset NVFP4A16: quantised weights, and activations as they come, of which nobody has measured the scales."""
-    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
-    scales = {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
-    return compressed_table("nvfp4-pack-quantized", {"weights": {**weights, **scales}}, quantised, unquantised)
+def nvfp4_table(quantised: Iterable[str], unquantised: Iterable[str], activations: bool = False) -> dict[str, Any]:
+    """The preset NVFP4A16: quantised weights, and activations as they come; or, where somebody has measured scales for
+    `activations`, the preset NVFP4."""
+    common = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    scales = {"scale_dtype": "torch.float8_e4m3fn"}
+    group: dict[str, Any] = {"weights": {**common, "dynamic": False, **scales}}
+    if activations:
+        group["input_activations"] = {**common, "dynamic": "local", **scales}
+    return compressed_table("nvfp4-pack-quantized", group, quantised, unquantised)
 
 
 def compressed_table(

@@ -18,7 +18,7 @@ f32 division, half to even, saturating. `mse`: of that scale and a few of e4m3 a
 Where they come from such encodings, groups that codes and a scale reproduce get these, with the sign of zeros, and the others
 are counted. MXFP4 keeps its codes: each of its scales, less the factor, is there twice, while e4m3 has it (2^-9 to 2^8: the
 weight's largest may be 2^17 times as large); groups beyond are quantised anew. From one spelling to the other codes and scales
-stay, the global scale becomes 1 / itself, and groups are counted whose values are not the same by it.
+stay, the global scale and that of activations become 1 / themselves; groups are counted whose values are not the same by it.
 Sources: https://github.com/vllm-project/compressed-tensors, `compressors/nvfp4`;
 https://github.com/NVIDIA/Model-Optimizer, `quantization/qtensor/nvfp4_tensor.py`.
 """
@@ -66,8 +66,8 @@ EXTREME = 126  # powers of two to this one either way are normal floats, and so 
 class Nvfp4(Format):
     """`multiplies`: ModelOpt's names and global scale. `unused`: zero points that lie beside it.
 
-    `inputs`: a scale of activations is written beside it, which engines want that quantise these. `measured`: it comes from the
-    source, where its inverse lies beside the weight.
+    `inputs`: activations are quantised, too, by a scale beside it; in ModelOpt's dialect, whose engines want one, it is 1 where
+    nobody has measured any. `measured`: it comes from the source, where its inverse lies beside the weight.
 
     How values become codes is no part of the encoding: `mse`: of a few scales the one with the least squared error; `exact`:
     groups that do not come back are counted; `strict`: they are an error.
@@ -126,7 +126,8 @@ class Nvfp4(Format):
     def _inputs(self) -> tuple[Part, ...]:
         if self.measured:
             return (Part(INPUTS[self.multiplies], "F32", () if self.multiplies else (1,), every=None),)
-        return (Part(INPUTS[True], "F32", (), every=None, constant=ONE),) if self.inputs else ()
+        unknown = self.inputs and self.multiplies
+        return (Part(INPUTS[True], "F32", (), every=None, constant=ONE),) if unknown else ()
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         from kconvert.formats.kernels import nvfp4 as kernels
@@ -182,9 +183,24 @@ class Nvfp4(Format):
         before = inputs[2].view("f4")[0]
         parts[2].view("f4")[0] = after = inverse_of(before)
         if self.measured:
-            parts[3].view("f4")[0] = _inverse(inputs[3].view("f4")[0])
+            self._invert_inputs(inputs[3], parts[3])
         steps = kernels.steps_of(before, source.multiplies), kernels.steps_of(after, self.multiplies)
         return self._counted(kernels.count_changed(parts[0].reshape(-1, GROUP // 2), parts[1], *steps))
+
+    def _invert_inputs(self, given: Bytes, made: Bytes) -> None:
+        """1 / the scale of activations; 1 where there is none, as beside an expert that no token reached."""
+        import numpy as np
+
+        scale, inverse = given.view("f4"), made.view("f4")
+        with np.errstate(all="ignore"):
+            inverse[0] = np.float32(1) / scale[0]
+            is_scale = 0 < inverse[0] < math.inf
+            if not is_scale:
+                inverse[0] = 1
+            elif self.strict and np.float32(1) / inverse[0] != scale[0]:
+                raise ValueError(
+                    f"its {INPUTS[not self.multiplies]} {scale[0]:.9g} does not come back from 1 / itself in F32,"
+                )
 
     def _counted(self, lost: int) -> int:
         if lost and self.strict:
@@ -203,18 +219,14 @@ def inverse_of(global_scale: Tile) -> Tile:
     return found
 
 
-def _inverse(scale: Tile) -> Tile | float:
-    """Of a scale of activations; 1 where there is none, as beside an expert that no token reached."""
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        found = np.float32(1) / scale
-    return found if 0 < found < math.inf else 1.0
+def with_measured(source: Nvfp4, target: Nvfp4) -> tuple[Nvfp4, Nvfp4]:
+    """Both with the scale of activations, which one dialect has as the inverse of the other's."""
+    return _with_measured(source, target, (target.mse, target.exact, target.strict))
 
 
 @lru_cache
-def with_measured(source: Nvfp4, target: Nvfp4) -> tuple[Nvfp4, Nvfp4]:
-    """Both with the scale of activations that compressed-tensors has and ModelOpt calls by its inverse."""
+def _with_measured(source: Nvfp4, target: Nvfp4, rules: tuple[bool, ...]) -> tuple[Nvfp4, Nvfp4]:
+    """Shared by weights; formats are equal whose `rules` differ."""
     return replace(source, measured=True), replace(target, measured=True)
 
 

@@ -22,7 +22,7 @@ else:
     import tomli as tomllib
 
 GENERIC = "generic"
-MERGED_TABLES = ("dims", "defaults", "indices", "limits", "also", "spelling", "serving", "side_files")
+MERGED_TABLES = ("dims", "defaults", "indices", "limits", "divisors", "also", "spelling", "serving", "side_files")
 RULES = ("weights", "tensors")
 MERGED_LISTS = (*RULES, "stacks")
 
@@ -121,6 +121,7 @@ def parse(table: Mapping[str, Any]) -> Manifest:
         defaults=table.get("defaults", {}),
         indices={name: Index(**{**index, "range": tuple(index.get("range", ()))}) for name, index in _indices(table)},
         limits=table.get("limits", {}),
+        divisors=table.get("divisors", {}),
         per_layer=tuple(table.get("per_layer", ())),
         rules=tuple(_rule(entry) for key in RULES for entry in table.get(key, ())),
         stacks=tuple(StackRule(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),

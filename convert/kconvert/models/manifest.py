@@ -25,7 +25,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Format, stack_spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
 from kconvert.models.rules import Match, Rule, StackRule, placeholders, respell
-from kconvert.models.sizes import assign, evaluate, limited, lookup
+from kconvert.models.sizes import assign, divisor, evaluate, limited, lookup
 from kconvert.models.stacks import Stack
 
 
@@ -53,6 +53,7 @@ class Manifest:
     defaults: Mapping[str, str]
     indices: Mapping[str, Index]
     limits: Mapping[str, str]
+    divisors: Mapping[str, str]
     per_layer: tuple[str, ...]
     rules: tuple[Rule, ...]
     stacks: tuple[StackRule, ...]
@@ -123,6 +124,10 @@ class Manifest:
                 with suppress(KeyError):
                     if have is not None:
                         assign(section, key, self._limited(key, have, evaluate(bound, self._sizes(section))))
+            for key, whole in self.divisors.items():
+                with suppress(KeyError):
+                    if type(have := lookup(section, key)) is int:
+                        assign(section, key, divisor(evaluate(whole, self._sizes(section)), have))
         return resized
 
     def _key(self, symbol: str, section: Mapping[str, Any]) -> str:

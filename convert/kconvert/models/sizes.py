@@ -49,6 +49,11 @@ def limited(have: Any, most: int) -> Any:
     return min(have, most) if type(have) is int else have
 
 
+def divisor(whole: int, most: int) -> int:
+    """The largest number up to `most` that divides `whole`; `most` itself where there is nothing to divide."""
+    return next((number for number in range(most, 0, -1) if whole % number == 0), most)
+
+
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """A shape expression such as `A*(nope+rope)` over named sizes; KeyError for a name that is not among them."""
 

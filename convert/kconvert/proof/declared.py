@@ -53,6 +53,23 @@ def undeclared(checkpoint: Checkpoint) -> Iterator[str]:
             yield _fault(checkpoint, scales[0], "but there are no codes that it belongs to")
 
 
+def unscaled(checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence for each weight of compressed-tensors' NVFP4 whose activations are quantised, too, by what config.json says of
+    it, and which has no scale for these."""
+    for table in _tables(checkpoint.config):
+        for name, group in _table(table.get("config_groups")).items():
+            inputs, weights = (_table(_table(group).get(key)) for key in ("input_activations", "weights"))
+            if not inputs or inputs.get("dynamic") is True or weights.get("strategy") != "tensor_group":
+                continue
+            covers = _compressed_tensors({**table, "config_groups": {name: group}})
+            for tensor in checkpoint.tensors.values():
+                module, _, last = tensor.name.rpartition(".")
+                is_lacking = last == "weight_global_scale" and f"{module}.input_global_scale" not in checkpoint.tensors
+                if is_lacking and _is_covered(module, [covers]):
+                    what = f"but its activations have no input_global_scale, as config_groups.{name} of {CONFIG_NAME} wants"
+                    yield _fault(checkpoint, tensor, what)
+
+
 def _is_covered(module: str, covers: Iterable[Covers]) -> bool:
     names = {module, module.removeprefix("language_model."), module.removeprefix("model.language_model.")}
     return any(cover(name) for cover in covers for name in names)

@@ -28,7 +28,7 @@ from kconvert.models.amx import is_amx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.proof import mlx
 from kconvert.proof.amx import open_packed
-from kconvert.proof.declared import undeclared
+from kconvert.proof.declared import undeclared, unscaled
 from kconvert.proof.digests import Listener
 from kconvert.proof.gguf.metadata import compare_metadata
 from kconvert.proof.gguf.tensors import open_related
@@ -292,7 +292,8 @@ def _declaration_faults(converted: Model) -> list[str]:
     ):
         return []
     if any(weight.format.quantised for weight in converted.weights):
-        return [*undeclared(converted.checkpoint), *mlx.misdeclared(converted.checkpoint)]
+        checkpoint = converted.checkpoint
+        return [*undeclared(checkpoint), *unscaled(checkpoint), *mlx.misdeclared(checkpoint)]
     stale = [CONFIG_NAME] if any(quantization_tables(converted.checkpoint.config)) else []
     stale += [name for name in DECLARING_FILES if name in converted.checkpoint.left_out]
     root = converted.checkpoint.root

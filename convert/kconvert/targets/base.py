@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format
@@ -125,6 +125,21 @@ class Target:
         if self.roles is None:
             return weight.format.quantised and weight.role not in HELD
         return weight.role.partition(".")[0] in self.roles and weight.role not in self.keeps
+
+
+class Change(NamedTuple):
+    """What becomes of the weights of one kind: they get `encoding`, which may be another than `source`, the one that they have;
+    `keeps_codes`: their codes and scales are copied, be it under other names."""
+
+    source: Format
+    encoding: Format
+    is_other: bool
+    keeps_codes: bool
+
+    @classmethod
+    def of(cls, source: Format, encoding: Format) -> Change:
+        is_other = encoding != source
+        return cls(source, encoding, is_other, not is_other or (encoding.quantised and encoding.usual == source.usual))
 
 
 # What follows --to -> layout ("" where there is one only) -> what it means; the first layout is the default.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.dialects import declare_dtype, quantization_tables, with_quantization
@@ -20,6 +20,7 @@ from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
+from kconvert.models.unlisted import missing_lines
 from kconvert.planning.containers import json_bytes
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Mate, Slot, Step, Transcode, copy_of
@@ -27,6 +28,7 @@ from kconvert.targets.base import (
     EXPERTS,
     HELD,
     POWERS,
+    Change,
     Target,
     facts_of,
     is_linear_role,
@@ -36,9 +38,8 @@ from kconvert.targets.base import (
     refuse_loss,
 )
 from kconvert.targets.mixed.fused import mates
-from kconvert.targets.mixed.measured import measured, notes, with_inputs
+from kconvert.targets.mixed.measured import all_measured, measured, notes, told, with_inputs
 from kconvert.targets.recipe import Recipe
-from kconvert.targets.unlisted import missing_lines
 
 
 def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
@@ -51,21 +52,6 @@ def plan_conversion(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     return Output(
         repr(recipe), chosen.checkpoint, drafts, container, config, chosen.parameters, conversion.facts, texts
     ).plan()
-
-
-class Change(NamedTuple):
-    """What becomes of the weights of one kind: they get `encoding`, which may be another than `source`, the one that they have;
-    `keeps_codes`: their codes and scales are copied, be it under other names."""
-
-    source: Format
-    encoding: Format
-    is_other: bool
-    keeps_codes: bool
-
-    @classmethod
-    def of(cls, source: Format, encoding: Format) -> Change:
-        is_other = encoding != source
-        return cls(source, encoding, is_other, not is_other or (encoding.quantised and encoding.usual == source.usual))
 
 
 @dataclass(frozen=True)
@@ -83,6 +69,11 @@ class Conversion:
         if self._block and target.spares and isinstance(target.format, Fp8):
             return replace(target, format=replace(target.format, block=self._block))
         return target
+
+    @cached_property
+    def _activations(self) -> bool:
+        """Whether config.json of compressed-tensors' NVFP4 will say that activations are quantised, too."""
+        return all_measured((self.whole or self.model).weights, self.target)
 
     @cached_property
     def _block(self) -> tuple[int, int] | None:
@@ -211,7 +202,7 @@ class Conversion:
         else:
             shape, output = (weight.rows, weight.cols), name if name != weight.name else ""
             mates = self._mates[weight.name] if change.encoding.settles(weight.format) else ()
-            source, tensors, target = with_inputs(weight, change.encoding)
+            source, tensors, target = with_inputs(weight, change.encoding, self._activations)
             yield Transcode(weight.name, *shape, source, tensors, target, (), output, slot, mates)
 
     @cached_property
@@ -255,7 +246,7 @@ class Conversion:
         yield from self.model.dropped
         for weight in self.model.weights:
             if weight.companions and not (weight.format.quantised and self._change(weight).keeps_codes):
-                taken = measured(weight, self.encoding(weight))
+                taken = measured(weight, self.encoding(weight), self._activations)
                 yield from (tensor for tensor in weight.companions if tensor is not taken)
 
     def facts(self, steps: Sequence[Step]) -> dict[str, Any]:
@@ -295,9 +286,9 @@ class Conversion:
             return config
         spelt: dict[Format, list[str]] = defaultdict(list)
         for encoding, weights in quantised:
-            spelt[encoding] += map(self.name, weights)
+            spelt[told(encoding, self._activations)] += map(self.name, weights)
         said = self.target.said(self.model, left)
-        format = self._declared(chain(left, *(weights for _, weights in quantised)))
+        format = told(self._declared(chain(left, *(weights for _, weights in quantised))), self._activations)
         table = self.target.declare(format, spelt, [*map(self.name, others), *self._plain_linears()], said)
         if self._block and self.target.spares:
             table["weight_block_size"] = list(self._block)

@@ -70,8 +70,9 @@ def mx(format: Mx, quantised: list[str], unquantised: list[str]) -> dict[str, An
 def nvfp4(format: Nvfp4, quantised: list[str], unquantised: list[str]) -> dict[str, Any]:
     from kconvert.dialects import compressed_tensors, modelopt
 
-    table = modelopt.nvfp4_table if format.multiplies else compressed_tensors.nvfp4_table
-    return table(quantised, unquantised)
+    if format.multiplies:
+        return modelopt.nvfp4_table(quantised, unquantised)
+    return compressed_tensors.nvfp4_table(quantised, unquantised, activations=format.inputs)
 
 
 def beside_modelopt(table: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

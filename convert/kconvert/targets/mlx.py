@@ -33,6 +33,9 @@ from kconvert.targets.base import WIDE, facts_of, read_bytes, refuse_loss
 from kconvert.targets.recipe import Recipe
 
 METADATA = {"format": "mlx"}
+TOKENIZERS = frozenset(
+    {"tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json"}
+)  # one of which a model has
 # The models that mlx-lm has a class for which reads what is written here (0.32.2); of bailing_hybrid that of Ling-3.
 MODELS = frozenset(
     {"bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "kimi_k2", "kimi_k25"}
@@ -227,6 +230,8 @@ class _Mlx:
             yield WIDE_NOTE if self.recipe.scales == WIDE else NARROW_NOTE
         if made[Heads]:
             yield f"kv_b of {counted(made[Heads], 'layer')} is split by heads and in part transposed; its values stay"
+        if not TOKENIZERS & self.model.checkpoint.side_files.keys():
+            yield "the source has no tokenizer, without which mlx-lm generates no text; put that of its release into the output"
         items: list[Weight | Plain] = [*self.model.weights, *self.model.plain]
         if not all(map(self.stays, items)):
             yield "mlx-lm does not load the layers that predict further tokens (MTP), so they stay behind"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kconvert import formats
-from kconvert.checkpoint.safetensors import Tensor
+from kconvert.checkpoint.gguf_files import GgufCheckpoint
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, parts_of
@@ -17,15 +17,17 @@ from kconvert.formats.dense import Dense
 from kconvert.formats.stacks import MxStack
 from kconvert.models.catalogue import load_manifest
 from kconvert.models.manifest import Manifest, Names
-from kconvert.models.model import natural_key, understand
+from kconvert.models.model import natural_key
 from kconvert.models.roles import fusion
 from kconvert.models.rules import Match
 from kconvert.models.sizes import lookup
-from kconvert.models.stacks import Stack, unstack
+from kconvert.models.stacks import Stack
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Copy, Mate, Slot, Step, Transcode, copy_of
+from kconvert.planning.steps import Mate, Slot, Transcode
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
+from kconvert.targets.cuts.directory import cut_directory
+from kconvert.targets.cuts.gguf import cut_gguf
 from kconvert.targets.synthetic import Dealt, Integers, Invented, Picks, Synthetic, Unquantised, can_be_dealt
 from kconvert.targets.tokens import tokenizer_files, with_ids
 
@@ -142,80 +144,14 @@ def _invent_tensor(name: str, match: Match, dtype: str, names: Names, seed: int)
 
 
 def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
-    """Plan a copy of the first layers and experts of a real checkpoint; only `layers`, `dense_layers`, `experts` shrink.
-
-    Layers that follow the last one (MTP) are left out with it. Where fewer experts stay, tables of them are made up.
-    """
-    manifest = understand(checkpoint).manifest
-    _check_cut(manifest, checkpoint, recipe)
-    sizes = dict(recipe.sizes)
-    if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
-        sizes["mtp"] = 0
-    config = manifest.resize(checkpoint.config, sizes)
-    whole, names = manifest.bind(checkpoint.config), manifest.bind(config)
-    tensors, _ = unstack(checkpoint.tensors, whole.stacks)
-    found = {name: parts for name, _ in names.expected() if (parts := _tensors_of(tensors, name))}
-    if missing := names.missing(found):
-        raise KconvertError(
-            f"{checkpoint.root} has no tensor of {missing[0]!r}, which a {manifest.name} of these sizes has, as its layers are "
-            "then of other kinds; choose others"
-        )
-    kept = [(name, match) for name, match in names.expected() if name in found]
-    slots = _slots(names.stacks.values())
-    drafts: list[Step] = []
-    for name, match in kept:
-        below = match.rule.below
-        if below is not None and names.size(below) < whole.size(below):
-            drafts.append(_invent_tensor(name, match, found[name][0].dtype, names, recipe.seed))
-            continue
-        slot = slots.get(name)
-        drafts += [_cut(part, match, None if part.name in checkpoint.tensors else slot) for part in found[name]]
-    drafts += [copy_of(tensor) for tensor in _free_tensors(checkpoint, whole)]
-    drafts.sort(key=lambda draft: natural_key(draft.name))
-    container = Safetensors(recipe.shard_size, scatter=recipe.scatter)
-    parameters = sum(math.prod(match.shape) for _, match in kept)
-    facts = {"from": checkpoint.name, "sizes": dict(recipe.sizes)}
-    return Output(repr(recipe), checkpoint, drafts, container, config, parameters, lambda _: facts).plan()
-
-
-def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
-    return lookup(manifest.section(checkpoint.config), manifest.dims[symbol]) if symbol in manifest.dims else None
-
-
-def _check_cut(manifest: Manifest, checkpoint: Checkpoint, recipe: SampleRecipe) -> None:
-    if manifest.accepts_any:
-        raise KconvertError(
-            f"{checkpoint.root}: no manifest knows this model, so its layers and experts cannot be told"
-        )
-    for symbol, size in recipe.sizes.items():
-        if symbol not in ("layers", "dense_layers", "experts"):
-            raise KconvertError(f"--{symbol.replace('_', '-')} cannot be cut out of real weights; leave it out")
-        have = _dimension(manifest, checkpoint, symbol)
-        if not isinstance(have, int) or size > have:
-            raise KconvertError(f"--{symbol.replace('_', '-')} {size} is more than the checkpoint's {have}")
-
-
-def _tensors_of(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The tensor called `name`, or all of the weight called so."""
-    whole = tensors.get(name)
-    if whole is not None:
-        return [whole]
-    parts = (tensors.get(formats.tensor_name(name, suffix)) for suffix in sorted(formats.SUFFIXES))
-    return [part for part in parts if part is not None]
-
-
-def _free_tensors(checkpoint: Checkpoint, names: Names) -> list[Tensor]:
-    """Those that the manifest lets pass without knowing them."""
-    tensors = checkpoint.tensors.values()
-    return [t for t in tensors if names.manifest.plain_role(t.name) is not None and names.match(t.name) is None]
-
-
-def _cut(tensor: Tensor, match: Match, slot: Slot | None) -> Copy:
-    """A weight's tensor as it is, or its first experts if it stacks them; of another tensor the first rows (of the
-    router: those of the experts that stay)."""
-    if match.rule.dtype is None:
-        stack = () if match.stack is None else (match.stack,)
-        return copy_of(tensor, (*stack, *tensor.shape[len(stack) :]), slot)
-    if tensor.shape[1:] != match.shape[1:] or tensor.shape[0] < match.shape[0]:
-        raise KconvertError(f"{tensor} has the shape {list(tensor.shape)}, too small for {list(match.shape)}")
-    return copy_of(tensor, match.shape)
+    """Plan a copy of the first layers and experts of a real checkpoint, in its own form; only `layers`, `dense_layers` and
+    `experts` shrink. See targets.cuts."""
+    sizes, shard_size = recipe.sizes, recipe.shard_size
+    if isinstance(checkpoint, GgufCheckpoint):
+        if recipe.scatter:
+            raise KconvertError("a tensor of a GGUF is a whole weight, there is nothing to scatter; leave it out")
+        cut = cut_gguf(checkpoint, sizes, shard_size, recipe.seed)
+    else:
+        cut = cut_directory(checkpoint, sizes, shard_size, recipe.scatter, recipe.seed)
+    facts = {"from": checkpoint.name, "sizes": dict(sizes)}
+    return Output(repr(recipe), checkpoint, *cut[:4], lambda _: facts, cut.texts).plan()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kconvert.formats.base import Bytes, Tile
 
+INTEGERS = {"I32": "<i4", "I64": "<i8"}
 POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
 ZERO_EVERY = 128
 
@@ -101,8 +102,8 @@ class Unquantised(Format):
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         if self.filled is not None:
             tile[:, self.filled :] = 0
-        if self.dtype == "I64":
-            parts[0].view("<i8")[:] = tile.reshape(-1)
+        if self.dtype in INTEGERS:
+            parts[0].view(INTEGERS[self.dtype])[:] = tile.reshape(-1)
             return 0
         return Dense(self.dtype).encode(tile, parts)
 

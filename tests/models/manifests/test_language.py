@@ -145,6 +145,12 @@ def test_a_smaller_model_has_as_many_other_numbers_and_none_too_large() -> None:
     assert (resized["targets"], resized["eos"]) == ([1, 1, 1], [5, 6])
 
 
+def test_a_number_that_must_divide_becomes_the_next_smaller_one_that_does() -> None:
+    toy = manifest(divisors={"groups": "layers"})
+    assert [toy.resize({**CONFIG, "groups": 4}, {"layers": n})["groups"] for n in (8, 6, 3, 5, 1)] == [4, 3, 3, 1, 1]
+    assert toy.resize({**CONFIG, "groups": None}, {"layers": 3})["groups"] is None
+
+
 def test_a_size_that_another_stands_in_for_is_changed_where_it_is() -> None:
     dims = {"layers": "num_hidden_layers", "nextn": "num_nextn_predict_layers", "mtp": "targets.length"}
     toy = manifest(dims=dims, defaults={"mtp": "nextn"}, indices={"expert": ["0", "0"]})

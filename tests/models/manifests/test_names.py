@@ -302,7 +302,7 @@ def test_every_dimension_of_a_manifest_is_used_and_found_in_its_own_config(name:
     assert set(manifest.dims) - set(manifest._sizes(section)) <= absent | set(manifest.defaults.values())
     expressions = [size for rule in manifest.rules for size in rule.shape]
     expressions += [bound for index in manifest.indices.values() for bound in index.range]
-    expressions += [*manifest.defaults.values(), *manifest.limits.values()]
+    expressions += [*manifest.defaults.values(), *manifest.limits.values(), *manifest.divisors.values()]
     assert all(any(symbol in expression for expression in expressions) for symbol in manifest.dims)
     placeholders = {placeholder for rule in manifest.rules for placeholder in rule.placeholders}
     assert placeholders <= set(manifest.indices)

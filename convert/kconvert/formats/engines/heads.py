@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import FATES, Fate, Format, Part, check_form, tensor_name
+from kconvert.formats.dense import Dense
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
@@ -84,6 +85,20 @@ class Heads(Format):
                 name = tensor_name(piece.name, part.suffix)
                 parts.append(Part(name, part.dtype, (heads, *part.shape), every=self.height_of_head))
         return tuple(parts)
+
+    def takes_codes(self, source: Format) -> bool:
+        """Plain numbers that stay what they are are moved."""
+        return isinstance(source, Dense) and all(piece.format == source == Dense(source.dtype) for piece in self.pieces)
+
+    def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
+        number = f"u{inputs[0].nbytes // max(rows * cols, 1) or 1}"
+        heads = inputs[0].view(number).reshape(-1, self.height_of_head, cols)
+        first = 0
+        for piece, part in zip(self.pieces, parts, strict=True):
+            matrices, first = heads[:, first : first + piece.rows], first + piece.rows
+            stack = part.view(number).reshape(len(heads), *piece.matrix(cols))
+            stack[:] = matrices.swapaxes(1, 2) if piece.transposed else matrices
+        return 0
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         """One head at a time, as `encode`."""

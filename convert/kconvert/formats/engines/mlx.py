@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kconvert.formats.base import Fate, Format, Part, refuse_surplus, require
 from kconvert.formats.dense import Dense
@@ -95,17 +95,53 @@ class Affine(Format):
         return (source.bits, source.group_size, source.scale_dtype) == (self.bits, self.group_size, "BF16")
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import mlx
-
         parts[0][:] = inputs[0]
-        scales, biases = (part.view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1) for part in parts[1:])
-        steps = inputs[1].view("u2").reshape(rows, -1)
-        lost: int = mlx.make_biases(inputs[0].reshape(rows, -1), steps, self.bits, scales, biases)
-        if lost < 0:
-            raise ValueError("it has a scale whose multiple by the largest code is not finite")
+        scales, biases = (part.view(SCALE_CODES[self.scale_dtype]) for part in parts[1:])
+        lost = _make_biases(inputs[0], inputs[1].view("u2"), self.bits, scales, biases)
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups lose the signs of zeros, as their scales are negative or zero")
         return lost
+
+
+def _make_biases(codes: Bytes, steps: Any, bits: int, scales: Any, biases: Any) -> int:
+    """steps, bf16 in u16 [groups] -> scales, the same, and biases, -2^(bits - 1) times them, both bf16 in u16 or f32.
+
+    Returns how many groups have codes whose zeros lose their sign. By numpy, which is there before numba is: where codes stay,
+    nothing else of a model needs that.
+    """
+    import numpy as np
+
+    half = np.float32(1 << (bits - 1))
+    if scales.dtype == np.uint16:
+        scales[:] = steps
+        np.add(steps, np.uint16((bits - 1) << 7), out=biases)
+        np.bitwise_xor(biases, np.uint16(0x8000), out=biases)
+    else:
+        np.left_shift(steps, np.uint32(16), out=scales.view("u4"), dtype=np.uint32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.multiply(scales, -half, out=biases)
+    # Those whose bias is not by so much larger an exponent: zero, subnormal, negative, or near what a float can hold.
+    smallest, limit = np.uint16(0x80), np.uint16((255 - bits) << 7)
+    (rare,) = np.nonzero(steps - smallest >= limit - smallest)
+    if not rare.size:
+        return 0
+    values = (steps[rare].astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not np.isfinite(values * half * np.float32(2)).all():
+            raise ValueError("it has a scale whose multiple by the largest code is not finite")
+    made = values * -half
+    biases[rare] = made if biases.dtype == np.float32 else made.view("u4") >> np.uint32(16)
+    numbers = _codes(codes.reshape(len(steps), -1)[rare], bits) - np.int16(half)
+    lose = (numbers * values[:, None]).view("u4") == np.uint32(1 << 31)
+    return int(lose.any(axis=1).sum())
+
+
+def _codes(stored: Bytes, bits: int) -> Any:
+    """Of groups, i16 [groups, n]."""
+    import numpy as np
+
+    places = [(stored >> np.uint8(place)) & np.uint8((1 << bits) - 1) for place in range(0, 8, bits)]
+    return np.concatenate(places, axis=1).astype(np.int16)
 
 
 def affine_of(source: Format, cols: int, scale_dtype: str, strict: bool) -> Affine | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
-from kconvert.formats.nvfp4 import ONE, Nvfp4
+from kconvert.formats.nvfp4 import INPUTS, ONE, Nvfp4
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
 from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
@@ -231,14 +231,17 @@ def _companion_fault(ours: Weight, theirs: Weight, source: Reader, output: Reade
 
 def _input_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -> str | None:
     """The scale of activations beside a weight that was quantised is 1, as nobody has measured any, or what the source had, in
-    ModelOpt's NVFP4 the inverse of what compressed-tensors' has."""
+    the other dialect's NVFP4 the inverse of that."""
     if not theirs.format.quantised or ours.format == theirs.format:
         return None
     measured = {tensor.name: source.read(tensor.file, tensor.start, tensor.nbytes) for tensor in ours.companions}
-    inverse = _inverse(measured.get(f"{ours.name}.input_global_scale", b""))
-    known = {inverse} if inverse and isinstance(theirs.format, Nvfp4) else {ONE, *measured.values()}
+    known = {ONE, *measured.values()}
+    if isinstance(theirs.format, Nvfp4):
+        scale = measured.get(f"{ours.name}.{INPUTS[not theirs.format.multiplies]}", b"")
+        known = {inverse} if (inverse := _inverse(scale)) else known
     for tensor in theirs.companions:
-        if tensor.name.endswith(".input_scale") and output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
+        is_scale = tensor.name.endswith(tuple(f".{name}" for name in INPUTS.values()))
+        if is_scale and output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
             made = "if something else than kconvert made this checkpoint, judge it with --close"
             return f"tensor {tensor.name!r} is not 1, nor what the source has measured of activations; {made}"
     return None

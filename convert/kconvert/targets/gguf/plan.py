@@ -95,7 +95,9 @@ def _origins(steps: Sequence[Step]) -> Counter[str]:
             counts["the source's bytes"] += 1
         elif isinstance(step.source, Product) or isinstance(step.target, Decay):
             counts["computed of the source's values, as llama.cpp wants them"] += 1
-        elif step.target.takes_codes(step.source) and not isinstance(step.source, Integers):
+        elif step.target.takes_codes(step.source) and not (
+            isinstance(step.source, Integers) or isinstance(step.target, Heads)
+        ):
             counts["the source's codes and scales, in another order"] += 1
         else:
             fate = step.target.fate(step.source)
