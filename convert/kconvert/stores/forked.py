@@ -13,14 +13,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from kconvert.checkpoint.remote import Sink, pour
 from kconvert.errors import KconvertError
-from kconvert.stores.client import open_store, transfer
+from kconvert.stores.client import CHUNK, open_store, transfer
 from kconvert.stores.urls import StoreUrl
 
 if TYPE_CHECKING:
@@ -39,15 +39,28 @@ class Wanted(NamedTuple):
     stop: int
 
 
-def read(wanted: Wanted, take: Callable[[bytes], Any]) -> None:
-    """Hand these bytes to `take`, in order; KconvertError when they cannot be had. From any thread."""
+class _Sending:
+    """A sink whose bytes go on to who has asked for them."""
+
+    def __init__(self, answers: Connection) -> None:
+        self._answers, self._room = answers, memoryview(bytearray(CHUNK))
+
+    def room(self) -> memoryview:
+        return self._room
+
+    def took(self, count: int) -> None:
+        self._answers.send_bytes(self._room[:count])
+
+
+def read(wanted: Wanted, sink: Sink) -> None:
+    """Bring these bytes to `sink`; KconvertError when they cannot be had. From any thread."""
     here, there = socket.socketpair()
     with there:
         socket.send_fds(_reader(os.getpid()), [pickle.dumps(wanted)], [there.fileno()])
     with Connection(here.detach()) as answers:
         try:
             while chunk := answers.recv_bytes():
-                take(chunk)
+                pour(chunk, sink)
             fault = answers.recv()
         except (EOFError, ConnectionError):
             fault = f"{wanted.place}: cannot read {wanted.file}, the process that does has ended; run the same command again"
@@ -80,7 +93,7 @@ def _answer(wanted: Wanted, answers: Connection) -> None:
     with answers, suppress(ConnectionError):  # who has asked may be gone
         fault = None
         try:
-            transfer(wanted.place, _store(wanted.place), *wanted[1:], answers.send_bytes)
+            transfer(wanted.place, _store(wanted.place), *wanted[1:], _Sending(answers))
         except KconvertError as error:
             fault = str(error)
         answers.send_bytes(b"")

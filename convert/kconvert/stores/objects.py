@@ -122,14 +122,14 @@ def _transfer(
     file: str,
     start: int,
     stop: int,
-    take: Callable[[bytes], Any],
+    sink: Sink,
     stopped: threading.Event | None = None,
 ) -> None:
     tag = stat.stamp.removeprefix(ETAG) if stat.stamp.startswith(ETAG) else None
     if is_forked():
-        read(Wanted(place, tag, file, start, stop), take)
+        read(Wanted(place, tag, file, start, stop), sink)
     else:
-        transfer(place, store, tag, file, start, stop, take, stopped)
+        transfer(place, store, tag, file, start, stop, sink, stopped)
 
 
 def _whole(move: Callable[..., None], file: str, stat: FileStat) -> bytes:
