@@ -114,3 +114,13 @@ def test_a_download_that_has_stalled_does_not_hold_up_the_others(downloads, monk
     stalled.begin()
     downloads.want(other)
     assert downloads.become({1}) == {1}
+
+
+def test_time_in_which_nobody_would_receive_says_nothing_of_a_line(monkeypatch):
+    monkeypatch.setattr(download, "PERIOD", 0.2)
+    line = Line(4)
+    time.sleep(0.25)
+    turn = line.turn(threading.Event())
+    turn.begin()
+    line.received(1)
+    assert line._allowed == 1

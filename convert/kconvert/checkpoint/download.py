@@ -75,6 +75,8 @@ class Line:
         if number in self._eager and number <= self._last:
             return
         with self._changed:
+            if not self._eager and not self._nbytes:
+                self._restart()  # the line had nothing to do
             self._eager.add(number)
             self._settle()
             while number > self._last and not stopped.is_set():
