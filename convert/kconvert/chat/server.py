@@ -161,7 +161,7 @@ class Server:
 async def connected(url: str, api_key: str | None, timeout: float) -> AsyncIterator[Server]:
     """The server at `url`. KconvertError when that is no address, the key is none, or the client is not installed."""
     try:
-        from openai import AsyncOpenAI
+        from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient
     except ModuleNotFoundError:
         raise KconvertError("asking a server needs openai: pip install 'kconvert-toolkit[smoke]'") from None
     base = address(url)
@@ -170,7 +170,11 @@ async def connected(url: str, api_key: str | None, timeout: float) -> AsyncItera
             "the key that was given with --api-key or in OPENAI_API_KEY is none: it has a blank, a line break, or a letter "
             "beyond ASCII"
         )
-    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", timeout=timeout, max_retries=0) as client:
+    # A connection for each request: many that are kept are looked at one by one whenever another is wanted.
+    limits = type(DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=0)
+    http = DefaultAsyncHttpxClient(timeout=timeout, limits=limits)
+    settings: dict[str, Any] = {"timeout": timeout, "max_retries": 0, "http_client": http}
+    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", **settings) as client:
         shown = urlsplit(base)
         yield Server(
             client, base.replace(f"{shown.netloc}", shown.netloc.rpartition("@")[2], 1), timeout, bool(api_key)
