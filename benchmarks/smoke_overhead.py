@@ -3,7 +3,8 @@
     python benchmarks/smoke_overhead.py [--chats 64] [--tokens 200] [--pace 0.05]
 
 The stub is a process of its own and takes tokens x pace for each chat, however many there are, as an engine with such a batch
-does. What smoke's `at-once` check needs beyond that is connecting, sending, reading and judging, in both processes.
+does. What smoke's `at-once` check needs beyond that is connecting, sending, reading and judging, in both processes; how much of
+it is the stub's is seen by a client that only reads bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -96,6 +98,22 @@ async def serve(pace: Pace) -> None:
     await server.serve_forever()
 
 
+async def read_alone(port: int, chats: int) -> float:
+    """Seconds that the stub needs for `chats` chats at once of a client that only waits for their end."""
+    body = b'{"stream": true}'
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def chat() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(chat() for _ in range(chats)))
+    return time.perf_counter() - began
+
+
 def measured(url: str, chats: int) -> float:
     """Seconds that smoke needed for `chats` chats at once."""
     options = ["--no-tools", "--long-words", "0", "--json", "--concurrency", str(chats)]
@@ -118,15 +136,19 @@ def main() -> int:
     command = [sys.executable, __file__, "--serve", "--tokens", str(pace.tokens), "--pace", str(pace.seconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stub:
         assert stub.stdout is not None
-        url = f"http://127.0.0.1:{int(stub.stdout.readline())}/v1"
+        port = int(stub.stdout.readline())
+        url = f"http://127.0.0.1:{port}/v1"
         try:
-            seconds = [measured(url, options.chats) for _ in range(options.runs)]
+            runs = range(options.runs)
+            alone, seconds = zip(
+                *((asyncio.run(read_alone(port, options.chats)), measured(url, options.chats)) for _ in runs),
+                strict=True,
+            )
         finally:
             stub.terminate()
     added = [100 * (took / pace.answer - 1) for took in seconds]
-    print(
-        f"{options.chats} chats of {pace.answer:g} s at once: {spread(seconds, 3, 's')}, added {spread(added, 2, '%')}"
-    )
+    what = f"{options.chats} chats of {pace.answer:g} s at once"
+    print(f"{what}: {spread(seconds, 3, 's')}, added {spread(added, 2, '%')}; the stub alone {spread(alone, 3, 's')}")
     print(verdict(sorted(added)[len(added) // 2], MOST_PERCENT, "%"))
     return 0
 

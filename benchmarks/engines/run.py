@@ -2,10 +2,10 @@
 
     python benchmarks/engines/run.py [--only LABEL] [--engine NAME] [--python ENGINE=PATH] [--write docs/ENGINES.md]
 
-An engine lives in an environment of its own, made of requirements/ENGINE.txt in .engines/ENGINE, unless --python names one.
-Of transformers, vLLM, mlx-lm and llama.cpp these are logits, held against transformers' of the BF16 twin; of kt-kernel the
-output of a layer's experts, see by_kt.py; of SGLang, which runs on no CPU, the scheme for experts that its own code chooses.
-An engine that cannot be had here has an empty column.
+An engine lives in an environment of its own, see environments.py, unless --python names one. Of transformers, vLLM, mlx-lm and
+llama.cpp these are logits, held against transformers' of the BF16 twin; of kt-kernel the output of a layer's experts, see
+by_kt.py; of SGLang, which runs on no CPU, the scheme for experts that its own code chooses. An engine that cannot be had here
+was not run, and the table says so in its column.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import venv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from environments import Environment, environment
 from outputs import OUTPUTS, Output
+from served import smoked
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = HERE.parents[1] / ".engines"
 ENGINES = {
     "transformers": "by_transformers.py",
     "vllm": "by_vllm.py",
@@ -36,6 +36,7 @@ ENGINES = {
 }
 SIZES = "--layers 3 --experts 16 --hidden 512 --intermediate 512 --moe-intermediate 256 --vocab 512 --heads 4"
 PATIENCE = 900  # seconds for one engine and one output
+NOT_RUN = "not run"
 RAISED = re.compile(r"(?:^|[])]:? )((?:\w+[.])*\w*Error: .+)")  # behind what a logger says of time and place
 BEGIN, END = "<!-- written by `make engines` -->", "<!-- end of what `make engines` wrote -->"
 
@@ -50,9 +51,10 @@ class Cell:
 
 def main() -> int:
     asked = arguments()
-    pythons = dict(pair.split("=", 1) for pair in asked.python)
+    given = dict(pair.split("=", 1) for pair in asked.python)
     engines = [name for name in ENGINES if not asked.engine or name in asked.engine]
-    pythons = {name: pythons.get(name) or environment(name) for name in engines}
+    found = {name: Environment(given[name]) if name in given else had(name) for name in engines}
+    pythons = {name: place.python for name, place in found.items()}
     table: dict[str, dict[str, Cell]] = {}
     with tempfile.TemporaryDirectory(dir=asked.dir) as folder:
         root = Path(folder)
@@ -61,9 +63,24 @@ def main() -> int:
             table[output.label] = cells = row(output, source, root, pythons)
             for engine, cell in cells.items():
                 print(f"{output.label}: {engine}: {cell.text}{f' ({cell.why})' if cell.why else ''}", flush=True)
+        answers = f"- `kconvert smoke` behind vLLM's own server: {served(pythons.get('vllm'), root)}"
+    print(answers)
     if asked.write:
-        rewrite(Path(asked.write), rendered(table, pythons))
+        rewrite(Path(asked.write), f"{rendered(table, found)}\n{answers}")
     return 0
+
+
+def served(python: str | None, root: Path) -> str:
+    """What `kconvert smoke` says of vLLM's server."""
+    folder = root / "served"
+    folder.mkdir()
+    return NOT_RUN if python is None else smoked(python, folder)
+
+
+def had(engine: str) -> Environment:
+    found = environment(engine)
+    print(f"{engine}: {'; '.join(filter(None, (found.has, found.remark)))}", flush=True)
+    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -73,32 +90,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH")
     parser.add_argument("--dir", help="where the models are made")
     parser.add_argument("--write", metavar="ENGINES.md", help="put the table into this page")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.write and (asked.only or asked.engine):
+        parser.error("the page has the whole table: --write goes without --only and --engine")
+    return asked
 
 
 def chosen(labels: list[str] | None) -> list[Output]:
     """All, or those of the labels with what they are like."""
     wanted = set(labels or ()) | {output.like for output in OUTPUTS if output.label in (labels or ())}
     return [output for output in OUTPUTS if not labels or output.label in wanted]
-
-
-def environment(engine: str) -> str | None:
-    """The interpreter that has the engine, made now if need be; None where it cannot be installed."""
-    if engine == "transformers":
-        return sys.executable
-    folder = ENVIRONMENTS / engine
-    python, done = folder / "bin" / "python", folder / "installed"
-    if not done.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        requirements = HERE / "requirements" / f"{engine}.txt"
-        alone = requirements.with_suffix(".alone.txt")  # what is installed without that which it depends on
-        steps = [["-r", requirements], *([["--no-deps", "-r", alone]] if alone.exists() else [])]
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        if any(subprocess.run([*pip, *step], check=False).returncode for step in steps):
-            print(f"{engine}: {requirements} cannot be installed here", file=sys.stderr)
-            return None
-        done.touch()
-    return str(python)
 
 
 def kconvert(*words: str | Path) -> None:
@@ -195,21 +196,25 @@ def divergence(wanted: np.ndarray, found: np.ndarray) -> float:
     return float((np.exp(ours) * (ours - theirs)).sum(1).mean())
 
 
-def rendered(table: dict[str, dict[str, Cell]], pythons: dict[str, str | None]) -> str:
-    engines = [name for name, python in pythons.items() if python is not None]
-    lines = ["| output | " + " | ".join(engines) + " |", "|---" * (len(engines) + 1) + "|"]
+def rendered(table: dict[str, dict[str, Cell]], found: dict[str, Environment]) -> str:
+    lines = ["| output | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     notes: list[str] = []
     for label, cells in table.items():
         texts = []
-        for engine in engines:
+        for engine, place in found.items():
             cell = cells.get(engine, Cell(""))
             if cell.why and cell.why not in notes:
                 notes.append(cell.why)
-            texts.append(cell.text + (f" ({notes.index(cell.why) + 1})" if cell.why else ""))
+            mark = f" ({notes.index(cell.why) + 1})" if cell.why else ""
+            texts.append(NOT_RUN if place.python is None else cell.text + mark)
         lines.append(f"| {label} | " + " | ".join(texts) + " |")
     lines.append("")
     lines += [f"{number}. `{note.replace('`', '')}`" for number, note in enumerate(notes, 1)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(described(engine, place) for engine, place in found.items())])
+
+
+def described(engine: str, place: Environment) -> str:
+    return f"- {engine}: {'; '.join(filter(None, (place.has, place.remark.replace('`', ''))))}"
 
 
 def rewrite(page: Path, table: str) -> None:

@@ -197,7 +197,7 @@ def test_a_model_that_neither_thinks_nor_calls_tools_passes_when_one_says_so(smo
         (Script(cut_after=3), "the stream ended after '0.9 is more' without a finish_reason"),
         (Script(cut_after=3, clean_cut=True), "the stream ended after '0.9 is more' without a finish_reason"),
         (Script(cut_after=0, clean_cut=True), "holds no events with words"),
-        (Script(cut_after=0), "closed the connection without an answer"),
+        (Script(cut_after=0), "closed the connection without a whole answer"),
         (Script(raw_chunk="{nonsense"), "a chunk that is no JSON object"),
         (
             Script(raw_chunk='{"error": {"message": "CUDA out of memory"}}'),

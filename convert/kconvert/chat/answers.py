@@ -31,7 +31,7 @@ class Call:
         self.name = self.name or text(function.get("name"))
         more = function.get("arguments")
         if isinstance(more, str) and isinstance(self.arguments, str):
-            self.arguments += more
+            self.arguments += text(more)
         elif more is not None:
             self.arguments = more
 
@@ -76,7 +76,7 @@ class Answer:
         self.content += content
         key = next((key for key in REASONING_FIELDS if text(message.get(key))), None)
         if key is not None:
-            self.reasoning += message[key]
+            self.reasoning += text(message[key])
             self.reasoning_field = self.reasoning_field or key
         calls = message.get("tool_calls")
         fragments = [table(call) for call in calls] if isinstance(calls, list) else []
@@ -118,7 +118,10 @@ def _is_odd(key: str, value: object) -> bool:
 
 
 def text(value: object) -> str:
-    return value if isinstance(value, str) else ""
+    """Without halves of surrogate pairs, which nobody can send back."""
+    if not isinstance(value, str):
+        return ""
+    return value if value.isascii() else value.encode("utf-8", "replace").decode()
 
 
 def table(value: object) -> Mapping[str, Any]:

@@ -63,6 +63,11 @@ def judge(answer: Answer, expected: Expected) -> None:
         raise CheckFailed(
             f"the answer was cut at max_tokens {expected.limit}, after {quoted(answer.content)}; --max-tokens allows more"
         )
+    if answer.finish != "stop":
+        raise CheckFailed(
+            f"finish_reason is {quoted(answer.finish or '')} and not 'stop', after {quoted(answer.content)}: the server broke "
+            "the answer off, or clients believe so"
+        )
     if expected.reasoning and not answer.reasoning.strip():
         raise CheckFailed(
             f"the answer has content but no reasoning: {REASONING_PARSER}, or say --no-reasoning of a model that does not think"

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -130,34 +130,55 @@ class Server:
 
     def _unreachable(self, error: BaseException) -> str:
         causes = list(_causes(error))
-        if any(isinstance(cause, socket.gaierror) for cause in causes):
-            return f"{self.url}: no host of that name is known here"
-        if any(isinstance(cause, ssl.SSLError) for cause in causes):
-            return (
-                f"{self.url}: the server speaks no TLS that is trusted here; is its address http:// and not https://?"
-            )
+        kinds = {type(cause).__name__ for cause in causes}
         codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
-        if errno.EMFILE in codes:
-            return (
-                f"{self.url}: more chats at once than this process may have open files; raise ulimit -n, or ask fewer"
-            )
-        if codes & {errno.ENETUNREACH, errno.EHOSTUNREACH}:
-            return f"{self.url}: no way leads from here to that host"
-        if any(type(cause).__name__ == "ConnectError" for cause in causes):
-            return f"{self.url}: nothing listens there; start the server, or give its address"
-        return f"{self.url} closed the connection without an answer; what does its log say?"
+        faults = {
+            ": no host of that name is known here": any(isinstance(cause, socket.gaierror) for cause in causes),
+            ": the server speaks no TLS that is trusted here; is its address http:// and not https://?": any(
+                isinstance(cause, ssl.SSLError) for cause in causes
+            ),
+            ": more chats at once than this process may have open files; raise ulimit -n, or ask fewer": errno.EMFILE
+            in codes,
+            ": no way leads from here to that host": codes & {errno.ENETUNREACH, errno.EHOSTUNREACH},
+            ": nothing listens there; start the server, or give its address": "ConnectError" in kinds,
+            " sends on without end; give the address of the server itself": "TooManyRedirects" in kinds,
+            " answers with a body that is not compressed as its Content-Encoding says": "DecodingError" in kinds,
+            " closed the connection without a whole answer, or does not speak HTTP; what does its log say?": True,
+        }
+        return self._asked(causes) + next(words for words, holds in faults.items() if holds)
+
+    def _asked(self, causes: Sequence[BaseException]) -> str:
+        """The address, and the one of another server that the client was sent on to."""
+        for cause in causes[1:]:  # the first is the client's own, which knows where it was sent to first
+            with suppress(AttributeError, RuntimeError):
+                url = cause.request.url  # type: ignore[attr-defined]
+                origin = f"{url.scheme}://{url.netloc.decode()}"
+                return self.url if self.url.startswith(origin) else f"{origin}, which {self.url} sends on to"
+        return self.url
 
 
 @asynccontextmanager
 async def connected(url: str, api_key: str | None, timeout: float) -> AsyncIterator[Server]:
-    """The server at `url`. KconvertError when that is no address, or the client is not installed."""
+    """The server at `url`. KconvertError when that is no address, the key is none, or the client is not installed."""
     try:
-        from openai import AsyncOpenAI
+        from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient
     except ModuleNotFoundError:
         raise KconvertError("asking a server needs openai: pip install 'kconvert-toolkit[smoke]'") from None
     base = address(url)
-    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", timeout=timeout, max_retries=0) as client:
-        yield Server(client, base, timeout, bool(api_key))
+    if not all("!" <= char <= "~" for char in api_key or ""):
+        raise KconvertError(
+            "the key that was given with --api-key or in OPENAI_API_KEY is none: it has a blank, a line break, or a letter "
+            "beyond ASCII"
+        )
+    # A connection for each request: many that are kept are looked at one by one whenever another is wanted.
+    limits = type(DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=0)
+    http = DefaultAsyncHttpxClient(timeout=timeout, limits=limits)
+    settings: dict[str, Any] = {"timeout": timeout, "max_retries": 0, "http_client": http}
+    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", **settings) as client:
+        shown = urlsplit(base)
+        yield Server(
+            client, base.replace(f"{shown.netloc}", shown.netloc.rpartition("@")[2], 1), timeout, bool(api_key)
+        )
 
 
 def address(url: str) -> str:

@@ -70,7 +70,7 @@ def smoke(
     KconvertError when there is no such server, it wants another key, or it serves several models and none is named. What is
     wrong with the answers is in the report.
     """
-    if timeout <= 0 or max_tokens < 1 or long_words < 0 or not 1 <= concurrency <= MOST_AT_ONCE:
+    if not timeout > 0 or max_tokens < 1 or long_words < 0 or not 1 <= concurrency <= MOST_AT_ONCE:
         raise KconvertError(
             f"timeout is positive, max_tokens at least 1, long_words not negative and concurrency between 1 and {MOST_AT_ONCE}"
         )

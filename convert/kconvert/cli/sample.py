@@ -48,7 +48,8 @@ def sample(
     """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC,
     in the form that SRC has: MLX's and GGUF, too.
 
-    Sizes that are not given stay the model's own, so without any this writes 594 GB.
+    Sizes that are not given stay the model's own, so without any this writes 594 GB. But --kv-rank of a model in blocks of FP8
+    is 448 once any other is given: transformers reads no block that is cut off, as the model's own are.
 
     \b
     Example: kconvert sample ./tiny --layers 3 --experts 8 --hidden 512 --vocab 1024

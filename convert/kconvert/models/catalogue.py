@@ -122,6 +122,7 @@ def parse(table: Mapping[str, Any]) -> Manifest:
         indices={name: Index(**{**index, "range": tuple(index.get("range", ()))}) for name, index in _indices(table)},
         limits=table.get("limits", {}),
         divisors=table.get("divisors", {}),
+        small=table.get("small", {}),
         per_layer=tuple(table.get("per_layer", ())),
         rules=tuple(_rule(entry) for key in RULES for entry in table.get(key, ())),
         stacks=tuple(StackRule(**{**entry, "of": tuple(entry["of"])}) for entry in table.get("stacks", ())),

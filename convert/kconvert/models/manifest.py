@@ -38,7 +38,7 @@ class Manifest:
     """A model family; the fields are those of the TOML file.
 
     `accepts_any` (the generic manifest) demands no names. `serving` is what engines are told, by engine. `config`, `side_files`
-    (name -> text) and `shard_name` are what `kconvert sample` writes.
+    (name -> text) and `shard_name` are what `kconvert sample` writes, with the sizes that are `small` in any small one.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Manifest:
     indices: Mapping[str, Index]
     limits: Mapping[str, str]
     divisors: Mapping[str, str]
+    small: Mapping[str, int]
     per_layer: tuple[str, ...]
     rules: tuple[Rule, ...]
     stacks: tuple[StackRule, ...]

@@ -36,7 +36,8 @@ LAYER_TYPES = "layer_types"  # the key of config.json with the kind of attention
 
 @dataclass(frozen=True)
 class SampleRecipe:
-    """`sizes` maps a manifest's dimensions (`layers`, `experts`, …) to smaller ones; those not named stay true.
+    """`sizes` maps a manifest's dimensions (`layers`, `experts`, …) to smaller ones; those not named stay true, but for those
+    that the manifest has for any `small` sample.
 
     `scatter` puts the tensors of one weight into different shards.
     """
@@ -53,7 +54,8 @@ def plan_synthetic(recipe: SampleRecipe) -> Plan:
     manifest = load_manifest(recipe.like)
     if not manifest.config:
         raise KconvertError(f"the manifest {manifest.name} describes no checkpoint of its own; choose another --like")
-    config = manifest.resize(manifest.config, recipe.sizes)
+    sizes = {**manifest.small, **recipe.sizes} if recipe.sizes else {}
+    config = manifest.resize(manifest.config, sizes)
     _mix_layers(lookup(manifest.section(config), LAYER_TYPES), lookup(manifest.section(manifest.config), LAYER_TYPES))
     quantization = manifest.quantization(config)
     drafts: list[Transcode] = []
