@@ -107,6 +107,9 @@ def load_here(source: Path) -> None:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
+    def resident() -> int:  # which may have been more before, while modules were imported
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     config = DeepseekV3Config.from_pretrained(source)
     del config.quantization_config
@@ -122,7 +125,7 @@ def load_here(source: Path) -> None:
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    before, started = peak(), time.perf_counter()
+    before, started = resident(), time.perf_counter()
     load(model, source)
     seconds = time.perf_counter() - started
     grown = peak() - before

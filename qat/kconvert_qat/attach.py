@@ -40,7 +40,9 @@ class Attached:
     def serve(self, module: nn.Module, parameter: str) -> torch.Tensor:
         lists = getattr(module, "parametrizations", None)
         if self.state.config.lora == "merged" or lists is None or parameter not in lists:
-            return self.quantised(getattr(module, parameter), parameter)
+            weight = getattr(module, parameter, None)
+            self.places[parameter].check(weight, self.state.config)
+            return self.quantised(weight, parameter)
         value = self.quantised(lists[parameter].original, parameter)
         for adapter in lists[parameter]:
             value = adapter(value)
@@ -58,8 +60,8 @@ class Attached:
             )
             return served
         mate: Any = self.mates.get(parameter)
-        kept = self.kept.setdefault(parameter, Kept())
-        return self.state.serve(weight, self.places[parameter], kept, None if mate is None else mate.weight.detach())
+        mated = None if mate is None else mate.weight.detach()
+        return self.state.serve(weight, self.places[parameter], self.kept[parameter], mated)
 
 
 class Served:
@@ -130,11 +132,13 @@ def coverage(model: nn.Module) -> Coverage:
         raise KconvertError("the model is not prepared for quantisation-aware training; call prepare first")
     config = held.state.config
     found = find_experts(model)
+    for weight in found:
+        if (place := _place_of(weight)) is not None:
+            place.check(weight.tensor, config)
     matrices = matrices_of(model, found)
     weights = select(found, matrices, config)
     for weight in weights:
-        attached = attached_to(weight.module)
-        if attached is None or weight.parameter not in attached.places:
+        if _place_of(weight) is None:
             raise KconvertError(f"{weight.key} is not fake-quantised; was its module replaced after prepare?")
     covered = {id(weight.module) for weight in weights}
     for layer in _adapted_linears(model):
@@ -181,6 +185,12 @@ def attached_to(module: nn.Module) -> Attached | None:
     return attached
 
 
+def _place_of(weight: ExpertWeight) -> Place | None:
+    """Of one that `prepare` covered."""
+    attached = attached_to(weight.module)
+    return attached.places.get(weight.parameter) if attached else None
+
+
 def adapters_of(model: nn.Module) -> list[Any]:
     """PEFT's layers, each around a module of the model."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "get_base_layer")]
@@ -207,6 +217,7 @@ def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWe
         module.__dict__[STATE] = attached
         module.__class__ = (_served_within if "forward" in vars(module) else swapped)(type(module))
     attached.places[weight.parameter] = Place.of(weight, state.config)
+    attached.kept[weight.parameter] = Kept()
 
 
 @cache

@@ -47,8 +47,7 @@ class QATConfig:
     keep: str = KEPT[0]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        self._check(self.grid in GRIDS, "grid", f"one of {', '.join(GRIDS)}")
+        self._check(isinstance(self.grid, str) and self.grid in GRIDS, "grid", f"one of {', '.join(GRIDS)}")
         object.__setattr__(self, "convention", self.convention or self.spec.conventions[0])
         object.__setattr__(self, "group_size", self.group_size or self.spec.size)
         self._check(
@@ -58,8 +57,10 @@ class QATConfig:
         self._check(_is_int(self.group_size) and self.group_size > 0, "group_size", sizes)
         sound = self.group_size % 8 == 0 if self.spec.any_size else self.group_size == self.spec.size
         self._check(sound, "group_size", sizes)
-        sound = bool(self.targets) and all(isinstance(target, str) and target for target in self.targets)
+        sound = isinstance(self.targets, (list, tuple)) and bool(self.targets)
+        sound = sound and all(isinstance(target, str) and target for target in self.targets)
         self._check(sound, "targets", "a list of roles or globs")
+        object.__setattr__(self, "targets", tuple(self.targets))
         self._check(_is_int(self.start_step) and self.start_step >= 0, "start_step", "a number of steps")
         self._check(self.gradient in GRADIENTS, "gradient", f"one of {', '.join(GRADIENTS)}")
         self._check(self.gradient == GRADIENTS[0] or self.grid == "int4", "gradient", f"{GRADIENTS[0]} for {self.grid}")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kconvert.errors import KconvertError
-from kconvert_qat import QATConfig, at_step, coverage, detach, prepare
+from kconvert_qat import QATConfig, at_step, coverage, detach, export, prepare
 from kconvert_qat.experts import find_experts
 from kconvert_qat.grid import fake_quantise
 
@@ -215,3 +215,57 @@ def test_experts_without_a_gate_are_covered():
     wanted = quantised(model)["experts"](x)
     assert [matrix.name for matrix in prepare(model).matrices][::2] == ["experts.0.up_proj", "experts.0.down_proj"]
     assert torch.equal(model["experts"](x), wanted)
+
+
+def fewer(weight):
+    return weight[:2].clone()
+
+
+def more(weight):
+    return torch.cat([weight, weight])
+
+
+def flat(weight):
+    return weight[0].clone()
+
+
+def scalar(weight):
+    return weight.new_zeros(())
+
+
+def transposed(weight):
+    return weight.mT.contiguous()
+
+
+def sparse(weight):
+    return weight.float().to_sparse()
+
+
+@pytest.mark.parametrize("swap", [fewer, more, flat, scalar, transposed, sparse, torch.Tensor.half, torch.Tensor.byte])
+def test_a_parameter_swapped_after_prepare_is_one_sentence_in_the_forward_and_the_export(tiny, ids, tmp_path, swap):
+    model = tiny("qwen")
+    prepare(model)
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(swap(experts.down_proj.detach()), requires_grad=False)
+    for use in (lambda: model(ids), lambda: coverage(model), lambda: export(model, tmp_path / "out")):
+        with pytest.raises(KconvertError, match=r"layers\.1\.mlp\.experts\.down_proj (is|has) ") as said:
+            use()
+        assert "\n" not in str(said.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_that_is_gone_is_one_sentence(tiny, ids):
+    model = tiny("qwen")
+    prepare(model)
+    del model.model.layers[1].mlp.experts.down_proj
+    with pytest.raises(KconvertError, match=r"layers\.1\.mlp\.experts\.down_proj has no dense matrices"):
+        model(ids)
+
+
+def test_a_model_without_values_is_not_exported(tiny, tmp_path):
+    model = tiny("qwen")
+    prepare(model)
+    model.lm_head.to("meta")
+    with pytest.raises(KconvertError, match=r"lm_head\.weight is on the meta device"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

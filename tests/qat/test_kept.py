@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from kconvert.errors import KconvertError
 from kconvert_qat import QATConfig, at_step, detach, prepare
 from kconvert_qat.experts import find_experts
 from kconvert_qat.grid import fake_quantise
-from kconvert_qat.grids import serving
+from kconvert_qat.grids import fingerprints, serving
+from kconvert_qat.grids.fingerprints import fingerprint
 from kconvert_qat.grids.kept import version_of
 
 
@@ -231,11 +233,37 @@ def test_what_somebody_wrote_into_is_computed_again(tiny, ids):
 
 def test_frozen_experts_are_computed_once_for_all_steps(tiny, ids, computed):
     model = tiny()
-    weights = len(prepare(model).weights)
+    weights = prepare(model).weights
+    for weight in weights:
+        weight.tensor.requires_grad_(False)
+    optimiser = torch.optim.SGD(model.lm_head.parameters(), lr=1e-2)
     for step in range(3):
         at_step(model, step)
+        model(ids).logits.square().mean().backward()
+        optimiser.step()
+    assert len(computed) == len(weights)
+
+
+def held_of(model):
+    """What is kept of the experts of each module."""
+    found = (module.__dict__.get("_kconvert_qat") for module in model.modules())
+    return [kept._held for attached in found if attached for kept in attached.kept.values()]
+
+
+@pytest.mark.parametrize("keep", ["served", "codes"])
+def test_what_is_kept_of_trained_experts_is_let_go_of_before_the_optimiser_takes_memory(tiny, ids, keep):
+    model, seen = tiny(dtype=torch.float32), []
+    weights = len(prepare(model, QATConfig(keep=keep)).weights)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimiser.register_step_pre_hook(lambda *_: seen.append(held_of(model)))
+    for batch in ids:
+        model(batch[None]).logits.square().mean().backward()
+    with torch.no_grad():
         model(ids)
-    assert len(computed) == weights
+    assert None not in held_of(model)
+    optimiser.step()
+    assert seen == [[None] * weights]
+    assert torch.equal(model.eval()(ids).logits, by_hand(model)(ids).logits)
 
 
 def test_merged_adapters_are_seen_at_every_step_and_kept_between(tiny, ids, computed):
@@ -274,6 +302,45 @@ def test_a_compiled_model_is_never_stale(tiny):
 def test_an_unknown_thing_to_keep_is_refused():
     with pytest.raises(KconvertError, match="keep is 'all', but it must be one of served, codes, nothing"):
         QATConfig(keep="all")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8191, 8192, 8193, 3 * 8192, 2 * 8192 * 1024 + 5])
+def test_a_fingerprint_is_of_every_byte_wherever_it_lies(size):
+    weight = torch.arange(size).mul(37).to(torch.uint8)
+    before = fingerprint(weight)
+    assert fingerprint(weight.clone()) == before
+    for place in {0, size // 3, size // 2, size - 1} if size else ():
+        for bit in (1, 128):
+            weight[place] ^= bit
+            assert fingerprint(weight) != before
+            weight[place] ^= bit
+    assert (
+        fingerprint(torch.cat([weight, torch.zeros(1, dtype=torch.uint8)])) != before
+    )  # what blocks are filled up with
+
+
+def test_a_fingerprint_is_of_how_a_tensor_lies_in_memory_and_needs_no_copy_of_a_transposed_one():
+    weight = torch.randn(3, 64, 64)
+    different = {fingerprint(each) for each in (weight, weight.mT, weight.mT.contiguous(), weight.view(torch.int32))}
+    assert len(different) == 4
+    assert fingerprint(weight.mT[:, ::2]) == fingerprint(weight.clone().mT[:, ::2])
+
+
+def test_blocks_are_hashed_by_nh_under_keys_of_this_process():
+    from kconvert_qat.grids import kernels
+
+    words = np.random.default_rng(0).integers(0, 2**32, (3, 2, fingerprints.HALF), np.uint32)
+    words[2] = 2**32 - 1
+    found = np.empty((3, 2), np.uint64)
+    kernels.nh(words, fingerprints.KEYS, found)
+    keys = fingerprints.KEYS.tolist()
+    for block, hashes in zip(words.tolist(), found.tolist(), strict=True):
+        for shift in (0, 1):
+            pairs = [
+                (left + keys[0][i + shift]) % 2**32 * ((right + keys[1][i + shift]) % 2**32)
+                for i, (left, right) in enumerate(zip(*block, strict=True))
+            ]
+            assert hashes[shift] == sum(pairs) % 2**64
 
 
 def test_the_version_of_a_weight_is_all_of_its_bits():

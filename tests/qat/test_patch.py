@@ -10,7 +10,9 @@ import torch
 import kconvert
 from kconvert.errors import KconvertError
 from kconvert.run.state import merge
-from kconvert_qat import QATConfig, export, prepare
+from kconvert_qat import QATConfig, detach, export, prepare
+from kconvert_qat.export import encode
+from kconvert_qat.grids.table import GRIDS
 
 
 def files_of(folder):
@@ -107,6 +109,74 @@ def test_patches_are_of_every_grid(tiny, tmp_path, grid):
     kconvert.apply(tmp_path / "base", tmp_path / "patch")
     export(model, tmp_path / "whole")
     check_same(tmp_path / "base", tmp_path / "whole")
+
+
+@pytest.fixture
+def spelt(monkeypatch):
+    """The names of the weights that are encoded or copied, in order."""
+    names, real = [], encode._spell
+
+    def counting(step, value, rooms):
+        names.append(step.name)
+        real(step, value, rooms)
+
+    monkeypatch.setattr(encode, "_spell", counting)
+    return names
+
+
+def test_only_what_changed_is_encoded(exported, tmp_path, spelt):
+    train(exported, 1)
+    export(exported, tmp_path / "next", only_changed=True)
+    assert sorted(spelt) == ["model.layers.1.mlp.experts.1.down_proj", "model.norm.weight"]
+    for number in range(2):
+        spelt.clear()
+        export(exported, tmp_path / f"none{number}", only_changed=True)
+        assert not spelt
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_change_of_a_weight_is_in_the_next_patch(tiny, tmp_path, grid):
+    """Of one value of any expert, in ways that torch does not count; of gate, whose number of the whole up shares, too."""
+    model = tiny("qwen")
+    prepare(model, QATConfig(grid=grid))
+    export(model, tmp_path / "base")
+    experts = model.model.layers[1].mlp.experts
+    changes = [
+        lambda: experts.gate_up_proj.data[2, 5, 7].fill_(9),
+        lambda: experts.gate_up_proj.data[2, 5, 7].fill_(-9),
+        lambda: experts.down_proj.data[0].copy_(experts.down_proj.data[1]),
+        lambda: setattr(experts, "down_proj", torch.nn.Parameter(experts.down_proj.detach().flip(0))),
+        lambda: model.lm_head.weight.data[-1, -1:].add_(1),
+    ]
+    for number, change in enumerate(changes):
+        with torch.no_grad():
+            change()
+        plan = export(model, tmp_path / f"patch{number}", only_changed=True)
+        assert plan.shards, number
+        kconvert.apply(tmp_path / "base", tmp_path / f"patch{number}")
+        export_apart(model, tmp_path / f"whole{number}")
+        check_same(tmp_path / "base", tmp_path / f"whole{number}")
+
+
+def export_apart(model, folder):
+    """A whole export that the next patch does not follow."""
+    remembered = vars(model)["_kconvert_exported"]
+    export(model, folder)
+    vars(model)["_kconvert_exported"] = remembered
+
+
+def test_another_convention_is_another_encoding_of_every_expert(exported, tmp_path):
+    detach(exported)
+    prepare(exported, QATConfig(convention="compressed-tensors"))
+    export(exported, tmp_path / "next", only_changed=True)
+    for name in ("patch", "next"):
+        kconvert.apply(tmp_path / "base", tmp_path / name)
+    export(exported, tmp_path / "whole", shard_size=20_000)
+    assert tensors(tmp_path / "base") == tensors(tmp_path / "whole")
+
+
+def tensors(folder):
+    return {name: data for name, data in files_of(folder).items() if name.endswith(".safetensors")}
 
 
 def test_a_patch_in_small_files_is_the_same(exported, tmp_path):

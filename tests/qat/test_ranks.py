@@ -1,4 +1,5 @@
-"""Training on several gloo ranks, with micro-batches: the same weights as on one, and patches and exports written by all.
+"""Training on several gloo ranks, with micro-batches: the same weights as on one, and patches and exports written by all, or
+by none.
 
 FSDP2 on 2 and 4 ranks, and transformers' expert parallelism on 2, in the same processes, which take long to start.
 """
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+
+from kconvert.errors import KconvertError
 
 MICRO = 2  # batches before a step, on each rank
 STEPS = 2
@@ -122,6 +125,46 @@ def train_fsdp(rank, ranks, folder):
     wanted = torch.load(f"{folder}/wanted.pt")
     for name, value in model.state_dict().items():
         assert torch.equal(value.full_tensor(), wanted[name]), name
+    if ranks == 2:
+        refuse(model, rank, Path(folder))
+
+
+def refuse(model, rank, folder):
+    """What one rank refuses, all do, by one sentence, and none waits for another; after it an export is as before."""
+    from kconvert_qat import export
+
+    def refused(*arguments, error=KconvertError, **options):
+        with pytest.raises(error) as raised:
+            export(model, *arguments, **options)
+        said = [None] * 2
+        torch.distributed.all_gather_object(said, str(raised.value))
+        return said
+
+    def fails(nbytes):
+        raise RuntimeError("the progress bar broke")
+
+    full, other = folder / "plain", folder / "refused"
+    for options in ({}, {"only_changed": True}):  # what the first rank alone looks at
+        one, two = refused(full, **options)
+        assert one == two
+        assert one.startswith(f"{full} ")
+    source = full if rank == 0 else folder / "nowhere"
+    one, two = refused(other, source=source, for_transformers=False)  # what the first rank has
+    assert one == two
+    assert one.startswith(f"{folder / 'nowhere'} ")
+    local = model.model.layers[1].mlp.experts.down_proj.to_local()
+    with torch.no_grad():
+        before = local[0, 0, 0].clone()
+        local[0, 0, 0] = float("nan")
+        for options in ({}, {"only_changed": True}):  # what is found when others wait with the next weight
+            one, two = refused(folder / f"refused-{len(options)}", **options)
+            assert one == two
+            assert "not finite" in one
+        local[0, 0, 0] = before
+    one, two = refused(other, error=RuntimeError if rank == 0 else KconvertError, advance=fails, overwrite=True)
+    assert (one, two) == ("the progress bar broke", "rank 0 could not go on with the export; its own output says why")
+    plan = export(model, folder / "unchanged", only_changed=True)
+    assert rank > 0 or not plan.shards
 
 
 def train_expert_parallel(rank, ranks, folder):

@@ -84,7 +84,7 @@ def test_a_parameter_of_other_matrices_is_one_sentence(tiny, ids):
     prepare(model)
     experts = model.model.layers[0].mlp.experts
     experts.down_proj = torch.nn.Parameter(experts.down_proj[:, :32].clone())
-    with pytest.raises(KconvertError, match=r"layers\.0.*has matrices \[32, 32\], but \[64, 32\] when it was prepared"):
+    with pytest.raises(KconvertError, match=r"layers\.0.*is \[4, 32, 32\], but was \[4, 64, 32\] when it was prepared"):
         model(ids)
 
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import kconvert
@@ -25,9 +24,10 @@ from kconvert.planning.plan import Plan
 from kconvert.run.state.finalize import finalize
 from kconvert.run.state.journal import Journal
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
-from kconvert_qat.export.encode import encoded, help_gather
+from kconvert_qat.export.encode import Seen, check_values, encoded, help_gather
 from kconvert_qat.export.patch import HELD, Exported, PatchWriter, check_room, last_export, remember
 from kconvert_qat.export.planned import Export, plan_export, plan_of
+from kconvert_qat.export.ranks import is_leader, is_sharded, led, together
 from kconvert_qat.export.shards import write_shards
 
 __all__ = ["Export", "export", "plan_export"]
@@ -52,7 +52,7 @@ def export(
     `tokenizer` is saved with them. Nothing is written where transformers could
     not load it, as for models whose experts it keeps fused; `for_transformers=False` is for engines that read experts one
     by one all the same. `advance` is called with the bytes written. Under FSDP2 every rank calls this; weights are gathered
-    one by one, and the first rank writes. Returns the plan that was carried out.
+    one by one, and the first rank writes; where one refuses, all do. Returns the plan that was carried out.
 
     With `only_changed` the directory gets a patch: the weights whose codes or values are others than in the last export of this
     model in this process, whole or patch, for `kconvert apply` to merge into a copy of that.
@@ -60,43 +60,54 @@ def export(
     advance = advance or (lambda nbytes: None)
     target = Path(destination)
     if only_changed:
-        return _export_changes(model, plan_of(model, source), target, shard_size, overwrite, advance)
-    task = plan_export(
-        model, source=source, tokenizer=tokenizer, shard_size=shard_size, for_transformers=for_transformers
-    )
-    digests: Mapping[str, bytes] = {}
-    if is_leader():
-        kconvert.check(task.plan, target, overwrite=overwrite)
-        with Journal(target, task.plan, overwrite) as journal:
-            digests = write_shards(task.plan, journal, encoded(task), advance)
-            finalize(task.plan, journal)
-    else:
-        help_gather(task)
-    remember(model, Exported.of(task, digests))
+        return _export_changes(model, source, target, shard_size, overwrite, advance)
+    sharded = is_sharded(model)
+    with together(sharded):
+        task = plan_export(
+            model, source=source, tokenizer=tokenizer, shard_size=shard_size, for_transformers=for_transformers
+        )
+        check_values(task)
+        if is_leader():
+            kconvert.check(task.plan, target, overwrite=overwrite)
+    seen: Mapping[str, Seen] = {}
+    with led(sharded):
+        if is_leader():
+            with Journal(target, task.plan, overwrite) as journal:
+                seen = write_shards(task.plan, journal, encoded(task, {}), advance)
+                finalize(task.plan, journal)
+        else:
+            help_gather(task)
+    remember(model, Exported.of(task, seen))
     return task.plan
 
 
 def _export_changes(
-    model: nn.Module, task: Export, target: Path, shard_size: int, overwrite: bool, advance: Callable[[int], None]
+    model: nn.Module,
+    source: str | os.PathLike[str] | None,
+    target: Path,
+    shard_size: int,
+    overwrite: bool,
+    advance: Callable[[int], None],
 ) -> Plan:
-    last, mine = last_export(model), Exported.of(task, {})
-    if mine.outline != last.outline:
-        raise KconvertError(
-            "the model has other tensors, or another encoding, than in its last export, which no patch can follow; export it "
-            "whole, or with the same options"
-        )
+    sharded = is_sharded(model)
+    with together(sharded):
+        task = plan_of(model, source)
+        check_values(task)
+        last, mine = last_export(model), Exported.of(task, {})
+        if mine.outline != last.outline:
+            raise KconvertError(
+                "the model has other tensors, or another encoding, than in its last export, which no patch can follow; export "
+                "it whole, or with the same options"
+            )
+        if is_leader():
+            check_room(target, overwrite)
     plan = task.plan
-    if is_leader():
-        check_room(target, overwrite)
-        writer = PatchWriter(target, min(shard_size, HELD), advance)
-        mine = replace(mine, digests=writer.write(encoded(task), last))
-        plan = writer.finish(last.id, task.plan, task.id)
-    else:
-        help_gather(task)
+    with led(sharded):
+        if is_leader():
+            writer = PatchWriter(target, min(shard_size, HELD), advance)
+            mine = replace(mine, seen=writer.write(encoded(task, last.seen), last.seen))
+            plan = writer.finish(last.id, task.plan, task.id)
+        else:
+            help_gather(task)
     remember(model, mine)
     return plan
-
-
-def is_leader() -> bool:
-    """Whether this process is the one that writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

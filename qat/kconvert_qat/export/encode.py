@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,9 @@ from kconvert.checkpoint.files import PAGE
 from kconvert.errors import KconvertError
 from kconvert.planning.steps import Copy, Step
 from kconvert_qat.export.planned import Export, Stacked
+from kconvert_qat.export.ranks import go_on
 from kconvert_qat.grid import reaches
+from kconvert_qat.grids.fingerprints import fingerprint
 from kconvert_qat.names import Matrix
 
 if TYPE_CHECKING:
@@ -27,22 +29,54 @@ HELD = 256 << 20  # bytes of values that are gathered at a time, or one weight
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What a step writes: the bytes of each tensor, in memory aligned as the file is, and their SHA-256."""
+class Seen:
+    """What tells a weight that is encoded from another: a fingerprint of what its bytes are made of, and their SHA-256."""
 
-    step: Step
-    parts: list[Bytes]
+    mark: bytes
     digest: bytes
 
 
-def encoded(task: Export) -> Iterator[Encoded]:
-    """Every step of the export, in its order."""
+@dataclass(frozen=True)
+class Encoded:
+    """What a step writes: the bytes of each tensor, in memory aligned as the file is; none where they are those of before."""
+
+    step: Step
+    parts: list[Bytes]
+    seen: Seen
+
+
+def check_values(task: Export) -> None:
+    """KconvertError where a tensor has none."""
+    weights = {matrix.weight.key: matrix.weight.tensor for matrix in task.matrices.values()}
+    for name, tensor in {**weights, **task.rest}.items():
+        if tensor.is_meta:
+            raise KconvertError(
+                f"{name} is on the meta device, where it has no values; load the model before it is exported"
+            )
+
+
+def encoded(task: Export, before: Mapping[str, Seen]) -> Iterator[Encoded]:
+    """Every step of the export, in its order; bytes are made of what is not as `before`."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for batch, values, limits in _gathered(task, 2 * threads):
-            rooms = [_rooms(step, reach) for step, reach in zip(batch, limits, strict=True)]
-            _encode(pool, list(zip(batch, values, rooms, strict=True)))
-            yield from map(Encoded, batch, rooms, pool.map(_digest, rooms))
+            work, marks = [], []
+            for step, value, reach in zip(batch, map(torch.Tensor.cpu, values), limits, strict=True):
+                mark, seen = _mark(step, value, reach), before.get(step.name)
+                if seen is not None and seen.mark == mark:
+                    yield Encoded(step, [], seen)
+                    continue
+                work.append((step, value, _rooms(step, reach)))
+                marks.append(mark)
+            _encode(pool, work)
+            digests = pool.map(_digest, [rooms for _, _, rooms in work])
+            for (step, _, rooms), mark, digest in zip(work, marks, digests, strict=True):
+                yield Encoded(step, rooms, Seen(mark, digest))
+
+
+def _mark(step: Step, value: torch.Tensor, reach: float) -> bytes:
+    """Of all that the bytes are made of; as they are equal without it, formats are spelt, rule and all."""
+    return fingerprint(value, "" if isinstance(step, Copy) else f"{step.target!r} {reach!r}")
 
 
 def help_gather(task: Export) -> None:
@@ -89,10 +123,13 @@ class Whole:
         return self._held[weight.parameter]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """The tensor itself, or all of it when it is sharded; then every rank must call this."""
-    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach()
+    if hasattr(tensor, "full_tensor"):
+        go_on()
+        tensor = tensor.full_tensor()
+    plain: torch.Tensor = tensor.detach()
+    return plain
 
 
 def _value(task: Export, step: Step, gathered: Whole) -> torch.Tensor:
@@ -139,7 +176,7 @@ def _encode(pool: Executor, work: Sequence[tuple[Step, torch.Tensor, list[Bytes]
 
 def _spell(step: Step, value: torch.Tensor, rooms: list[Bytes]) -> None:
     if isinstance(step, Copy):
-        rooms[0][:] = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        rooms[0][:] = value.contiguous().reshape(-1).view(torch.uint8).numpy()
         return
     try:
         step.target.encode(_floats(value), rooms)

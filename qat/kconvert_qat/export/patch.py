@@ -1,8 +1,8 @@
 """What changed in a model since its last export, for rollouts that follow a training; see kconvert.run.state.patch.
 
-Every weight is encoded, as in a whole export, and what has other bytes than last time is written. What these were only their
-digests tell, which the model keeps; so a patch follows an export of the same process. Files are small enough to be held in
-memory until it is known what is in them.
+Every weight is looked at; where its bits are others than last time it is encoded, and written if that has other bytes. What
+these were only their digests tell, which the model keeps; so a patch follows an export of the same process. Files are small
+enough to be held in memory until it is known what is in them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Place, Step
 from kconvert.run.state.patch import FILE_NAME, PATCH_NAME, Patch
 from kconvert.run.writer import ShardWriter
-from kconvert_qat.export.encode import Encoded
+from kconvert_qat.export.encode import Encoded, Seen
 from kconvert_qat.export.planned import Export
 from kconvert_qat.names import base_model
 
@@ -38,19 +38,19 @@ HELD = 256 << 20  # bytes of a file, or one weight
 
 @dataclass(frozen=True)
 class Exported:
-    """An export: its id, what lies in it under which names, and the digest of each weight, on the rank that wrote it."""
+    """An export: its id, what lies in it under which names, and what each weight was, on the rank that wrote it."""
 
     id: str
     outline: str
-    digests: Mapping[str, bytes]
+    seen: Mapping[str, Seen]
 
     @classmethod
-    def of(cls, task: Export, digests: Mapping[str, bytes]) -> Exported:
+    def of(cls, task: Export, seen: Mapping[str, Seen]) -> Exported:
         """An outline is equal where patches fit: the same tensors, of the same encodings by the same declaration."""
         config = json.loads(bytes(task.plan.texts[CONFIG_NAME]))
         tensors = [output for step in task.plan.steps for output in step.outputs]
         text = json.dumps([sorted(tensors), config.get("quantization_config")])
-        return cls(task.id, hashlib.sha256(text.encode()).hexdigest(), digests)
+        return cls(task.id, hashlib.sha256(text.encode()).hexdigest(), seen)
 
 
 def remember(model: nn.Module, exported: Exported) -> None:
@@ -96,16 +96,16 @@ class PatchWriter:
     _waiting: list[Encoded] = field(default_factory=list)
     _nbytes: int = 0
 
-    def write(self, weights: Iterable[Encoded], last: Exported) -> dict[str, bytes]:
-        """All that has another digest than in the last export; returns those of all weights."""
+    def write(self, weights: Iterable[Encoded], last: Mapping[str, Seen]) -> dict[str, Seen]:
+        """All that has other bytes than in the last export; returns what all weights were."""
         self._clear()
-        digests: dict[str, bytes] = {}
+        seen: dict[str, Seen] = {}
         for weight in weights:
-            digests[weight.step.name] = weight.digest
-            if weight.digest != last.digests[weight.step.name]:
+            seen[weight.step.name] = weight.seen
+            if weight.seen.digest != last[weight.step.name].digest:
                 self._add(weight)
         self._flush()
-        return digests
+        return seen
 
     def finish(self, base: str, plan: Plan, export: str) -> Plan:
         """Make a whole patch of what was written; returns what was carried out of `plan`."""

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable
 from kconvert.planning.plan import Plan
 from kconvert.run.state.journal import Journal
 from kconvert.run.writer import ShardWriter
-from kconvert_qat.export.encode import Encoded
+from kconvert_qat.export.encode import Encoded, Seen
 
 
 def write_shards(
     plan: Plan, journal: Journal, weights: Iterable[Encoded], advance: Callable[[int], None]
-) -> dict[str, bytes]:
-    """Every shard, in order; returns the digest of each weight."""
+) -> dict[str, Seen]:
+    """Every shard, in order; returns what each weight was."""
     shards = {shard.name: shard for shard in plan.shards}
     writers: dict[str, ShardWriter] = {}
-    digests: dict[str, bytes] = {}
+    seen: dict[str, Seen] = {}
     try:
         for weight in weights:
-            digests[weight.step.name] = weight.digest
+            seen[weight.step.name] = weight.seen
             for spot, data in zip(weight.step.writes, weight.parts, strict=True):
                 if spot.file not in writers:
                     shard, path = shards[spot.file], journal.destination / spot.file
@@ -31,4 +31,4 @@ def write_shards(
     finally:
         for writer in writers.values():
             writer.abandon()
-    return digests
+    return seen

@@ -269,3 +269,16 @@ def _serve_fp8(values: Any, row: Any, left: Any, right: Any, step: Any, powers: 
     for i in range(whole, right):
         code = e4m3.round_e4m3(load_bf16(values[row, i]) / step)
         store_bf16(served, row, i, round_bf16(e4m3.widen_e4m3(code) * step))
+
+
+@kernel
+def nh(words: Any, keys: Any, found: Any) -> None:
+    """Words u32 [blocks, 2, n] and keys u32 [2, n + 1] -> u64 [blocks, 2]: sums of (word + key) * (word + key) of a pair, each
+    factor modulo 2^32; the second with the keys of the next pair."""
+    for block in range(words.shape[0]):
+        one, other = np.uint64(0), np.uint64(0)
+        for i in range(words.shape[2]):
+            left, right = words[block, 0, i], words[block, 1, i]
+            one += np.uint64(U(left + keys[0, i])) * np.uint64(U(right + keys[1, i]))
+            other += np.uint64(U(left + keys[0, i + 1])) * np.uint64(U(right + keys[1, i + 1]))
+        found[block, 0], found[block, 1] = one, other

@@ -18,14 +18,16 @@ FRESH = 1 << 25  # bytes from which on the C library keeps no memory for the nex
 
 
 def array_of(tensor: torch.Tensor) -> NDArray[Any]:
-    """The contiguous tensor's memory: bf16 in u16, or f32. Not by numpy(), after which FSDP2 could not free the storage."""
-    dtype = "u2" if tensor.dtype == torch.bfloat16 else "f4"
-    nbytes = tensor.numel() * tensor.element_size()
-    if not nbytes:
-        return np.empty(tensor.shape, dtype)
-    memory: Any = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    array: NDArray[Any] = np.frombuffer(memory, dtype)
-    return array.reshape(tensor.shape)
+    """The contiguous tensor's memory: bf16 in u16, or f32."""
+    return bytes_of(tensor).view("u2" if tensor.dtype == torch.bfloat16 else "f4").reshape(tensor.shape)
+
+
+def bytes_of(tensor: torch.Tensor) -> NDArray[Any]:
+    """Any contiguous tensor's memory, u8. Not by numpy(), after which FSDP2 could not free the storage."""
+    if not tensor.numel():
+        return np.empty(0, "u1")
+    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, "u1")
 
 
 def room(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class State:
     def serve(self, weight: torch.Tensor, of: Place, kept: Kept, mate: torch.Tensor | None = None) -> torch.Tensor:
         """The weight as the exported checkpoint has it."""
         config = self.config
-        of.check(weight, config)
+        of.check(weight, config, whole=False)
         matrices = of.matrices(weight)
         options = (config.group_size, config.convention, config.gradient == "clip")
         versions = None if torch.compiler.is_compiling() else self._versions(weight, mate)
@@ -39,7 +40,7 @@ class State:
             return fake_quantise(plain, *options, config.grid, mate)
 
         with torch.inference_mode(False), torch.no_grad():  # what it keeps may be for training next time
-            made = kept.get(versions, make)
+            made = kept.get(versions, weight.requires_grad, make)
             served = made if isinstance(made, torch.Tensor) else made.values()
         through: torch.Tensor = StraightThrough.apply(matrices, served, *options)  # type: ignore[no-untyped-call]
         return of.restored(through)
@@ -58,8 +59,7 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """How the matrices of a weight lie in its parameter, of which shape the last two dimensions are, and what it is called; see
-    ExpertWeight."""
+    """How the matrices of a weight lie in its parameter of this shape, and what it is called; see ExpertWeight."""
 
     key: str
     shape: tuple[int, ...]
@@ -72,11 +72,14 @@ class Place:
     def of(cls, weight: ExpertWeight, config: QATConfig) -> Place:
         """A block of several rows may not lie across two matrices, so they are taken `apart`."""
         count = len(weight.pieces)
-        shape = tuple(weight.tensor.shape[-2:])
+        shape = tuple(weight.tensor.shape)
         return cls(weight.key, shape, weight.transposed, count, weight.concatenated, config.spec.rows > 1 and count > 1)
 
-    def check(self, weight: torch.Tensor, config: QATConfig) -> None:
-        """KconvertError when the grid cannot have this tensor."""
+    def check(self, weight: Any, config: QATConfig, whole: bool = True) -> None:
+        """KconvertError when the grid cannot have this tensor, or it is not the one prepared; if not `whole`, some experts."""
+        advice = "swap no parameters after prepare"
+        if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or weight.layout != torch.strided:
+            raise KconvertError(f"{self.key} has no dense matrices; {advice}")
         inputs = weight.shape[-2 if self.transposed else -1]
         if not config.spec.lays_out(inputs, config.group_size):
             raise KconvertError(
@@ -84,10 +87,11 @@ class Place:
             )
         if weight.dtype not in DTYPES:
             raise KconvertError(f"{self.key} is {weight.dtype}; quantisation-aware training needs BF16 or F32 weights")
-        if weight.shape[-2:] != self.shape:
+        which = slice(None if whole else -2, None)
+        if weight.shape[which] != self.shape[which]:
             raise KconvertError(
-                f"{self.key} has matrices {list(weight.shape[-2:])}, but {list(self.shape)} when it was prepared; swap no "
-                "parameters after prepare, and shard experts by FSDP2 or expert parallelism, not within their matrices"
+                f"{self.key} is {list(weight.shape[which])}, but was {list(self.shape[which])} when it was prepared; {advice}, "
+                "and shard experts by FSDP2 or expert parallelism, not within their matrices"
             )
 
     def matrices(self, weight: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,12 @@ WORD, HALF, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
 NARROWS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
 
 
-class _Bf16(ir.types._BaseFloatType):  # type: ignore[misc]  # llvmlite lacks it
-    null = "0.0"
-    intrinsic_name = "bf16"
-
+class _Bf16(ir.Type):  # type: ignore[misc]  # llvmlite lacks it
     def __str__(self) -> str:
         return "bfloat"
 
 
-_Bf16._create_instance()
+BF16 = _Bf16()
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -80,7 +77,7 @@ def _rounded_if_normal(builder: Any, floats: Any, lanes: int) -> Any:
     """The same, but subnormal numbers may become zeros."""
     if not NARROWS:
         return _rounded(builder, floats, lanes)
-    narrow = builder.fptrunc(builder.bitcast(floats, ir.VectorType(FLOAT, lanes)), ir.VectorType(_Bf16(), lanes))
+    narrow = builder.fptrunc(builder.bitcast(floats, ir.VectorType(FLOAT, lanes)), ir.VectorType(BF16, lanes))
     return builder.bitcast(narrow, ir.VectorType(HALF, lanes))
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: how they are compiled, and rounding to bf16 by integer arithmetic; and a fingerprint of bits."""
+"""What the kernels share: how they are compiled, and rounding to bf16 by integer arithmetic."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from kconvert.formats.conventions import LARGEST_ERROR
 F = TypeVar("F", bound=Callable[..., Any])
 INFINITE = np.uint32(0x7F800000)  # as f32, and the bits of its exponent
 MAGNITUDE = np.uint32(0x7FFFFFFF)  # all bits but the sign
-ODD = np.uint32(0x9E3779B1)
-LANES = 64  # of a fingerprint; vectors enough that none waits for another
 
 
 def kernel(function: F) -> F:
@@ -223,23 +221,3 @@ def _round_finite(value: Any) -> Any:
     bits = bits_of(value)
     special = np.uint32(bits & MAGNITUDE) >= INFINITE
     return float_of(bits if special else np.uint32(round_bits(value) & np.uint32(0xFFFF0000)))
-
-
-@inline
-def _mix(lane: Any, word: Any) -> Any:
-    mixed = np.uint32(np.uint32(lane ^ word) * ODD)
-    return np.uint32(mixed ^ np.uint32(mixed >> np.uint32(15)))
-
-
-@kernel
-def fingerprint(words: Any, lanes: Any) -> None:
-    """Mix words u32 [n] into lanes u32 [LANES], word k into lane k modulo LANES; one that differs always makes another lane.
-
-    Each step can be undone, so only several that differ in one lane may come out the same, by a chance of 2^-32.
-    """
-    rounds = words.shape[0] // LANES
-    for k in range(rounds):
-        for j in range(LANES):
-            lanes[j] = _mix(lanes[j], words[k * LANES + j])
-    for j in range(words.shape[0] - rounds * LANES):
-        lanes[j] = _mix(lanes[j], words[rounds * LANES + j])
