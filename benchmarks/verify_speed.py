@@ -31,7 +31,7 @@ from common import (
     verdict,
 )
 
-TARGET_MB = 900
+TARGET_MB = 450
 TINY = ["--experts=2", "--hidden=256", "--moe-intermediate=128", "--heads=2", "--q-rank=32", "--kv-rank=32"]
 SOURCE = ["--layers=1", "--dense-layers=0", "--vocab=1024"]
 # What is made of which, and how; `int4` in the table is the sample.
@@ -42,6 +42,14 @@ PAIRS = {
     "amxint4": ("sample", ["repack-amx", "--method=AMXINT4", "--numa=2"]),
     "int4": ("bf16", ["bf16-to-int4"]),
     "bf16-again": ("fp8", ["fp8-to-bf16"]),
+    "fp8-mse": ("sample", ["int4-to-fp8", "--scales=mse"]),
+    "nvfp4": ("sample", ["convert", "--to=nvfp4"]),
+    "nvfp4-mse": ("sample", ["convert", "--to=nvfp4", "--scales=mse"]),
+    "mxfp4": ("sample", ["convert", "--to=mxfp4"]),
+    "mxfp4-mse": ("sample", ["convert", "--to=mxfp4", "--scales=mse"]),
+    "nvfp4-kept": ("mxfp4", ["convert", "--to=nvfp4"]),
+    "gguf": ("sample", ["convert", "--to=gguf"]),
+    "mlx": ("sample", ["convert", "--to=mlx"]),
 }
 
 

@@ -111,6 +111,7 @@ def inside(room: str) -> list[str]:
 
 
 OURS = [module for module in MODULES if within(module, "kconvert")]
+LOOPS = inside("proof.parity.quick.loops")
 QAT = [module for module in MODULES if within(module, "kconvert_qat")]
 OUTSIDE_CLI = sorted(MODULES.keys() - set(inside("cli")))
 
@@ -249,12 +250,17 @@ def test_only_the_command_line_prints():
 
 
 def test_numba_is_known_to_the_kernels_only():
-    kernels = {*inside("formats.kernels"), "kconvert_qat.grids.vectors"}  # the latter for those of training's grids
+    # The others are for training's grids, and the proof's own.
+    kernels = {*inside("formats.kernels"), "kconvert_qat.grids.vectors", *LOOPS, "kconvert.proof.parity.quick.native"}
     assert not offenders(MODULES.keys() - kernels, ["numba", "llvmlite"])
 
 
+def test_the_proof_loads_numba_only_to_compile():
+    assert not offenders(set(inside("proof")) - set(LOOPS), ["numba", "llvmlite", *LOOPS], top_level=True, typing=False)
+
+
 def test_proof_never_takes_the_way_of_the_kernels():
-    assert not offenders(inside("proof"), ["kconvert.formats.kernels", "kconvert.run", "numba"])
+    assert not offenders(inside("proof"), ["kconvert.formats.kernels", "kconvert.run"])
     decodes = {
         module
         for module in inside("proof")

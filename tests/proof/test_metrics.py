@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kconvert.proof.parity import metrics
 from kconvert.proof.parity.metrics import Errors, Limits, Spread, measure
 
 
@@ -76,10 +75,9 @@ def test_the_largest_error_is_exact_where_f32_rounds_the_difference() -> None:
     assert (errors.worst.row, errors.worst.col) == (1, 1)
 
 
-def test_pieces_put_together_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_put_together_are_the_whole() -> None:
     expected, found = pair(1, 64, 48)
     whole, rows = measure(expected, found)
-    monkeypatch.setattr(metrics, "TILE_ELEMENTS", 100)
 
     parts = [measure(expected[first : first + 10], found[first : first + 10], first) for first in range(0, 64, 10)]
 

@@ -116,8 +116,10 @@ def test_a_report_says_where_everything_comes_from(load: Load, int4: Path, fp8: 
     report = load("passed")
     assert report["kconvert"] == kconvert.__version__
     assert report["source"]["name"] == int4.name
-    values = "the source's values, decompressed by torch and checked by compressed-tensors"
-    assert report["reference"] == f"the reference encoding (by torch, checked by the reference) of {values}"
+    values = "the source's values, decompressed by the proof's own code and checked by compressed-tensors"
+    assert (
+        report["reference"] == f"the reference encoding (by the proof's own code, checked by the reference) of {values}"
+    )
     written = report["output"]["written_by"]
     assert (written["version"], written["from"]) == (kconvert.__version__, int4.name)
     assert "to='fp8'" in written["recipe"]

@@ -274,15 +274,16 @@ def _reference(comparisons: Iterable[Comparison], pairs: Iterable[Pair]) -> str:
     if any(witness_of(ours.format).by_library for ours, _ in weights):
         values += ", decompressed by compressed-tensors"
     if any(is_quick(ours) and witness_of(ours.format).by_library for ours, _ in weights):
-        values = "the source's values, decompressed by torch and checked by compressed-tensors"
+        values = "the source's values, decompressed by the proof's own code and checked by compressed-tensors"
     if "limits" in judges:
         return f"{values}, within limits" if judges == {"limits"} else f"{values}, some within limits only"
     if "bytes" not in judges:
         return values
     if any(witness_of(theirs.format).has_many_spellings for _, theirs in weights):
         return f"{values}, or the reference encoding of them"
-    by_torch = any(witness_of(theirs.format).encodes_quickly for _, theirs in weights)
-    return f"the reference encoding{' (by torch, checked by the reference)' * by_torch} of {values}"
+    by_own = any(witness_of(theirs.format).judges_quickly for _, theirs in weights)
+    how = " (by the proof's own code, checked by the reference)" if by_own else ""
+    return f"the reference encoding{how} of {values}"
 
 
 def _declaration_faults(converted: Model) -> list[str]:

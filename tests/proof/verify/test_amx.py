@@ -67,7 +67,8 @@ def test_shards_that_were_cut_further_are_verified(
     result = run_verify(source, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(
-        "verified: 12 weights equal the reference encoding (by torch, checked by the reference) of the source's values"
+        "verified: 12 weights equal the reference encoding (by the proof's own code, checked by the reference) of "
+        "the source's values"
     )
     assert "relative Frobenius error" in result.stdout
 

@@ -1,5 +1,4 @@
-"""Scales of least squared error are searched again by the magnitudes of INT4 groups: with the reference's result, so that
-what is not best is found."""
+"""Scales of least squared error are searched again with the reference's result, so that what is not best is found."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from kconvert.formats.reference import amx as reference
 from kconvert.formats.reference import packed
 from kconvert.proof.parity import faults
 from kconvert.proof.parity.oracle import decoded
-from kconvert.proof.parity.quick import amx, int4
+from kconvert.proof.parity.quick import amx
 from kconvert.targets.amx import AmxRecipe, plan_repack
 
 NAME = "blk.1.ffn_up_exps.1.numa.0"
@@ -40,38 +39,21 @@ def rows_of_int4(group: int, rows: int = 64, cols: int = 2048) -> tuple[torch.Te
     return packed.pack(codes, 4), (scale * torch.where(torch.arange(rows) % 7 == 6, -1, 1).view(-1, 1)).bfloat16()
 
 
-@pytest.mark.parametrize("all_doubtful", [False, True])
+@pytest.mark.parametrize("mse", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 128, 4])
-def test_the_magnitudes_tell_the_scale_that_the_reference_finds(
-    group: int, bits: int, all_doubtful: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if all_doubtful:
-        monkeypatch.setattr(amx, "ROUNDING", 1.0)
+def test_the_scale_that_the_reference_finds_is_found_again(group: int, bits: int, mse: bool) -> None:
     words, scale = rows_of_int4(group)
-    state = {"weight_packed": words, "weight_scale": scale}
-    values = decoded(Packed(group), state, (64, 2048))
-    levels = int4.levels(words, scale, 2048, Buffers())
-    assert levels is not None
-    codes, found = amx.codes_and_scale(values, bits, True, Buffers(), levels)
-    wanted_codes, wanted = reference.codes_and_scale(values, bits, True)
-    assert torch.equal(found, wanted)
-    assert torch.equal(codes, wanted_codes)
-
-
-def test_few_rows_need_the_reference_s_order() -> None:
-    words, scale = rows_of_int4(32, rows=2048, cols=512)
-    levels = int4.levels(words, scale, 512, Buffers())
-    assert levels is not None
-    values = decoded(Packed(32), {"weight_packed": words, "weight_scale": scale}, (2048, 512))
-    rule = reference.rule_scale(values.float().abs().amax(-1), 4)
-    _, doubtful = amx._searched_by_levels(levels, rule, 4, 512, Buffers())
-    assert len(doubtful) < 20
-
-
-def test_groups_too_long_to_be_counted_are_left_to_the_values() -> None:
-    words, scale = rows_of_int4(256)
-    assert int4.levels(words, scale, 2048, Buffers()) is None
+    values = decoded(Packed(group), {"weight_packed": words, "weight_scale": scale}, (64, 2048))
+    for first, cols in ((0, 2048), (1024, 512)):
+        lines, found = amx.encode(values, first, cols, bits, mse, Buffers())
+        codes, wanted = reference.codes_and_scale(values[:, first : first + cols].contiguous(), bits, mse)
+        assert torch.equal(found, wanted)
+        if bits == 8:
+            assert torch.equal(lines.view(torch.int8), codes)
+        tall = lines.repeat(512 // bits // 64, 1)
+        order = reference.pack(codes.repeat(512 // bits // 64, 1), bits)
+        assert amx.is_packed(tall, 0, tall.shape[1], order, bits)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
 from kconvert.formats.packed import Packed
-from kconvert.proof.parity.metrics import TILE_ELEMENTS, Spread
+from kconvert.proof.parity.metrics import Spread
 from kconvert.proof.parity.witnesses.packed import int_codes
 from kconvert.proof.parity.witnesses.registry import witness_of
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from kconvert.proof.parity.witnesses.base import State
 
+TILE_ELEMENTS = 1 << 17  # at a time; two copies in f32 fit into a cache
 OUTLIER_OCTAVES = 3  # a scale 8 times the weight's median, or more
 QUARTERS = 4  # bins to an octave
 MAGNITUDES = {2: 0x7FFFFFFF7FFFFFFF, 4: 0x7FFF7FFF7FFF7FFF}  # all bits but the signs of so many floats

@@ -153,7 +153,7 @@ def compare_weights(
             different = fault_of(rows, judge)
         fault = fault or different
         figures.equal &= different is not None or not lost_signs(rows)
-        if thorough or different or not rows.moderate():
+        if thorough or different or not rows.moderate:
             figures.add(rows)
         elif rows.first == 0:
             figures.add(rows.head())

@@ -22,11 +22,25 @@ def fault_of(rows: Rows, judge: str) -> str | None:
     """
     renamed = rows.ours.format.label == rows.theirs.format.label
     if judge == "values" or (judge == "bytes" and (renamed or witness_of(rows.theirs.format).has_many_spellings)):
-        if rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows):
+        if _values_right(rows):
             return None
         if judge == "values":
             return _value_fault(rows)
     return _byte_fault(rows) if judge == "bytes" else None
+
+
+def _values_right(rows: Rows) -> bool:
+    """Whether all values are the source's, but for signs that get lost.
+
+    That codes and steps are the same is believed once values of such a weight have been.
+    """
+    copied = rows.quickly and witness_of(rows.theirs.format).copies(rows.output, rows.ours.format, rows.source)
+    if copied and rows.kind in rows.desk.copied:
+        return True
+    right = rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows)
+    if copied and right:
+        rows.desk.copied.add(rows.kind)
+    return right
 
 
 def lost_signs(rows: Rows) -> bool:
@@ -82,15 +96,18 @@ def _candidates(rows: Rows) -> Iterator[State]:
 
 
 def _quickly_right(rows: Rows) -> bool:
-    """Whether the tensors found are those that the quick way makes of the values."""
+    """Whether the tensors found are those that the format makes of the values, as far as the quick way knows."""
     import torch
 
-    witness, values = witness_of(rows.theirs.format), rows.expected
-    if not witness.encodes_quickly or values.dtype != torch.bfloat16 or not values.is_contiguous():
+    witness = witness_of(rows.theirs.format)
+    if not witness.judges_quickly or not rows.moderate or not rows.ours.cols:
         return False
-    source = rows.ours.format, rows.source
-    candidate = witness.quick_encoding(values, rows.theirs, rows.first, rows.output, source, rows.desk.theirs)
-    return candidate is not None and all(same_bits(wanted, rows.output[suffix]) for suffix, wanted in candidate.items())
+    values = rows.expected
+    return (
+        values.dtype == torch.bfloat16
+        and values.is_contiguous()
+        and witness.is_made_of(values, rows.theirs, rows.first, rows.output, rows.desk.theirs)
+    )
 
 
 def _difference(weight: Weight, expected: State, found: State, first: int) -> tuple[int, str]:

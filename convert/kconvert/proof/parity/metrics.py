@@ -15,14 +15,15 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+from kconvert.proof.parity.quick.native import Loop
+
 if TYPE_CHECKING:
     import torch
 
-TILE_ELEMENTS = 1 << 17  # at a time; two copies in f32 fit into a cache
-SOUND = 2.0**-60, 2.0**60  # largest magnitudes of rows whose squares f32 can add up
 # Rows with no more than this are dead: real models have some just above the subnormals, which a scale that they share with
 # other rows, FP16 and AMX make zero.
 NEGLIGIBLE = 2.0**-100
+POINTERS = {"torch.bfloat16": "u2", "torch.float32": "f4", "torch.float64": "f8"}  # what the loop takes as it is
 LOWEST_DB, HIGHEST_DB = -20, 120  # of the rows' distribution; what lies outside counts as these
 
 
@@ -116,64 +117,30 @@ def measure(expected: torch.Tensor, found: torch.Tensor, first_row: int = 0) -> 
 
     `first_row` is the number of the first row in `Errors.worst`.
     """
-    import torch
 
-    rows, cols = expected.shape
-    count = max(1, TILE_ELEMENTS // max(cols, 1))
-    pieces = [slice(first, first + count) for first in range(0, rows, count)]
-    tiles = [_tile_figures(expected[piece], found[piece]) for piece in pieces]
-    figures, different = torch.cat([tile for tile, _ in tiles], 1), sum(number for _, number in tiles)
+    figures, different = _row_figures(expected, found)
     if bool(figures.isfinite().all()):
         return _errors(expected, found, figures, different, first_row)
     finite = expected.isfinite() & found.isfinite()
     expected, found = expected.where(finite, 0.0), found.where(finite, 0.0)
-    errors, by_sqnr = _errors(expected, found, *_row_figures(expected, found, torch.float64), first_row)
+    errors, by_sqnr = _errors(expected, found, *_row_figures(expected, found), first_row)
     rest = int(finite.logical_not().sum())
     return replace(errors, elements=errors.elements - rest, nonfinite=rest), by_sqnr
 
 
-def _tile_figures(expected: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """_row_figures in f32, which take half the time, unless squares would leave its range."""
+def _row_figures(expected: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """f64 [5, rows]: a^2, a e and e^2, the largest |a| and |e| of each row; and how many e are not 0."""
     import torch
 
-    figures, different = _row_figures(expected, found, torch.float32)
-    largest = figures[3:]
-    if bool(((largest == 0) | ((largest > SOUND[0]) & (largest < SOUND[1]))).all()):
-        return figures, different
-    return _row_figures(expected, found, torch.float64)
+    figures = torch.empty(5, len(expected), dtype=torch.float64)
+    sides = [side.contiguous() if str(side.dtype) in POINTERS else side.float() for side in (expected, found)]
+    loop = _measure(*(POINTERS[str(side.dtype)] for side in sides))
+    return figures, loop(*sides, figures, *expected.shape)
 
 
-def _row_figures(expected: torch.Tensor, found: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """f64 [5, rows], computed in `dtype`: |a|^2, |a + e|^2, |e|^2, the largest |a| and |e| of each row; and how many e are not
-    0."""
-    import numpy as np
-    import torch
-
-    a = expected.to(dtype)
-    signal = _square(a)
-    if same_bits(expected, found):
-        nothing = torch.zeros_like(signal)
-        return torch.stack([signal, signal, nothing, signal.sqrt(), nothing]), 0
-    e = found.to(dtype, copy=True)
-    power = _square(e)
-    noise = _square(e.sub_(a))
-    different = int(np.count_nonzero(e.numpy() != 0))
-    return torch.stack([signal, power, noise, _magnitude(a), _magnitude(e)]), different
-
-
-def _square(values: torch.Tensor) -> torch.Tensor:
-    """The sum of the squares of each row, f64."""
-    import torch
-
-    norm: torch.Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return norm.double().square_()
-
-
-def _magnitude(values: torch.Tensor) -> torch.Tensor:
-    """The largest of each row, f64."""
-    import torch
-
-    return torch.maximum(values.amax(-1), -values.amin(-1)).double()
+@cache
+def _measure(expected: str, found: str) -> Loop:
+    return Loop("figures", "measure", f"{expected}* {found}* f8* i8 i8")
 
 
 def _errors(
@@ -181,13 +148,10 @@ def _errors(
 ) -> tuple[Errors, Counter[int]]:
     import torch
 
-    signal, power, noise, largest, worst = figures
+    signal, cross, noise, largest, worst = figures
     if not bool(largest.all()):
         largest = torch.where(largest == 0, found.double().abs().amax(-1), largest)
     position = None
-    # Differences in f32 are rounded: which is the largest is asked of f64.
-    near = ((worst > 0) & (worst >= worst.max() * (1 - 2.0**-20))).nonzero().view(-1)
-    worst[near] = (found[near].double() - expected[near].double()).abs().amax(-1)
     row = int(worst.argmax())
     if worst[row]:
         col = int((found[row].double() - expected[row].double()).abs().argmax())
@@ -196,7 +160,7 @@ def _errors(
         elements=expected.numel(),
         different=different,
         signal=float(signal.sum()),
-        cross=float(power.sum() - signal.sum() - noise.sum()) / 2,  # from |a + e|^2 = a^2 + 2 a e + e^2
+        cross=float(cross.sum()),
         noise=float(noise.sum()),
         max_abs=float(worst[row]),
         max_relative=float((worst / largest.clamp(min=NEGLIGIBLE)).max()),

@@ -26,12 +26,13 @@ Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
 
 class Desk:
     """A process's memory for the two sides, and the kinds of weights of which the quick way has been seen to decode the output,
-    and to know the bytes."""
+    to know the bytes, and to know codes that were copied."""
 
     def __init__(self) -> None:
         self.ours, self.theirs = Buffers(), Buffers()
         self.decoded: set[Kind] = set()
         self.known: set[Kind] = set()
+        self.copied: set[Kind] = set()
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Rows:
     def found(self) -> torch.Tensor:
         return self.expected if self.same else self._values(self.theirs, self.output, self.desk.theirs)
 
+    @cached_property
     def moderate(self) -> bool:
         """Whether all values of the source are finite, and so far from the largest that no encoding of them can be infinite."""
         if is_quick(self.ours) and (step := witness_of(self.ours.format).largest_step(self.source)) is not None:

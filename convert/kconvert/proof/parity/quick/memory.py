@@ -1,9 +1,8 @@
-"""Kept memory as tensors, pieces of a weight that fit into a core's cache, and tables."""
+"""Kept memory as tensors, pieces of a weight that fit into a core's cache."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
@@ -26,18 +25,6 @@ def piece_rows(cols: int, height: int = 0) -> int:
     """How many rows of so many columns fit into a cache; of a block of `height` rows, a number that divides it."""
     most = max(1, PIECE_ELEMENTS // max(cols, 1))
     return next(count for count in range(min(most, height), 0, -1) if height % count == 0) if height else most
-
-
-def look_up(table: torch.Tensor, codes: torch.Tensor, count: int, buffers: Buffers) -> Iterator[torch.Tensor]:
-    """For each `count` of `codes`, u16 of any shape, the entries of `table`, int64 [2^16], one after the other."""
-    import torch
-
-    places = take(buffers, "places", torch.int32, (count,))
-    entries = take(buffers, "entries", torch.int64, (count,))
-    for piece in torch.split(codes.reshape(-1), count):
-        if len(piece) < count:
-            places, entries = places[: len(piece)], entries[: len(piece)]
-        yield torch.index_select(table, 0, places.copy_(piece), out=entries)
 
 
 def largest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
-from kconvert.proof.parity.quick.memory import look_up, piece_rows, take
+from kconvert.proof.parity.quick.memory import take
+from kconvert.proof.parity.quick.native import Loop
 
 if TYPE_CHECKING:
     import torch
+
+DECODE = Loop("integers", "decode_affine", "u1* f4* f4* u2* i8 i8")
 
 
 def decode(
@@ -20,23 +22,6 @@ def decode(
 
     rows, groups = scales.shape
     values = take(buffers, "values", torch.bfloat16, (rows, cols))
-    size = cols // groups
-    count = piece_rows(size)
-    floats = take(buffers, "floats", torch.float32, (count, size))
-    steps, offsets = (torch.split(each.view(-1, 1), count) for each in (scales, biases))
-    targets = torch.split(values.view(-1, size), count)
-    codes = look_up(_four_nibbles(), words.contiguous().view(torch.uint16), count * size // 4, buffers)
-    for four, step, offset, target in zip(codes, steps, offsets, targets, strict=True):
-        wide = floats[: len(target)].copy_(four.view(torch.bfloat16).view(target.shape))
-        target.copy_(wide.mul_(step).add_(offset))
+    packed = words.contiguous().view(torch.uint8)
+    DECODE(packed, scales.contiguous(), biases.contiguous(), values, rows * groups, cols // groups)
     return values
-
-
-@cache
-def _four_nibbles() -> torch.Tensor:
-    """int64 [2^16]: the bits of four bf16, by two bytes of codes from 0 to 15."""
-    import torch
-
-    pairs = torch.arange(1 << 16)
-    codes = torch.stack([pairs >> shift & 15 for shift in (0, 4, 8, 12)], 1)
-    return codes.bfloat16().view(torch.int64).view(-1)

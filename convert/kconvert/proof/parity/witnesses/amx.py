@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.engines.amx import Amx
-from kconvert.formats.packed import Packed
 from kconvert.models.model import Weight
+from kconvert.proof.parity.metrics import same_bits
 from kconvert.proof.parity.quick import amx as quick
-from kconvert.proof.parity.quick import int4
-from kconvert.proof.parity.quick.int4 import Levels
 from kconvert.proof.parity.witnesses.base import (
     Encoder,
-    Spelling,
     State,
     Witness,
     count_bytes,
@@ -23,12 +20,9 @@ from kconvert.proof.parity.witnesses.base import (
     nibbles,
     signed,
 )
-from kconvert.proof.parity.witnesses.packed import PackedWitness
 
 if TYPE_CHECKING:
     import torch
-
-    Packer = Callable[[torch.Tensor, int], torch.Tensor]  # codes and the number of their shard
 
 
 class AmxWitness(Witness[Amx]):
@@ -61,46 +55,52 @@ class AmxWitness(Witness[Amx]):
             yield self._parts(values, weight, first, partial(in_pieces, encode))
 
     @property
-    def encodes_quickly(self) -> bool:
+    def judges_quickly(self) -> bool:
         return self.format.mse is not None
 
-    def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
-    ) -> State | None:
+    def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
         """By what is known of its scales."""
-        bits, mse = self.format.bits, bool(self.format.mse)
-        levels = iter(self._levels(values.shape[1], source, buffers) if mse else ())
+        format, cols = self.format, values.shape[1]
+        together = 1 if format.split == "rows" else format.numa // format.pieces
+        width = cols // together
+        for n in range(together):
+            lines, scale = quick.encode(values, n * width, width, format.bits, bool(format.mse), buffers)
+            if not all(self._is_shard(weight, first, found, k, lines, scale) for k in self._shards_of(n)):
+                return False
+        return True
 
-        def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return quick.codes_and_scale(values, bits, mse, buffers, next(levels, None))
+    def _shards_of(self, together: int) -> range:
+        """The shards that were quantised together."""
+        format = self.format
+        return (
+            range(format.numa)
+            if format.split == "rows"
+            else range(together * format.pieces, (together + 1) * format.pieces)
+        )
 
-        def pack(codes: torch.Tensor, n: int) -> torch.Tensor:
-            return quick.pack(codes, bits, buffers, f"packed.{n}")
+    def _is_shard(
+        self, weight: Weight, first: int, found: State, n: int, lines: torch.Tensor, scale: torch.Tensor
+    ) -> bool:
+        """Whether shard `n` was cut from the bytes of these rows."""
+        format, start, width = self.format, 0, lines.shape[1]
+        if format.split == "rows":
+            begin, end = weight.parts[2 * n].rows or (0, weight.rows)
+            own = slice(max(begin - first, 0), max(end - first, 0))
+            lines, scale = lines[own], scale[own]
+        else:
+            width //= format.pieces
+            start = n % format.pieces * width
+        packed = found[f"numa.{n}.weight"]
+        return same_bits(scale, found[f"numa.{n}.scale"]) and quick.is_packed(lines, start, width, packed, format.bits)
 
-        return self._parts(values, weight, first, quantise, pack)
-
-    def _levels(self, cols: int, source: Spelling, buffers: Buffers) -> Iterator[Levels | None]:
-        """Of the columns that were quantised together, where the source tells."""
-        format, state = source
-        if not isinstance(format, Packed) or not PackedWitness(format).is_quick(cols):
-            return
-        together = 1 if self.format.split == "rows" else self.format.numa // self.format.pieces
-        words, scale = state["weight_packed"], state["weight_scale"]
-        if scale.shape[1] % together == 0 and words.shape[1] % together == 0:
-            for own, step in zip(words.chunk(together, 1), scale.chunk(together, 1), strict=True):
-                yield int4.levels(own.contiguous(), step.contiguous(), cols // together, buffers)
-
-    def _parts(
-        self, values: torch.Tensor, weight: Weight, first: int, quantise: Encoder, pack: Packer | None = None
-    ) -> State:
+    def _parts(self, values: torch.Tensor, weight: Weight, first: int, quantise: Encoder) -> State:
         """Codes and scales that `quantise` makes of what was quantised together, cut into the shards in which it is."""
         from kconvert.formats.reference import amx
 
         format, state = self.format, {}
 
         def add(n: int, codes: torch.Tensor, scale: torch.Tensor) -> None:
-            packed = pack(codes, n) if pack else amx.pack(codes, format.bits)
-            state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = packed, scale
+            state[f"numa.{n}.weight"], state[f"numa.{n}.scale"] = amx.pack(codes, format.bits), scale
 
         if format.split == "rows":
             codes, scale = quantise(values)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 State: TypeAlias = "dict[str, torch.Tensor]"
-Spelling: TypeAlias = "tuple[Format, State]"  # the tensors of some rows, and in which format
 Encoder: TypeAlias = Callable[..., tuple[Any, ...]]  # values -> codes, scales and what else there is
 F = TypeVar("F", bound=Format)
 
@@ -90,16 +89,19 @@ class Witness(Generic[F]):
         return self.quick_values(state, cols, buffers).float()
 
     @property
-    def encodes_quickly(self) -> bool:
-        """Whether there are `quick_encoding`s."""
+    def judges_quickly(self) -> bool:
+        """Whether `is_made_of` knows such tensors."""
         return False
 
-    def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
-    ) -> State | None:
-        """The likeliest of `encodings` in less time, in memory of `buffers`, by what was `found`; None where only the reference
-        knows. The `source` is what the values were decoded from."""
-        return None
+    def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
+        """Whether what was `found` is one of `encodings`, in less time. The values are finite, and so far from the largest that
+        nothing made of them is infinite; False also where only the reference knows."""
+        return False
+
+    def copies(self, found: State, source: Format, state: State) -> bool:
+        """Whether what was `found` has the codes and the steps of the tensors `state` in the format `source`, and so the same
+        values."""
+        return False
 
     def largest_step(self, state: State) -> torch.Tensor | None:
         """Scales of which no value is more than 16 times one; None where only the values tell."""

@@ -1,4 +1,4 @@
-"""FP8 of every strategy by compressed-tensors, DeepSeek's block scales under the name that it knows; quickly by torch."""
+"""FP8 of every strategy by compressed-tensors, DeepSeek's block scales under the name that it knows; or in less time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kconvert.formats.fp8 import E8M0, WRITTEN_SCALES, Fp8
 from kconvert.models.model import Weight
 from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import fp8 as quick
-from kconvert.proof.parity.witnesses.base import Spelling, State, Witness, count_bytes, in_pieces, scheme
+from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, scheme
 
 if TYPE_CHECKING:
     import torch
@@ -78,21 +78,18 @@ class Fp8Witness(Witness[Fp8]):
         return quick.decode(state["weight"], self.scales(state), self._block, buffers)
 
     @property
-    def encodes_quickly(self) -> bool:
+    def judges_quickly(self) -> bool:
         return self.has_reference and self.format.strategy != "tensor"
 
-    def quick_encoding(
-        self, values: torch.Tensor, weight: Weight, first: int, found: State, source: Spelling, buffers: Buffers
-    ) -> State | None:
+    def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
         """By the usual rule, or if all scales that were found are powers of two, by that."""
         import torch
 
         block = self._block
         if block is not None and (values.shape[0] % block[0] or values.shape[1] % block[1]):
-            return None
+            return False
         powers = bool((torch.frexp(self.scales(found)).mantissa == 0.5).all())
-        codes, scale = quick.encode(values, block, self._scale_dtype, powers, buffers)
-        return {"weight": codes, self.format.scale_name: scale}
+        return quick.is_made_of(values, found["weight"], found[self.format.scale_name], block, powers)
 
     def grid(self) -> tuple[float, ...]:
         return e4m3_values()

@@ -14,6 +14,7 @@ from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
+from kconvert.proof.parity.quick import int4
 from kconvert.proof.parity.witnesses.base import State, Witness
 
 if TYPE_CHECKING:
@@ -136,6 +137,14 @@ class BlocksWitness(Witness[Blocks]):
             case ("MXFP4", Mx(bits=4) | MxStack()) | ("NVFP4", Nvfp4()):
                 return True
         return False
+
+    def copies(self, found: State, source: Format, state: State) -> bool:
+        """Those of INT4, in another order and with scales of F16."""
+        if self.format.dtype != "Q4_0" or self.format.factor or not isinstance(source, Packed):
+            return False
+        if source.scale_dtype != "BF16" or not self.claims(source):
+            return False
+        return int4.is_q4_0(state["weight_packed"], state["weight_scale"], found["weight"])
 
 
 class KeysAndValuesWitness(Witness[KeysAndValues]):

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.stacks import MxStack
 from kconvert.models.model import Weight
 from kconvert.proof.parity import library
+from kconvert.proof.parity.quick import e2m1 as quick
 from kconvert.proof.parity.witnesses.base import (
     State,
     Witness,
@@ -61,6 +63,22 @@ class MxWitness(Witness[Mx]):
             codes, scale = in_pieces(partial(mx.encode, bits=self.format.bits, mse=mse, exact=exact), values)
             codes = codes.view(torch.int8) if self.format.codes_dtype == "I8" else codes
             yield {self.format.codes_name: codes, self.format.scale_name: scale}
+
+    def is_quick(self, cols: int) -> bool:
+        return self.format.bits == 4
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return quick.decode(state[self.format.codes_name], self.scales(state).float(), buffers)
+
+    @property
+    def judges_quickly(self) -> bool:
+        return self.has_reference and self.format.bits == 4
+
+    def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
+        return quick.is_mxfp4_of(values, found[self.format.codes_name], found[self.format.scale_name])
+
+    def largest_step(self, state: State) -> torch.Tensor | None:
+        return self.scales(state).float()
 
     def grid(self) -> tuple[float, ...]:
         return E2M1 if self.format.bits == 4 else e4m3_values()

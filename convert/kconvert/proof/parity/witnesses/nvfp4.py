@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format, nvfp4
+from kconvert.formats.mx import GROUP as MX_GROUP
+from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Weight
 from kconvert.proof.parity import library
+from kconvert.proof.parity.metrics import same_bits
+from kconvert.proof.parity.quick import e2m1 as quick
 from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, nibbles, scheme, without_unused
-from kconvert.proof.parity.witnesses.mx import E2M1
+from kconvert.proof.parity.witnesses.mx import E2M1, MxWitness
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +72,54 @@ class Nvfp4Witness(Witness[Nvfp4]):
         from kconvert.formats.reference import nvfp4 as reference
 
         codes, global_scale = (found[name] for name in nvfp4.NAMES[self.format.multiplies])
-        factor = float(global_scale if self.format.multiplies else 1 / global_scale)
+        factor = self._factor(found)
         right = reference.comes_back(values, codes, found["weight_scale"], global_scale, self.format.multiplies)
         for mse in (False, True):
             packed, scale = in_pieces(partial(reference.encode, factor=factor, mse=mse), values)
             packed = torch.where(right.repeat_interleave(nvfp4.GROUP // 2, -1), codes, packed)
             bits = torch.where(right, found["weight_scale"].view(torch.uint8), scale.view(torch.uint8))
             yield {**found, nvfp4.NAMES[self.format.multiplies][0]: packed, "weight_scale": bits.view(scale.dtype)}
+
+    def _factor(self, state: State) -> float:
+        """The global one: the inverse, in F32, of compressed-tensors' scale."""
+        global_scale = state[nvfp4.NAMES[self.format.multiplies][1]]
+        return float(global_scale if self.format.multiplies else 1 / global_scale)
+
+    def is_quick(self, cols: int) -> bool:
+        return not self.format.unused
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return quick.decode(state[nvfp4.NAMES[self.format.multiplies][0]], self.scales(state), buffers)
+
+    def quick_products(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        return self.products(state, (len(state["weight_scale"]), cols))
+
+    @property
+    def judges_quickly(self) -> bool:
+        return self.has_reference
+
+    def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
+        codes, factor = found[nvfp4.NAMES[self.format.multiplies][0]], self._factor(found)
+        return 0 < factor < math.inf and quick.is_nvfp4_of(
+            values, codes, found["weight_scale"], self.scales(found), factor
+        )
+
+    def copies(self, found: State, source: Format, state: State) -> bool:
+        """Those of MXFP4, each of whose scales is there twice, or of the other spelling."""
+        import torch
+
+        if isinstance(source, Mx) and source.bits == 4:
+            codes, steps = state[source.codes_name], MxWitness(source).scales(state).float()
+            steps = steps.repeat_interleave(MX_GROUP // nvfp4.GROUP, -1)
+        elif isinstance(source, Nvfp4):
+            codes, steps = state[nvfp4.NAMES[source.multiplies][0]], Nvfp4Witness(source).scales(state)
+        else:
+            return False
+        own = found[nvfp4.NAMES[self.format.multiplies][0]]
+        return same_bits(codes.view(torch.uint8), own) and same_bits(steps, self.scales(found))
+
+    def largest_step(self, state: State) -> torch.Tensor | None:
+        return self.scales(state)
 
     def respelt(self, source: Format, state: State) -> State | None:
         """Of the other spelling, with the inverse of its global scale."""

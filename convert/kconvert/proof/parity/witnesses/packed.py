@@ -1,4 +1,4 @@
-"""`pack-quantized` integers by compressed-tensors, the quick way by a table of codes."""
+"""`pack-quantized` integers by compressed-tensors."""
 
 from __future__ import annotations
 
@@ -91,13 +91,15 @@ class PackedWitness(Witness[Packed]):
                 yield {"weight_packed": codes, "weight_scale": scale}
 
     def is_quick(self, cols: int) -> bool:
-        return self.has_reference and cols % 8 == 0
+        return self.has_reference and cols % 8 == 0 and self.group_columns(cols) % 2 == 0
 
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
         return int4.decode(state["weight_packed"], state["weight_scale"], cols, buffers)
 
     def quick_products(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
-        return int4.decode(state["weight_packed"], state["weight_scale"].float(), cols, buffers)
+        import torch
+
+        return int4.decode(state["weight_packed"], state["weight_scale"], cols, buffers, torch.float32)
 
     def largest_step(self, state: State) -> torch.Tensor | None:
         return state["weight_scale"]  # codes are -8 to 7

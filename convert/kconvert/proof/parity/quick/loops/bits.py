@@ -1,0 +1,117 @@
+"""What the loops share: floats as bits, and the roundings of bf16, e4m3 and e2m1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
+MAGNITUDE = U(0x7FFFFFFF)
+INFINITE = U(0x7F800000)
+E4M3_LARGEST = U(0x43E00000)  # 448 as f32
+E4M3_NORMAL = U(121 << 23)  # 2^-6 as f32
+E4M3_NAN = np.uint8(0x7F)
+ONE, SIX = U(127 << 23), U(0x40C00000)  # 1 and 6 as f32
+
+
+def inline(function: F) -> F:
+    return njit(forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+@intrinsic
+def float_of(_context: Any, bits: Any) -> Any:
+    """The f32 with these 32 bits."""
+
+    def codegen(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def bits_of(_context: Any, value: Any) -> Any:
+    """The 32 bits of an f32."""
+
+    def codegen(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@inline
+def widen(bf16: Any) -> Any:
+    """The bits of a bf16 -> f32, exact."""
+    return float_of(U(U(bf16) << U(16)))
+
+
+@inline
+def round_bf16(value: Any) -> Any:
+    """f32 -> the bits of the nearest bf16, u16, half to even; NaN becomes the usual one."""
+    bits = bits_of(value)
+    rounded = U(U(bits + U(U(bits >> U(16)) & U(1))) + U(0x7FFF)) >> U(16)
+    return np.uint16(U(0x7FC0) if U(bits & MAGNITUDE) > INFINITE else U(rounded))
+
+
+@inline
+def power(biased: Any) -> Any:
+    """2 ** (biased - 127) as f32, for 0 to 254; the lowest is subnormal."""
+    return float_of(U(U(biased) << U(23)) if U(biased) else U(1 << 22))
+
+
+@inline
+def widen_e4m3(code: Any) -> Any:
+    """The bits of an e4m3 -> f32, exact: the multiplication mends the exponent, of subnormals too."""
+    size = np.uint8(code & np.uint8(0x7F))
+    value = float_of(U(U(size) << U(20))) * np.float32(2.0**120)
+    bits = U(0x7FC00000) if size == E4M3_NAN else bits_of(value)
+    return float_of(U(bits | U(U(code & np.uint8(0x80)) << U(24))))
+
+
+@inline
+def round_e4m3(value: Any) -> Any:
+    """f32 -> the bits of the nearest e4m3, half to even, 448 at most; not for NaN.
+
+    The sum with a number 2^20 times as large as the value's binade has its last place where the code has it.
+    """
+    bits = bits_of(value)
+    size = U(min(U(bits & MAGNITUDE), E4M3_LARGEST))
+    binade = U(max(U(size & INFINITE), E4M3_NORMAL))
+    large = float_of(U(binade + U(20 << 23)))
+    steps = U(bits_of(float_of(size) + large) - bits_of(large))
+    code = U(steps + U(U(binade - E4M3_NORMAL) >> U(20)))
+    return np.uint8(U(code | U(U(bits >> U(24)) & U(0x80))))
+
+
+@inline
+def widen_e2m1(code: Any) -> Any:
+    """The low nibble as e2m1 -> f32."""
+    value = float_of(U(U(code & np.uint8(7)) << U(22))) * np.float32(2.0**126)
+    return float_of(U(bits_of(value) | U(U(code & np.uint8(8)) << U(28))))
+
+
+@inline
+def _cut_e2m1(value: Any) -> Any:
+    """The magnitude, 6 at most, and what is so much larger that the last place of their sum is that of the code."""
+    size = U(min(U(bits_of(value) & MAGNITUDE), SIX))
+    return float_of(size), float_of(U(U(max(U(size & INFINITE), ONE)) + U(22 << 23)))
+
+
+@inline
+def nearest_e2m1(value: Any) -> Any:
+    """f32 -> the magnitude of the nearest e2m1, f32: half to even."""
+    size, large = _cut_e2m1(value)
+    return (size + large) - large
+
+
+@inline
+def round_e2m1(value: Any) -> Any:
+    """f32 -> the code of the nearest e2m1, u32. Zeros are positive; what is negative and rounds to zero is not."""
+    size, large = _cut_e2m1(value)
+    steps = U(bits_of(size + large) - bits_of(large))
+    return U(U(steps + U(U(bits_of(large) - U(149 << 23)) >> U(22))) | (U(8) if value < np.float32(0) else U(0)))

@@ -1,0 +1,143 @@
+"""Loops over a weight's elements for which torch has no operator, as machine code.
+
+They are Python in `loops`, which numba compiles when a machine first needs them. What it made is kept as an object file, which
+llvmlite loads in milliseconds: the processes of a comparison have no use for numba itself, a second to load and 40 MB each.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kconvert.formats import conventions
+
+if TYPE_CHECKING:
+    import torch
+
+LOOPS = Path(__file__).with_name("loops")
+SYMBOL = "loop"
+
+
+class Loop:
+    """A function of `loops`, by the name of its module and its own. Its arguments are of the numpy types named in `signature`,
+    pointers with a star; it returns an i8.
+
+    Called with contiguous tensors for pointers, it says nothing of whether they are long enough.
+    """
+
+    def __init__(self, module: str, name: str, signature: str) -> None:
+        self.module, self.name = module, name
+        self.types = signature.split()
+
+    def __call__(self, *arguments: torch.Tensor | float) -> int:
+        found: int = self._code(*(_passed(*each) for each in zip(arguments, self.types, strict=True)))
+        return found
+
+    @cached_property
+    def _code(self) -> Callable[..., Any]:
+        import ctypes
+
+        passed: dict[str, Any] = {"i8": ctypes.c_int64, "f4": ctypes.c_float}
+        types = [passed.get(kind, ctypes.c_void_p) for kind in self.types]
+        return ctypes.CFUNCTYPE(ctypes.c_int64, *types)(_address(self))
+
+
+def _passed(argument: torch.Tensor | float, kind: str) -> float | None:
+    if not kind.endswith("*"):
+        return argument  # type: ignore[return-value]
+    assert not isinstance(argument, int | float)
+    assert argument.is_contiguous()
+    assert argument.element_size() == int(kind[1])
+    return argument.data_ptr()
+
+
+_loaded: list[Any] = []  # what keeps the machine code in memory
+
+
+def _address(loop: Loop) -> int:
+    import llvmlite.binding as llvm
+
+    compiler = llvm.create_lljit_compiler(_machine())
+    library = llvm.JITLibraryBuilder().add_object_img(_object_of(loop)).export_symbol(SYMBOL)
+    tracker = library.link(compiler, f"{loop.module}.{loop.name}")
+    _loaded.append((compiler, tracker))
+    address: int = tracker[SYMBOL]
+    return address
+
+
+def _object_of(loop: Loop) -> bytes:
+    """As it is kept, or compiled now, by one process at a time; where nothing can be kept, by each."""
+    folder = _folder()
+    if folder is None:
+        return _compiled(loop)
+    path = folder / f"{loop.module}.{loop.name}-{_key(*loop.types)}.o"
+    with suppress(OSError):
+        return path.read_bytes()
+    with open(folder / f"{loop.module}.{loop.name}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(_compiled(loop))
+            part.replace(path)
+    return path.read_bytes()
+
+
+@cache
+def _folder() -> Path | None:
+    """Where Python keeps what it made of these files, else in the user's own folder; None where neither can be written to."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "kconvert")
+    for folder in (LOOPS / "__pycache__", home):
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
+@cache
+def _key(*types: str) -> str:
+    """Changes with the types of the arguments, the loops, what compiles them, and the processor."""
+    import hashlib
+    from importlib.metadata import version
+
+    import llvmlite.binding as llvm
+
+    about = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    sources = [path.read_text("utf-8") for path in (*sorted(LOOPS.glob("*.py")), Path(str(conventions.__file__)))]
+    return hashlib.sha256("\0".join([*types, *about, *sources]).encode()).hexdigest()[:16]
+
+
+@cache
+def _machine() -> Any:
+    """The processor at hand, as llvmlite sees it."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, reloc="pic", codemodel="jitdefault"
+    )
+
+
+def _compiled(loop: Loop) -> bytes:
+    """The object file of the loop, whose symbol is SYMBOL."""
+    from importlib import import_module
+
+    import llvmlite.binding as llvm
+    from numba import cfunc, types
+
+    names = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i8": "int64", "f4": "float32", "f8": "float64"}
+    own = [getattr(types, names[kind.rstrip("*")]) for kind in loop.types]
+    own = [types.CPointer(one) if kind.endswith("*") else one for one, kind in zip(own, loop.types, strict=True)]
+    function = getattr(import_module(f"kconvert.proof.parity.quick.loops.{loop.module}"), loop.name)
+    compiled = cfunc(types.int64(*own), error_model="numpy", forceinline=True)(function)
+    text = compiled.inspect_llvm().replace(compiled.native_name, SYMBOL)
+    found: bytes = _machine().emit_object(llvm.parse_assembly(text))
+    return found
