@@ -22,7 +22,7 @@ TINY += ["--hidden=256", "--moe-intermediate=128"]
 SMALL = ["--layers=1", "--dense-layers=0", "--vocab=1024", "--experts=3", "--heads=4", "--q-rank=64", "--kv-rank=64"]
 SMALL += ["--intermediate=512"]
 TARGETS = {"--help": 0.15, "inspect": 2.0, "verify": 1.2, "int4-to-bf16": 0.8}  # seconds
-NUMBA = "import numpy, kconvert.formats.kernels.bits as k; k.fingerprint(numpy.zeros(64, 'u4'), numpy.zeros(64, 'u4'))"
+NUMBA = "import numpy, kconvert.formats.kernels.dense as k; k.decode_bf16(numpy.zeros(64, 'u2'), numpy.zeros(64, 'f4'))"
 
 
 def main() -> None:
