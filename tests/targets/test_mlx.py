@@ -13,7 +13,8 @@ import torch
 from mlx_packing import affine, value
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, inspect, plan, verify
-from kconvert.targets.sample import SampleRecipe, plan_synthetic
+from kconvert.address import open_checkpoint
+from kconvert.targets.sample import SampleRecipe, plan_cut, plan_synthetic
 
 SIZES = {"layers": 3, "experts": 4, "hidden": 256, "moe_intermediate": 128, "vocab": 512, "heads": 4}
 Weights = dict[str, torch.Tensor]
@@ -360,6 +361,16 @@ def test_what_mlx_lm_wrote_becomes_bf16_and_verifies(tmp_path: Path, group: int)
     assert found.keys() == values.keys()
     assert all(found[name].equal(tensor) for name, tensor in values.items())
     assert verify(source, tmp_path / "out").faults == ()
+
+
+def test_a_cut_of_what_mlx_lm_wrote_has_the_routers_rows_of_its_experts(tmp_path: Path) -> None:
+    source, values = as_mlx_lm_writes(tmp_path / "mlx", sample(tmp_path / "bf16", "qwen3-moe"))
+    convert(plan_cut(open_checkpoint(source), SampleRecipe(sizes={"layers": 2, "experts": 3})), tmp_path / "cut")
+    convert(plan(tmp_path / "cut", Recipe("bf16")), tmp_path / "out")
+    found = weights(tmp_path / "out")
+    assert found.keys() == {name for name in values if ".layers.2." not in name and ".experts.3." not in name}
+    for name, tensor in found.items():
+        assert tensor.equal(values[name][:3] if name.endswith("mlp.gate.weight") else values[name])
 
 
 @pytest.mark.parametrize(
