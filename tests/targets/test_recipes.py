@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.dialects.compressed_tensors import patterns
+from kconvert.proof.diff import diff
 from kconvert.targets.mixed.rules import parse_mix, read_mix
 from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
@@ -63,6 +64,17 @@ def test_the_first_rule_that_fits_counts_and_the_output_declares_all(int4: Path,
         hit = [group.format for group in groups if any(match_name(weight.name, target) for target in group.targets)]
         ignored = any(match_name(weight.name, target) for target in config.ignore)
         assert (len(hit), ignored) == ((1, False) if weight.format.quantised else (0, True)), weight.name
+
+
+@pytest.mark.parametrize("encoding", ["mxfp4", "nvfp4", "mxfp8", "int4", "int8"])
+def test_a_rule_for_the_experts_writes_the_tensors_that_a_target_does(
+    bf16: Path, tmp_path: Path, encoding: str
+) -> None:
+    convert(plan(bf16, Recipe(encoding)), tmp_path / "target")
+    convert(plan(bf16, by(f'[encodings]\n"expert" = "{encoding}"')), tmp_path / "recipe")
+    found = diff(tmp_path / "target", tmp_path / "recipe")
+    assert found.same
+    assert not found.changes
 
 
 def test_the_output_says_by_which_recipe_it_was_made(int4: Path, tmp_path: Path) -> None:
