@@ -27,7 +27,7 @@ from common import (
     verdict,
 )
 
-TARGET_MB = 700
+TARGET_MB = 300
 INT4_GB, BF16_GB, REST_GB = 0.02477, 0.08808, 0.29  # of an expert, and of the rest of a layer
 LAYER = ["--layers=1", "--dense-layers=0", "--vocab=1024", "--shard-size=100GB"]
 

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 CHUNK = 1 << 16
+BURST = 0.02  # seconds for which a line makes up, when nobody had anything ready for it
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Hub:
         """Wait until the line has sent so many bytes more."""
         if self.speed:
             with self.lock:
-                self._free = max(self._free, time.monotonic()) + nbytes / self.speed
+                self._free = max(self._free, time.monotonic() - BURST) + nbytes / self.speed
             time.sleep(max(0.0, self._free - time.monotonic()))
 
     def fault_for(self, method: str, path: str) -> Fault | None:

@@ -189,6 +189,21 @@ def test_a_server_that_ignores_ranges_is_read_all_the_same(hub, remote, command,
     assert tree(tmp_path / "dst") == whole
 
 
+def test_a_server_that_always_begins_anew_and_never_comes_further_is_given_up(hub, remote, command, monkeypatch):
+    from .server import Handler
+
+    real = Handler._resolve
+
+    def plain(handler, *arguments):
+        handler.request_log.span = ""
+        real(handler, *arguments)
+
+    monkeypatch.setattr(Handler, "_resolve", plain)
+    hub.fail(SHARD, cut(10), times=1000)
+    assert "the connection failed" in command.refused("inspect", remote)
+    assert hub.count(SHARD) < 200
+
+
 def test_a_server_that_is_not_there_is_one_sentence(hub, remote, command, monkeypatch):
     from huggingface_hub import constants
 
