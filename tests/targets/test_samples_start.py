@@ -30,8 +30,8 @@ STOPPED = {"kimi-k3", "deepseek-v4.1", "kimi-k2-thinking-nvfp4", "deepseek-v3.2"
 
 
 def written(root: Path, like: str, **sizes: int) -> Path:
-    """A sample of these sizes, and of its own rank of the key/value compression, unless that is given."""
-    small = {symbol: size for symbol, size in SIZES.items() if symbol != "kv_rank"}
+    """A sample of these sizes, and of its own ranks of compression."""
+    small = {symbol: size for symbol, size in SIZES.items() if symbol not in ("q_rank", "kv_rank")}
     wanted = {k: v for k, v in {**small, **sizes}.items() if k in load_manifest(like).dims}
     convert(plan_synthetic(SampleRecipe(like, wanted)), root)
     return root

@@ -17,7 +17,7 @@ from kconvert.chat.answers import Answer, quoted, table, text
 from kconvert.errors import CheckFailed, KconvertError
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIConnectionError, AsyncOpenAI
 
 T = TypeVar("T")
 LISTING = 10.0  # seconds; a server that is up lists its models at once
@@ -128,32 +128,31 @@ class Server:
             )
         return CheckFailed(f"the server answers {code}{said}")
 
-    def _unreachable(self, error: BaseException) -> str:
+    def _unreachable(self, error: APIConnectionError) -> str:
         causes = list(_causes(error))
         kinds = {type(cause).__name__ for cause in causes}
         codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
+        no_host, no_tls = (any(isinstance(cause, kind) for cause in causes) for kind in (socket.gaierror, ssl.SSLError))
+        too_many, no_way = errno.EMFILE in codes, codes & {errno.ENETUNREACH, errno.EHOSTUNREACH}
         faults = {
-            ": no host of that name is known here": any(isinstance(cause, socket.gaierror) for cause in causes),
-            ": the server speaks no TLS that is trusted here; is its address http:// and not https://?": any(
-                isinstance(cause, ssl.SSLError) for cause in causes
-            ),
-            ": more chats at once than this process may have open files; raise ulimit -n, or ask fewer": errno.EMFILE
-            in codes,
-            ": no way leads from here to that host": codes & {errno.ENETUNREACH, errno.EHOSTUNREACH},
+            ": no host of that name is known here": no_host,
+            ": the server speaks no TLS that is trusted here; is its address http:// and not https://?": no_tls,
+            ": more chats at once than this process may have open files; raise ulimit -n, or ask fewer": too_many,
+            ": no way leads from here to that host": no_way,
             ": nothing listens there; start the server, or give its address": "ConnectError" in kinds,
             " sends on without end; give the address of the server itself": "TooManyRedirects" in kinds,
             " answers with a body that is not compressed as its Content-Encoding says": "DecodingError" in kinds,
             " closed the connection without a whole answer, or does not speak HTTP; what does its log say?": True,
         }
-        return self._asked(causes) + next(words for words, holds in faults.items() if holds)
+        return self._asked(error) + next(words for words, holds in faults.items() if holds)
 
-    def _asked(self, causes: Sequence[BaseException]) -> str:
+    def _asked(self, error: APIConnectionError) -> str:
         """The address, and the one of another server that the client was sent on to."""
-        for cause in causes[1:]:  # the first is the client's own, which knows where it was sent to first
-            with suppress(AttributeError, RuntimeError):
-                url = cause.request.url  # type: ignore[attr-defined]
-                origin = f"{url.scheme}://{url.netloc.decode()}"
-                return self.url if self.url.startswith(origin) else f"{origin}, which {self.url} sends on to"
+        first = error.request.url
+        with suppress(AttributeError, RuntimeError):  # of a cause that knows of no request
+            last = error.__cause__.request.url  # type: ignore[union-attr]
+            if (last.scheme, last.netloc) != (first.scheme, first.netloc):
+                return f"{last.scheme}://{last.netloc.decode()}, which {self.url} sends on to"
         return self.url
 
 
@@ -175,10 +174,8 @@ async def connected(url: str, api_key: str | None, timeout: float) -> AsyncItera
     http = DefaultAsyncHttpxClient(timeout=timeout, limits=limits)
     settings: dict[str, Any] = {"timeout": timeout, "max_retries": 0, "http_client": http}
     async with AsyncOpenAI(base_url=base, api_key=api_key or "none", **settings) as client:
-        shown = urlsplit(base)
-        yield Server(
-            client, base.replace(f"{shown.netloc}", shown.netloc.rpartition("@")[2], 1), timeout, bool(api_key)
-        )
+        place = urlsplit(base).netloc
+        yield Server(client, base.replace(place, place.rpartition("@")[2], 1), timeout, bool(api_key))
 
 
 def address(url: str) -> str:
