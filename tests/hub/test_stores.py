@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from s3_server import Bucket, bucket
 
+from kconvert import Recipe, plan
 from kconvert.stores import client
 
 from .conftest import SHARDS, Command
@@ -96,3 +97,15 @@ def test_what_ranks_have_made_is_sent_to_the_hub_by_the_same_command_without_the
 
     assert without_card(published(hub, REPO)) == without_card(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was made again"
+
+
+def test_a_plan_that_is_made_again_elsewhere_reads_the_commit_of_the_first(hub: Hub, remote: str) -> None:
+    made = plan(remote, Recipe("bf16"))
+    files = dict(hub.repos[remote].head())
+    hub.put(remote, {name: files[name] for name in files if name != "LICENSE"})
+
+    assert made.again is not None
+    again = made.again()
+
+    assert (again.hash, again.stamp) == (made.hash, made.stamp)
+    assert plan(remote, Recipe("bf16")).hash != made.hash
