@@ -22,12 +22,14 @@ from .conftest import Job
 pytestmark = pytest.mark.slow
 
 
-def workers() -> list[int]:
-    """The processes that have a task, or wait for one."""
+def workers(cluster: Any) -> list[int]:
+    """The processes of this cluster that have a task, or wait for one."""
+    raylets = {info.process.pid for node in cluster.list_all_nodes() for info in node.all_processes["raylet"]}
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            if path.read_bytes().startswith((b"ray::start", b"ray::IDLE")):
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent in raylets and path.read_bytes().startswith((b"ray::start", b"ray::IDLE")):
                 found.append(int(path.parent.name))
     return found
 
@@ -43,7 +45,7 @@ def test_workers_killed_at_random_moments_change_no_byte(cluster: Any, job: Job,
         for _ in range(3):
             job.wait_for(job.shards + dice.randint(1, 8), lambda: process.poll() is not None)
             time.sleep(dice.uniform(0, 0.3))
-            if alive := workers():
+            if alive := workers(cluster):
                 with suppress(ProcessLookupError):
                     os.kill(dice.choice(alive), signal.SIGKILL)
             job.check_no_half_files()

@@ -10,7 +10,9 @@ from kconvert import KconvertError, Recipe, convert, plan
 
 
 def test_a_destination_in_the_hub_is_for_one_machine(int4: Path) -> None:
-    with pytest.raises(KconvertError, match="ranks cannot send to the Hub; let DST be a directory or an object store"):
+    with pytest.raises(
+        KconvertError, match="ranks cannot send to the Hub, where one commit has to name all shards; let"
+    ):
         convert(plan(int4, Recipe("bf16")), "hf://me/tiny", engine="ray")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from s3_server import Bucket, bucket
 
+from kconvert import Recipe, plan
 from kconvert.stores import client
 
 from .conftest import SHARDS, Command
@@ -79,3 +80,32 @@ def test_a_run_into_a_store_keeps_to_the_commit_that_it_began_with(
     hub.put(remote, {name: files[name] for name in files if name != "LICENSE"})
     command.ok("int4-to-bf16", remote, STORE, *SHARDS)
     assert bucket.files(STORE) == whole
+
+
+def test_what_ranks_have_made_is_sent_to_the_hub_by_the_same_command_without_them(
+    hub: Hub, remote: str, command: Command, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    words = ("int4-to-bf16", remote, tmp_path / "out", *SHARDS)
+    said = command.refused(*words, "--worker", "0/2", "--push", REPO)
+    assert "let DST be a directory, and when it is complete give the same command without ranks --push" in said
+    for index in (1, 0):
+        command.ok(*words, "--worker", f"{index}/2")
+    command.ok("finalize", tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+
+    command.ok(*words, "--push", REPO)
+
+    assert without_card(published(hub, REPO)) == without_card(whole)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was made again"
+
+
+def test_a_plan_that_is_made_again_elsewhere_reads_the_commit_of_the_first(hub: Hub, remote: str) -> None:
+    made = plan(remote, Recipe("bf16"))
+    files = dict(hub.repos[remote].head())
+    hub.put(remote, {name: files[name] for name in files if name != "LICENSE"})
+
+    assert made.again is not None
+    again = made.again()
+
+    assert (again.hash, again.stamp) == (made.hash, made.stamp)
+    assert plan(remote, Recipe("bf16")).hash != made.hash

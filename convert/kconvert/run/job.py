@@ -56,7 +56,8 @@ class Terms:
             return
         if delivery.push is not None:
             raise KconvertError(
-                "ranks cannot send to the Hub; let DST be a directory or an object store, and send it when it is complete"
+                "ranks cannot send to the Hub, where one commit has to name all shards; let DST be a directory, and when it is "
+                "complete give the same command without ranks --push, which sends what is there"
             )
         if self.overwrite:
             raise KconvertError(
