@@ -2,6 +2,7 @@
 
 import copy
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kconvert.errors import KconvertError
 from kconvert_qat import QATConfig, attach, detach, prepare
 from kconvert_qat.experts import find_experts
 from kconvert_qat.grid import _by_reference, encode, fake_quantise, reaches
+from kconvert_qat.grids import vectors
 from kconvert_qat.grids.table import GRIDS
 
 NEW = [(name, convention) for name, grid in GRIDS.items() for convention in grid.conventions if name != "int4"]
@@ -103,6 +105,25 @@ def test_the_reach_of_a_matrix_is_its_largest_finite_magnitude_as_bf16(dtype):
     finite = weight.nan_to_num(0, 0, 0).bfloat16().abs().amax((1, 2))
     assert reaches(weight, None, "nvfp4") == finite.tolist()
     assert reaches(weight[1], weight[0].mT.contiguous(), "nvfp4") == [float(finite[:2].max())]
+
+
+@pytest.mark.parametrize("narrows", [True, False])
+def test_normal_numbers_are_rounded_alike_with_the_processors_instruction_and_without(monkeypatch, narrows):
+    if narrows and not vectors.NARROWS:
+        pytest.skip("this processor has no instruction that rounds to bf16")
+    monkeypatch.setattr(vectors, "NARROWS", narrows)
+
+    @numba.njit
+    def rounded(values, served):
+        for row in range(values.shape[0]):
+            vectors.store_normal(served, row, 0, vectors.load_normal(values, row, 0, 32))
+
+    torch.manual_seed(0)
+    values = torch.randn(64, 32) * 2.0 ** torch.randint(-120, 120, (64, 1))
+    values[0] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8]).repeat(16)  # halves, to even
+    served = np.zeros((64, 32), np.uint16)
+    rounded(values.numpy(), served)
+    assert np.array_equal(served, values.bfloat16().view(torch.int16).numpy().view(np.uint16))
 
 
 @every
