@@ -167,6 +167,12 @@ def is_right(format: Format, values: torch.Tensor, found: State) -> bool:
     )
 
 
+@pytest.mark.parametrize("format", [format for format in AMX_FORMATS if not format.mse], ids=str)
+def test_amx_tiles_are_decoded_as_by_the_reference(format: Format) -> None:
+    state = encoded(format, awkward(256, 8192), 0)
+    assert same_bits(quickly(format, state, (256, 8192)), decoded(format, state, (256, 8192)))
+
+
 def test_what_the_quick_way_does_not_know_is_left_to_the_reference() -> None:
     values = awkward(256, 600)
     assert not is_made_of(Fp8(), values, encoded(Fp8(), values, 0))  # short blocks

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats import Format
 from kconvert.formats.packed import Packed
-from kconvert.proof.parity.metrics import Spread
+from kconvert.proof.parity.metrics import POINTERS, Spread
+from kconvert.proof.parity.quick.native import Loop
 from kconvert.proof.parity.witnesses.packed import int_codes
 from kconvert.proof.parity.witnesses.registry import witness_of
 
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
 
     from kconvert.proof.parity.witnesses.base import State
 
-TILE_ELEMENTS = 1 << 17  # at a time; two copies in f32 fit into a cache
 OUTLIER_OCTAVES = 3  # a scale 8 times the weight's median, or more
 QUARTERS = 4  # bins to an octave
-MAGNITUDES = {2: 0x7FFFFFFF7FFFFFFF, 4: 0x7FFF7FFF7FFF7FFF}  # all bits but the signs of so many floats
 LOWEST_BIN = -150 * QUARTERS  # below the smallest f32
 
 
@@ -92,23 +91,13 @@ def _count_scales(scales: torch.Tensor) -> Counter[int]:
 
 def count_zero_groups(values: torch.Tensor, size: int) -> int:
     """Groups of `size` columns of a row [rows, cols] without a value other than zero; the last may be shorter."""
-    import torch
-
-    count = max(1, TILE_ELEMENTS // max(values.shape[1], 1))
-    return sum(_zero_groups(tile, size) for tile in torch.split(values, count))
+    values = values.contiguous() if str(values.dtype) in POINTERS else values.float()
+    return _zero_groups(POINTERS[str(values.dtype)])(values, *values.shape, size)
 
 
-def _zero_groups(values: torch.Tensor, size: int) -> int:
-    import torch
-
-    rows, cols = values.shape
-    at_once = 8 // values.element_size()
-    if size % (8 * at_once) == 0 and cols % size == 0:
-        used = values.view(torch.int64).bitwise_and(MAGNITUDES[at_once]) != 0
-        used = used.view(torch.int64)  # eight of these at a time
-    else:
-        used = torch.nn.functional.pad(values != 0, (0, -cols % size))
-    return int((~used.view(rows, -(-cols // size), -1).any(-1)).sum())
+@cache
+def _zero_groups(kind: str) -> Loop:
+    return Loop("figures", "count_zero_groups", f"{kind}* i8 i8 i8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, c
 from kconvert.proof.parity.fused import fused_faults
 from kconvert.proof.parity.metrics import Position, Spread
 from kconvert.proof.parity.oracle import independent_values
+from kconvert.proof.parity.quick import native
 from kconvert.proof.parity.rows import Desk, approved
 from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.proof.processes import Crew, worthwhile
@@ -126,6 +127,8 @@ class Comparing:
         # Where it is loaded already there is nothing to be gained; and a process of multiprocessing's pool has no children.
         here = not job.forks or library.is_loaded() or multiprocessing.current_process().daemon
         many = worthwhile(sum(map(sum, self._sizes)), cores) if job.forks else 0
+        if many:
+            native.prepare()
         self._crowd = Crew(many or int(leans and not here), job)
         self._library = Crew(int(asks and not (here and not many)), job)
         self._open = ExitStack()

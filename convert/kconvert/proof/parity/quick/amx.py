@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 ENCODE = Loop("amx", "encode", "u2* f4* u1* f4* f4* i8 i8 i8 i8 i8 i8 i8")
 WRONG_ORDER = Loop("amx", "wrong_order", "u4* u4* i8 i8 i8 i8 i8 i8 i8 i8")
+UNPACK = Loop("amx", "unpack", "u4* u4* i8 i8 i8 i8 i8 i8")
+DECODE = Loop("amx", "decode", "u1* f4* f4* i8 i8 i8 i8 i8 i8")
 LANES = 64  # of the reference's sums
 BLOCK_COLS = 3584
 
@@ -39,7 +41,22 @@ def is_packed(lines: torch.Tensor, first: int, width: int, packed: torch.Tensor,
 
     words = [tensor.view(torch.int32) for tensor in (lines, packed.contiguous())]
     rows, stride = words[0].shape
-    height, across = 512 // bits, BLOCK_COLS * bits // 32
-    down, count = math.ceil(rows / height), width // 4
-    sizes = rows, stride, first // 4, count, height, down, across
-    return not WRONG_ORDER(*words, *sizes, math.ceil(count / across))
+    return not WRONG_ORDER(*words, rows, stride, first // 4, width // 4, *_blocks(rows, width // 4, bits))
+
+
+def decode(
+    packed: torch.Tensor, scale: torch.Tensor, values: torch.Tensor, first: int, cols: int, bits: int, buffers: Buffers
+) -> None:
+    """I8 [n * cols * bits / 8] and f32 [n] -> columns `first` to first + cols of f32 [n, k]."""
+    import torch
+
+    rows, words = len(scale), cols * bits // 32
+    lines = take(buffers, "lines", torch.int32, (rows, words))
+    UNPACK(packed.contiguous().view(torch.int32), lines, rows, words, *_blocks(rows, words, bits))
+    DECODE(lines.view(torch.uint8), scale.contiguous(), values, rows, cols, values.shape[1], first, LANES, bits)
+
+
+def _blocks(rows: int, words: int, bits: int) -> tuple[int, int, int, int]:
+    """The height of a block, how many there are, and the same of its width in words."""
+    height, width = 512 // bits, BLOCK_COLS * bits // 32
+    return height, math.ceil(rows / height), width, math.ceil(words / width)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
@@ -81,10 +83,24 @@ def _object_of(loop: Loop) -> bytes:
     with open(folder / f"{loop.module}.{loop.name}.lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_bytes(_compiled(loop))
-            part.replace(path)
-    return path.read_bytes()
+            # By a process of its own, as numba's memory stays with whoever has loaded it.
+            code = f"from {__name__} import keep; keep({loop.module!r}, {loop.name!r}, {loop.types!r}, {str(path)!r})"
+            subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return path.read_bytes() if path.exists() else _compiled(loop)
+
+
+def keep(module: str, name: str, types: list[str], path: str) -> None:
+    """Compile this loop to that file."""
+    part = Path(f"{path}.part")
+    part.write_bytes(_compiled(Loop(module, name, " ".join(types))))
+    part.replace(path)
+
+
+def prepare() -> None:
+    """Load what loads loops, which forks then have in common."""
+    import llvmlite.binding as llvm
+
+    llvm.create_lljit_compiler(_machine())
 
 
 @cache

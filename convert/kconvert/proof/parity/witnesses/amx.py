@@ -11,6 +11,7 @@ from kconvert.formats.engines.amx import Amx
 from kconvert.models.model import Weight
 from kconvert.proof.parity.metrics import same_bits
 from kconvert.proof.parity.quick import amx as quick
+from kconvert.proof.parity.quick.memory import take
 from kconvert.proof.parity.witnesses.base import (
     Encoder,
     State,
@@ -42,6 +43,22 @@ class AmxWitness(Witness[Amx]):
             for n in range(format.numa)
         ]
         return torch.cat(shards, 0 if by_rows else 1)
+
+    def is_quick(self, cols: int) -> bool:
+        return True
+
+    def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
+        import torch
+
+        format = self.format
+        shards = [(state[f"numa.{n}.weight"], state[f"numa.{n}.scale"]) for n in range(format.numa)]
+        rows = sum(len(scale) for _, scale in shards) if format.split == "rows" else len(shards[0][1])
+        values, row, first = take(buffers, "values", torch.float32, (rows, cols)), 0, 0
+        width = cols if format.split == "rows" else cols // format.numa
+        for packed, scale in shards:
+            quick.decode(packed, scale, values[row : row + len(scale)], first, width, format.bits, buffers)
+            row, first = (row + len(scale), 0) if format.split == "rows" else (0, first + width)
+        return values
 
     @property
     def has_reference(self) -> bool:

@@ -134,6 +134,12 @@ def encode(
     return 0
 
 
+@inline
+def _first_word(stride: Any, start: Any, band: Any, group: Any, k: Any) -> Any:
+    """Of row-major words: 16 rows have a word each, then these rows their next one; after 16 words the other 16 rows."""
+    return start + (band * 32 + k // 16 * 16) * stride + group * 16 + k % 16
+
+
 def wrong_order(
     lines: Any,
     packed: Any,
@@ -155,9 +161,44 @@ def wrong_order(
             for band in range(min(height, rows - block * height) // 32):
                 for group in range(min(width, words - part * width) // 16):
                     for k in range(32):
-                        # 16 rows have a word each, then these rows their next one; after 16 words the other 16 rows.
-                        own = start + (band * 32 + k // 16 * 16) * stride + group * 16 + k % 16
+                        own = _first_word(stride, start, band, group, k)
                         for row in range(16):
                             differ = U(differ | U(lines[own + row * stride] ^ packed[place + row]))
                         place += 16
     return 1 if differ else 0
+
+
+def unpack(packed: Any, lines: Any, rows: Any, words: Any, height: Any, down: Any, width: Any, across: Any) -> Any:
+    """The inverse of that order: u32 [rows * words] -> [rows, words]."""
+    place = 0
+    for block in range(down):
+        for part in range(across):
+            start = block * height * words + part * width
+            for band in range(min(height, rows - block * height) // 32):
+                for group in range(min(width, words - part * width) // 16):
+                    for k in range(32):
+                        own = _first_word(words, start, band, group, k)
+                        for row in range(16):
+                            lines[own + row * words] = packed[place + row]
+                        place += 16
+    return 0
+
+
+def decode(
+    lines: Any, scale: Any, values: Any, rows: Any, cols: Any, stride: Any, first: Any, lanes: Any, bits: Any
+) -> Any:
+    """The bytes of each row's codes, u8 [rows, cols * bits / 8], f32 [rows] -> columns `first` to first + cols of f32 [rows,
+    stride]: code * scale, or for four bits code * (16 * scale)."""
+    for row in range(rows):
+        own, target = row * cols * bits // 8, row * stride + first
+        step = scale[row] * np.float32(16 if bits == 4 else 1)
+        if bits == 8:
+            for i in range(cols):
+                values[target + i] = np.float32(np.int8(lines[own + i])) * step
+            continue
+        for pair in range(cols // 128):
+            for i in range(lanes):
+                byte = np.int32(np.int8(lines[own + pair * 64 + i]))
+                values[target + pair * 128 + i] = np.float32(np.int32(np.int32(byte << 28) >> 28)) * step
+                values[target + pair * 128 + 64 + i] = np.float32(np.int32(byte >> 4)) * step
+    return 0

@@ -90,3 +90,17 @@ def measure(expected: Any, found: Any, figures: Any, rows: Any, cols: Any) -> An
         figures[4 * rows + row] = _float(worst)
         different += count
     return different
+
+
+def count_zero_groups(values: Any, rows: Any, cols: Any, size: Any) -> Any:
+    """How many groups of `size` columns of floats [rows, cols] have no value other than zero; the last may be shorter."""
+    count = 0
+    for row in range(rows):
+        first = row * cols
+        while first < row * cols + cols:
+            used = np.uint64(0)
+            for i in range(first, min(first + size, row * cols + cols)):
+                used |= _bits(_wide(values[i])) & MAGNITUDE
+            count += used == np.uint64(0)
+            first += size
+    return count
