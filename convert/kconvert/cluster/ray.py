@@ -119,7 +119,9 @@ class Cluster:
                 said = str(error).partition("\n")[0]
                 raise KconvertError(f"Ray does not let this process into its cluster at {named}: {said}") from None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else 15, and whatever runs besides goes first; threads have 0
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # else 15, and whatever runs besides goes first; threads have 0
         self._ray.init(address=HERE, include_dashboard=False, object_store_memory=STORE, **quiet)
 
     def __enter__(self) -> Cluster:
