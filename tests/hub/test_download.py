@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_inside_a_half_fetched_file(hub, remote, command, w
         return found - sizes - {0}
 
     with command.start(*arguments) as process:
-        wait_for(lambda: len(halves()) > 1, process)
+        wait_for(halves, process)
         process.send_signal(signal.SIGKILL)
     kept = halves()
     assert kept

@@ -1,7 +1,7 @@
 """The ways of saying in a config.json how weights are quantised: one module a dialect, read and written."""
 
 from kconvert.dialects.base import QuantizationConfig
-from kconvert.dialects.registry import DECLARING_FILES, declared_beside, read_quantization
+from kconvert.dialects.registry import DECLARING_FILES, declared_beside, files_beside, read_quantization
 from kconvert.dialects.tables import KEYS, declare_dtype, quantization_tables, with_quantization, without_quantization
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "QuantizationConfig",
     "declare_dtype",
     "declared_beside",
+    "files_beside",
     "quantization_tables",
     "read_quantization",
     "with_quantization",

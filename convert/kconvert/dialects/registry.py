@@ -31,18 +31,26 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
 
 def dialect_of(table: Table) -> Dialect:
     """The dialect that the table is written in."""
-    # Engines take either spelling.
-    method = table.text("quant_method", "").lower().replace("_", "-")
     for dialect in DIALECTS:
-        if method in dialect.METHODS or (not method and any(sign in table for sign in dialect.SIGNS)):
+        if _is_in(dialect, table):
             return dialect
     if (other := unread(table)) is not None:
         raise KconvertError(f"{table.place} is {other.describe(table)}, which is not read; {other.helps}")
     read = " and ".join(name for dialect in DIALECTS for name in dialect.METHODS)
     where = table.place_of("quant_method")
-    if method:
+    if _method(table):
         raise KconvertError(f"{where} is {brief(table.values['quant_method'])}, which is not known; {read} are read")
     raise KconvertError(f"{where} is missing, and nothing else there says what the weights are; {read} are read")
+
+
+def _is_in(dialect: Dialect, table: Table) -> bool:
+    method = _method(table)
+    return method in dialect.METHODS or (not method and any(sign in table for sign in dialect.SIGNS))
+
+
+def _method(table: Table) -> str:
+    """Engines take either spelling."""
+    return table.text("quant_method", "").lower().replace("_", "-")
 
 
 def declared_beside(
@@ -64,3 +72,11 @@ def declared_beside(
             table = Table("", values, name, config)
             return replace(dialect_of(table).read(table), file=name)
     return None
+
+
+def files_beside(config: Mapping[str, Any], quantization: QuantizationConfig) -> tuple[str, ...]:
+    """The side files without which a copy of a checkpoint would be less: what declares its quantisation where `config`.json
+    does not, and what TensorRT-LLM wants beside ModelOpt's."""
+    tables = declarations(config)
+    wanted = {quantization.file, modelopt.BESIDE if tables and _is_in(modelopt, tables[0]) else None}
+    return tuple(name for name in DECLARING_FILES if name in wanted)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.dialects import DECLARING_FILES
+from kconvert.dialects import files_beside
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.errors import KconvertError
 from kconvert.models.manifest import Manifest, Names
@@ -50,7 +50,8 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
     parameters = sum(math.prod(match.shape) for name, match in names.expected() if name in cutting.found)
     is_mlx = MLX_KEY in checkpoint.config or any(map(SWITCH.fullmatch, checkpoint.tensors))
     container = Safetensors(shard_size, scatter=scatter, metadata=MLX if is_mlx else METADATA)
-    declared = {name: checkpoint.side_file(name).read_bytes() for name in DECLARING_FILES if checkpoint.has(name)}
+    beside = filter(checkpoint.has, files_beside(checkpoint.config, model.quantization))
+    declared = {name: checkpoint.side_file(name).read_bytes() for name in beside}
     return Cut(drafts, container, config, parameters, declared)
 
 

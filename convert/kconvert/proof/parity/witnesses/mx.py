@@ -68,14 +68,20 @@ class MxWitness(Witness[Mx]):
         return self.format.bits == 4
 
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
-        return quick.decode(state[self.format.codes_name], self.scales(state).float(), buffers)
+        return quick.decode(self._pairs(state), self.scales(state).float(), buffers)
 
     @property
     def judges_quickly(self) -> bool:
         return self.has_reference and self.format.bits == 4
 
     def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
-        return quick.is_mxfp4_of(values, found[self.format.codes_name], found[self.format.scale_name])
+        return quick.is_mxfp4_of(values, self._pairs(found), found[self.format.scale_name])
+
+    def _pairs(self, state: State) -> torch.Tensor:
+        """The codes of MXFP4 as bytes of two, which MLX has four of in a word."""
+        import torch
+
+        return state[self.format.codes_name].view(torch.uint8)
 
     def largest_step(self, state: State) -> torch.Tensor | None:
         return self.scales(state).float()
