@@ -14,14 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
-from common import KCONVERT, arguments, machine, nbytes, remove, table, tensor_files, true_experts
+from common import KCONVERT, arguments, machine, nbytes, remove, serving, table, tensor_files, true_experts
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "hub"), str(TESTS / "helpers")]
@@ -97,20 +96,6 @@ def together(
     if any(child.returncode for child in children):
         sys.exit("a rank failed")
     return max(float(json.loads(text)["seconds"]) for text in said)
-
-
-@contextmanager
-def serving(serve: Callable[[Path, float, Connection], None], source: Path, speed: float) -> Iterator[str]:
-    """The endpoint of a server in a process of its own."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(source, speed, theirs), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        ours.send("stop")
-        process.join()
 
 
 def hub(source: Path, speed: float, pipe: Connection) -> None:

@@ -16,8 +16,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -205,3 +207,17 @@ def machine(folder: Path | None = None) -> None:
         answer = subprocess.run(["df", "--output=fstype,source", folder], capture_output=True, text=True, check=True)
         facts.append(" on ".join(answer.stdout.split()[2:]))
     print(f"machine: {', '.join(facts)}, Linux {platform.release()}")
+
+
+@contextmanager
+def serving(serve: Callable[[Path, float, Connection], None], source: Path, speed: float) -> Iterator[str]:
+    """The endpoint of a server in a process of its own, which no side has to wait for; it sends that, and ends when told to."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(source, speed, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        ours.send("stop")
+        process.join()

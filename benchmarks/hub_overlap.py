@@ -13,10 +13,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -33,6 +31,7 @@ from common import (
     remove,
     run,
     sample,
+    serving,
     spread,
     table,
     tensor_files,
@@ -82,7 +81,7 @@ def main() -> None:
         return run([sys.executable, "-c", DOWNLOAD])
 
     if options.parts:
-        with serving(source, 0) as url:
+        with serving(serve, source, 0) as url:
             os.environ["HF_ENDPOINT"] = url
             report_parts(alternate(options.runs, sides_of_parts(options.dir, home)), nbytes(tensor_files(source)))
         return
@@ -92,7 +91,7 @@ def main() -> None:
         "convert": lambda: convert(source),
         "download and convert": lambda: convert(REPO, "--disk-budget=1TB"),
     }
-    with serving(source, speed) as url:
+    with serving(serve, source, speed) as url:
         os.environ["HF_ENDPOINT"] = url
         results = alternate(options.runs, sides)
     remove(home)
@@ -204,20 +203,6 @@ PARTS: dict[str, Callable[[Path], object]] = {
     "and digested": lambda folder: receive(folder, digesting=True),
     "and written": fetch,
 }
-
-
-@contextmanager
-def serving(source: Path, speed: float) -> Iterator[str]:
-    """The endpoint of a Hub in a process of its own, which no side has to wait for."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(source, speed, theirs), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        ours.send("stop")
-        process.join()
 
 
 def serve(source: Path, speed: float, pipe: Connection) -> None:
