@@ -86,3 +86,38 @@ def test_a_store_is_not_opened_in_a_fork_of_who_has_used_one(stored: str, work: 
 
     assert "cannot be opened in a process that was forked from one that has used a store" in said
     assert said.count("\n") == 1
+
+
+THREADS = """
+import os, pathlib, signal, sys
+import kconvert
+from kconvert.stores import forked
+weights = kconvert.open(sys.argv[1], threads=4)
+names = sorted(weights)
+weights[names[0]]
+if os.fork() == 0:
+    found = [weights[name] for name in names]  # by several threads, all of which come first
+    reader = forked._own._found.process
+    reader.send_signal(signal.SIGKILL)
+    reader.wait()
+    print(len(found), all(a.equal(weights[name]) for a, name in zip(found, names)), forked._own._found.process != reader)
+    sys.stdout.flush()
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_threads_of_a_fork_share_one_reader_and_get_another_when_that_has_ended(stored: str, int4: Path) -> None:
+    with open_weights(int4) as weights:
+        count = len(weights)
+    assert python(THREADS, stored).split() == [str(count), "True", "True"]
+
+
+def test_a_reader_takes_no_modules_of_the_folder_that_one_is_in(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "selectors.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    script = "import sys; sys.path.remove('')\n" + FORK.format(work="print(weights[name].shape)")
+    assert "Size" in python(script, stored)
+    assert not (tmp_path / "ran").exists()

@@ -12,6 +12,7 @@ from s3_server import SECRET, short, status
 
 import kconvert
 from kconvert import KconvertError
+from kconvert.checkpoint.remote import Memory
 from kconvert.cli import main
 from kconvert.stores import client
 from kconvert.stores.urls import StoreUrl, parse_store_url
@@ -176,3 +177,22 @@ def test_without_obstore_the_sentence_says_what_to_install(monkeypatch, bucket):
 def test_names_that_lead_elsewhere_are_not_trusted(bucket, stored):
     bucket.put("models/kimi/tiny/a%5Cb.json", b"{}")
     assert "which could lead anywhere" in run("inspect", stored).output
+
+
+@pytest.mark.parametrize("stamp", ["tag", None])
+def test_no_more_is_taken_than_was_asked_for_and_no_condition_made_without_a_tag(monkeypatch, stamp):
+    class Answer:
+        def stream(self, min_chunk_size):
+            yield b"x" * 10
+
+    def get(store, file, options):
+        asked.append(options)
+        return Answer()
+
+    asked = []
+    monkeypatch.setattr("obstore.get", get)
+    found = bytearray(6)
+    client.transfer(parse_store_url("s3://bucket/place"), None, stamp, "file", 0, 6, Memory(found))
+    assert found == b"xxxxxx"
+    assert [option.get("if_match", None) for option in asked] == [stamp]
+    assert all(None not in option.values() for option in asked)

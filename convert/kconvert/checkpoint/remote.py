@@ -52,6 +52,8 @@ def pour(data: bytes | memoryview, sink: Sink) -> None:
     left = memoryview(data)
     while left:
         room = sink.room()[: len(left)]
+        if not room:
+            raise ValueError("there are more bytes than were to come")
         room[:] = left[: len(room)]
         sink.took(len(room))
         left = left[len(room) :]

@@ -112,12 +112,14 @@ def transfer(
     from obstore import get
 
     position, failures, stopped = start, 0, stopped or threading.Event()
+    condition = {} if stamp is None else {"if_match": stamp}
     while position < stop:
         try:
-            answer = get(store, file, options={"range": (position, stop), "if_match": stamp})
+            answer = get(store, file, options={"range": (position, stop), **condition})
             for chunk in answer.stream(min_chunk_size=CHUNK):
-                pour(memoryview(chunk), sink)
-                position, failures = position + len(chunk), 0
+                wanted = memoryview(chunk)[: stop - position]  # no more than was asked for, whatever is sent
+                pour(wanted, sink)
+                position, failures = position + len(wanted), 0
             if position < stop:
                 raise TimeoutError
         except KconvertError:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,30 +53,67 @@ class _Sending:
         self._answers.send_bytes(self._room[:count])
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """The process that reads for this one, and the way to it."""
+
+    process: subprocess.Popen[bytes]
+    way: socket.socket
+
+    def ask(self, wanted: Wanted, answers: int) -> None:
+        socket.send_fds(self.way, [pickle.dumps(wanted)], [answers])
+
+
+class _Readers:
+    """That of this process, if it has one by now; forked processes begin without."""
+
+    def __init__(self) -> None:
+        self.forget()
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        self._lock = threading.Lock()
+        self._found: _Reader | None = None
+
+    def ask(self, wanted: Wanted, answers: int) -> None:
+        """Hand this to the reader, or to another one where that has ended."""
+        with self._lock:
+            if self._found is not None:
+                try:
+                    self._found.ask(wanted, answers)
+                    return
+                except ConnectionError:
+                    self._found.process.wait()
+            self._found = _start()
+            self._found.ask(wanted, answers)
+
+
+_own = _Readers()
+
+
 def read(wanted: Wanted, sink: Sink) -> None:
     """Bring these bytes to `sink`; KconvertError when they cannot be had. From any thread."""
     here, there = socket.socketpair()
     with there:
-        socket.send_fds(_reader(os.getpid()), [pickle.dumps(wanted)], [there.fileno()])
+        _own.ask(wanted, there.fileno())
     with Connection(here.detach()) as answers:
         try:
             while chunk := answers.recv_bytes():
                 pour(chunk, sink)
             fault = answers.recv()
         except (EOFError, ConnectionError):
-            fault = f"{wanted.place}: cannot read {wanted.file}, the process that does has ended; run the same command again"
+            fault = f"{wanted.place}: cannot read {wanted.file}, the process that does was ended; read it again"
     if fault is not None:
         raise KconvertError(fault)
 
 
-@lru_cache(1)
-def _reader(process: int) -> socket.socket:
-    """The way to the process that reads for this one."""
+def _start() -> _Reader:
+    """It has the modules of this one, and never those of the folder that somebody happens to be in."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-c", "from kconvert.stores.forked import serve; serve()"]
+    found = [entry for entry in sys.path if entry]
+    code = f"import sys; sys.path[:] = {found!r}; from {__name__} import serve; serve()"
     with there:
-        subprocess.Popen(command, stdin=there.fileno(), env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    return here
+        return _Reader(subprocess.Popen([sys.executable, "-c", code], stdin=there.fileno()), here)
 
 
 def serve() -> None:

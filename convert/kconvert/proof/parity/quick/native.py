@@ -7,11 +7,12 @@ llvmlite loads in milliseconds: the processes of a comparison have no use for nu
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 LOOPS = Path(__file__).with_name("loops")
 SYMBOL = "loop"
+DIGEST = hashlib.sha256().digest_size
 
 
 class Loop:
@@ -62,37 +64,85 @@ _loaded: list[Any] = []  # what keeps the machine code in memory
 
 
 def _address(loop: Loop) -> int:
-    import llvmlite.binding as llvm
-
-    compiler = llvm.create_lljit_compiler(_machine())
-    library = llvm.JITLibraryBuilder().add_object_img(_object_of(loop)).export_symbol(SYMBOL)
-    tracker = library.link(compiler, f"{loop.module}.{loop.name}")
-    _loaded.append((compiler, tracker))
-    address: int = tracker[SYMBOL]
+    """Of its machine code in this process, by numba itself where what is kept cannot be had, or does not load."""
+    code = _kept(loop)
+    with suppress(RuntimeError):
+        if code is not None:
+            return _load(loop, code)
+    compiled = _compiled(loop)
+    _loaded.append(compiled)
+    address: int = compiled.address
     return address
 
 
-def _object_of(loop: Loop) -> bytes:
-    """As it is kept, or compiled now, by one process at a time; where nothing can be kept, by each."""
+def _load(loop: Loop, code: bytes) -> int:
+    """RuntimeError where it needs what only numba has."""
+    import llvmlite.binding as llvm
+
+    compiler = llvm.create_lljit_compiler(_machine())
+    library = llvm.JITLibraryBuilder().add_object_img(code).export_symbol(SYMBOL)
+    tracker = library.link(compiler, f"{loop.module}.{loop.name}")
+    address: int = tracker[SYMBOL]
+    _loaded.append((compiler, tracker))
+    return address
+
+
+def _kept(loop: Loop) -> bytes | None:
+    """The object file, kept before or now, by one process at a time; None where that cannot be."""
     folder = _folder()
     if folder is None:
-        return _compiled(loop)
+        return None
     path = folder / f"{loop.module}.{loop.name}-{_key(*loop.types)}.o"
-    with suppress(OSError):
-        return path.read_bytes()
-    with open(folder / f"{loop.module}.{loop.name}.lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            # By a process of its own, as numba's memory stays with whoever has loaded it.
-            code = f"from {__name__} import keep; keep({loop.module!r}, {loop.name!r}, {loop.types!r}, {str(path)!r})"
-            subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    return path.read_bytes() if path.exists() else _compiled(loop)
+    try:
+        if (code := _sound(path)) is None:
+            with _locked(path.with_suffix(".lock")):
+                if (code := _sound(path)) is None:
+                    _let_keep(loop, path)
+                    code = _sound(path)
+    except OSError:
+        return None
+    return code
+
+
+def _sound(path: Path) -> bytes | None:
+    """The content behind its digest; None where there is none, or it was cut off or damaged."""
+    with suppress(FileNotFoundError):
+        data = path.read_bytes()
+        digest, code = data[:DIGEST], data[DIGEST:]
+        if hashlib.sha256(code).digest() == digest:
+            return code
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _let_keep(loop: Loop, path: Path) -> None:
+    """By a process of its own, as numba's memory stays with whoever has loaded it, and its settings with what it makes; never
+    by modules of the folder that somebody happens to be in."""
+    found = [entry for entry in sys.path if entry]
+    code = f"import sys; sys.path[:] = {found!r}; from {__name__} import keep; "
+    code += f"keep({loop.module!r}, {loop.name!r}, {loop.types!r}, {str(path)!r})"
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=settings)
 
 
 def keep(module: str, name: str, types: list[str], path: str) -> None:
-    """Compile this loop to that file."""
+    """Compile this loop to that file, behind its digest."""
+    import llvmlite.binding as llvm
+
+    compiled = _compiled(Loop(module, name, " ".join(types)))
+    text = compiled.inspect_llvm().replace(compiled.native_name, SYMBOL)
+    code: bytes = _machine().emit_object(llvm.parse_assembly(text))
     part = Path(f"{path}.part")
-    part.write_bytes(_compiled(Loop(module, name, " ".join(types))))
+    part.write_bytes(hashlib.sha256(code).digest() + code)
     part.replace(path)
 
 
@@ -106,9 +156,9 @@ def prepare() -> None:
 @cache
 def _folder() -> Path | None:
     """Where Python keeps what it made of these files, else in the user's own folder; None where neither can be written to."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "kconvert")
-    for folder in (LOOPS / "__pycache__", home):
-        with suppress(OSError):
+    for place in (LOOPS / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "kconvert")):
+        with suppress(OSError, RuntimeError):  # the latter for a user without a home
+            folder = place.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
@@ -118,13 +168,15 @@ def _folder() -> Path | None:
 @cache
 def _key(*types: str) -> str:
     """Changes with the types of the arguments, the loops, what compiles them, and the processor."""
-    import hashlib
     from importlib.metadata import version
 
     import llvmlite.binding as llvm
 
     about = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    sources = [path.read_text("utf-8") for path in (*sorted(LOOPS.glob("*.py")), Path(str(conventions.__file__)))]
+    sources = [
+        path.read_text("utf-8")
+        for path in (*sorted(LOOPS.glob("*.py")), Path(__file__), Path(str(conventions.__file__)))
+    ]
     return hashlib.sha256("\0".join([*types, *about, *sources]).encode()).hexdigest()[:16]
 
 
@@ -142,18 +194,14 @@ def _machine() -> Any:
     )
 
 
-def _compiled(loop: Loop) -> bytes:
-    """The object file of the loop, whose symbol is SYMBOL."""
+def _compiled(loop: Loop) -> Any:
+    """numba's function of the loop."""
     from importlib import import_module
 
-    import llvmlite.binding as llvm
     from numba import cfunc, types
 
     names = {"u1": "uint8", "u2": "uint16", "u4": "uint32", "i8": "int64", "f4": "float32", "f8": "float64"}
     own = [getattr(types, names[kind.rstrip("*")]) for kind in loop.types]
     own = [types.CPointer(one) if kind.endswith("*") else one for one, kind in zip(own, loop.types, strict=True)]
     function = getattr(import_module(f"kconvert.proof.parity.quick.loops.{loop.module}"), loop.name)
-    compiled = cfunc(types.int64(*own), error_model="numpy", forceinline=True)(function)
-    text = compiled.inspect_llvm().replace(compiled.native_name, SYMBOL)
-    found: bytes = _machine().emit_object(llvm.parse_assembly(text))
-    return found
+    return cfunc(types.int64(*own), error_model="numpy", forceinline=True)(function)
