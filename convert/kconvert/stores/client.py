@@ -21,6 +21,7 @@ from kconvert.errors import KconvertError
 from kconvert.stores.urls import StoreUrl
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
@@ -112,10 +113,12 @@ def transfer(
     from obstore import get
 
     position, failures, stopped = start, 0, stopped or threading.Event()
-    condition = {} if stamp is None else {"if_match": stamp}
     while position < stop:
         try:
-            answer = get(store, file, options={"range": (position, stop), **condition})
+            options: GetOptions = {"range": (position, stop)}
+            if stamp is not None:
+                options["if_match"] = stamp
+            answer = get(store, file, options=options)
             for chunk in answer.stream(min_chunk_size=CHUNK):
                 wanted = memoryview(chunk)[: stop - position]  # no more than was asked for, whatever is sent
                 pour(wanted, sink)
