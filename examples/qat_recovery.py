@@ -51,7 +51,6 @@ from kconvert_qat.parity import compare
 VOCABULARY = 512
 BLOCK = 128
 BATCH = 8
-GROUPS = {"int4": (32, 128), "mxfp4": (32,)}  # of each grid
 HELD_OUT = 25  # every so many files are held out
 WAYS = ("PTQ", "QAT", "QAT+KD")
 
@@ -169,14 +168,14 @@ def run_seed(seed: int, data: torch.Tensor, held_out: torch.Tensor, options: arg
     tuned = {"data": data, "steps": options.steps, "peak": options.rate, "seed": 1000 + seed}
     reference = fit(copy.deepcopy(base), **tuned)
     rows = [measure(reference, reference, held_out, seed, "BF16", 0)]
-    for group in GROUPS[options.grid]:
-        for way in WAYS:
-            config = QATConfig(grid=options.grid, group_size=group, distillation=0.5 if way == "QAT+KD" else 0.0)
-            model = copy.deepcopy(reference if way == "PTQ" else base)
-            prepare(model, config)
-            if way != "PTQ":
-                fit(model, **tuned, config=config, teacher=reference if way == "QAT+KD" else None)
-            rows.append(measure(model, reference, held_out, seed, way, group))
+    for way in WAYS:
+        distillation = 0.5 if way == "QAT+KD" else 0.0
+        config = QATConfig(grid=options.grid, group_size=options.group, distillation=distillation)
+        model = copy.deepcopy(reference if way == "PTQ" else base)
+        prepare(model, config)
+        if way != "PTQ":
+            fit(model, **tuned, config=config, teacher=reference if way == "QAT+KD" else None)
+        rows.append(measure(model, reference, held_out, seed, way, options.group))
     if seed == 0:
         model.save_pretrained(options.output / "masters")
     return rows
@@ -196,10 +195,10 @@ def measure(model: nn.Module, reference: nn.Module, held_out: torch.Tensor, seed
     return Row(seed, way, group, loss, kl, top1)
 
 
-def check_export(tokenizer: PreTrainedTokenizerFast, folder: Path, grid: str, ids: torch.Tensor) -> bool:
+def check_export(tokenizer: PreTrainedTokenizerFast, folder: Path, grid: str, group: int, ids: torch.Tensor) -> bool:
     """Whether the exported checkpoint, loaded by transformers in BF16, computes the trainer's logits bit for bit."""
     shipped = AutoModelForCausalLM.from_pretrained(folder / "masters", dtype=torch.bfloat16)
-    prepare(shipped, QATConfig(grid=grid, group_size=GROUPS[grid][-1]))
+    prepare(shipped, QATConfig(grid=grid, group_size=group))
     export(shipped, folder / grid, tokenizer=tokenizer, overwrite=True)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder / grid, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
@@ -233,26 +232,26 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.4f} ({stdev(values) if len(values) > 1 else 0:.4f})"
 
 
-def plot(rows: list[Row], grid: str, path: Path) -> None:
+def plot(rows: list[Row], grid: str, group: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    groups = GROUPS[grid]
-    figure = Figure(figsize=(1 + 3 * len(groups), 3.5), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
-        above = [gaps(rows, way, group) for way in WAYS]
-        axes.bar(WAYS, [mean(values) for values in above], color=["C3", "C0", "C2"], alpha=0.6)
-        for k, values in enumerate(above):
-            axes.plot([k] * len(values), values, "k.")
-        axes.axhline(0, color="black", lw=0.8)
-        axes.set_title(f"{grid.upper()}, group {group}")
-    figure.axes[0].set_ylabel("held-out loss above BF16, nats a token")
+    figure = Figure(figsize=(4, 3.5), layout="constrained")
+    axes = figure.subplots()
+    above = [gaps(rows, way, group) for way in WAYS]
+    axes.bar(WAYS, [mean(values) for values in above], color=["C3", "C0", "C2"], alpha=0.6)
+    for k, values in enumerate(above):
+        axes.plot([k] * len(values), values, "k.")
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_title(f"{grid.upper()}, group {group}")
+    axes.set_ylabel("held-out loss above BF16, nats a token")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("qat_recovery"), help="[qat_recovery]")
-    parser.add_argument("--grid", choices=list(GROUPS), default="int4", help="[int4]")
+    parser.add_argument("--grid", choices=("int4", "mxfp4"), default="int4", help="[int4]")
+    parser.add_argument("--group", type=int, default=32, help="values of a group; of int4 128, too [32]")
     parser.add_argument("--seeds", type=int, default=3, help="[3]")
     parser.add_argument("--pretrain", type=int, default=3500, help="steps from scratch [3500]")
     parser.add_argument("--pretrain-rate", type=float, default=1e-2, help="their peak learning rate [1e-2]")
@@ -270,11 +269,11 @@ def main() -> None:
         running = [pool.submit(run_seed, seed, data, held_out, options) for seed in range(options.seeds)]
         rows = [row for seed in running for row in seed.result()]
     (options.output / "rows.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    plot(rows, options.grid, options.output / "recovery.png")
+    plot(rows, options.grid, options.group, options.output / "recovery.png")
     print(table(rows))
     print(
         "the exported checkpoint computes the trainer's logits bit for bit:",
-        check_export(tokenizer, options.output, options.grid, held_out[:BATCH]),
+        check_export(tokenizer, options.output, options.grid, options.group, held_out[:BATCH]),
     )
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 

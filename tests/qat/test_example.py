@@ -11,11 +11,13 @@ pytest.importorskip("tokenizers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "qat_recovery.py"
 
 
-@pytest.mark.parametrize(("grid", "groups"), [("int4", (32, 128)), ("mxfp4", (32,))])
-def test_the_recovery_example_runs_and_its_export_computes_the_trainers_logits(tmp_path, grid, groups):
+@pytest.mark.parametrize(("grid", "group"), [("int4", 128), ("mxfp4", 32)])
+def test_the_recovery_example_runs_and_its_export_computes_the_trainers_logits(tmp_path, grid, group):
     sizes = [
         "--grid",
         grid,
+        "--group",
+        str(group),
         "--seeds",
         "1",
         "--pretrain",
@@ -33,6 +35,6 @@ def test_the_recovery_example_runs_and_its_export_computes_the_trainers_logits(t
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["way"], row["group"]) for row in rows] == [
         ("BF16", 0),
-        *[(way, group) for group in groups for way in ("PTQ", "QAT", "QAT+KD")],
+        *[(way, group) for way in ("PTQ", "QAT", "QAT+KD")],
     ]
     assert (tmp_path / "recovery.png").stat().st_size
