@@ -56,7 +56,8 @@ def test_they_go_to_compressed_tensors_as_its_own_converter_has_them(modelopt: P
     library = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.modelopt_nvfp4")
     made = plan(modelopt, Recipe("nvfp4", layout="compressed-tensors"))
     assert made.facts["notes"] == [
-        "input_global_scale of 24 weights is 1 / input_scale in F32, of which the inverse is another number for one in six"
+        "input_global_scale of 24 weights is 1 / input_scale in F32, of which the inverse is another number for one in six; "
+        "or 1 where that is none, as beside an expert that no token reached"
     ]
     assert not made.facts["dropped"]
     convert(made, tmp_path / "out")
@@ -94,7 +95,7 @@ def test_there_and_back_they_are_the_same_or_the_run_ends(modelopt: Path, tmp_pa
     assert all(theirs[name] == 1 for name in names if ours[name] == SCALES[2])
     assert all(theirs[name] != ours[name] for name in names if 0.001 < ours[name] < 0.0018)
     with pytest.raises(
-        KconvertError, match=r"its input_scale 0\.00150000001 does not come back from 1 / itself in F32"
+        KconvertError, match=r"its input_scale (inf|0\.00150000001) does not come back from 1 / itself in F32"
     ):
         convert(plan(modelopt, Recipe("nvfp4", require_exact=True)), tmp_path / "exact")
 
@@ -138,3 +139,28 @@ def test_copies_keep_theirs_and_config_json_speaks_of_them(modelopt: Path, tmp_p
     ]
     assert len([name for name in written(tmp_path / "kept") if "input_global_scale" in name]) == 24
     assert verify(tmp_path / "all", tmp_path / "kept").faults == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0])
+def test_a_scale_that_is_none_is_refused(modelopt: Path, tmp_path: Path, value: float) -> None:
+    edited(modelopt, lambda tensors: tensors.update({f"{EXPERT}.up_proj.input_scale": torch.tensor(value)}))
+    with pytest.raises(
+        KconvertError, match=r"experts\.0\.up_proj.*its input_scale (nan|-1) is no scale of activations"
+    ):
+        convert(plan(modelopt, Recipe("nvfp4")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), 1e-42])
+def test_one_without_an_inverse_becomes_1_but_where_all_is_to_come_back(
+    modelopt: Path, tmp_path: Path, value: float
+) -> None:
+    def same(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("input_scale")]:
+            tensors[name] = torch.tensor(1.0)
+        tensors[f"{EXPERT}.up_proj.input_scale"] = torch.tensor(value)
+
+    edited(modelopt, same)
+    convert(plan(modelopt, Recipe("nvfp4")), tmp_path / "out")
+    assert written(tmp_path / "out")[f"{EXPERT}.up_proj.input_global_scale"].item() == 1
+    with pytest.raises(KconvertError, match="does not come back"):
+        convert(plan(modelopt, Recipe("nvfp4", require_exact=True)), tmp_path / "exact")

@@ -288,3 +288,18 @@ def test_the_command_reads_a_file_any_of_its_parts_and_their_directory(
     refused = CliRunner().invoke(main, ["convert", str(last), str(tmp_path / "bf16"), "--to", "bf16"])
     assert refused.exit_code == 2
     assert "is a GGUF, which inspect, diff and sample --from read" in refused.stderr
+
+
+@pytest.mark.parametrize("symbol", ["layers", "experts"])
+def test_a_cut_leaves_something(source: Callable[[str], Path], symbol: str) -> None:
+    for name in ("kimi-k2-thinking", "gpt-oss"):
+        with pytest.raises(KconvertError, match=f"--{symbol} 0 leaves no model"):
+            plan_cut(open_stored(source(name)), SampleRecipe(sizes={symbol: 0}))
+
+
+def test_the_model_of_a_cut_is_that_of_its_source(source: Callable[[str], Path], tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        main, ["sample", str(tmp_path / "out"), "--like", "gpt-oss", "--from", str(source("qwen3-moe"))]
+    )
+    assert done.exit_code == 2
+    assert "leave out --like" in done.stderr

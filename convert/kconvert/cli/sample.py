@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kconvert.cli.options import Command, apply, links_option, location, location_or_gguf, output_options
 from kconvert.cli.running import carry_out, pinned
@@ -60,6 +61,8 @@ def sample(
     given = {name.replace("-", "_"): options.pop(name.replace("-", "_")) for name in DIMENSIONS}
     sizes = {name: size for name, size in given.items() if size is not None}
     recipe = SampleRecipe(like, sizes, shard_size, scatter, seed)
+    if origin is not None and click.get_current_context().get_parameter_source("like") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--from takes the model that SRC has; leave out --like")
     if origin is None:
         plan = repeatable(plan_synthetic(recipe), plan_synthetic, recipe)
     else:

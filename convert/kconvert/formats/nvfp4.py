@@ -188,16 +188,17 @@ class Nvfp4(Format):
         return self._counted(kernels.count_changed(parts[0].reshape(-1, GROUP // 2), parts[1], *steps))
 
     def _invert_inputs(self, given: Bytes, made: Bytes) -> None:
-        """1 / the scale of activations; 1 where there is none, as beside an expert that no token reached."""
+        """1 / the scale of activations; 1 where it is 0, Inf or without one, as beside an expert that no token reached."""
         import numpy as np
 
         scale, inverse = given.view("f4"), made.view("f4")
         with np.errstate(all="ignore"):
             inverse[0] = np.float32(1) / scale[0]
-            is_scale = 0 < inverse[0] < math.inf
-            if not is_scale:
+            if not scale[0] >= 0:
+                raise ValueError(f"its {INPUTS[not self.multiplies]} {scale[0]:.9g} is no scale of activations")
+            if not 0 < inverse[0] < math.inf:
                 inverse[0] = 1
-            elif self.strict and np.float32(1) / inverse[0] != scale[0]:
+            if self.strict and np.float32(1) / inverse[0] != scale[0]:
                 raise ValueError(
                     f"its {INPUTS[not self.multiplies]} {scale[0]:.9g} does not come back from 1 / itself in F32,"
                 )

@@ -41,6 +41,13 @@ def numbers_below(tensor: Tensor, shape: tuple[int, ...], below: int, seed: int)
 
 
 def check_size(symbol: str, size: int, have: object) -> None:
-    """KconvertError where the checkpoint has not so many."""
-    if not isinstance(have, int) or size > have:
-        raise KconvertError(f"--{symbol.replace('_', '-')} {size} is more than the checkpoint's {have}")
+    """KconvertError where the checkpoint has not so many, or nothing is left."""
+    option = f"--{symbol.replace('_', '-')}"
+    if not isinstance(have, int):
+        raise KconvertError(
+            f"the checkpoint's config.json does not say how many {option[2:]} it has; leave {option} out"
+        )
+    if size > have:
+        raise KconvertError(f"{option} {size} is more than the checkpoint's {have}")
+    if size == 0 and symbol != "dense_layers":
+        raise KconvertError(f"{option} 0 leaves no model that an engine loads; take one or more")

@@ -72,8 +72,6 @@ class _Cutting:
                     f"{self.checkpoint.title} does not say how many {symbol} it has; leave --{symbol} out"
                 )
             check_size(symbol, size, have)
-            if size == 0:
-                raise KconvertError(f"--{symbol} 0 leaves no model that an engine loads; take one or more")
         blocks = {int(match[1]) for name in self.checkpoint.tensors if (match := LAYER.fullmatch(name))}
         absent = next((number for number in range(self.sizes.get("layers", 0)) if number not in blocks), None)
         if absent is not None:

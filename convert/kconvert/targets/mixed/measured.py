@@ -73,5 +73,5 @@ def notes(steps: Sequence[Step]) -> Iterator[str]:
     if made:
         yield (
             f"{INPUTS[made[0]]} of {counted(len(made), 'weight')} is 1 / {INPUTS[not made[0]]} in F32, of which the inverse is "
-            "another number for one in six"
+            "another number for one in six; or 1 where that is none, as beside an expert that no token reached"
         )
