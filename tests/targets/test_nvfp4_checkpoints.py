@@ -110,7 +110,8 @@ def test_measured_scales_of_activations_go_to_modelopt_as_their_inverses(source:
     (tmp_path / "ct" / "model.safetensors.index.json").write_text(json.dumps(index))
     made = plan(tmp_path / "ct", Recipe("nvfp4", layout="modelopt"))
     assert made.facts["notes"] == [
-        "input_scale of 3 weights is 1 / input_global_scale in F32, of which the inverse is another number for one in six"
+        "input_scale of 3 weights is 1 / input_global_scale in F32, of which the inverse is another number for one in six; "
+        "or 1 where that is none, as beside an expert that no token reached"
     ]
     assert not made.facts["dropped"]
     convert(made, tmp_path / "out")
