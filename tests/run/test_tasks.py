@@ -14,10 +14,9 @@ def test_tasks_of_a_weight_are_alike_and_no_more_than_they_have_to_be(int4, targ
     for step in steps:
         for share in (0.1, 0.3, 0.51, 0.99, 1, 5):
             nbytes = int(row_bytes(step) * step.rows * share)
-            size, unit = task_size(step, nbytes)
+            size, unit = task_size(step, nbytes), row_unit(step)
             most = max(unit, int(nbytes / row_bytes(step)) // unit * unit)
             number = -(-step.rows // size)
-            assert unit == row_unit(step)
             assert size % unit == 0
             assert size <= max(most, unit)
             assert number <= -(-step.rows // most)

@@ -31,7 +31,7 @@ from kconvert.run.tiles import (
     cut,
     decoded,
     inputs_of,
-    is_small,
+    is_shared,
     naming,
     reach_of,
     row_bytes,
@@ -91,9 +91,8 @@ class Limits:
     def _footprint(self, step: Transcode) -> int:
         """Of tasks of this kind. What these have in common is in memory for as many weights as they are of: tasks begin in
         order."""
-        size, unit = task_size(step, self.task_bytes)
-        rows = max(unit, size // unit * unit)
-        wholes = [part for part in step.source_parts if part.across or is_small(part)]
+        rows = task_size(step, self.task_bytes)
+        wholes = [part for part in step.source_parts if is_shared(part)]
         apart = sum(part.nbytes for part in wholes if part.every) / max(step.rows, 1)
         buffers = int(rows * (row_bytes(step) - apart))
         weights = min(self.threads, (self.threads - 1) // max(-(-step.rows // rows), 1) + 2) if wholes else 0
@@ -164,9 +163,8 @@ class Run:
         reaches: dict[int, Once] = defaultdict(Once)  # weights with the same mates have the same tuple of them
         for step in self.plan.steps:
             if any(place.file in self.shards for place in step.writes):
-                size, unit = task_size(step, self.limits.task_bytes)
                 last = step.rows if isinstance(step, Transcode) else step.nbytes
-                count = max(unit, size // unit * unit)
+                count = task_size(step, self.limits.task_bytes)
                 starts = range(0, max(last, 1), count)
                 shared, reach = Shared(len(starts)), reaches[id(step.mates) if isinstance(step, Transcode) else 0]
                 for first in starts:
@@ -210,7 +208,7 @@ class Run:
         outputs = self._outputs(step, first, last, worker.buffers)
         if reach is not None:
             step.target.settle(reach, outputs)
-        with task.shared.held(lambda: wholes_of(step, worker.source, small=True)) as wholes:
+        with task.shared.held(lambda: wholes_of(step, worker.source, is_shared)) as wholes:
             lost = self._fill(step, first, last, wholes, outputs, worker)
         if lost:
             with self._lock:

@@ -87,18 +87,18 @@ def tile_rows(step: Transcode) -> int:
     return max(unit, TILE_BYTES // (4 * max(step.cols, 1)) // unit * unit)
 
 
-def task_size(step: Step, nbytes: int) -> tuple[int, int]:
-    """How much of the step makes a task of up to about `nbytes`, and the unit that it is a multiple of.
+def task_size(step: Step, nbytes: int) -> int:
+    """How many rows of a weight, or bytes of a copied tensor, make a task of up to about `nbytes`.
 
     All tasks of a weight are alike, so that none needs more memory than their number makes necessary. Copies are smaller: what
     they are read into is then no larger than the input of a task that has more output.
     """
     if isinstance(step, Copy):
-        return nbytes // COPIES, PAGE
+        return max(nbytes // COPIES // PAGE, 1) * PAGE
     unit = row_unit(step)
     most = max(int(nbytes / max(row_bytes(step), 1)) // unit, 1)
     units = -(-step.rows // unit)
-    return -(-units // max(-(-units // most), 1)) * unit, unit
+    return max(-(-units // max(-(-units // most), 1)), 1) * unit
 
 
 def row_bytes(step: Transcode) -> float:
@@ -124,17 +124,22 @@ def naming(fault: str, first: int, stop: int) -> Iterator[None]:
         raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
 
 
-def is_small(part: Part) -> bool:
-    """Whether it takes longer to ask for the part than to read it."""
-    return part.nbytes <= SMALL
+def lies_across(part: Part) -> bool:
+    """Whether rows of the weight have no bytes of the part for themselves."""
+    return part.across
 
 
-def wholes_of(step: Transcode, source: Fetcher, small: bool = False) -> dict[int, Bytes]:
-    """All bytes of the parts that lie across, and of the `small` ones, by their places; in memory of their own."""
+def is_shared(part: Part) -> bool:
+    """Whether tasks have the part in common: they need the whole of it, or it takes longer to ask for than to read."""
+    return lies_across(part) or part.nbytes <= SMALL
+
+
+def wholes_of(step: Transcode, source: Fetcher, wanted: Callable[[Part], bool] = lies_across) -> dict[int, Bytes]:
+    """All bytes of the parts that are wanted, by their places; in memory of their own."""
     return {
         index: _fetched(step, part, place, 0, part.nbytes, source, Buffers(), "whole")
         for index, (part, place) in enumerate(zip(step.source_parts, step.reads, strict=True))
-        if part.across or (small and is_small(part))
+        if wanted(part)
     }
 
 
@@ -189,8 +194,7 @@ def decoded(
 
 def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int) -> float:
     """The largest magnitude of the weight's values, or what its scales say that none is above."""
-    size, unit = task_size(step, task_bytes)
-    count = max(unit, size // unit * unit)
+    count = task_size(step, task_bytes)
     starts = range(0, step.rows, count)
 
     def read(*wanted: int) -> Iterator[list[Bytes]]:
