@@ -11,7 +11,6 @@ import os
 import pickle
 import socket
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kconvert.checkpoint.remote import Sink, pour
 from kconvert.errors import KconvertError
+from kconvert.interpreter import python
 from kconvert.stores.client import CHUNK, open_store, transfer
 from kconvert.stores.urls import StoreUrl
 
@@ -108,12 +108,10 @@ def read(wanted: Wanted, sink: Sink) -> None:
 
 
 def _start() -> _Reader:
-    """It has the modules of this one, and never those of the folder that somebody happens to be in."""
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    found = [entry for entry in sys.path if entry]
-    code = f"import sys; sys.path[:] = {found!r}; from {__name__} import serve; serve()"
+    command = python(f"from {__name__} import serve; serve()")
     with there:
-        return _Reader(subprocess.Popen([sys.executable, "-c", code], stdin=there.fileno()), here)
+        return _Reader(subprocess.Popen(command, stdin=there.fileno()), here)
 
 
 def serve() -> None:

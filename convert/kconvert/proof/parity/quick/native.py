@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kconvert.formats import conventions
+from kconvert.interpreter import python
 
 if TYPE_CHECKING:
     import torch
@@ -125,13 +125,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _let_keep(loop: Loop, path: Path) -> None:
-    """By a process of its own, as numba's memory stays with whoever has loaded it, and its settings with what it makes; never
-    by modules of the folder that somebody happens to be in."""
-    found = [entry for entry in sys.path if entry]
-    code = f"import sys; sys.path[:] = {found!r}; from {__name__} import keep; "
-    code += f"keep({loop.module!r}, {loop.name!r}, {loop.types!r}, {str(path)!r})"
+    """By a process of its own, as numba's memory stays with whoever has loaded it, and its settings with what it makes."""
+    work = python(f"from {__name__} import keep; keep({loop.module!r}, {loop.name!r}, {loop.types!r}, {str(path)!r})")
     settings = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=settings)
+    subprocess.run(work, capture_output=True, check=False, env=settings)
 
 
 def keep(module: str, name: str, types: list[str], path: str) -> None:
