@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,18 @@ def test_the_command_reads_a_file_any_of_its_parts_and_their_directory(
     refused = CliRunner().invoke(main, ["convert", str(last), str(tmp_path / "bf16"), "--to", "bf16"])
     assert refused.exit_code == 2
     assert "is a GGUF, which inspect, diff and sample --from read" in refused.stderr
+
+
+def test_a_number_of_experts_is_found_where_transformers_5_saves_it(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(source("qwen3-moe"), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts")
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    found = cut(tmp_path / "saved", tmp_path / "found", experts=2)
+    assert json.loads((found / "config.json").read_text())["num_local_experts"] == 2
+    assert tensors(found) == tensors(cut(source("qwen3-moe"), tmp_path / "usual", experts=2))
 
 
 @pytest.mark.parametrize("symbol", ["layers", "experts"])

@@ -40,10 +40,10 @@ def numbers_below(tensor: Tensor, shape: tuple[int, ...], below: int, seed: int)
     return Transcode(tensor.name, rows, cols, source, (), target)
 
 
-def check_size(symbol: str, size: int, have: object) -> None:
+def check_size(symbol: str, size: int, have: int | None) -> None:
     """KconvertError where the checkpoint has not so many, or nothing is left."""
     option = f"--{symbol.replace('_', '-')}"
-    if not isinstance(have, int):
+    if have is None:
         raise KconvertError(
             f"the checkpoint's config.json does not say how many {option[2:]} it has; leave {option} out"
         )

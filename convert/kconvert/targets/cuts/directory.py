@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,12 +14,11 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import files_beside
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.errors import KconvertError
-from kconvert.models.manifest import Manifest, Names
+from kconvert.models.manifest import Names
 from kconvert.models.mlx import SWITCH
 from kconvert.models.model import Model, Weight, natural_key, understand
 from kconvert.models.roles import guess
 from kconvert.models.rules import Match
-from kconvert.models.sizes import lookup
 from kconvert.models.sorting import Plain
 from kconvert.models.stacks import Matrix
 from kconvert.planning.containers import METADATA, Safetensors
@@ -35,11 +35,12 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
     """
     model = understand(checkpoint)
     manifest, sizes = model.manifest, dict(sizes)
-    _check(manifest, checkpoint, sizes)
-    if "mtp" in manifest.dims and sizes.get("layers") not in (None, _dimension(manifest, checkpoint, "layers")):
+    whole = manifest.bind(checkpoint.config)
+    _check(whole, checkpoint, sizes)
+    if "mtp" in manifest.dims and sizes.get("layers") not in (None, _size_of(whole, "layers")):
         sizes["mtp"] = 0
     config = manifest.resize(checkpoint.config, sizes)
-    whole, names = manifest.bind(checkpoint.config), manifest.bind(config)
+    names = manifest.bind(config)
     cutting = _Cutting(model, whole, names, sizes, seed)
     if missing := names.missing(cutting.found):
         raise KconvertError(
@@ -55,19 +56,22 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
     return Cut(drafts, container, config, parameters, declared)
 
 
-def _check(manifest: Manifest, checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
-    if manifest.accepts_any:
+def _check(whole: Names, checkpoint: Checkpoint, sizes: Mapping[str, int]) -> None:
+    if whole.manifest.accepts_any:
         raise KconvertError(
             f"{checkpoint.root}: no manifest knows this model, so its layers and experts cannot be told"
         )
     for symbol, size in sizes.items():
         if symbol not in ("layers", "dense_layers", "experts"):
             raise KconvertError(f"--{symbol.replace('_', '-')} cannot be cut out of real weights; leave it out")
-        check_size(symbol, size, _dimension(manifest, checkpoint, symbol))
+        check_size(symbol, size, _size_of(whole, symbol))
 
 
-def _dimension(manifest: Manifest, checkpoint: Checkpoint, symbol: str) -> object:
-    return lookup(manifest.section(checkpoint.config), manifest.dims[symbol]) if symbol in manifest.dims else None
+def _size_of(whole: Names, symbol: str) -> int | None:
+    """None of what such a model has not, or config.json does not say."""
+    with suppress(KeyError):
+        return whole.size(symbol)
+    return None
 
 
 @dataclass(frozen=True)
