@@ -6,36 +6,25 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import Bucket, bucket
+from s3_server import Bucket, bucket, no_waiting
 
 from kconvert import KconvertError, Plan, Recipe, convert, plan
-from kconvert.stores import client
 
 from .conftest import Tree
 
-__all__ = ["bucket"]
+__all__ = ["bucket", "no_waiting"]
 SRC, OUT = "s3://models/kimi/tiny", "s3://models/kimi/bf16"
 RECIPE = Recipe("bf16", shard_size=100_000)
 VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "XDG_CACHE_HOME")
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause = timedelta(milliseconds=1)
-    monkeypatch.setattr(client, "WAITS", (0.01,) * 5)
-    monkeypatch.setitem(client.RETRIES, "backoff", {"init_backoff": pause, "max_backoff": 5 * pause, "base": 2})
-
-
 @pytest.fixture
 def stored(bucket: Bucket, int4: Path) -> str:
-    for path in int4.rglob("*"):
-        if path.is_file() and ".kconvert" not in path.parts:
-            bucket.put(f"models/kimi/tiny/{path.relative_to(int4)}", path.read_bytes())
+    bucket.put_files(int4, "models/kimi/tiny")
     return SRC
 
 

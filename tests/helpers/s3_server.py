@@ -8,10 +8,13 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from kconvert.stores import client
 
 SECRET = "do-not-print-me"
 Fault = Callable[..., Any]
@@ -107,6 +110,12 @@ class Bucket:
         """moto keeps what it has for the life of a process."""
         self._send("POST", "moto-api/reset", b"")
 
+    def put_files(self, root: Path, prefix: str) -> None:
+        """What a checkpoint has, below a bucket and prefix."""
+        for path in root.rglob("*"):
+            if path.is_file() and ".kconvert" not in path.parts:
+                self.put(f"{prefix}/{path.relative_to(root)}", path.read_bytes())
+
     def _send(self, method: str, name: str, content: bytes) -> None:
         headers = {"Content-Type": "application/octet-stream"}  # moto would take it for a form
         request = urllib.request.Request(f"{self.url}/{name}", content, headers, method=method)
@@ -138,6 +147,14 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
     bucket.put("models", b"")
     yield bucket
     bucket.close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test has this, nobody waits before trying again."""
+    pause = timedelta(milliseconds=1)
+    monkeypatch.setattr(client, "WAITS", (0.01,) * 5)
+    monkeypatch.setitem(client.RETRIES, "backoff", {"init_backoff": pause, "max_backoff": 5 * pause, "base": 2})
 
 
 def status(code: str) -> Fault:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from s3_server import Bucket, bucket
+from s3_server import Bucket, bucket, no_waiting
 
 from kconvert import Recipe, plan
-from kconvert.stores import client
 
 from .conftest import SHARDS, Command
 from .server import Hub
 from .test_upload import published, without_card
 
-__all__ = ["bucket"]
+__all__ = ["bucket", "no_waiting"]
 STORE, REPO = "s3://models/bf16", "me/Tiny-K2-BF16"
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    pause = timedelta(milliseconds=1)
-    monkeypatch.setattr(client, "WAITS", (0.01,) * 5)
-    monkeypatch.setitem(client.RETRIES, "backoff", {"init_backoff": pause, "max_backoff": 5 * pause, "base": 2})
 
 
 @pytest.mark.parametrize("options", [(), ("--disk-budget", "12MB")], ids=["all the disk", "within a budget"])
@@ -38,9 +29,7 @@ def test_from_the_hub_to_a_store(
 def test_from_a_store_to_the_hub(
     hub: Hub, int4: Path, bucket: Bucket, command: Command, whole: dict[str, bytes]
 ) -> None:
-    for path in int4.rglob("*"):
-        if path.is_file() and ".kconvert" not in path.parts:
-            bucket.put(f"models/int4/{path.relative_to(int4)}", path.read_bytes())
+    bucket.put_files(int4, "models/int4")
     command.ok("int4-to-bf16", "s3://models/int4", f"hf://{REPO}", *SHARDS, "--disk-budget", "12MB")
     assert without_card(published(hub, REPO)) == without_card(whole)
     assert b"Made from `s3://models/int4` by kconvert" in published(hub, REPO)["README.md"]
