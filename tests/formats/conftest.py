@@ -15,6 +15,8 @@ from spellings import NAMES
 import kconvert
 from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.formats import Format
+from kconvert.native import compiling
+from kconvert.native.base import Loop
 from kconvert.proof.inventory import take_inventory
 
 Tensors = dict[str, torch.Tensor]
@@ -30,6 +32,16 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.uint8,
 }
+
+
+@pytest.fixture(autouse=True)
+def numba_compiles_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it made loads without it: no kernel has need of numba in the process that runs it."""
+
+    def refuse(loop: Loop) -> None:
+        raise AssertionError(f"the object file of {loop} does not load")
+
+    monkeypatch.setattr(compiling, "compiled", refuse)
 
 
 class Codec:

@@ -10,9 +10,8 @@ import torch
 from gptq_packing import Tensors, make
 
 from kconvert import KconvertError, Recipe, convert, plan, verify
-from kconvert.formats.gptq import Gptq
-from kconvert.formats.kernels import codes
-from kconvert.formats.kernels.turn import turn
+from kconvert.formats import gptq
+from kconvert.formats.gptq import Gptq, turn
 from kconvert.formats.reference import gptq as reference
 
 
@@ -58,7 +57,7 @@ def test_values_are_the_same_on_a_processor_that_looks_no_codes_up(
     tiles_of_32: Any, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     tensors, values = make(72, 128, 32, 4, spelling)
-    monkeypatch.setattr(codes, "LOOKS_UP", False)
+    monkeypatch.setattr(gptq, "has", lambda feature: False)
     decoded = tiles_of_32.decode(Gptq(32, spelling), tensors, 72, 128)
     assert torch.equal(bits_of(decoded), bits_of(values))
 

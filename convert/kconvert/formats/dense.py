@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import Fate, Format, Part, check_form
+from kconvert.formats.kernels import Kernels
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
 SUFFIXES = frozenset({"weight"})
+kernels = Kernels("dense")
 DTYPES = ("BF16", "F16", "F32")
 KINDS: frozenset[tuple[str, str]] = frozenset()
 READS = ""
@@ -80,8 +82,6 @@ class Dense(Format):
         return (Part("weight", self.dtype, shape),)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import dense as kernels
-
         if self.transposed is not None:
             raise NotImplementedError("transposed stacks are copied, never read")
         if self.dtype == "BF16":
@@ -90,8 +90,6 @@ class Dense(Format):
             tile.reshape(-1)[:] = parts[0].view("f2" if self.dtype == "F16" else "f4")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import dense as kernels
-
         if self.transposed is not None:
             matrices = tile.reshape(-1, self.transposed, tile.shape[1])
             kernels.encode_transposed(matrices, parts[0].view("u2").reshape(matrices.swapaxes(1, 2).shape))

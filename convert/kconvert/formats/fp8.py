@@ -35,11 +35,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from kconvert.formats.base import ZERO_POINT, Fate, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
+from kconvert.formats.kernels import Kernels
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
     from kconvert.formats.conventions import Convention
 
+kernels = Kernels("fp8")
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
 SUFFIXES = frozenset({"weight", ZERO_POINT, *SCALES})
 E8M0 = ("F8_E8M0", "U8")
@@ -166,19 +168,15 @@ class Fp8(Format):
             parts[1].view("f4")[0] = reach / LARGEST or 1
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import fp8 as kernels
-
         block_rows, block_cols = self.block_shape(*tile.shape)
         scale = widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
             raise ValueError("it has a scale of zero over codes that are not zero")
-        if kernels.has_nan(parts[0]):
+        if has_nan(parts[0]):
             raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
-
-        from kconvert.formats.kernels import fp8 as kernels
 
         if self.scale_dtype not in (("F32",) if self.strategy == "tensor" else WRITTEN_SCALES):
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
@@ -197,8 +195,8 @@ class Fp8(Format):
         rounded = self.scale_dtype == "BF16"
         blocks = self._grid(*tile.shape)
         scale = np.empty(blocks, np.float32) if rounded else parts[1].view("f4").reshape(blocks)
-        codes = parts[0].reshape(tile.shape)
-        if kernels.encode_fp8(tile, block_rows, block_cols, rounded, self.mse, codes, scale):
+        codes, room = parts[0].reshape(tile.shape), np.empty((3, blocks[1]), np.int64)
+        if kernels.encode_fp8(tile, block_rows, block_cols, rounded, self.mse, room, codes, scale):
             raise ValueError("it has a value that is not finite")
         if rounded:
             parts[1].view("u2")[:] = scale.reshape(-1).view("u4") >> 16
@@ -209,11 +207,10 @@ class Fp8(Format):
         the two, or by none."""
         import numpy as np
 
-        from kconvert.formats.kernels import fp8 as kernels
-
         height, width = self.block_shape(*tile.shape)
         rounded, grid, lost = self.scale_dtype == "BF16", self._grid(*tile.shape), 0
         codes, scale = parts[0].reshape(tile.shape), np.empty(grid, np.float32)
+        room = np.empty((3, 1), np.int64)
         for row, col in np.ndindex(grid):
             place = slice(row * height, (row + 1) * height), slice(col * width, (col + 1) * width)
             values = np.ascontiguousarray(tile[place])
@@ -222,8 +219,8 @@ class Fp8(Format):
                 np.empty((1, 1), np.float32),
                 np.empty((1, 1), np.uint8),
             )
-            if kernels.encode_by_powers(values, height, width, made, exponent):
-                if kernels.encode_fp8(values, height, width, rounded, False, made, step):
+            if kernels.encode_by_powers(values, height, width, room.view("u4"), made, exponent):
+                if kernels.encode_fp8(values, height, width, rounded, False, room, made, step):
                     raise ValueError("it has a value that is not finite")
                 again = np.empty(values.shape, np.float32)
                 kernels.decode_fp8(made, step, height, width, again)
@@ -242,11 +239,10 @@ class Fp8(Format):
     def _encode_by_powers(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
 
-        from kconvert.formats.kernels import fp8 as kernels
-
         block_rows, block_cols = self.block_shape(*tile.shape)
         exponents = np.empty(self._grid(*tile.shape), np.uint8)
-        lost: int = kernels.encode_by_powers(tile, block_rows, block_cols, parts[0].reshape(tile.shape), exponents)
+        room = np.empty((2, exponents.shape[1]), np.uint32)
+        lost = kernels.encode_by_powers(tile, block_rows, block_cols, room, parts[0].reshape(tile.shape), exponents)
         if lost < 0:
             raise ValueError("it has a value that is not finite")
         if lost and self.strict:
@@ -265,6 +261,12 @@ class Fp8(Format):
         if self.strategy == "block":
             return math.ceil(rows / self.block[0]), math.ceil(cols / self.block[1])
         return (rows if self.strategy == "channel" else 1), 1
+
+
+def has_nan(codes: Bytes) -> bool:
+    """Whether one of the codes is NaN."""
+    rest = codes[codes.size // 8 * 8 :]
+    return bool(kernels.has_nan(codes[: codes.size - rest.size].view("u8"), rest))
 
 
 def widen(scale: Bytes, dtype: str) -> Tile:

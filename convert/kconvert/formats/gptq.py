@@ -28,7 +28,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from kconvert.formats.base import Format, Part, refuse_surplus, require
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.packed import SCALE_CODES
+from kconvert.native.base import has
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     Words = NDArray[np.uint32]
 
+kernels, turn = Kernels("gptq"), Kernels("turn").turn
 SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 # By a scheme's format: whether one was taken off each word of zero points at once, with what that borrows from the next
 # zero point; what is to be added to each; and whether the sum stays within the bits of a code.
@@ -52,6 +55,8 @@ KINDS = frozenset((format, "int") for format in ZEROS)
 READS = "GPTQ's integers of two to eight bits and AWQ's of four, by group"
 ALIGNED = (2, 4, 8)  # bits of codes of which a word has a whole number
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+PADDING = 16  # words behind each row, so that rows of a power of two words do not share their place in the cache
+NIBBLES = 16  # that one instruction looks up
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +119,12 @@ class Gptq(Format):
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
 
-        from kconvert.formats.kernels import gptq as kernels
-        from kconvert.formats.kernels.turn import turn
-
         if not tile.size:
             return
         rows, cols = tile.shape
         height = 8 if self.interleaved else 1  # rows that share the words of a column
         words = parts[0].view("u4").reshape(cols if self.interleaved else math.ceil(cols * self.bits / 32), -1)
-        turned = np.empty((math.ceil(rows / height), len(words) + kernels.PADDING), "u4")
+        turned = np.empty((math.ceil(rows / height), len(words) + PADDING), "u4")
         turn(words, first_row // height, _groups_of_columns(len(words), 1), turned)
         if self._decode_by_table(turned, parts, first_row, tile):
             return
@@ -132,18 +134,18 @@ class Gptq(Format):
 
     def _decode_by_table(self, turned: Words, parts: Sequence[Bytes], first_row: int, tile: Tile) -> Any:
         """Whether it could, see kernels.gptq."""
-        from kconvert.formats.kernels import gptq as kernels
-        from kconvert.formats.kernels.codes import LOOKS_UP, NIBBLES
+        import numpy as np
 
         cols = tile.shape[1]
         size, groups = self.group_size or cols, self.groups(cols)
-        if not LOOKS_UP or self.bits != 4 or size % NIBBLES or not self._regular(parts[3:], cols):
+        if not has("avx512f") or self.bits != 4 or size % NIBBLES or not self._regular(parts[3:], cols):
             return False
         scale = parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1)
         zeros, shifts, height = parts[1].view("u4").reshape(groups, -1), self._shifts, 8 if self.interleaved else 1
         words = turned if self.interleaved else turned.view("u1")
         grouped = tile.reshape(len(tile), groups, size)
-        return kernels.decode_by_table(words, height, scale, zeros, shifts, *self._zero_rule, first_row, grouped)
+        room = np.empty((2, groups, 8), np.float32)
+        return kernels.decode_by_table(words, height, scale, zeros, shifts, *self._zero_rule, first_row, *room, grouped)
 
     def _regular(self, index: Sequence[Bytes], cols: int) -> bool:
         """Whether groups are of neighbours, all of one size."""
@@ -154,7 +156,7 @@ class Gptq(Format):
 
     def _decode_rows(self, turned: Words, index: Sequence[Bytes], steps: Tile, zeros: Tile, tile: Tile) -> Any:
         """By the kernel for these codes; whether it has met a senseless scale."""
-        from kconvert.formats.kernels import gptq as kernels
+        import numpy as np
 
         rows, cols = tile.shape
         size = self.group_size or cols
@@ -163,22 +165,23 @@ class Gptq(Format):
         grouped = tile.reshape(rows, -1, size) if regular else tile
         if self.interleaved:
             return kernels.decode_interleaved(turned, _shifts_of(4, ORDER), steps, zeros, grouped)
+        codes = np.empty(cols, np.uint8)
         if regular:
-            return kernels.decode(turned, self.bits, steps, zeros, grouped)
-        return kernels.decode_indexed(turned, self.bits, steps, zeros, groups, grouped)
+            return kernels.decode(turned, self.bits, steps, zeros, codes, grouped)
+        room = np.empty((2, 8, cols + PADDING), np.float32)
+        return kernels.decode_indexed(turned, self.bits, steps, zeros, groups, codes, *room, grouped)
 
     def _steps_and_zeros(self, parts: Sequence[Bytes], first: int, rows: int, groups: int) -> tuple[Tile, Tile]:
         """Scales and zero points of so many rows from `first` on, f32 [groups, rows]; of the latter perhaps more."""
         import numpy as np
-
-        from kconvert.formats.kernels import gptq as kernels
 
         steps = np.empty((groups, rows), "f4")
         kernels.widen_scales(parts[2].view(SCALE_CODES[self.scale_dtype]).reshape(groups, -1), first, steps)
         unit = self.in_unit
         words = parts[1].view("u4").reshape(groups, -1)[:, first // unit * (unit * self.bits // 32) :]
         zeros = np.empty((groups, math.ceil(rows / unit) * unit), "f4")
-        kernels.unpack_zeros(words, self.bits, self._shifts, *self._zero_rule, zeros)
+        codes = np.empty(zeros.shape[1], np.uint8)
+        kernels.unpack_zeros(words, self.bits, self._shifts, *self._zero_rule, codes, zeros)
         return steps, zeros
 
     @property

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 from kconvert.formats.conventions import Convention
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.packed import SCALE_CODES
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ SUFFIXES = frozenset({"weight", "weight_scale", ZERO_POINT})
 PAIRED = "modelopt-int4"
 KINDS = frozenset((format, "int") for format in ("int-quantized", "naive-quantized", PAIRED))
 READS = "integers of four to eight bits by channel, tensor and group"
+kernels = Kernels("int8")
 BITS = range(4, 9)
 STRATEGIES = ("channel", "tensor", "group")
 CHANNEL_RULE = Convention("compressed-tensors", 127.5, -128, 127, rounds=True, zero_scale=2.0**-7)
@@ -79,8 +81,6 @@ class Int8(Format):
         )
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import int8 as kernels
-
         rows, cols = (1, tile.size) if self.strategy == "tensor" else tile.shape
         groups = cols // self.group_size if self.group_size else 1
         shape = (rows, groups, cols // max(groups, 1))
@@ -94,8 +94,6 @@ class Int8(Format):
             raise ValueError("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import int8 as kernels
-
         if (self.bits, self.strategy, self.symmetric, self.scale_dtype) != (8, "channel", True, "BF16"):
             raise NotImplementedError(f"{self.label} with an {self.scale_dtype} scale is read, not written")
         divisor = tile.dtype.type(CHANNEL_RULE.divisor)

@@ -36,11 +36,14 @@ from kconvert.formats.base import (
     require,
     unused_zero_points,
 )
+from kconvert.formats.fp8 import has_nan
+from kconvert.formats.kernels import Kernels
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
     from kconvert.formats.conventions import Convention
 
+kernels = Kernels("mx")
 GROUP = 32
 CODES = {4: ("weight_packed", "U8"), 8: ("weight", "F8_E4M3")}  # name and dtype where nobody says otherwise
 CODES_NAMES = {4: ("weight_packed", "weight"), 8: ("weight",)}
@@ -139,23 +142,18 @@ class Mx(Format):
         return codes, scale, *self.unused
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import mx as kernels
-        from kconvert.formats.kernels.fp8 import has_nan
-
         kernel = kernels.decode_mxfp4 if self.bits == 4 else kernels.decode_mxfp8
         kernel(parts[0].reshape(-1, GROUP * self.bits // 8), parts[1], tile.reshape(-1, GROUP))
         if self.bits == 8 and has_nan(parts[0]):
             raise ValueError("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import mx as kernels
-
         kernel = kernels.encode_mxfp4 if self.bits == 4 else kernels.encode_mxfp8
         groups, codes = tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP * self.bits // 8)
         if kernel(groups, self.mse, codes, parts[1]):
             raise ValueError("it has a value that is not finite")
         mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
-        lost: int = mend(groups, codes, parts[1]) if self.exact else 0
+        lost = mend(groups, codes, parts[1]) if self.exact else 0
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have values that no codes and power of two reproduce")
         return lost

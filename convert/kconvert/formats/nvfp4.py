@@ -42,6 +42,7 @@ from kconvert.formats.base import (
     require,
     unused_zero_points,
 )
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.mx import GROUP as MX_GROUP
 from kconvert.formats.mx import Mx
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
     from kconvert.formats.conventions import Convention
 
+kernels = Kernels("nvfp4")
 GROUP = 16
 # Codes and global scale, by whether that multiplies.
 NAMES = {False: ("weight_packed", "weight_global_scale"), True: ("weight", "weight_scale_2")}
@@ -130,8 +132,6 @@ class Nvfp4(Format):
         return (Part(INPUTS[True], "F32", (), every=None, constant=ONE),) if unknown else ()
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import nvfp4 as kernels
-
         global_scale = parts[2].view("f4")[0]
         kernels.decode_nvfp4(parts[0], parts[1], global_scale, self.multiplies, tile.reshape(-1))
 
@@ -151,10 +151,8 @@ class Nvfp4(Format):
         return stored if self.multiplies else np.float32(1) / stored  # type: ignore[no-any-return]
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import nvfp4 as kernels
-
         groups, codes = tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP // 2)
-        lost: int = kernels.encode_nvfp4(groups, self._factor(parts), self.exact, self.mse, codes, parts[1])
+        lost = kernels.encode_nvfp4(groups, self._factor(parts), self.exact, self.mse, codes, parts[1])
         if lost < 0:
             raise ValueError("it has a value that is not finite")
         return self._counted(lost)
@@ -163,8 +161,6 @@ class Nvfp4(Format):
         return isinstance(source, Nvfp4) or (isinstance(source, Mx) and source.bits == 4)
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import nvfp4 as kernels
-
         if isinstance(source, Nvfp4):
             return self._respell(source, inputs, parts)
         codes, packed = (side[0].reshape(-1, MX_GROUP // 2) for side in (inputs, parts))
@@ -176,16 +172,13 @@ class Nvfp4(Format):
 
     def _respell(self, source: Nvfp4, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
         """The same codes and scales, and 1 / global scale; how many groups have other values by that."""
-        from kconvert.formats.kernels import nvfp4 as kernels
-
         for k in range(2):
             parts[k][:] = inputs[k]
         before = inputs[2].view("f4")[0]
         parts[2].view("f4")[0] = after = inverse_of(before)
         if self.measured:
             self._invert_inputs(inputs[3], parts[3])
-        steps = kernels.steps_of(before, source.multiplies), kernels.steps_of(after, self.multiplies)
-        return self._counted(kernels.count_changed(parts[0].reshape(-1, GROUP // 2), parts[1], *steps))
+        return self._counted(lost_by(parts[0], parts[1], (before, source.multiplies), (after, self.multiplies)))
 
     def _invert_inputs(self, given: Bytes, made: Bytes) -> None:
         """1 / the scale of activations; 1 where it is 0, Inf or without one, as beside an expert that no token reached."""
@@ -207,6 +200,16 @@ class Nvfp4(Format):
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have values that no codes and scales reproduce")
         return lost if self.exact else 0
+
+
+def lost_by(codes: Bytes, scale: Bytes, *factors: tuple[Tile, bool]) -> int:
+    """How many groups have other values by the second of two global scales than by the first, which each multiplies or not."""
+    import numpy as np
+
+    steps = np.empty((2, 256), np.float32)
+    for made, factor in zip(steps, factors, strict=True):
+        kernels.steps_of(*factor, made)
+    return kernels.count_changed(codes.reshape(-1, GROUP // 2), scale, *steps)
 
 
 def inverse_of(global_scale: Tile) -> Tile:

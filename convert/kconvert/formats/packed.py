@@ -40,6 +40,7 @@ from kconvert.formats.base import (
 )
 from kconvert.formats.conventions import KIMI, Convention
 from kconvert.formats.fp8 import largest_scale
+from kconvert.formats.kernels import Kernels
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
@@ -48,6 +49,7 @@ SUFFIXES = frozenset({"weight_packed", "weight_scale", ZERO_POINT, "weight_g_idx
 KINDS = frozenset({("pack-quantized", "int")})
 READS = "integers of four and eight bits by group and channel"
 SHAPE_CODES = {"I32": "i", "I64": "q"}
+kernels = Kernels("packed")
 SCALE_CODES = {"BF16": "u2", "F16": "i2", "F32": "f4"}  # as kernels.bits.widen_scale tells them apart
 ZERO_CODES = {"I32": "u4", "I8": "i1"}
 
@@ -143,7 +145,7 @@ class Packed(Format):
         return widest * largest_scale((scale for (scale,) in read(1)), self.scale_dtype)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import packed as kernels
+        import numpy as np
 
         if not tile.size:
             return
@@ -156,12 +158,13 @@ class Packed(Format):
             index = parts[3 - self.symmetric].view("i4")
             senseless = kernels.decode_indexed(codes, self.bits, scale, zero, index, tile)
         else:
-            senseless = kernels.decode(codes, self.bits, scale, zero, tile.reshape(rows, groups, -1))
+            spread = np.empty(tile.shape[1], np.uint8)
+            senseless = kernels.decode(codes, self.bits, scale, zero, spread, tile.reshape(rows, groups, -1))
         if senseless:
             raise ValueError("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import packed as kernels
+        import numpy as np
 
         if (self.bits, self.symmetric, self.scale_dtype, self.ordered) != (4, True, "BF16", False):
             raise NotImplementedError(f"nothing is written as {self.label}")
@@ -170,12 +173,13 @@ class Packed(Format):
         rule = self.convention
         by_scale = kernels.encode_mse if self.mse else kernels.encode_rule
         kernel = kernels.encode_exact if self.exact else by_scale
-        lost: int = kernel(
+        lost = kernel(
             groups,
             groups.dtype.type(rule.divisor),
             groups.dtype.type(rule.lowest),
             rule.rounds,
             rule.zero_bits,
+            np.empty(size, np.uint8),
             parts[0].reshape(len(groups), size // 2),
             parts[1].view("u2"),
         )

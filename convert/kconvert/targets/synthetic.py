@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from kconvert.formats import Format, Part
 from kconvert.formats.conventions import Convention
 from kconvert.formats.dense import Dense
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.packed import Packed
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from kconvert.formats.base import Bytes, Tile
 
+kernels = Kernels("synthetic")
 INTEGERS = {"I32": "<i4", "I64": "<i8"}
 POOL_GROUPS = 1 << 15  # 4 MB of f32: stays in the cache
 ZERO_EVERY = 128
@@ -54,8 +56,6 @@ class Synthetic(Invented):
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
-
-        from kconvert.formats.kernels import synthetic as kernels
 
         key = _key(self.seed, self.name)
         kernels.fill_synthetic(_pool(self.seed), key, first_row, np.float32(self.center), np.float32(self.gain), tile)
@@ -116,8 +116,6 @@ class Picks(Invented):
     seed: int = 0
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import synthetic as kernels
-
         kernels.fill_picks(POOL_GROUPS, _key(self.seed, self.name), first_row, tile)
 
 
@@ -142,8 +140,6 @@ class Dealt(Format):
         raise NotImplementedError("what was dealt is read in its own format")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import synthetic as kernels
-
         codes, scale = _encoded_pool(self.format.convention, self.seed)
         rows, groups = tile.shape[0], tile.shape[1] // 32
         kernels.deal(codes, tile, parts[0].view(codes.dtype).reshape(rows, groups, -1))
@@ -176,12 +172,9 @@ def _key(seed: int, name: str) -> Any:
 def _pool(seed: int) -> Tile:
     import numpy as np
 
-    from kconvert.formats.kernels import dense as kernels
-
     values = 0.02 * np.random.default_rng(seed).standard_t(4, (POOL_GROUPS, 32))
     values[::ZERO_EVERY] = 0
-    bits = np.empty(values.size, np.uint16)
-    pool = values.astype(np.float32)
-    kernels.encode_bf16(pool.reshape(-1), bits)
-    kernels.decode_bf16(bits, pool.reshape(-1))
+    pool, bits = values.astype(np.float32), np.empty(2 * values.size, np.uint8)
+    Dense("BF16").encode(pool, [bits])
+    Dense("BF16").decode([bits], 0, pool)
     return pool

@@ -17,7 +17,6 @@ from kconvert.formats.kernels.bits import (
     MAGNITUDE,
     float_of,
     inline,
-    kernel,
     load_bf16,
     power,
     round_bf16,
@@ -28,7 +27,17 @@ from kconvert.formats.kernels.bits import (
 from kconvert.formats.kernels.bits import bits_of as number_bits
 from kconvert.formats.kernels.packed import HIGHEST, SHIFT, exact_scale, may_be_exact, rule, shifted, step_of
 from kconvert_qat.grids import vectors
-from kconvert_qat.grids.vectors import bits_of, floats_of, larger, load, load_normal, smaller, store_exact, store_normal
+from kconvert_qat.grids.vectors import (
+    bits_of,
+    floats_of,
+    kernel,
+    larger,
+    load,
+    load_normal,
+    smaller,
+    store_exact,
+    store_normal,
+)
 
 U = np.uint32
 LANES = 32  # two of the vectors that AVX-512 has; a group of bf16 values fills one

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
 
+kernel = njit(nogil=True, cache=True, error_model="numpy")
 WORD, HALF, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
 # One instruction rounds to bf16, half to even; but it takes subnormal numbers for zeros.
 NARROWS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from kconvert.formats.base import Fate, Format, Part
+from kconvert.formats.kernels import Kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from kconvert.formats.base import Bytes, Tile
 
+kernels = Kernels("amx")
 Split = Literal["rows", "cols"]
 # What KTransformers calls them -> the bits of their codes.
 METHODS = {"AMXINT4": 4, "AMXINT8": 8}
@@ -94,16 +96,16 @@ class Amx(Format):
         return tuple(parts)
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import amx as kernels
-
         for (rows, first, words), scale in zip(self.shards(parts[::2], tile), parts[1::2], strict=True):
-            kernels.decode_rows(words, scale.view("f4"), self.bits, first, rows)
+            kernels.decode_rows(words, scale.view("f4"), self.bits, first, _half_of(words), rows)
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import amx as kernels
+        import numpy as np
 
         for (rows, first, words), scale in zip(self.shards(parts[::2], tile), parts[1::2], strict=True):
-            if kernels.encode_rows(rows, first, self.bits, bool(self.mse), words, scale.view("f4")):
+            k = words.shape[1] * 32 // self.bits
+            room = np.empty(k, np.float32), np.empty(k, np.uint8), _half_of(words)
+            if kernels.encode_rows(rows, first, self.bits, bool(self.mse), *room, words, scale.view("f4")):
                 raise ValueError("it has a value that is not finite")
         return 0
 
@@ -118,6 +120,13 @@ class Amx(Format):
             else:
                 yield tile[row : row + len(words)], 0, words
                 row += len(words)
+
+
+def _half_of(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Room for the words of 16 rows, half of those that AMX takes at once."""
+    import numpy as np
+
+    return np.empty((16, words.shape[1]), np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +146,15 @@ class AmxCodes(Format):
         return self.amx.parts(rows, cols)[::2]
 
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
-        from kconvert.formats.kernels import amx as kernels
-
         for rows, first, words in self.amx.shards(parts, tile):
-            kernels.decode_rows(words, None, self.amx.bits, first, rows)
+            kernels.decode_rows(words, None, self.amx.bits, first, _half_of(words), rows)
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import amx as kernels
+        import numpy as np
 
         for rows, first, words in self.amx.shards(parts, tile):
-            kernels.encode_codes(rows, first, self.amx.bits, words)
+            codes = np.empty(words.shape[1] * 32 // self.amx.bits, np.uint8)
+            kernels.encode_codes(rows, first, self.amx.bits, codes, _half_of(words), words)
         return 0
 
 

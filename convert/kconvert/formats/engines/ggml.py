@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kconvert.formats.base import Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.mx import Mx
-from kconvert.formats.nvfp4 import GROUP, Nvfp4, inverse_of
+from kconvert.formats.nvfp4 import GROUP, Nvfp4, inverse_of, lost_by
 from kconvert.formats.packed import SCALE_CODES, Packed
 from kconvert.formats.stacks import MxStack
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
     from kconvert.formats.conventions import Convention
 
+kernels = Kernels("ggml")
 BLOCK = 32
 INTEGERS = {"I32": "i4", "I64": "i8"}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -96,14 +98,12 @@ class Q4_0(Blocks):
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
 
-        from kconvert.formats.kernels import ggml as kernels
-
         blocks = self._blocks(parts)
         scale = np.ascontiguousarray(blocks[:, :2]).view(np.float16)[:, 0].astype(np.float32)
         kernels.decode_nibbles(blocks, 2, np.arange(-8, 8, dtype=np.float32), scale, tile.reshape(-1, BLOCK))
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import ggml as kernels
+        import numpy as np
 
         assert isinstance(source, Packed)
         if not rows * cols:
@@ -111,14 +111,15 @@ class Q4_0(Blocks):
         halves = parts[0].view("u2").reshape(-1, BLOCKS[self.dtype][1] // 2)
         scale = inputs[1].view(SCALE_CODES[source.scale_dtype])
         codes = inputs[0].reshape(-1, BLOCK // 2)
-        lost, first, is_zero, is_beyond = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:])
-        if is_zero:
+        other = np.empty(1, np.float32)
+        lost = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:], other)
+        if lost == -1:
             raise ValueError("it has a scale of zero over codes that are not zero")
-        if is_beyond:
+        if lost == -2:
             raise ValueError("it has a scale that F16 cannot hold")
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have scales that F16 has not, {first:.9g} the first,")
-        return int(lost)
+            raise ValueError(f"{lost:,} of its groups have scales that F16 has not, {other[0]:.9g} the first,")
+        return lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,6 @@ class Q8_0(Blocks):
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
-
-        from kconvert.formats.kernels import ggml as kernels
 
         blocks = self._blocks(parts)
         scale = np.empty(len(blocks), np.float32)
@@ -166,8 +165,6 @@ class Mxfp4(Blocks):
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
 
-        from kconvert.formats.kernels import ggml as kernels
-
         blocks = self._blocks(parts)
         values = np.array((*E2M1, *(-value for value in E2M1)), np.float32)
         scale = np.ldexp(np.float32(1), blocks[:, 0].astype(np.int32) - 127)
@@ -176,8 +173,6 @@ class Mxfp4(Blocks):
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
         import numpy as np
-
-        from kconvert.formats.kernels import ggml as kernels
 
         blocks = self._blocks(parts)
         pairs = np.ndarray((len(blocks), BLOCK // 4), "u2", blocks, 1, (blocks.shape[1], 2))  # at odd addresses
@@ -212,9 +207,6 @@ class Nvfp4Blocks(Blocks):
         return *Blocks.parts(self, rows, cols), Part("scale", "F32", (1,), every=None)
 
     def recode(self, source: Format, inputs: Sequence[Bytes], rows: int, cols: int, parts: Sequence[Bytes]) -> int:
-        from kconvert.formats.kernels import ggml as kernels
-        from kconvert.formats.kernels.nvfp4 import count_changed, steps_of
-
         assert isinstance(source, Nvfp4)
         codes, scale, given = inputs[0].reshape(-1, GROUP // 2), inputs[1], inputs[2].view("f4")[0]
         factor = given if source.multiplies else inverse_of(given)
@@ -222,7 +214,7 @@ class Nvfp4Blocks(Blocks):
         kernels.recode_nvfp4(codes, scale, parts[0].view("u2").reshape(-1, BLOCKS[self.dtype][1] // 2))
         if source.multiplies:
             return 0
-        lost = int(count_changed(codes, scale, steps_of(given, False), steps_of(factor, True)))
+        lost = lost_by(codes, scale, (given, False), (factor, True))
         if lost and self.strict:
             raise ValueError(f"{lost:,} of its groups have other values by 1 / global scale in F32,")
         return lost

@@ -25,12 +25,14 @@ from kconvert.formats.base import Fate, Format, Part, refuse_surplus, require
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads, Piece
 from kconvert.formats.engines.turns import Turns
+from kconvert.formats.kernels import Kernels
 from kconvert.formats.mx import GROUP, Mx
 from kconvert.formats.packed import SCALE_CODES, Packed
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Found, Scheme, Tile
 
+spread, decode_affine = Kernels("gptq").spread, Kernels("mlx").decode_affine
 FORMAT = "mlx"
 TENSORS = ("weight", "scales", "biases")
 # Weights of which the halves lie apart: kv_b by heads, and gpt-oss's experts, whose tensors are stacks.
@@ -74,17 +76,15 @@ class Affine(Format):
     def decode(self, parts: Sequence[Bytes], first_row: int, tile: Tile) -> None:
         import numpy as np
 
-        from kconvert.formats.kernels import gptq, mlx
-
         if not tile.size:
             return
         rows, cols = tile.shape
         words = parts[0].view("u4").reshape(rows, -1)
         codes = words.view("u1") if self.bits == 8 else np.empty((rows, cols), "u1")
         if self.bits != 8:
-            gptq.spread(words, self.bits, codes)
+            spread(words, self.bits, codes)
         scales, biases = (part.view(SCALE_CODES[self.scale_dtype]).reshape(rows, -1) for part in parts[1:])
-        mlx.decode_affine(codes, scales, biases, tile.reshape(rows, -1, self.group_size))
+        decode_affine(codes, scales, biases, tile.reshape(rows, -1, self.group_size))
 
     def fate(self, source: Format) -> Fate:
         return "recovered" if self.takes_codes(source) else "lossy"

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from kconvert.formats.conventions import AMX_FACTORS, AMX_START, AMX_STRIDES
-from kconvert.formats.kernels.bits import INFINITE, MAGNITUDE, bits_of, float_of, inline, kernel, round_bf16
+from kconvert.formats.kernels.bits import (
+    INFINITE,
+    MAGNITUDE,
+    address,
+    bits_of,
+    float_of,
+    inline,
+    kernel,
+    local,
+    round_bf16,
+)
 
 TINY = np.uint32(0x00800000)  # bits of 2^-126: what is below counts as zero
 SHIFT = np.float32(3 * 2**22)  # the last place of numbers of this size is 1
@@ -80,7 +91,8 @@ def _quantise(values: Any, inverse: Any, rounding: Any, highest: Any, codes: Any
 @inline
 def _pair(codes: Any, pairs: Any) -> None:
     """Four-bit codes u8 [k] -> u8 [k / 2]: of 128 columns the first 64 are low nibbles, the others high ones."""
-    sources, targets = codes.view(np.uint64), pairs.view(np.uint64)
+    half = codes.shape[0] // 2
+    sources, targets = carray(address(codes), half // 4, np.uint64), carray(address(pairs), half // 8, np.uint64)
     for i in range(targets.shape[0]):
         low = i // 8 * 16 + i % 8
         targets[i] = (sources[low] & LOW_NIBBLES) | ((sources[low + 8] & LOW_NIBBLES) << np.uint64(4))
@@ -138,8 +150,8 @@ def _search(values: Any, rule: Any, bits: Any, sums: Any) -> Any:
 def _exchange(half: Any, row: Any, bits: Any, tile: Any, outward: Any) -> None:
     """The words u32 [16, k] of rows `row` and following, to or from their places among those of the tile, u32 [rows, k]."""
     rows, count = tile.shape
-    flat = tile.reshape(-1)
-    block, run = 512 // bits, 112 * bits
+    flat = carray(address(tile), rows * count, np.uint32)
+    block, run = (128, 448) if bits == 4 else (64, 896)
     first = row // block * block
     within = row - first
     height = min(block, rows - first)
@@ -157,15 +169,16 @@ def _exchange(half: Any, row: Any, bits: Any, tile: Any, outward: Any) -> None:
 
 
 @kernel
-def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: Any) -> Any:
+def encode_rows(
+    tile: Any, first: Any, bits: Any, mse: Any, values: Any, codes: Any, half: Any, words: Any, scale: Any
+) -> Any:
     """Columns `first` to first + k of tile f32 [rows, cols] -> words u32 [rows, k * bits / 32], scale f32 [rows].
 
-    Rows are whole blocks. Returns 0, or -1 at the first row with a value that is not finite.
+    Rows are whole blocks; values f32 [k], codes u8 [k] and half u32 [16, k * bits / 32] are room. Returns 0, or -1 at the first
+    row with a value that is not finite.
     """
     rows, count = words.shape
-    values = np.empty(count * 32 // bits, np.float32)
-    codes, sums = np.empty(values.shape[0], np.uint8), np.empty(LANES, np.float32)
-    lines = np.empty((16, 4 * count), np.uint8)
+    lines, sums = carray(address(half), (16, 4 * count), np.uint8), carray(local(256), LANES, np.float32)
     for row in range(rows):
         amax = _settle(tile, row, first, values)
         if amax >= INFINITE:
@@ -185,7 +198,7 @@ def encode_rows(tile: Any, first: Any, bits: Any, mse: Any, words: Any, scale: A
             _quantise(values, inverse, _code_twice, ZERO, codes)
             _pair(codes, line)
         if row % 16 == 15:
-            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
+            _exchange(half, row - 15, bits, words, True)
     return 0
 
 
@@ -196,11 +209,10 @@ def _exact(value: Any, highest: Any) -> Any:
 
 
 @kernel
-def encode_codes(tile: Any, first: Any, bits: Any, words: Any) -> None:
+def encode_codes(tile: Any, first: Any, bits: Any, codes: Any, half: Any, words: Any) -> None:
     """encode_rows for columns that are codes already."""
     rows, count = words.shape
-    codes = np.empty(count * 32 // bits, np.uint8)
-    lines = np.empty((16, 4 * count), np.uint8)
+    lines = carray(address(half), (16, 4 * count), np.uint8)
     for row in range(rows):
         line = lines[row % 16]
         values = tile[row, first : first + codes.shape[0]]
@@ -208,15 +220,15 @@ def encode_codes(tile: Any, first: Any, bits: Any, words: Any) -> None:
         if bits == 4:
             _pair(codes, line)
         if row % 16 == 15:
-            _exchange(lines.view(np.uint32), row - 15, bits, words, True)
+            _exchange(half, row - 15, bits, words, True)
 
 
 @kernel
-def decode_rows(words: Any, scale: Any, bits: Any, first: Any, tile: Any) -> None:
-    """The inverse of encode_rows: code * step, or the codes themselves when `scale` is None."""
+def decode_rows(words: Any, scale: Any, bits: Any, first: Any, half: Any, tile: Any) -> None:
+    """The inverse of encode_rows: code * step, or the codes themselves when `scale` is None. half u32 [16, k * bits / 32] is
+    room."""
     rows, count = words.shape
-    half = np.empty((16, count), np.uint32)
-    codes = half.view(np.int8)
+    codes = carray(address(half), (16, 4 * count), np.int8)
     for row in range(rows):
         if row % 16 == 0:
             _exchange(half, row, bits, words, False)

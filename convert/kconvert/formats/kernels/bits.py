@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from kconvert.formats.conventions import LARGEST_ERROR
@@ -18,11 +19,34 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)  # all bits but the sign
 
 
 def kernel(function: F) -> F:
-    return njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 def inline(function: F) -> F:
-    return njit(nogil=True, forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+@intrinsic
+def address(_context: Any, array: Any) -> Any:
+    """Of an array's first element, for `carray`: what is seen as another type, or in another shape, raises nothing."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0]).data
+        return builder.bitcast(data, ir.IntType(8).as_pointer())
+
+    return types.voidptr(array), codegen
+
+
+@intrinsic(prefer_literal=True)
+def local(_context: Any, nbytes: Any) -> Any:
+    """The address of so many bytes, a constant, on the stack, for `carray`."""
+
+    def codegen(_target: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        room = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), nbytes.literal_value))
+        room.align = 64
+        return builder.bitcast(room, ir.IntType(8).as_pointer())
+
+    return (types.voidptr(nbytes), codegen) if isinstance(nbytes, types.IntegerLiteral) else None
 
 
 @intrinsic
@@ -96,8 +120,9 @@ def smallest_bits(tile: Any, group: Any) -> Any:
 
 
 @inline
-def pack_pairs(pairs: Any, group: Any, packed: Any) -> None:
-    """pairs u16 [n], two nibbles in the bytes of each, -> packed[group] u8 [n], the first one low."""
+def pack_pairs(codes: Any, group: Any, packed: Any) -> None:
+    """Nibbles u8 [2 n] -> packed[group] u8 [n], of two the first one low."""
+    pairs = carray(address(codes), codes.shape[0] // 2, np.uint16)
     for j in range(pairs.shape[0]):
         packed[group, j] = np.uint8(pairs[j] | (pairs[j] >> np.uint16(4)))
 

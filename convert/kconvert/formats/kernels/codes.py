@@ -12,14 +12,14 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
 from kconvert.formats.kernels.bits import inline, round_like
+from kconvert.native.base import has
 
 USUAL = 32  # values of a group: a loop of this known length is vectors alone, without a remainder
 NIBBLES = 16
-LOOKS_UP = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]  # whether there is that instruction
+LOOKS_UP = has("avx512f")  # whether there is that instruction
 WORD, VALUE = ir.IntType(32), ir.FloatType()
 PAIR, CODES, VALUES = ir.VectorType(WORD, 2), ir.VectorType(WORD, NIBBLES), ir.VectorType(VALUE, NIBBLES)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numba import carray
 
 from kconvert.formats.conventions import FP8_DIVISORS
 from kconvert.formats.kernels.bits import (
     INFINITE,
     MAGNITUDE,
+    address,
     bits_of,
     error_places,
     error_unit,
@@ -87,15 +88,12 @@ def _are_senseless(codes: Any, scale: Any, block_rows: Any, block_cols: Any) -> 
     return False
 
 
-def has_nan(codes: NDArray[np.uint8]) -> bool:
-    """Whether one of the codes u8 [n] is NaN."""
-    rest = codes[codes.size // 8 * 8 :]
-    return bool(_has_nan(codes[: codes.size - rest.size].view(np.uint64), rest))
-
-
 @kernel
-def _has_nan(words: Any, rest: Any) -> Any:
-    """Eight codes to a word: of bytes without their signs, only NaN's gets that bit when one is added."""
+def has_nan(words: Any, rest: Any) -> Any:
+    """Whether one of the codes is NaN, of which eight are in each of words u64 [n], and others in rest u8 [m].
+
+    Of bytes without their signs, only NaN's gets that bit when one is added.
+    """
     found = np.uint64(0)
     for i in range(words.shape[0]):
         found |= (words[i] & np.uint64(0x7F7F7F7F7F7F7F7F)) + np.uint64(0x0101010101010101)
@@ -106,16 +104,17 @@ def _has_nan(words: Any, rest: Any) -> Any:
 
 @kernel
 def encode_fp8(
-    tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, search: Any, codes: Any, scale: Any
+    tile: Any, block_rows: Any, block_cols: Any, bf16_scale: Any, search: Any, room: Any, codes: Any, scale: Any
 ) -> Any:
     """tile f32 [rows, cols] -> codes u8 [rows, cols], scale f32 [row blocks, col blocks]; how many blocks hold Inf or NaN.
 
     scale = amax / 448 of the block, or if `search`, amax over the one of FP8_DIVISORS that has the least squared error;
-    rounded to bf16 when `bf16_scale`, 1 where that is 0; code = e4m3(value / scale).
+    rounded to bf16 when `bf16_scale`, 1 where that is 0; code = e4m3(value / scale). `room` is i64 [3, col blocks].
     Goes row by row and keeps the amax of a row of blocks in `scale`: block by block would miss the TLB at every row.
     """
     faults = 0
-    divisors = np.full(scale.shape[1], np.float32(448))
+    divisors = carray(address(room[2]), scale.shape[1], np.float32)
+    divisors[:] = np.float32(448)
     for group in range(scale.shape[0]):
         first, last = group * block_rows, min((group + 1) * block_rows, tile.shape[0])
         steps = scale[group]
@@ -123,7 +122,7 @@ def encode_fp8(
         for row in range(first, last):
             _raise_to_amax(tile[row], block_cols, steps)
         if search:
-            _choose_divisors(tile[first:last], block_cols, bf16_scale, steps, divisors)
+            _choose_divisors(tile[first:last], block_cols, bf16_scale, steps, room[0], room[1], divisors)
         for block in range(steps.shape[0]):
             faults += bits_of(steps[block]) >= INFINITE
             steps[block] = block_step(steps[block], divisors[block], bf16_scale)
@@ -144,14 +143,14 @@ def encode_by_scale(values: Any, step: Any, codes: Any) -> Any:
 
 
 @kernel
-def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, codes: Any, exponents: Any) -> Any:
+def encode_by_powers(tile: Any, block_rows: Any, block_cols: Any, room: Any, codes: Any, exponents: Any) -> Any:
     """tile f32 [rows, cols] -> codes u8 [rows, cols], exponents + 127 of the scales u8 [row blocks, col blocks].
 
-    Returns how many blocks have a value that is not code * scale, to the bit; -1 at a value that is not finite.
+    `room` is u32 [2, col blocks]. Returns how many blocks have a value that is not code * scale, to the bit; -1 at a value that
+    is not finite.
     """
     inexact = 0
-    amax = np.empty(exponents.shape[1], np.float32)
-    lost = np.empty(exponents.shape[1], np.uint32)
+    amax, lost = carray(address(room[0]), exponents.shape[1], np.float32), room[1]
     for group in range(exponents.shape[0]):
         first, last = group * block_rows, min((group + 1) * block_rows, tile.shape[0])
         amax[:] = np.float32(0)
@@ -232,11 +231,16 @@ def block_step(amax: Any, divisor: Any, bf16_scale: Any) -> Any:
 
 
 @inline
-def _choose_divisors(values: Any, block_cols: Any, bf16_scale: Any, amax: Any, divisors: Any) -> None:
-    """divisors f32 [blocks] become those of FP8_DIVISORS, the first ones, with the least error on values f32 [rows, cols]."""
-    least = np.full(amax.shape[0], np.int64(2**62))
+def _choose_divisors(
+    values: Any, block_cols: Any, bf16_scale: Any, amax: Any, least: Any, errors: Any, divisors: Any
+) -> None:
+    """divisors f32 [blocks] become those of FP8_DIVISORS, the first ones, with the least error on values f32 [rows, cols].
+
+    `least` and `errors` i64 [blocks] are room.
+    """
+    least[:] = np.int64(2**62)
     for divisor in FP8_DIVISORS:
-        errors = np.zeros(amax.shape[0], np.int64)
+        errors[:] = np.int64(0)
         for row in range(values.shape[0]):
             for block in range(amax.shape[0]):
                 step = block_step(amax[block], np.float32(divisor), bf16_scale)

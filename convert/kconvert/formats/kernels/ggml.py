@@ -59,12 +59,12 @@ def _is_half(step: Any) -> Any:
 
 
 @kernel
-def recode_q4_0(codes: Any, scale: Any, halves: Any, pairs: Any) -> Any:
+def recode_q4_0(codes: Any, scale: Any, halves: Any, pairs: Any, other: Any) -> Any:
     """Stored codes u8 [n, 16] and scales of bf16, f16 or f32, each of as many blocks -> halves u16 [n], the scales in F16, and
     pairs u16 [n, 8] of bytes, see _regroup.
 
-    Returns how many groups have another scale under codes that are not zero, and the first such scale; whether one is zero over
-    such codes, and whether one is beyond F16.
+    Returns how many groups have another scale under codes that are not zero, the first of which becomes other f32 [1]; -1
+    where one is zero over such codes, else -2 where one is beyond F16.
     """
     each = codes.shape[0] // scale.shape[0]
     doubtful = False
@@ -75,16 +75,16 @@ def recode_q4_0(codes: Any, scale: Any, halves: Any, pairs: Any) -> Any:
         for block in range(group * each, (group + 1) * each):
             halves[block] = U16(bits)
             _regroup(codes, block, pairs)
-    lost, first, is_zero, is_beyond = 0, np.float32(0), False, False
+    lost, is_zero, is_beyond = 0, False, False
     for group in range(scale.shape[0] if doubtful else 0):
         step = widen_scale(scale[group])
         if U(_half(step) & HALF_INFINITE) == HALF_INFINITE:
             is_beyond = True
         elif (step == np.float32(0) or not _is_half(step)) and _has_codes(codes, group * each, each):
             is_zero |= step == np.float32(0)
-            first = first if lost else step
+            other[0] = other[0] if lost else step
             lost += 1
-    return lost, first, is_zero, is_beyond
+    return -1 if is_zero else -2 if is_beyond else lost
 
 
 @inline
@@ -98,7 +98,7 @@ def _has_codes(codes: Any, start: Any, count: Any) -> Any:
 
 
 @kernel
-def recode_mxfp4(codes: Any, scale: Any, scales: Any, pairs: Any) -> Any:
+def recode_mxfp4(codes: Any, scale: Any, scales: Any, pairs: Any) -> None:
     """Codes u8 [n, 16] and their scales u8 [n] -> scales u8 [n], pairs u16 [n, 8] of bytes, see _regroup."""
     for block in range(codes.shape[0]):
         scales[block] = scale[block]
@@ -106,7 +106,7 @@ def recode_mxfp4(codes: Any, scale: Any, scales: Any, pairs: Any) -> Any:
 
 
 @kernel
-def recode_nvfp4(codes: Any, scale: Any, blocks: Any) -> Any:
+def recode_nvfp4(codes: Any, scale: Any, blocks: Any) -> None:
     """Codes u8 [4 n, 8] and their scales u8 [4 n] of e4m3 bits -> blocks u16 [n, 18]: the bits of four scales without their
     signs, and of each group eight bytes, of which byte j has value j in its low and value j + 8 in its high nibble.
 
@@ -125,7 +125,7 @@ def recode_nvfp4(codes: Any, scale: Any, blocks: Any) -> Any:
 
 
 @kernel
-def decode_nibbles(blocks: Any, head: Any, values: Any, scale: Any, tile: Any) -> Any:
+def decode_nibbles(blocks: Any, head: Any, values: Any, scale: Any, tile: Any) -> None:
     """Blocks as `regroup` makes them, values f32 [16] of the codes, scale f32 [n] -> tile f32 [n, 32]."""
     for block in range(tile.shape[0]):
         for j in range(16):
@@ -135,7 +135,7 @@ def decode_nibbles(blocks: Any, head: Any, values: Any, scale: Any, tile: Any) -
 
 
 @kernel
-def encode_q8_0(tile: Any, scale: Any, codes: Any) -> Any:
+def encode_q8_0(tile: Any, scale: Any, codes: Any) -> None:
     """tile f32 [n, 32] -> scale f32 [n], before it is rounded to f16, and codes i8 [n, 32], halves rounded away from zero.
 
     Where the scale is so small that one over it is infinite, and rounds to zero, all codes are zero.

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
-from kconvert.formats.kernels.bits import inline, kernel, round_bf16, widen_scale
+from kconvert.formats.kernels.bits import address, inline, kernel, round_bf16, widen_scale
 from kconvert.formats.kernels.codes import NIBBLES, USUAL, decode_group, differ, look_up, spread_nibbles
 from kconvert.formats.kernels.turn import SIDE, turn
 
-PADDING = 16  # words behind each row, so that rows of a power of two words do not share their place in the cache
 BF16 = np.uint16(0)  # what values are rounded like
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
 
@@ -30,15 +30,14 @@ def widen_scales(scale: Any, first: Any, steps: Any) -> None:
 
 
 @kernel
-def unpack_zeros(words: Any, bits: Any, shifts: Any, carry: Any, plus: Any, keep: Any, zeros: Any) -> None:
+def unpack_zeros(words: Any, bits: Any, shifts: Any, carry: Any, plus: Any, keep: Any, codes: Any, zeros: Any) -> None:
     """words u32 [groups, n], codes at `shifts` of each -> zeros f32 [groups, rows]: ((word + carry) >> shift) + plus, of which
-    the bits of `keep` are kept.
+    the bits of `keep` are kept; codes u8 [rows] is room.
 
     Without shifts (there are none of codes that go from one word into the next) `carry` is 0.
     """
     carry, plus, keep, mask = U(carry), U(plus), U(keep), U((1 << bits) - 1)
     groups, rows, count = zeros.shape[0], zeros.shape[1], shifts.shape[0]
-    codes = np.empty(0 if count else rows, np.uint8)
     for group in range(groups):
         for k in range(rows // count if count else 0):
             word = U(words[group, k] + carry)
@@ -62,9 +61,9 @@ def spread(words: Any, bits: Any, codes: Any) -> None:
 def _spread(line: Any, bits: Any, codes: Any) -> None:
     """u32 of codes in a stream, the lowest bits first -> codes u8."""
     if bits == 4:
-        spread_nibbles(line.view(np.uint8), codes)
+        spread_nibbles(carray(address(line), 4 * line.shape[0], np.uint8), codes)
     elif bits == 8:
-        stored = line.view(np.uint8)
+        stored = carray(address(line), 4 * line.shape[0], np.uint8)
         for i in range(codes.shape[0]):  # assigned as a slice they would be copied one by one
             codes[i] = stored[i]
     else:
@@ -92,14 +91,13 @@ def _four(line: Any, four: Any, bits: Any) -> Any:
 
 
 @kernel
-def decode(words: Any, bits: Any, steps: Any, zeros: Any, tile: Any) -> Any:
+def decode(words: Any, bits: Any, steps: Any, zeros: Any, codes: Any, tile: Any) -> Any:
     """words u32 [rows, n], codes in a stream -> tile f32 [rows, groups, g] = bf16((code - zero point) * scale).
 
-    Returns whether a scale is zero over codes that are not their zero point.
+    codes u8 [cols] is room. Returns whether a scale is zero over codes that are not their zero point.
     """
     rows, groups, size = tile.shape
-    codes = np.empty(groups * size, np.uint8)
-    grouped = codes.reshape(groups, size)
+    grouped = carray(address(codes), (groups, size), np.uint8)
     senseless = False
     for row in range(rows):
         _spread(words[row], bits, codes)
@@ -125,17 +123,19 @@ def decode_by_table(
     plus: Any,
     keep: Any,
     first: Any,
+    steps: Any,
+    zeros: Any,
     tile: Any,
 ) -> Any:
     """`decode` of four-bit codes, where codes.LOOKS_UP, and `decode_interleaved`, whose `height` is 8 and not 1.
 
     Scales [groups, out] and zero points are taken from where they lie in the file, those of the rows from `first` on; see
     unpack_zeros. words are u8 [rows, n] or, interleaved, u32 [rows / 8, >= cols]; the group size is a multiple of 16. Returns
-    whether all of it was decoded: it stops at a scale of zero, which may be senseless.
+    whether all of it was decoded: it stops at a scale of zero, which may be senseless. steps and zeros f32 [groups, 8] are
+    room.
     """
     rows, groups, size = tile.shape
     carry, plus, keep = U(carry), U(plus), U(keep)
-    steps, zeros = np.empty((groups, SIDE), np.float32), np.empty((groups, SIDE), np.float32)
     for block in range(0, rows, SIDE):
         out, count, missing = first + block, min(SIDE, rows - block), False
         for group in range(groups):
@@ -188,7 +188,7 @@ def decode_interleaved(words: Any, shifts: Any, steps: Any, zeros: Any, tile: An
     rows, groups, size = tile.shape
     senseless = False
     for row in range(rows):
-        line = words[row >> 3, : groups * size].reshape(groups, size)
+        line = carray(address(words[row >> 3]), (groups, size), np.uint32)
         shift = U(shifts[row & 7] & U(31))  # what might be 32 and more would be done in 64 bits
         for group in range(groups):
             step, zero = steps[group, row], zeros[group, row]
@@ -202,22 +202,23 @@ def decode_interleaved(words: Any, shifts: Any, steps: Any, zeros: Any, tile: An
 
 
 @kernel
-def decode_indexed(words: Any, bits: Any, steps: Any, zeros: Any, index: Any, tile: Any) -> Any:
+def decode_indexed(
+    words: Any, bits: Any, steps: Any, zeros: Any, index: Any, codes: Any, step: Any, zero: Any, tile: Any
+) -> Any:
     """`decode` for columns in any order: index u32 [cols] is the group of each; tile f32 [rows, cols].
 
-    A scale and a zero point for each column are looked up for eight rows at once.
+    A scale and a zero point for each column are looked up for eight rows at once. codes u8 [cols], step and zero f32
+    [8, >= cols] are room.
     """
     rows, cols = tile.shape
-    codes = np.empty(cols, np.uint8)
-    step = np.empty((SIDE, cols + PADDING), np.float32)
-    zero = np.full((SIDE, cols + PADDING), zeros[0, 0], np.float32)
     alike = _alike(zeros)  # as in symmetric files
+    zero[:] = zeros[0, 0]
     senseless = False
     for first in range(0, rows, SIDE):
         count = min(SIDE, rows - first)
-        turn(steps.view(np.uint32), first, index, step.view(np.uint32)[:count])
+        turn(_words(steps), first, index, _words(step)[:count])
         if not alike:
-            turn(zeros.view(np.uint32), first, index, zero.view(np.uint32)[:count])
+            turn(_words(zeros), first, index, _words(zero)[:count])
         for i in range(count):
             _spread(words[first + i], bits, codes)
             for col in range(cols):
@@ -225,6 +226,12 @@ def decode_indexed(words: Any, bits: Any, steps: Any, zeros: Any, index: Any, ti
                 tile[first + i, col] = round_bf16(code * step[i, col])
                 senseless |= step[i, col] == np.float32(0) and code != np.float32(0)
     return senseless
+
+
+@inline
+def _words(array: Any) -> Any:
+    """The bits of f32 [rows, n]."""
+    return carray(address(array), array.shape, np.uint32)
 
 
 @inline

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from kconvert.formats.kernels.bits import (
     INFINITE,
@@ -16,6 +17,7 @@ from kconvert.formats.kernels.bits import (
     float_of,
     inline,
     kernel,
+    local,
     pack_pairs,
     power,
     round_bf16,
@@ -26,6 +28,7 @@ from kconvert.formats.kernels.fp8 import TO_MAGIC as TO_MAGIC_E4M3
 from kconvert.formats.kernels.fp8 import round_e4m3, widen_e4m3
 
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
+GROUP = 32
 FRACTION = U(0x7FFFFF)
 FRACTION_OF_448 = U(0x600000)
 ONE = U(127 << 23)  # 1 as f32
@@ -116,8 +119,7 @@ def _exponent(tile: Any, group: Any, amax: Any, bits: Any, search: Any) -> Any:
 @kernel
 def encode_mxfp4(tile: Any, search: Any, packed: Any, scale: Any) -> Any:
     """tile f32 [groups, 32] -> packed u8 [groups, 16], scale u8 [groups]; -1 at a value that is not finite, else 0."""
-    codes = np.empty(tile.shape[1], np.uint8)
-    pairs = codes.view(np.uint16)
+    codes = carray(local(GROUP), GROUP, np.uint8)
     for group in range(tile.shape[0]):
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
@@ -127,7 +129,7 @@ def encode_mxfp4(tile: Any, search: Any, packed: Any, scale: Any) -> Any:
         inverse = power(U(U(254) - exponent))
         for i in range(tile.shape[1]):
             codes[i] = round_e2m1(tile[group, i] * inverse)
-        pack_pairs(pairs, group, packed)
+        pack_pairs(codes, group, packed)
     return 0
 
 

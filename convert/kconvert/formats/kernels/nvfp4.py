@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from kconvert.formats.conventions import NVFP4_STEPS
 from kconvert.formats.kernels.bits import (
     INFINITE,
     MAGNITUDE,
+    address,
     amax_bits,
     bits_of,
     error_places,
@@ -17,6 +19,7 @@ from kconvert.formats.kernels.bits import (
     float_of,
     inline,
     kernel,
+    local,
     pack_pairs,
     power,
     round_bf16,
@@ -44,13 +47,11 @@ def _value(code: Any, step: Any) -> Any:
 
 
 @kernel
-def steps_of(global_scale: Any, multiplies: Any) -> Any:
-    """f32 [256]: what a code is multiplied by, for each scale."""
-    steps = np.empty(256, np.float32)
+def steps_of(global_scale: Any, multiplies: Any, steps: Any) -> None:
+    """steps f32 [256]: what a code is multiplied by, for each scale."""
     for code in range(256):
         wide = widen_e4m3(np.uint8(code))
         steps[code] = wide * global_scale if multiplies else wide / global_scale
-    return steps
 
 
 @kernel
@@ -59,7 +60,8 @@ def decode_nvfp4(packed: Any, scale: Any, global_scale: Any, multiplies: Any, ti
 
     step is scale * global scale if it `multiplies`, else scale / global scale. Groups go in pairs, whose bytes fill a vector.
     """
-    steps = steps_of(global_scale, multiplies)
+    steps = carray(local(1024), 256, np.float32)
+    steps_of(global_scale, multiplies, steps)
     pairs = scale.shape[0] // 2
     for pair in range(pairs):
         one, other = steps[scale[2 * pair]], steps[scale[2 * pair + 1]]
@@ -137,11 +139,11 @@ def found_scale(tile: Any, group: Any, amax: Any, unit: Any) -> Any:
 
 @inline
 def _encode_group(
-    tile: Any, group: Any, unit: Any, exact: Any, search: Any, nibbles: Any, packed: Any, row: Any, scale: Any
+    tile: Any, group: Any, unit: Any, exact: Any, search: Any, codes: Any, packed: Any, row: Any, scale: Any
 ) -> Any:
     """tile[group] f32 [16] -> packed[row] u8 [8], scale[row] u8; whether it does not come back, -1 where it is not finite.
 
-    `nibbles` u16 [8] is room. Zeros of a group that was found again keep their sign.
+    `codes` u8 [16] is room. Zeros of a group that was found again keep their sign.
     """
     amax = amax_bits(tile, group)
     if amax >= INFINITE:
@@ -153,11 +155,10 @@ def _encode_group(
         code = _search(tile, group, amax, code, unit) if search else code
     scale[row] = code
     step = widen_e4m3(code) * unit
-    codes = nibbles.view(np.uint8)
     for i in range(GROUP):
         sign = U(0) if lost else U(U(bits_of(tile[group, i]) >> U(28)) & U(8))
         codes[i] = np.uint8(round_e2m1(tile[group, i] / step) | sign)
-    pack_pairs(nibbles, row, packed)
+    pack_pairs(codes, row, packed)
     return 1 if lost else 0
 
 
@@ -168,7 +169,7 @@ def encode_nvfp4(tile: Any, unit: Any, exact: Any, search: Any, packed: Any, sca
     Returns how many groups were not found again where they were to be (`exact`), -1 at a value that is not finite.
     """
     lost = 0
-    nibbles = np.empty(8, np.uint16)
+    nibbles = carray(local(16), GROUP, np.uint8)
     for group in range(tile.shape[0]):
         fault = _encode_group(tile, group, unit, exact, search, nibbles, packed, group, scale)
         if fault < 0:
@@ -196,9 +197,11 @@ def encode_mxfp4(codes: Any, exponents: Any, unit: Any, packed: Any, scale: Any)
     its own. Returns how many groups of 16 have other values than they had, -1 where a value is not finite.
     """
     lost = 0
-    known = _scales(np.int32(U(bits_of(unit) >> U(23))))
-    tile, nibbles = np.empty((2, GROUP), np.float32), np.empty(8, np.uint16)
-    halves, scales = packed.reshape(-1, 8), scale.reshape(-1)
+    known = carray(local(256), 256, np.uint8)
+    _scales(np.int32(U(bits_of(unit) >> U(23))), known)
+    tile, nibbles = carray(local(128), (2, GROUP), np.float32), carray(local(16), GROUP, np.uint8)
+    count = codes.shape[0]
+    halves, scales = carray(address(packed), (2 * count, 8), np.uint8), carray(address(scale), 2 * count, np.uint8)
     for group in range(codes.shape[0]):
         code = known[exponents[group]]
         if code:
@@ -220,21 +223,20 @@ def encode_mxfp4(codes: Any, exponents: Any, unit: Any, packed: Any, scale: Any)
 
 
 @inline
-def _scales(whole: Any) -> Any:
-    """u8 [256]: for each exponent of e8m0, less `whole`, what e4m3 has for it; 0 for nothing."""
-    known = np.zeros(256, np.uint8)
+def _scales(whole: Any, known: Any) -> None:
+    """known u8 [256]: for each exponent of e8m0, less `whole`, what e4m3 has for it; 0 for nothing."""
+    known[:] = np.uint8(0)
     for number in range(256):
         exponent = np.int32(number) - whole
         if LOWEST <= exponent <= HIGHEST:
             known[number] = np.int32(1) << (exponent + np.int32(9)) if exponent < -6 else (exponent + 7) << 3
-    return known
 
 
 @kernel
 def count_changed(packed: Any, scale: Any, before: Any, after: Any) -> Any:
     """How many groups of packed u8 [groups, 8], scale u8 [groups] have other values by the steps `after` than by those
     `before`, f32 [256] each, one for each scale."""
-    changed = np.zeros((256, 16), np.bool_)
+    changed = carray(local(4096), (256, 16), np.bool_)
     for code in range(256):
         for nibble in range(16):
             old, new = _value(np.uint8(nibble), before[code]), _value(np.uint8(nibble), after[code])

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import carray, types
 from numba.extending import overload
 
 from kconvert.formats.conventions import DIVISORS
 from kconvert.formats.kernels.bits import (
     INFINITE,
+    address,
     amax_bits,
     bits_of,
     error_places,
@@ -60,14 +61,13 @@ def _offset_of(zero: Any, row: Any, group: Any, bits: Any) -> Any:
 
 
 @kernel
-def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
+def decode(packed: Any, bits: Any, scale: Any, zero: Any, spread: Any, tile: Any) -> Any:
     """packed u8 [rows, n] of codes of 4 or 8 `bits`, scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point)
-    * scale.
+    * scale. `spread` u8 [cols] is room.
 
     Returns whether a scale is zero over codes that are not.
     """
     rows, groups, size = tile.shape
-    spread = np.empty(groups * size, np.uint8)
     looked_up = by_table(scale, bits, size)
     senseless = False
     for row in range(rows):
@@ -76,7 +76,7 @@ def decode(packed: Any, bits: Any, scale: Any, zero: Any, tile: Any) -> Any:
             codes = spread
         if bits == 4 and not looked_up:
             spread_nibbles(packed[row], spread)
-        grouped = codes.reshape(groups, size)
+        grouped = carray(address(codes), (groups, size), np.uint8)
         for group in range(groups):
             stored, offset = scale[row, group], _offset(zero, row, group, bits)
             step = widen_scale(stored)
@@ -171,13 +171,14 @@ def rule(amax: Any, divisor: Any, zero_scale: Any) -> Any:
 
 
 @kernel
-def encode_rule(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
-    """tile f32 [groups, g] -> packed u8 [groups, g/2], scale u16 [groups] of bf16 bits, by a convention's rule; g even.
+def encode_rule(
+    tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, codes: Any, packed: Any, scale: Any
+) -> Any:
+    """tile f32 [groups, g] -> packed u8 [groups, g/2], scale u16 [groups] of bf16 bits, by a convention's rule; g even. `codes`
+    u8 [g] is room.
 
     Returns 0, or -1 at the first group with a value that is not finite.
     """
-    codes = np.empty(tile.shape[1], np.uint8)
-    pairs = codes.view(np.uint16)
     for group in range(scale.shape[0]):
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
@@ -185,7 +186,7 @@ def encode_rule(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: A
         bits = rule(amax, divisor, zero_scale)
         scale[group] = np.uint16(bits)
         _quantise(tile, group, bits, lowest, rounds, codes)
-        pack_pairs(pairs, group, packed)
+        pack_pairs(codes, group, packed)
     return 0
 
 
@@ -232,13 +233,13 @@ def exact_scale(tile: Any, group: Any, amax: Any, lowest: Any, codes: Any) -> An
 
 
 @kernel
-def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
+def encode_exact(
+    tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, codes: Any, packed: Any, scale: Any
+) -> Any:
     """encode_rule, but a group whose values are all bf16(code * scale) gets such codes and such a scale back.
 
     Returns the number of groups for which there are none, which get the rule's; -1 as encode_rule.
     """
-    codes = np.empty(tile.shape[1], np.uint8)
-    pairs = codes.view(np.uint16)
     inexact = 0
     for group in range(scale.shape[0]):
         amax = amax_bits(tile, group)
@@ -252,7 +253,7 @@ def encode_exact(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: 
                 _quantise(tile, group, bits, lowest, rounds, codes)
                 inexact += 1
         scale[group] = np.uint16(bits)
-        pack_pairs(pairs, group, packed)
+        pack_pairs(codes, group, packed)
     return inexact
 
 
@@ -281,10 +282,10 @@ def _best(tile: Any, group: Any, amax: Any, divisor: Any, lowest: Any, rounds: A
 
 
 @kernel
-def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, packed: Any, scale: Any) -> Any:
+def encode_mse(
+    tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: Any, codes: Any, packed: Any, scale: Any
+) -> Any:
     """encode_rule, but of amax / divisor for the rule's divisor and DIVISORS the scale with the least squared error."""
-    codes = np.empty(tile.shape[1], np.uint8)
-    pairs = codes.view(np.uint16)
     for group in range(scale.shape[0]):
         amax = amax_bits(tile, group)
         if amax >= INFINITE:
@@ -295,5 +296,5 @@ def encode_mse(tile: Any, divisor: Any, lowest: Any, rounds: Any, zero_scale: An
             best = _best(tile, group, amax, divisor, lowest, rounds, zero_scale, tile.shape[1])
         scale[group] = np.uint16(best)
         _quantise(tile, group, best, lowest, rounds, codes)
-        pack_pairs(pairs, group, packed)
+        pack_pairs(codes, group, packed)
     return 0

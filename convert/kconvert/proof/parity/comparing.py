@@ -20,6 +20,7 @@ from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
+from kconvert.native import prepare
 from kconvert.proof.digests import Listener
 from kconvert.proof.pairs import Pair
 from kconvert.proof.parity import library
@@ -27,7 +28,6 @@ from kconvert.proof.parity.compare import Comparison, Standard, compare_plain, c
 from kconvert.proof.parity.fused import fused_faults
 from kconvert.proof.parity.metrics import Position, Spread
 from kconvert.proof.parity.oracle import independent_values
-from kconvert.proof.parity.quick import native
 from kconvert.proof.parity.rows import Desk, approved
 from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.proof.processes import Crew, worthwhile
@@ -128,7 +128,7 @@ class Comparing:
         here = not job.forks or library.is_loaded() or multiprocessing.current_process().daemon
         many = worthwhile(sum(map(sum, self._sizes)), cores) if job.forks else 0
         if many:
-            native.prepare()
+            prepare()
         self._crowd = Crew(many or int(leans and not here), job)
         self._library = Crew(int(asks and not (here and not many)), job)
         self._open = ExitStack()

@@ -1,15 +1,18 @@
-"""The proof's loops as machine code: kept, damaged, not to be had; and whose modules compile them."""
+"""Loops as machine code: kept, damaged, not to be had; whose modules compile them; and that they need nothing of numba's."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 
-from kconvert.proof.parity.quick import native
-from kconvert.proof.parity.quick.native import Loop
+from kconvert import native
+from kconvert.formats.kernels import PACKAGE, Kernels
+from kconvert.proof.parity.quick.native import LOOPS, Loop
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +20,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where nothing is kept yet."""
     folder = tmp_path / "kept"
     folder.mkdir()
-    monkeypatch.setattr(native, "_folder", lambda: folder)
+    put(monkeypatch, folder)
     return folder
+
+
+def put(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
+    for package in (LOOPS, PACKAGE):
+        monkeypatch.setitem(package.__dict__, "folder", folder)
 
 
 def decoded() -> torch.Tensor:
@@ -28,11 +36,15 @@ def decoded() -> torch.Tensor:
     return values
 
 
+def refuse(*_: object) -> None:
+    raise RuntimeError("Failed to materialize symbols")
+
+
 def test_a_loop_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = decoded()
     assert first[:8].tolist() == [0, 0, 1, 0, 2, 0, 3, 0]
     (kept,) = folder.glob("*.o")
-    monkeypatch.setattr(native, "_compiled", None)
+    monkeypatch.setattr(native, "_let_keep", None)
     assert decoded().equal(first)
     assert list(folder.glob("*.o")) == [kept]
 
@@ -60,15 +72,11 @@ def test_code_that_does_not_load_and_folders_that_take_none_leave_it_to_numba(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = decoded()
-
-    def refuse(loop: Loop, code: bytes) -> int:
-        raise RuntimeError("Failed to materialize symbols")
-
     monkeypatch.setattr(native, "_load", refuse)
     assert decoded().equal(first)
-    monkeypatch.setattr(native, "_folder", lambda: folder / "missing")
+    put(monkeypatch, folder / "missing")
     assert decoded().equal(first)
-    monkeypatch.setattr(native, "_folder", lambda: None)
+    put(monkeypatch, None)
     assert decoded().equal(first)
 
 
@@ -97,13 +105,58 @@ def test_modules_of_the_folder_that_one_is_in_compile_nothing_and_settings_are_n
 
 
 def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(native, "LOOPS", tmp_path / "file")
     (tmp_path / "file").touch()
+    package = native.Package("kconvert.formats.kernels")
+    monkeypatch.setitem(package.__dict__, "_home", tmp_path / "file")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def homeless(self: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    assert native._folder.__wrapped__() is None
+    assert package.folder is None
+
+
+def test_what_compiled_for_another_processor_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded()
+    monkeypatch.delitem(LOOPS.__dict__, "_about", raising=False)
+    monkeypatch.setattr(native, "features", lambda: "+fma")
+    decoded()
+    assert len(list(folder.glob("*.o"))) == 2
+
+
+def test_two_threads_that_need_a_kernel_at_once_compile_it_once(folder: Path) -> None:
+    tiles = [np.full(9, number, np.float32) for number in range(4)]
+    outs = [np.empty(9, np.uint16) for _ in tiles]
+    threads = [Thread(target=Kernels("dense").encode_bf16, args=arrays) for arrays in zip(tiles, outs, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [out[8] for out in outs] == [0, 0x3F80, 0x4000, 0x4040]
+    assert len(list(folder.glob("*.o"))) == 1
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("step", [1, 3, -1])
+def test_arrays_at_any_address_and_with_any_strides_are_what_numpy_says_they_are(offset: int, step: int) -> None:
+    whole = np.random.default_rng(0).standard_normal(60).astype("f4").view("u4") >> 16
+    memory = np.zeros(121, np.uint8)
+    bits = memory[offset : offset + 120].view("u2")
+    bits[:] = whole
+    out = np.zeros((20, 2), np.float32)
+    part = bits[::step][:20]
+    Kernels("dense").decode_bf16(part, out[:, 1])
+    assert np.array_equal(out[:, 1].view("u4"), part.astype("u4") << 16)
+    assert not out[:, 0].any()
+
+
+def test_a_number_is_passed_as_what_it_is() -> None:
+    """Integers of numpy, truth values, and an address beyond what 32 bits hold."""
+    tile = np.zeros((1, 64), np.float32)
+    for key in (1, 2**64 - 1):
+        Kernels("synthetic").fill_picks(1 << 15, np.uint64(key), 3, tile)
+        state = (key + 6 * 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        assert tile[0, 0] == (state ^ (state >> 31)) & ((1 << 15) - 1)
