@@ -108,10 +108,13 @@ def _share(plan: Plan, worker: str | None) -> Share | None:
 @contextmanager
 def progress(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes on stderr, redrawn once a second at most; none when that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
     from tqdm import tqdm
 
     lock = threading.Lock()
-    bar = tqdm(total=total, unit="B", unit_scale=True, mininterval=1, disable=quiet or not sys.stderr.isatty())
+    bar = tqdm(total=total, unit="B", unit_scale=True, mininterval=1)
 
     def advance(nbytes: int) -> None:
         with lock:

@@ -62,14 +62,23 @@ class Package:
 
     @cached_property
     def _about(self) -> list[str]:
-        from importlib.metadata import version
-
         import llvmlite.binding as llvm
 
         ours = [Path(str(module.__file__)) for module in self._beside]
         sources = [*sorted(self._home.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py")), *ours]
-        versions = [version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features()]
-        return [*versions, *(path.read_text("utf-8") for path in sources)]
+        compilers = [_installed("numba"), _installed("llvmlite"), llvm.get_host_cpu_name(), features()]
+        return [*compilers, *(path.read_text("utf-8") for path in sources)]
+
+
+def _installed(name: str) -> str:
+    """What changes with a package, as Python itself tells: asking for its version takes longer than to load a loop."""
+    from importlib.util import find_spec
+
+    spec = find_spec(name)
+    assert spec is not None
+    path = str(spec.origin)
+    about = os.stat(path)
+    return f"{path} {about.st_mtime_ns} {about.st_size}"
 
 
 def prepare() -> None:
