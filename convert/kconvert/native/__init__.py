@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kconvert.interpreter import python
-from kconvert.native.base import KIND, NONE, SYMBOL, Loop, features, machine, read
+from kconvert.native.base import NONE, SYMBOL, Loop, features, machine, read
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,7 +33,7 @@ class Package:
         import ctypes
 
         loop = Loop(f"{self.name}.{module}", name, kinds)
-        passed = [each for kind in kinds for each in _passed(kind)]
+        passed = [_passed(kind) for kind in kinds if kind != NONE]
         path = self.folder and self.folder / f"{module}.{name}-{self._key(kinds)}.o"
         function: Callable[..., int] = ctypes.CFUNCTYPE(ctypes.c_int64, *passed)(_address(loop, path))
         return function
@@ -88,21 +88,12 @@ def prepare() -> None:
     llvm.create_lljit_compiler(machine())
 
 
-def _passed(kind: str) -> list[type[Any]]:
+def _passed(kind: str) -> type[Any]:
     """What ctypes takes for an argument."""
     import ctypes
 
-    if kind == NONE:
-        return []
-    found = KIND.fullmatch(kind)
-    assert found is not None, kind
-    _, _, address, dimensions, placed = found.groups()
-    if address:
-        return [ctypes.c_void_p]
-    if dimensions:
-        return [ctypes.c_void_p, *[ctypes.c_int64] * (int(dimensions) * (2 if placed else 1))]
-    floats: dict[str, type[Any]] = {"f4": ctypes.c_float, "f8": ctypes.c_double}
-    return [floats.get(kind, ctypes.c_int64)]
+    numbers: dict[str, type[Any]] = {"f4": ctypes.c_float, "f8": ctypes.c_double}
+    return numbers.get(kind, ctypes.c_void_p if kind[2:] else ctypes.c_int64)
 
 
 _loaded: list[Any] = []  # what keeps the machine code in memory

@@ -20,8 +20,8 @@ class Loop(NamedTuple):
     nothing and raises nothing, which would need numba.
 
     `i8` is a number of numpy's type i8, `none` is None, for which nothing is passed. `u1*` is an address. `u1[2]` is an array
-    of two dimensions in one piece, passed as its address and its lengths; `u1[2strided]` one that is not, with its strides in
-    bytes behind these; `u1[2unaligned]` the same at any address.
+    of two dimensions in one piece; `u1[2strided]` one that is not; `u1[2unaligned]` the same at any address. For arrays the
+    address of what numpy calls their PyArrayInterface is passed, which costs less than to ask for what is in it.
     """
 
     module: str

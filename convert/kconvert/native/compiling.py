@@ -1,4 +1,4 @@
-"""What numba makes of loops: C functions, which take arrays as addresses, lengths and strides."""
+"""What numba makes of loops: C functions, which take arrays as numpy's PyArrayInterface."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from numba import carray, cfunc, njit, types
+from numpy import int64
 from numpy.lib.stride_tricks import as_strided
 
 from kconvert.native.base import KIND, NONE, SYMBOL, Loop, machine, write
 
 LETTERS = {"u": "uint", "i": "int", "f": "float"}
+# Among the words of a PyArrayInterface: the first three have smaller numbers.
+SHAPE, STRIDES, DATA = 3, 4, 5
 
 
 class Argument(NamedTuple):
-    """Of a loop: its type; the names and types of what is passed for it; and how it is made of these."""
+    """Of a loop: its type, that of what is passed for it, and how it is made of this."""
 
     type: Any
-    names: list[str]
-    types: list[Any]
+    passed: Any
     made: str
 
 
@@ -42,33 +44,33 @@ def compiled(loop: Loop) -> Any:
     function = getattr(import_module(loop.module), loop.name)
     function = getattr(function, "py_func", function)
     arguments = [_argument(f"x{place}", kind) for place, kind in enumerate(loop.kinds)]
-    names, passed = ([each for argument in arguments for each in argument[k]] for k in (1, 2))
+    passed = {f"x{place}": argument.passed for place, argument in enumerate(arguments) if argument.passed is not None}
     result = "0" if function.__annotations__.get("return") == "None" else "found"
-    source = f"def entry({', '.join(names)}):\n"
+    source = f"def entry({', '.join(passed)}):\n"
     source += f"    found = loop({', '.join(argument.made for argument in arguments)})\n    return {result}"
     inner = njit(tuple(argument.type for argument in arguments), error_model="numpy", forceinline=True)(function)
-    scope: dict[str, Any] = {"loop": inner, "carray": carray, "as_strided": as_strided, "types": types}
+    scope = {"loop": inner, "carray": carray, "as_strided": as_strided, "types": types, "int64": int64}
     exec(source, scope)  # numba knows no other way to make a function of so many arguments
-    return cfunc(types.int64(*passed), error_model="numpy", forceinline=True)(scope["entry"])
+    return cfunc(types.int64(*passed.values()), error_model="numpy", forceinline=True)(scope["entry"])
 
 
 def _argument(name: str, kind: str) -> Argument:
     if kind == NONE:
-        return Argument(types.none, [], [], "None")
+        return Argument(types.none, None, "None")
     found = KIND.fullmatch(kind)
     assert found is not None, kind
     letter, size, address, dimensions, placed = found.groups()
     one = types.boolean if letter == "b" else getattr(types, f"{LETTERS[letter]}{8 * int(size)}")
     if address:
-        return Argument(types.CPointer(one), [name], [types.CPointer(one)], name)
+        return Argument(types.CPointer(one), types.CPointer(one), name)
     if dimensions is None:
-        passed, made = (one, name) if letter == "f" else (types.int64, f"types.{one}({name})")
-        return Argument(one, [name], [passed], made)
-    lengths, strides = ([f"{name}_{what}{k}" for k in range(int(dimensions))] for what in ("length", "stride"))
-    shape, start = f"({', '.join(lengths)},)", [types.CPointer(one)]
-    if not placed:
-        kept = types.Array(one, len(lengths), "C")
-        return Argument(kept, [name, *lengths], start + [types.int64] * len(lengths), f"carray({name}, {shape})")
-    kept = types.Array(one, len(lengths), "A", aligned=placed != "unaligned")
-    made = f"as_strided(carray({name}, (1,)), {shape}, ({', '.join(strides)},))"
-    return Argument(kept, [name, *lengths, *strides], start + [types.int64] * 2 * len(lengths), made)
+        return Argument(one, one if letter == "f" else types.int64, f"types.{one}({name})")
+    shape, strides = (
+        f"({''.join(f'carray({name}[{word}], {dimensions}, int64)[{k}], ' for k in range(int(dimensions)))})"
+        for word in (SHAPE, STRIDES)
+    )
+    made = f"carray({name}[{DATA}], {shape}, types.{one})"
+    if placed:
+        made = f"as_strided({made}, {shape}, {strides})"
+    kept = types.Array(one, int(dimensions), "A" if placed else "C", aligned=placed != "unaligned")
+    return Argument(kept, types.CPointer(types.voidptr), made)

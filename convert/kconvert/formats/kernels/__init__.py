@@ -9,6 +9,7 @@ given: see native.Loop for what it must not do. The formats call them by `Kernel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from kconvert.formats import conventions
@@ -32,36 +33,51 @@ class Kernels:
 
 
 class Kernel:
-    """Called with arrays, numbers and None, it is loaded for each kind of these, as is compiled for each."""
+    """Called with arrays, numbers and None, it is loaded for each kind of these, as it was compiled for each."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        self._loaded: dict[tuple[str, ...], Callable[..., int]] = {}
+        self._loaded: dict[tuple[Any, ...], Callable[..., int]] = {}
 
     def __call__(self, *arguments: Any) -> int:
-        numbers: list[float] = []
-        kinds = tuple([_pass(argument, numbers) for argument in arguments])
-        function = self._loaded.get(kinds)
+        address_of = _address_in_capsule()
+        facts, passed, held = [], [], []
+        for argument in arguments:
+            if (number := NUMBERS.get(type(argument))) is not None:
+                facts.append(number)
+                if number != NONE:
+                    passed.append(argument)
+            elif not argument.ndim:  # a number of numpy's
+                facts.append(argument.dtype.str[1:])
+                passed.append(argument.item())
+            else:
+                flags, capsule = argument.flags, argument.__array_struct__
+                facts += (argument.dtype.char, argument.ndim, flags.c_contiguous, flags.aligned)
+                passed.append(address_of(capsule, None))
+                held.append(capsule)
+        function = self._loaded.get(key := tuple(facts))
         if function is None:
-            function = self._loaded[kinds] = PACKAGE.load(self._module, self._name, kinds)
-        return function(*numbers)
+            kinds = tuple(_kind(argument) for argument in arguments)
+            function = self._loaded[key] = PACKAGE.load(self._module, self._name, kinds)
+        return function(*passed)
 
 
-def _pass(argument: Any, numbers: list[float]) -> str:
-    """Put what is passed for an argument behind `numbers`; its kind, see native.Loop."""
+@cache
+def _address_in_capsule() -> Any:
+    """Python's function for what C code hands out, as `__array_struct__`."""
+    import ctypes
+
+    return ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+
+
+def _kind(argument: Any) -> str:
+    """Of an argument, see native.base.Loop."""
     if (number := NUMBERS.get(type(argument))) is not None:
-        if number != NONE:
-            numbers.append(argument)
         return number
-    about = argument.__array_interface__
-    kind: str = about["typestr"][1:]
-    shape, strides, address = about["shape"], about["strides"], about["data"][0]
-    if not shape:
-        numbers.append(argument.item())
-        return kind
-    numbers += (address, *shape)
-    size = int(kind[1])
-    if strides is None and not address % size:
-        return f"{kind}[{len(shape)}]"
-    numbers += strides or argument.strides
-    return f"{kind}[{len(shape)}{'strided' if argument.flags.aligned else 'unaligned'}]"
+    kind, flags = argument.dtype.str[1:], argument.flags
+    if not argument.ndim:
+        return str(kind)
+    placed = "unaligned" if not flags.aligned else "" if flags.c_contiguous else "strided"
+    return f"{kind}[{argument.ndim}{placed}]"
