@@ -286,9 +286,10 @@ class Run:
 
 
 def warm_up(plan: Plan) -> None:
-    """Import numba and load the compiled kernels that `plan` needs, by a tile of zeros for each pair of formats.
+    """Load the compiled kernels that `plan` needs, by a tile of zeros for each pair of formats.
 
-    That takes most of a second of one core; in a thread of its own it passes while tensors are copied.
+    The first time on a machine numba has to compile them, for seconds; in a thread of its own that passes while tensors are
+    copied.
     """
     for step in {(type(s.source), type(s.target)): s for s in _kinds(plan)}.values():
         rows = min(step.rows, row_unit(step))

@@ -106,8 +106,8 @@ class Affine(Format):
 def _make_biases(codes: Bytes, steps: Any, bits: int, scales: Any, biases: Any) -> int:
     """steps, bf16 in u16 [groups] -> scales, the same, and biases, -2^(bits - 1) times them, both bf16 in u16 or f32.
 
-    Returns how many groups have codes whose zeros lose their sign. By numpy, which is there before numba is: where codes stay,
-    nothing else of a model needs that.
+    Returns how many groups have codes whose zeros lose their sign. By numpy: where codes stay, nothing else of a model needs a
+    kernel.
     """
     import numpy as np
 

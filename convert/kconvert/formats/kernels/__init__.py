@@ -27,6 +27,8 @@ class Kernels:
         self._module = module
 
     def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("_"):
+            raise AttributeError(name)
         kernel = Kernel(self._module, name)
         setattr(self, name, kernel)
         return kernel
