@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from llvmlite import ir
 from numba import njit, types
@@ -17,10 +17,14 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, overload, register_model
 
-kernel = njit(nogil=True, cache=True, error_model="numpy")
+F = TypeVar("F", bound=Callable[..., Any])
 WORD, HALF, FLOAT = ir.IntType(32), ir.IntType(16), ir.FloatType()
 # One instruction rounds to bf16, half to even; but it takes subnormal numbers for zeros.
 NARROWS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
+
+
+def kernel(function: F) -> F:
+    return njit(nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 class _Bf16(ir.Type):  # type: ignore[misc]  # llvmlite lacks it
