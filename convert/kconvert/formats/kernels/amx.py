@@ -62,16 +62,15 @@ def _rule(amax: Any, bits: Any) -> Any:
 
 
 @inline
-def _shifted(value: Any, highest: Any) -> Any:
-    """The code as f32 code + SHIFT, clamped and rounded half to even: the addition leaves no place for a fraction."""
+def _clamped(value: Any, highest: Any) -> Any:
     value = value if value > -highest else -highest
-    value = value if value < highest else highest
-    return value + SHIFT
+    return value if value < highest else highest
 
 
 @inline
 def _code(value: Any, highest: Any) -> Any:
-    return np.int32(np.int32(bits_of(_shifted(value, highest))) - SHIFTED)
+    """Rounded half to even: the addition leaves no place for a fraction."""
+    return np.int32(np.int32(bits_of(_clamped(value, highest) + SHIFT)) - SHIFTED)
 
 
 @inline
@@ -107,7 +106,7 @@ def _squares(values: Any, inverse: Any, highest: Any, sums: Any) -> Any:
         part = values[start : start + LANES]
         for lane in range(LANES):
             exact = part[lane] * inverse
-            error = exact - (_shifted(exact, highest) - SHIFT)
+            error = exact - np.rint(_clamped(exact, highest))
             sums[lane] += error * error
     width = LANES // 2
     while width:
