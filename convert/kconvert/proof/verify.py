@@ -33,7 +33,7 @@ from kconvert.proof.digests import Listener
 from kconvert.proof.gguf.metadata import compare_metadata
 from kconvert.proof.gguf.tensors import open_related
 from kconvert.proof.pairs import Pair, choose, relate
-from kconvert.proof.parity.compare import Comparison, Standard
+from kconvert.proof.parity.compare import Comparison, Standard, changes
 from kconvert.proof.parity.comparing import (
     Advance,
     Comparing,
@@ -151,7 +151,7 @@ def verify(
         skipped=len(pairs) - len(chosen),
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
-        notes=(*notes, *said.notes, *(() if standard.exact else differences)),
+        notes=(*notes, *changes(tally.comparisons), *said.notes, *(() if standard.exact else differences)),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
