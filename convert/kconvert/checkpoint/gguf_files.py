@@ -129,7 +129,8 @@ def _parts(root: Path, name: str) -> list[str]:
         return [name]
     total = int(match[3])
     names = [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, total + 1)]
-    help = what_finishes(root) or "fetch it"
+    finishes = what_finishes(root)
+    help = f"{finishes}, or if that does not make it, fetch it" if finishes else "fetch it"
     for part in names:
         if not os.path.lexists(root / part):
             raise KconvertError(f"{root / part} is missing, a part of the model that {name} is one of; {help}")

@@ -254,8 +254,10 @@ def _open_output(
     wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
     missing = [name for name in wanted if not (path / name).exists()]
     if path.is_dir() and missing:
+        begun = (path / STATE_DIR).is_dir() and not any(path.glob("*.safetensors"))  # there may be GGUF files to come
+        lacks = "weights yet" if begun else missing[0]
         raise CheckFailed(
-            f"{path} is unfinished, it has no {missing[0]}; {what_finishes(path) or 'run the conversion again'}"
+            f"{path} is unfinished, it has no {lacks}; {what_finishes(path) or 'run the conversion again'}"
         )
     try:
         converted = understand(open_checkpoint(output), partial)

@@ -32,7 +32,6 @@ from kconvert.run.tiles import (
     decoded,
     inputs_of,
     is_shared,
-    naming,
     reach_of,
     row_bytes,
     row_unit,
@@ -41,6 +40,7 @@ from kconvert.run.tiles import (
     wholes_of,
 )
 from kconvert.run.trace import Clock, Source, Trace, Watched
+from kconvert.run.values import naming
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:

@@ -85,8 +85,8 @@ class Comparison:
     """A weight of the output against the source's; `equal`: all values are the source's, bit for bit.
 
     `judged_by` is what Standard.judge says, `changed` counts groups whose values are not the source's, but those that a
-    conversion plans and counts where the encoding has not their scales. `use` is None of a format without codes, `fault` a sentence or None. `equal`,
-    `errors` and `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
+    conversion plans and counts. `use` is None of a format without codes, `fault` a sentence or None. `equal`, `errors` and
+    `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
     """
 
     name: str

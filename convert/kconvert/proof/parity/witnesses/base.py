@@ -104,8 +104,8 @@ class Witness(Generic[F]):
         return False
 
     def nearest(self, source: Format, state: State) -> State | None:
-        """The tensors `state` of a weight in `source` with the scales that this encoding has, the nearest, in the place of those
-        that it has not, as a conversion plans it; None where it has all."""
+        """The tensors `state` of a weight in `source` with the nearest scales that this encoding has in the place of those that
+        it has not, as a conversion plans it; None where it has all."""
         return None
 
     def count_changed(self, source: Format, state: State, shape: tuple[int, int]) -> int:
