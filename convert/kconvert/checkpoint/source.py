@@ -52,6 +52,11 @@ class Checkpoint:
         return self.root
 
     @property
+    def untouched(self) -> Path:
+        """Where nothing may be written while it is read."""
+        return self.root
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
