@@ -205,6 +205,10 @@ class Format:
     def check_scales(self, part: Part, data: Bytes) -> None:
         """ValueError where a part of a weight whose codes it takes has a scale that it cannot, whatever the codes are."""
 
+    def stand_ins(self, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> tuple[Part, ...]:
+        """Which of the `parts` that `recode` has made of these are 1 as the source's number is none."""
+        return ()
+
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """This format for a weight [rows, cols] that is spelt as `source` now, with scales by `mse` where there is a choice.
 
