@@ -384,3 +384,30 @@ def test_the_model_of_a_cut_is_that_of_its_source(source: Callable[[str], Path],
     )
     assert done.exit_code == 2
     assert "leave out --like" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["kimi-k2-thinking", "qwen3-moe"])
+def test_what_mlx_has_in_bf16_goes_back_to_what_transformers_has(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    plain = source(name)
+    if name != "qwen3-moe":
+        convert(plan(plain, Recipe("bf16")), tmp_path / "bf16")
+        plain = tmp_path / "bf16"
+    convert(plan(plain, Recipe("mlx")), tmp_path / "mlx")
+    convert(plan(cut(tmp_path / "mlx", tmp_path / "found"), Recipe("bf16")), tmp_path / "back")
+    assert tensors(tmp_path / "back") == tensors(cut(plain, tmp_path / "usual"))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "kt"])
+def test_amx_weights_are_no_model_to_cut(int4: Path, tmp_path: Path, form: str) -> None:
+    command = ["repack-amx", str(int4), str(tmp_path / "amx"), "--method", "AMXINT8", "--numa", "1", "--with-rest"]
+    command = command[:-1] if form == "kt" else command
+    done = CliRunner().invoke(main, [*command, "--format", form, "-q"], catch_exceptions=False)
+    assert done.exit_code == 0
+    amx, out = str(tmp_path / "amx"), str(tmp_path / "out")
+    for order in (["sample", out, "--from", amx], ["convert", amx, out, "--to", "bf16"]):
+        found = CliRunner().invoke(main, order)
+        assert found.exit_code == 2
+        assert "AMX weights" in found.stderr
+        assert "give the checkpoint that they were packed of" in found.stderr

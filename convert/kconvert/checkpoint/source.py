@@ -183,6 +183,10 @@ def open_directory(
     that leads outside the directory (see `links_allowed`), and for a directory that holds something else than a model.
     """
     if not is_directory(path):
+        if os.fspath(path).lower().endswith(".gguf") and not os.path.lexists(path):
+            raise KconvertError(
+                f"there is no file {os.fspath(path)}; give a model in GGUF, its first part or its directory"
+            )
         raise KconvertError(
             f"{os.fspath(path) or repr('')} is not a directory; give the directory that holds the checkpoint's config.json"
         )

@@ -304,7 +304,7 @@ def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Pa
 def test_a_file_that_is_not_there_is_wrong_usage(int4: Path, tmp_path: Path, run_verify: Verify) -> None:
     result = run_verify(int4, tmp_path / "nothing.gguf")
     assert result.exit_code == 2
-    assert "nothing.gguf" in result.stderr
+    assert f"there is no file {tmp_path / 'nothing.gguf'}; give a model in GGUF" in result.stderr
 
 
 def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
@@ -315,7 +315,16 @@ def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
     first.with_name("toy-00002-of-00003.gguf").unlink()
     result = run_verify(int4, tmp_path)
     assert result.exit_code == 1
-    assert "run the conversion again" in result.stderr
+    assert "run the conversion again, or if that does not make it, fetch it" in result.stderr
+
+
+def test_a_conversion_to_gguf_that_has_written_nothing_yet_is_unfinished(
+    int4: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    (tmp_path / "out" / ".kconvert").mkdir(parents=True)
+    result = run_verify(int4, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'out'} is unfinished, it has no weights yet; run the conversion again" in result.stderr
 
 
 def test_a_file_is_certified_with_its_header(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
