@@ -247,7 +247,8 @@ def convert(
     Values are looked at as they pass, and nothing is read twice for that; with `check_first` all scales and shapes of a local
     checkpoint are read before anything is written.
 
-    Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run.
+    Returns how many groups of which weights, by name, lost something where nothing was to be lost (exact INT4), in this run;
+    and 1 for each scale of activations, by its tensor's name, that became 1 as the source's has no inverse.
     KconvertError as `check`, before anything is written; and while it runs, when a value cannot be converted (a scale that is
     not finite, a scale of zero over codes that are not), when the disk or the Hub fails, or the source changes. What is
     finished then stays, and the same call goes on from there.

@@ -14,6 +14,14 @@ class CheckFailed(KconvertError):
     """A check that ran to its end and found a difference (exit code 1)."""
 
 
+class Unfit(ValueError):
+    """What of a weight an encoding does not take; `advice` is what would help, said after where it is."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what)
+        self.advice = advice
+
+
 def explain_os_error(error: OSError, doing: str) -> KconvertError:
     """Turn the error of a system call into one sentence: what was being done, what went wrong, what would help."""
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""

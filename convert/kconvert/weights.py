@@ -21,7 +21,8 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.errors import KconvertError
 from kconvert.formats.dtypes import tensor_bytes
 from kconvert.planning.steps import Copy, Step, Transcode
-from kconvert.run.tiles import copied, decoded, inputs_of, naming, row_unit, wholes_of
+from kconvert.run.tiles import copied, decoded, inputs_of, row_unit, wholes_of
+from kconvert.run.values import naming
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_verify_certifies_and_check_needs_no_source(int4: Path, bf16_copy: Path,
     tensors = raw.load(bf16_copy)
     assert found.exit_code == 0
     assert f"{len(list(tensors))} tensors and" in found.stdout
-    assert "verified against int4 (exact)" in found.stdout
+    assert "verified against int4 (exact); they were held to the source's values" in found.stdout
 
 
 @pytest.mark.parametrize("share", [1 << 30, 1000])  # here, or in processes
@@ -262,6 +263,20 @@ def test_what_is_within_limits_is_certified_as_that(int4: Path, fp8: Path, tmp_p
     assert "(within limits)" in run("check", fp8, path).stdout
 
 
+def test_check_says_what_was_proven_within_limits_only(int4: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    kconvert.convert(kconvert.plan(int4, kconvert.Recipe("gguf", rest="q8_0")), tmp_path / "gguf")
+    assert run("verify", int4, tmp_path / "gguf", "--certificate", path).exit_code == 0
+    said = run("check", tmp_path / "gguf", path).stdout
+    assert re.search(r"against int4 \(exact, but for \d+ weights within limits\)", said)
+    assert json.loads(run("check", tmp_path / "gguf", path, "--json").stdout)["outcomes"]["exact values"] > 24
+
+
+def test_check_says_by_which_reference_rounded_weights_were_judged(int4: Path, fp8: Path, tmp_path: Path) -> None:
+    assert run("verify", int4, fp8, "--certificate", tmp_path / "out.json").exit_code == 0
+    assert "held to the reference encoding" in run("check", fp8, tmp_path / "out.json").stdout
+
+
 @pytest.mark.parametrize("name", ["config.json", "notes.txt"])
 def test_no_other_file_is_replaced_by_a_certificate(int4: Path, bf16_copy: Path, name: str) -> None:
     path = bf16_copy / name
@@ -314,6 +329,10 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
     "not_compared as a number": lambda text: edit(text, not_compared=3),
     "no source": lambda text: edit(text, source="int4"),
     "a standard of its own": lambda text: edit(text, standard="beyond doubt"),
+    "no outcomes": lambda text: edit(text, weights=None),
+    "an outcome of its own": lambda text: edit(text, weights={"a": "beyond doubt"}),
+    "an outcome that is a list": lambda text: edit(text, weights={"a": ["exact values"]}),
+    "no reference": lambda text: edit(text, reference=None),
     "a version of many lines": lambda text: edit(text, kconvert="1\n2"),
     "a short sha256": lambda text: edit(text, tensors={"a": {**ENTRY, "sha256": "00"}}),
     "a sha256 that is a number": lambda text: edit(text, files={"config.json": 0}),

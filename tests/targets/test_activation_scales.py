@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from kconvert import CheckFailed, KconvertError, Recipe, convert, plan, verify
+from kconvert.cli import main
 from kconvert.targets.mixed.rules import read_mix
 
 EXPERT = "model.layers.1.mlp.experts.0"
@@ -160,7 +162,14 @@ def test_one_without_an_inverse_becomes_1_but_where_all_is_to_come_back(
         tensors[f"{EXPERT}.up_proj.input_scale"] = torch.tensor(value)
 
     edited(modelopt, same)
-    convert(plan(modelopt, Recipe("nvfp4")), tmp_path / "out")
+    counted = convert(plan(modelopt, Recipe("nvfp4")), tmp_path / "out")
+    assert counted == {f"{EXPERT}.up_proj.input_global_scale": 1}
     assert written(tmp_path / "out")[f"{EXPERT}.up_proj.input_global_scale"].item() == 1
+    command = ["convert", str(modelopt), str(tmp_path / "told"), "--to", "nvfp4"]
+    said = CliRunner().invoke(main, command, catch_exceptions=False).stdout
+    assert f"1 scale of activations became 1, as there is no inverse of what the source has; '{EXPERT}.up_proj" in said
+    assert "every value was reproduced exactly" in said
+    facts = json.loads(CliRunner().invoke(main, [*command, "--json", "--overwrite"], catch_exceptions=False).stdout)
+    assert facts["inexact_groups"] == {}
     with pytest.raises(KconvertError, match="does not come back"):
         convert(plan(modelopt, Recipe("nvfp4", require_exact=True)), tmp_path / "exact")

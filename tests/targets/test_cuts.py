@@ -205,8 +205,15 @@ def test_a_cut_is_never_written_among_the_files_that_it_is_cut_out_of(
     source: Callable[[str], Path], tmp_path: Path
 ) -> None:
     convert(plan(source("qwen3-moe"), Recipe("gguf")), tmp_path / "gguf")
+    file = tmp_path / "gguf" / "qwen3-moe.gguf"
     with pytest.raises(KconvertError, match="SRC lies inside"):
-        cut(tmp_path / "gguf" / "qwen3-moe.gguf", tmp_path / "gguf")
+        cut(file, tmp_path / "gguf")
+    with pytest.raises(KconvertError, match=f"SRC and DST are both {file.parent}"):
+        cut(file.parent, tmp_path / "gguf")
+    with pytest.raises(KconvertError, match=f"inner lies inside SRC; choose a directory outside {file.parent}"):
+        cut(file.parent, tmp_path / "gguf" / "inner")
+    assert [path.name for path in file.parent.iterdir() if path.name[0] != "."] == [file.name]
+    assert cut(file, tmp_path / "gguf" / "beside")  # a file has no inside
 
 
 @pytest.mark.parametrize(
@@ -246,6 +253,62 @@ def test_metadata_that_counts_wrongly_is_found_out(
         plan_cut(open_gguf(file), SampleRecipe(sizes=sizes))
 
 
+@pytest.mark.parametrize(
+    ("edit", "sizes", "sentence"),
+    [
+        ({"experts": 3}, {"experts": 3}, r"_exps.weight' has the shape \[4, .*the first 3 of 3 .*mend expert_count"),
+        ({"experts": 3}, {"layers": 1}, r"_exps.weight' has the shape \[4, .*mend expert_count"),
+        ({"experts": 5}, {"layers": 1}, r"_exps.weight' has the shape \[4, .*mend expert_count"),
+        ({"layers": 9}, {"layers": 2}, r"says that it has 9 layers, but has no tensor of layer 3 .*mend block_count"),
+        ({"layers": 9}, {"experts": 2}, r"says that it has 9 layers, but has no tensor of layer 3 .*mend block_count"),
+        ({"layers": 2}, {"layers": 1}, r"says that it has 2 layers, but has tensors of layer 2 .*mend block_count"),
+        ({"further": 4}, {"layers": 1}, r"says that 4 of its 3 layers predict further tokens; mend nextn_predict"),
+        ({"without": "blk.0.ffn_gate_exps.weight"}, {"layers": 2}, r"has no tensor 'blk.0.ffn_gate_exps.weight'"),
+        ({"without": "blk.2.ffn_down_exps.weight"}, {"layers": 2}, r"has no tensor 'blk.2.ffn_down_exps.weight'"),
+        ({"without": "blk.1."}, {"experts": 2}, r"but has no tensor of layer 1"),
+    ],
+)
+def test_a_gguf_that_counts_wrongly_is_one_true_sentence(
+    tmp_path: Path, edit: dict[str, Any], sizes: dict[str, int], sentence: str
+) -> None:
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "qwen3moe")
+    writer.add_block_count(edit.get("layers", 3))
+    writer.add_expert_count(edit.get("experts", 4))
+    if "further" in edit:
+        writer.add_nextn_predict_layers(edit["further"])
+    for layer in range(3):
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+        for name in names:
+            if not name.startswith(edit.get("without", "none")):
+                writer.add_tensor(name, np.zeros((4, 2, 2), "f4"))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with pytest.raises(KconvertError, match=sentence):
+        plan_cut(open_stored(tmp_path / "model.gguf"), SampleRecipe(sizes=sizes))
+
+
+def test_a_count_of_the_first_layers_is_no_larger_than_what_is_left(
+    source: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert(plan(source("deepseek-v4"), Recipe("gguf")), tmp_path / "gguf")
+    assert keys(tmp_path / "gguf")["deepseek4.hash_layer_count"][1] == 3
+    found = cut(tmp_path / "gguf", tmp_path / "found", layers=2)
+    assert keys(found)["deepseek4.hash_layer_count"][1] == 2
+
+
+@pytest.mark.parametrize("other", [4, 9])
+def test_every_key_that_says_the_number_of_experts_is_cut(
+    source: Callable[[str], Path], tmp_path: Path, other: int
+) -> None:
+    shutil.copytree(source("qwen3-moe"), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({**config, "num_local_experts": other}))
+    found = cut(tmp_path / "saved", tmp_path / "found", experts=2)
+    left = json.loads((found / "config.json").read_text())
+    assert (left["num_experts"], left["num_local_experts"]) == (2, 2)
+
+
 def test_tables_of_experts_are_made_up_where_fewer_stay(source: Callable[[str], Path], tmp_path: Path) -> None:
     import numpy as np
 
@@ -255,6 +318,11 @@ def test_tables_of_experts_are_made_up_where_fewer_stay(source: Callable[[str], 
     assert (dtype, shape) == ("I32", [320, 3])
     numbers = np.frombuffer(data, "<i4").reshape(shape)
     assert (np.sort(numbers) == range(3)).all()
+    for root, name in ((tmp_path / "gguf", "blk.0.ffn_gate"), (source("deepseek-v4"), "layers.0.ffn.gate")):
+        (note,) = plan_cut(open_stored(root), SampleRecipe(sizes=CUT)).facts["notes"]
+        assert "made up, as those of the source name experts that are left out: 2 tables" in note
+        assert name in note
+        assert plan_cut(open_stored(root), SampleRecipe(sizes={"layers": 2})).facts["notes"] == []
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2-thinking", "kimi-k3", "gpt-oss", "qwen3-moe", "minimax-m3"])
@@ -316,3 +384,30 @@ def test_the_model_of_a_cut_is_that_of_its_source(source: Callable[[str], Path],
     )
     assert done.exit_code == 2
     assert "leave out --like" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["kimi-k2-thinking", "qwen3-moe"])
+def test_what_mlx_has_in_bf16_goes_back_to_what_transformers_has(
+    source: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    plain = source(name)
+    if name != "qwen3-moe":
+        convert(plan(plain, Recipe("bf16")), tmp_path / "bf16")
+        plain = tmp_path / "bf16"
+    convert(plan(plain, Recipe("mlx")), tmp_path / "mlx")
+    convert(plan(cut(tmp_path / "mlx", tmp_path / "found"), Recipe("bf16")), tmp_path / "back")
+    assert tensors(tmp_path / "back") == tensors(cut(plain, tmp_path / "usual"))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "kt"])
+def test_amx_weights_are_no_model_to_cut(int4: Path, tmp_path: Path, form: str) -> None:
+    command = ["repack-amx", str(int4), str(tmp_path / "amx"), "--method", "AMXINT8", "--numa", "1", "--with-rest"]
+    command = command[:-1] if form == "kt" else command
+    done = CliRunner().invoke(main, [*command, "--format", form, "-q"], catch_exceptions=False)
+    assert done.exit_code == 0
+    amx, out = str(tmp_path / "amx"), str(tmp_path / "out")
+    for order in (["sample", out, "--from", amx], ["convert", amx, out, "--to", "bf16"]):
+        found = CliRunner().invoke(main, order)
+        assert found.exit_code == 2
+        assert "AMX weights" in found.stderr
+        assert "give the checkpoint that they were packed of" in found.stderr

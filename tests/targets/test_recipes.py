@@ -178,6 +178,14 @@ def test_a_role_that_the_model_lacks_is_told_with_the_plan(int4: Path) -> None:
     assert notes == ["the recipe's vision = fp8 has no effect, as the model has no weight in this role"]
 
 
+def test_what_an_option_means_is_told_as_that_option(int4: Path) -> None:
+    recipe = Recipe("nvfp4", attention="fp8", exclude=("*self_attn*",))
+    notes = plan(int4, recipe).facts["notes"]
+    assert (
+        "of --attention fp8, the rule attention = fp8 has no effect, as the model has no weight in this role" in notes
+    )
+
+
 def test_experts_of_several_layers_may_have_several_encodings(int4: Path) -> None:
     facts = plan(int4, by("[encodings]\n'model.layers.1.*experts.*' = 'mxfp4'\n'expert' = 'nvfp4'")).facts
     assert {"int4 group 32 -> mxfp4", "int4 group 32 -> nvfp4"} <= facts["lossy"].keys()

@@ -31,10 +31,11 @@ PROJECTOR = "mmproj"  # what the file of a vision tower begins with, which llama
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
     """`files` are the parts, in order; nothing that lies beside them belongs to it. `kinds` are the types of the metadata's
-    values, by number."""
+    values, by number, `given` is the directory or the file by which it was named."""
 
     metadata: Mapping[str, Value]
     kinds: Mapping[str, int]
+    given: Path
 
     @property
     def name(self) -> str:
@@ -43,6 +44,10 @@ class GgufCheckpoint(Checkpoint):
     @property
     def title(self) -> Path:
         return self.root / self.name
+
+    @property
+    def untouched(self) -> Path:
+        return self.given
 
     @property
     def architecture(self) -> str:
@@ -108,7 +113,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufCheckpoint:
                     f"{root / tensor.file}: tensor {tensor.name!r} is here and in {tensors[tensor.name].file}; they are not "
                     "parts of one model, fetch them again"
                 )
-    return GgufCheckpoint(root, {}, tensors, files, {}, (), metadata=headers[0].metadata, kinds=headers[0].kinds)
+    head = headers[0]
+    return GgufCheckpoint(root, {}, tensors, files, {}, (), metadata=head.metadata, kinds=head.kinds, given=place)
 
 
 def _model_of(root: Path) -> str:
@@ -129,7 +135,8 @@ def _parts(root: Path, name: str) -> list[str]:
         return [name]
     total = int(match[3])
     names = [f"{match[1]}-{number:05d}-of-{match[3]}{SUFFIX}" for number in range(1, total + 1)]
-    help = what_finishes(root) or "fetch it"
+    finishes = what_finishes(root)
+    help = f"{finishes}, or if that does not make it, fetch it" if finishes else "fetch it"
     for part in names:
         if not os.path.lexists(root / part):
             raise KconvertError(f"{root / part} is missing, a part of the model that {name} is one of; {help}")

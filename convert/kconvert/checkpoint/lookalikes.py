@@ -31,6 +31,10 @@ CONTAINERS = {
         "a training's distributed checkpoint, which is not read",
         "merge it into safetensors files, as `accelerate merge-weights` does",
     ),
+    ".kt": (
+        "AMX weights of KTransformers, which are all experts and no model",
+        "give the checkpoint that they were packed of",
+    ),
     ".nemo": ("NeMo's archives, which are not read", "export it to Hugging Face's layout with NeMo first"),
     ".onnx": ("ONNX files, which are not read", GIVE_SAFETENSORS),
     ".h5": ("TensorFlow's files, which are not read", GIVE_SAFETENSORS),

@@ -52,6 +52,11 @@ class Checkpoint:
         return self.root
 
     @property
+    def untouched(self) -> Path:
+        """Where nothing may be written while it is read."""
+        return self.root
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -178,6 +183,10 @@ def open_directory(
     that leads outside the directory (see `links_allowed`), and for a directory that holds something else than a model.
     """
     if not is_directory(path):
+        if os.fspath(path).lower().endswith(".gguf") and not os.path.lexists(path):
+            raise KconvertError(
+                f"there is no file {os.fspath(path)}; give a model in GGUF, its first part or its directory"
+            )
         raise KconvertError(
             f"{os.fspath(path) or repr('')} is not a directory; give the directory that holds the checkpoint's config.json"
         )

@@ -47,7 +47,8 @@ def sample(
     destination: str, like: str, origin: str | None, scatter: bool, seed: int, shard_size: int, **options: Any
 ) -> None:
     """Write a small checkpoint to DST: synthetic in a model's exact shape, or the first layers and experts of SRC,
-    in the form that SRC has: MLX's and GGUF, too.
+    in the form that SRC has: MLX's and GGUF, too. Of SRC the vocabulary and all other sizes stay; tables of experts by token,
+    where experts are left out, are made up, and that is said.
 
     Sizes that are not given stay the model's own, so without any this writes 594 GB. But --kv-rank of a model in blocks of FP8
     is 448 once any other is given: transformers reads no block that is cut off, as the model's own are.

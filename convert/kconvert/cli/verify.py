@@ -220,8 +220,10 @@ def _gguf_lines(report: Report) -> Iterator[str]:
             f"off by {spelled('frobenius', errors.frobenius)}, {spelled('sqnr', errors.sqnr)}" if errors.sqnr else ""
         )
         figures = figures or "which have the source's values all the same"
-        weights = counted(len(group), "weight")
-        yield f"{label}: {weights}, {figures}" if limited else f"{label}: {weights}, the source's value for value"
+        changed = sum(comparison.changed for comparison in group)
+        but = f" but for {counted(changed, 'group')}" * bool(changed)
+        said = figures if limited else f"the source's value for value{but}"
+        yield f"{label}: {counted(len(group), 'weight')}, {said}"
     yield from (f"note: {note}" for note in report.notes)
 
 
@@ -259,6 +261,9 @@ def _agreement_of_weights(report: Report) -> str:
     judges = {comparison.judged_by for comparison in report.comparisons}
     if "limits" in judges:
         return f"{near if judges == {'limits'} else f'{equal} or {near}'} {report.reference}"
-    signs = sum(comparison.judged_by == "values" and not comparison.equal for comparison in report.comparisons)
-    lost = f", but for the signs of zeros in {counted(signs, 'weight')}" if signs else ""
+    alone = [comparison for comparison in report.comparisons if comparison.judged_by == "values"]
+    signs = sum(not (comparison.equal or comparison.changed) for comparison in alone)
+    changed = sum(comparison.changed for comparison in alone)
+    lost = f", but for the signs of zeros in {counted(signs, 'weight')}" * bool(signs)
+    lost += f", but for {counted(changed, 'group')} that differ{'s' * (changed == 1)} as planned" * bool(changed)
     return f"{equal} {report.reference}{', bit for bit' * report.standard.exact}{lost}"

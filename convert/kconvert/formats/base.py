@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Fate: TypeAlias = Literal["lossless", "recovered", "lossy"]
 FATES: tuple[Fate, ...] = ("lossless", "recovered", "lossy")
 ZERO_POINT = "weight_zero_point"
+COUNTED = "leave out --require-exact, and such groups are counted"
 # A weight's tensors: dtype and shape by suffix.
 Found: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -200,6 +201,13 @@ class Format:
         """The codes and scales of `rows` rows of such a weight, in another order: from its parts to these. Returns what
         `encode` does."""
         raise NotImplementedError
+
+    def check_scales(self, part: Part, data: Bytes) -> None:
+        """ValueError where a part of a weight whose codes it takes has a scale that it cannot, whatever the codes are."""
+
+    def stand_ins(self, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> tuple[Part, ...]:
+        """Which of the `parts` that `recode` has made of these are 1 as the source's number is none."""
+        return ()
 
     def fit(self, source: Format, rows: int, cols: int, mse: bool) -> Format:
         """This format for a weight [rows, cols] that is spelt as `source` now, with scales by `mse` where there is a choice.

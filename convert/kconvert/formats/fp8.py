@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kconvert.errors import Unfit
 from kconvert.formats.base import ZERO_POINT, Fate, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 from kconvert.formats.kernels import Kernels
 
@@ -185,7 +186,7 @@ class Fp8(Format):
             if lost < 0:
                 raise ValueError("it has a value that is not finite")
             if lost and self.strict:
-                raise ValueError(f"{lost:,} of its values are no code times its scale")
+                raise Unfit(f"{lost:,} of its values are no code times its scale", "leave out --require-exact")
             return 0
         if self.powers:
             return self._encode_by_powers(tile, parts)
@@ -229,8 +230,9 @@ class Fp8(Format):
                 step[:] = widen(exponent.reshape(-1), "F8_E8M0")
             codes[place], scale[row, col] = made, step[0, 0]
         if lost:
-            raise ValueError(
-                f"{lost:,} of its {self.unit}s have values that no codes and scale by amax or power of two reproduce"
+            raise Unfit(
+                f"{lost:,} of its {self.unit}s have values that no codes and scale by amax or power of two reproduce",
+                "leave out --require-exact",
             )
         flat = scale.reshape(-1)
         parts[1].view(SCALE_DTYPES[self.scale_dtype])[:] = flat.view("u4") >> 16 if rounded else flat
@@ -246,7 +248,10 @@ class Fp8(Format):
         if lost < 0:
             raise ValueError("it has a value that is not finite")
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its {self.unit}s have values that no codes and power of two reproduce")
+            raise Unfit(
+                f"{lost:,} of its {self.unit}s have values that no codes and power of two reproduce",
+                f"leave out --require-exact, and such {self.unit}s are counted",
+            )
         _narrow(exponents.reshape(-1), self.scale_dtype, parts[1])
         return lost if self.exact else 0
 

@@ -26,7 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kconvert.errors import Unfit
 from kconvert.formats.base import (
+    COUNTED,
     ZERO_POINT,
     Fate,
     Format,
@@ -155,7 +157,7 @@ class Mx(Format):
         mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
         lost = mend(groups, codes, parts[1]) if self.exact else 0
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have values that no codes and power of two reproduce")
+            raise Unfit(f"{lost:,} of its groups have values that no codes and power of two reproduce", COUNTED)
         return lost
 
 

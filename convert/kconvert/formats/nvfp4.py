@@ -32,7 +32,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from kconvert.errors import Unfit
 from kconvert.formats.base import (
+    COUNTED,
     ZERO_POINT,
     Fate,
     Format,
@@ -192,13 +194,23 @@ class Nvfp4(Format):
             if not 0 < inverse[0] < math.inf:
                 inverse[0] = 1
             if self.strict and np.float32(1) / inverse[0] != scale[0]:
-                raise ValueError(
-                    f"its {INPUTS[not self.multiplies]} {scale[0]:.9g} does not come back from 1 / itself in F32,"
+                raise Unfit(
+                    f"its {INPUTS[not self.multiplies]} {scale[0]:.9g} does not come back from 1 / itself in F32,",
+                    "leave out --require-exact",
                 )
+
+    def stand_ins(self, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> tuple[Part, ...]:
+        import numpy as np
+
+        if not self.measured:
+            return ()
+        with np.errstate(all="ignore"):
+            inverse = np.float32(1) / inputs[3].view("f4")[0]
+        return () if inverse == parts[3].view("f4")[0] else self._inputs
 
     def _counted(self, lost: int) -> int:
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have values that no codes and scales reproduce")
+            raise Unfit(f"{lost:,} of its groups have values that no codes and scales reproduce", COUNTED)
         return lost if self.exact else 0
 
 

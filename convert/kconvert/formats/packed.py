@@ -27,7 +27,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from kconvert.errors import Unfit
 from kconvert.formats.base import (
+    COUNTED,
     ZERO_POINT,
     Fate,
     Format,
@@ -186,7 +188,7 @@ class Packed(Format):
         if lost < 0:
             raise ValueError("it has a value that is not finite")
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce")
+            raise Unfit(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce", COUNTED)
         return lost
 
 

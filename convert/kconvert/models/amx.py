@@ -21,13 +21,11 @@ from kconvert.checkpoint.listing import FileStat
 from kconvert.checkpoint.safetensors import Tensor, read_header, read_metadata
 from kconvert.checkpoint.source import Checkpoint, Reader, open_directory
 from kconvert.errors import KconvertError
-from kconvert.formats.engines.amx import METHODS, Amx, Split
+from kconvert.formats.engines.amx import METHODS, TENSOR, Amx, N, Split
 from kconvert.models.model import Weight, natural_key
 
 RECORD = "kconvert.json"
 PROJECTIONS: Mapping[str, Split] = {"gate": "rows", "up": "rows", "down": "cols"}
-N = "([0-9]{1,9})"
-TENSOR = re.compile(rf"(blk\.{N}\.ffn_(gate|up|down)_exps\.{N})\.(numa\.{N}\.(?:weight|scale))")
 KT_GLOB = "_layer_*/_numa_*/*.kt"
 KT_FILE = re.compile(rf"_layer_{N}/_numa_{N}/INT([48])_(gate|up|down)_{N}_([0-9]+)Byte_(quant|scale)_\.kt")
 KT_KINDS = {"weight": "quant", "scale": "scale"}

@@ -25,7 +25,7 @@ from kconvert.errors import KconvertError
 from kconvert.formats import Format, stack_spellings
 from kconvert.models.indices import MAX_NAMES, Index, layers_in, numbers_of
 from kconvert.models.rules import Match, Rule, StackRule, placeholders, respell
-from kconvert.models.sizes import assign, divisor, evaluate, limited, lookup
+from kconvert.models.sizes import SAME, assign, divisor, evaluate, limited, lookup, restate
 from kconvert.models.stacks import Stack
 
 
@@ -115,7 +115,9 @@ class Manifest:
         with self._explain_faults():
             before = self._sizes(section).get("layers", 0)
         for symbol, value in sizes.items():
-            assign(section, self._key(symbol, section), value)
+            key = self._key(symbol, section)
+            restate(section, key, SAME.get(symbol, ()), value)
+            assign(section, key, value)
         with self._explain_faults():
             for key in self.per_layer:
                 if isinstance(values := lookup(section, key), list):

@@ -22,6 +22,7 @@ from kconvert.dialects import QuantizationConfig, declared_beside
 from kconvert.errors import KconvertError
 from kconvert.formats import Format, Part, parts_of
 from kconvert.formats.base import Scheme
+from kconvert.formats.engines.amx import TENSOR
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.copies import undecoded
 from kconvert.models.manifest import Manifest, Names, UnknownSizeError
@@ -299,8 +300,13 @@ def _weight(
         facts = tuple([(suffix, dtype, shape) for suffix, (_, dtype, shape, _, _, _) in found.items()])
         format, rows, cols, parts, misfit = recognise(scheme, facts, shape)
     except ValueError as error:
-        file = next(iter(found.values())).file
-        raise KconvertError(f"{file}: weight {name!r} cannot be read: {error}") from None
+        first = next(iter(found.values()))
+        if TENSOR.fullmatch(first.name):
+            raise KconvertError(
+                f"{first} is of AMX weights, packed for KTransformers, which are no model to convert or to cut; give the "
+                "checkpoint that they were packed of"
+            ) from None
+        raise KconvertError(f"{first.file}: weight {name!r} cannot be read: {error}") from None
     tensors = tuple([found[part.suffix] for part in parts])
     if misfit is not None:
         tensor = found[misfit.suffix]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import operator
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 LENGTH = "length"
+# Other keys by which configs say a size, too, as transformers renames it.
+SAME = {"experts": ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
@@ -40,6 +42,15 @@ def assign(config: ChainMap[str, Any], key: str, value: Any) -> None:
         del table[value:]
     else:
         table[last] = value
+
+
+def restate(config: ChainMap[str, Any], key: str, others: Iterable[str], value: int) -> None:
+    """Set the number that `key` has wherever else it is: in the other tables, and under these `others`."""
+    before = lookup(config, key)
+    for table in config.maps:
+        for name in table.keys() & {key, *others}:
+            if type(table[name]) is int and (name != key or table[name] == before):
+                table[name] = value
 
 
 def limited(have: Any, most: int) -> Any:

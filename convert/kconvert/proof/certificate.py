@@ -20,7 +20,7 @@ import json
 import os
 import re
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 SCHEMA = "kconvert-certificate-1"
 MAX_BYTES = 1 << 28  # of the text; a model of 500,000 tensors has 120 MB
 # What judged a weight -> what is true of it: every value is the source's; it is the reference encoding of the source's values,
-# or codes that give back each of them; its errors are within limits.
+# or codes that give back each of them; its errors are within limits. PLANNED: it has groups with the nearest value, as planned.
 OUTCOMES = {"values": "exact values", "bytes": "exact bytes", "limits": "within limits"}
+PLANNED = "exact but for planned groups"
+KNOWN = (*OUTCOMES.values(), PLANNED)
 Advance: TypeAlias = Callable[[int], None]
 SHA256 = re.compile("[0-9a-f]{64}")
 DTYPE = re.compile("[A-Z0-9_]{1,20}")
@@ -65,10 +67,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `check` needs of it; see above."""
+    """What `check` needs of it; see above. `outcomes` counts weights and plain tensors by theirs."""
 
     version: str
     standard: str
+    reference: str
+    outcomes: Mapping[str, int]
     source: str
     tensors: Mapping[str, Entry]
     files: Mapping[str, str]
@@ -138,7 +142,7 @@ def _document(report: Report, path: Path, advance: Advance) -> dict[str, Any]:
 
 def _outcomes(report: Report) -> tuple[dict[str, str], list[str]]:
     """How each weight and plain tensor came out; and the output's tensors that belong to none of them, or were left unread."""
-    found = {comparison.name: OUTCOMES[comparison.judged_by] for comparison in report.comparisons}
+    found = {item.name: PLANNED if item.changed else OUTCOMES[item.judged_by] for item in report.comparisons}
     formats = {comparison.name: comparison.source_format for comparison in report.comparisons}
     compared = [tensor for weight in report.output.weights for tensor in weight.tensors]
     for weight in report.output.weights:
@@ -276,7 +280,9 @@ def read_certificate(path: Path) -> Certificate:
     source = table.get("source")
     return Certificate(
         _text(path, "kconvert", table.get("kconvert")),
-        _standard(path, table.get("standard")),
+        _one_of(path, "its standard", ("exact", "limits"), table.get("standard")),
+        _text(path, "what it was held to", table.get("reference")),
+        Counter(_one_of(path, "an outcome", KNOWN, word) for word in _table(path, table, "weights").values()),
         _text(path, "the name of its source", source.get("name") if isinstance(source, dict) else None),
         {name: _entry(path, name, entry) for name, entry in _table(path, table, "tensors").items()},
         {name: _digest(path, name, digest) for name, digest in _table(path, table, "files").items()},
@@ -303,10 +309,10 @@ def _text(path: Path, key: str, value: Any) -> str:
     return value
 
 
-def _standard(path: Path, value: Any) -> str:
-    if value not in ("exact", "limits"):
-        raise _damaged(path, "its standard is neither exact nor limits")
-    return str(value)
+def _one_of(path: Path, key: str, words: Collection[str], value: Any) -> str:
+    if not isinstance(value, str) or value not in words:
+        raise _damaged(path, f"{key} is none of: {', '.join(words)}")
+    return value
 
 
 def _table(path: Path, table: Mapping[str, Any], key: str) -> Mapping[str, Any]:

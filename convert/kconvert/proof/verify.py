@@ -33,7 +33,7 @@ from kconvert.proof.digests import Listener
 from kconvert.proof.gguf.metadata import compare_metadata
 from kconvert.proof.gguf.tensors import open_related
 from kconvert.proof.pairs import Pair, choose, relate
-from kconvert.proof.parity.compare import Comparison, Standard
+from kconvert.proof.parity.compare import Comparison, Standard, changes
 from kconvert.proof.parity.comparing import (
     Advance,
     Comparing,
@@ -151,7 +151,7 @@ def verify(
         skipped=len(pairs) - len(chosen),
         side_files=len(expected.checkpoint.side_files),
         dropped=tuple(tensor.name for tensor in original.dropped),
-        notes=(*notes, *said.notes, *(() if standard.exact else differences)),
+        notes=(*notes, *changes(tally.comparisons), *said.notes, *(() if standard.exact else differences)),
         comparisons=tuple(tally.comparisons),
         spreads=tally.spreads,
         worst=worst,
@@ -254,8 +254,10 @@ def _open_output(
     wanted = (CONFIG_NAME, INDEX_NAME) if (path / STATE_DIR).is_dir() else (CONFIG_NAME,)
     missing = [name for name in wanted if not (path / name).exists()]
     if path.is_dir() and missing:
+        begun = (path / STATE_DIR).is_dir() and not any(path.glob("*.safetensors"))  # there may be GGUF files to come
+        lacks = "weights yet" if begun else missing[0]
         raise CheckFailed(
-            f"{path} is unfinished, it has no {missing[0]}; {what_finishes(path) or 'run the conversion again'}"
+            f"{path} is unfinished, it has no {lacks}; {what_finishes(path) or 'run the conversion again'}"
         )
     try:
         converted = understand(open_checkpoint(output), partial)

@@ -9,7 +9,8 @@ from typing import Any
 
 from kconvert.errors import counted, human
 from kconvert.planning.plan import Plan
-from kconvert.report.summary import Summary, exactness
+from kconvert.report.counts import exactness, inexact_facts
+from kconvert.report.summary import Summary
 from kconvert.run.delivery import Delivery
 from kconvert.run.job import is_closed
 from kconvert.run.state.ranks import Rank
@@ -53,7 +54,7 @@ class Share:
             "seconds": round(seconds, 3),
             "bytes_per_second": round(written / seconds),
             "peak_memory_bytes": peak,
-            "inexact_groups": dict(inexact),
+            **inexact_facts(plan, inexact),
             "complete": closed,
         }
         return Summary(facts, tuple(self._lines(plan, delivery, seconds, inexact, earlier, closed)))

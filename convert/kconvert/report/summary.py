@@ -13,9 +13,9 @@ from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, counted, human
 from kconvert.formats.base import FATES
 from kconvert.models.copies import undecoded
-from kconvert.models.model import Model, Weight, natural_key
+from kconvert.models.model import Model, Weight
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Transcode
+from kconvert.report.counts import exactness, inexact_facts, shard_bytes
 from kconvert.run.delivery import Delivery
 from kconvert.run.disk import existing, free_bytes, survey
 from kconvert.run.state.ranks import Rank
@@ -210,7 +210,7 @@ class Outcome(Summary):
         is the command that serves it."""
         found, served = _sampled_gains(plan), _served(plan)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        written = 0 if earlier >= _shard_bytes(plan) else plan.output_bytes - earlier
+        written = 0 if earlier >= shard_bytes(plan) else plan.output_bytes - earlier
         facts = {
             "output": str(delivery),
             **({"push": str(delivery.push)} if delivery.push else {}),
@@ -221,7 +221,7 @@ class Outcome(Summary):
             "bytes_per_second": round(written / seconds),
             "peak_memory_bytes": peak,
             "bound_by": bound,
-            "inexact_groups": dict(inexact),
+            **inexact_facts(plan, inexact),
             "dropped": list(plan.facts.get("dropped", ())),
         }
         facts |= _error_facts(found)
@@ -253,10 +253,6 @@ def _served(plan: Plan) -> Summary:
     named = ", ".join(f"{engine.title} ({cell.by}{', beside its source' * cell.source})" for engine, cell in found)
     facts = {"engines": {engine.name: cell.by for engine, cell in found}}
     return Summary(facts, (f"engines: {named or 'none is known to take this'}",))
-
-
-def _shard_bytes(plan: Plan) -> int:
-    return sum(shard.nbytes for shard in plan.shards)
 
 
 def _fates(plan: Plan, fate: str) -> Iterator[str]:
@@ -335,15 +331,3 @@ def launch_amx(place: Place, source: str | None = None) -> Summary:
     except KconvertError as error:
         return Summary({"no_launch": str(error)}, (f"no launch: {error}",))
     return Summary({"launch": line}, (*notes, f"launch: {line}"))
-
-
-def exactness(plan: Plan, inexact: Mapping[str, int], earlier: int) -> Iterator[str]:
-    """What a run knows of the shards that it wrote itself; those of an earlier one were counted then."""
-    if inexact:
-        first = min(inexact, key=natural_key)
-        target = next(step.target for step in plan.steps if isinstance(step, Transcode) and step.name == first)
-        groups, weights = counted(sum(inexact.values()), target.unit), counted(len(inexact), "weight")
-        yield f"{target.shortfall.format(f'{groups} in {weights}')}; first in {first!r}"
-    elif plan.facts.get("recovered") and earlier < _shard_bytes(plan):
-        what = f" of {', '.join(plan.facts['recovered'])}" if plan.facts.get("lossy") else ""
-        yield f"every value{what}{' in the shards written now' * bool(earlier)} was reproduced exactly"

@@ -32,7 +32,6 @@ from kconvert.run.tiles import (
     decoded,
     inputs_of,
     is_shared,
-    naming,
     reach_of,
     row_bytes,
     row_unit,
@@ -41,6 +40,7 @@ from kconvert.run.tiles import (
     wholes_of,
 )
 from kconvert.run.trace import Clock, Source, Trace, Watched
+from kconvert.run.values import naming
 from kconvert.run.writer import ShardWriter
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class Run:
     `advance` is called with the bytes of output that have been written, and the `observers` in their order: who comes first has
     heard of a shard when the next one does.
 
-    `inexact` counts for each weight the groups that lost something where the target format was to lose nothing.
+    `inexact` counts for each weight the groups that lost something where the target format was to lose nothing, and by their
+    own names scales of activations that became 1.
     """
 
     plan: Plan
@@ -227,7 +228,10 @@ class Run:
                 clock.on("encode", step.name),
                 naming(f"{step.title} cannot be written as {step.target.label}", first, last),
             ):
-                return step.target.recode(step.source, inputs, last - first, step.cols, outputs)
+                lost = step.target.recode(step.source, inputs, last - first, step.cols, outputs)
+            for part in step.target.stand_ins(inputs, outputs) if first == 0 else ():
+                self.inexact[part.tensor_of(step.name)] = 1  # of one task
+            return lost
         lost = 0
         for row, stop, tile in clock.each("decode", step.name, decoded(step, inputs, first, last, worker.buffers)):
             with (

@@ -149,7 +149,7 @@ def _sent(finished: Mapping[str, Record]) -> dict[str, Record]:
 def _check(plan: Plan, delivery: Delivery, terms: Terms, stored: Stored | None) -> Needs:
     """What is still to be done, and what that takes; KconvertError when it cannot be."""
     if plan.source is not None and plan.source.directory is not None:
-        check_paths(plan.source.title, delivery.directory)
+        check_paths(plan.source.untouched, delivery.directory)
         check_side_files(plan.source.directory, plan.side_files)
     if stored is not None:
         check_places(plan.source, stored.place)

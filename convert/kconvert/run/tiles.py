@@ -14,10 +14,9 @@ import numpy as np
 
 from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
-from kconvert.errors import KconvertError
 from kconvert.formats import Part
 from kconvert.planning.steps import Copy, Origin, Step, Transcode
-from kconvert.run.values import check_part, may_overflow
+from kconvert.run.values import check_part, may_overflow, naming
 
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes, Tile
@@ -113,15 +112,6 @@ def cut(parts: tuple[Part, ...], data: list[Bytes], rows: int, base: int, first:
         start, stop = part.span(rows, first, last)
         cuts.append(bytes_[start - origin : stop - origin])
     return cuts
-
-
-@contextmanager
-def naming(fault: str, first: int, stop: int) -> Iterator[None]:
-    """A format knows what is wrong with a tile, but not whose tile it is."""
-    try:
-        yield
-    except ValueError as error:
-        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}") from None
 
 
 def lies_across(part: Part) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +18,11 @@ import numpy as np
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, Unfit
 from kconvert.formats import Part
 from kconvert.formats.dtypes import ZERO_DTYPES
 from kconvert.planning.plan import Plan
-from kconvert.planning.steps import Origin, Step
+from kconvert.planning.steps import Origin, Step, Transcode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,6 +71,16 @@ def check_part(step: Step, part: Part, place: Origin, data: Bytes, start: int = 
         )
 
 
+@contextmanager
+def naming(fault: str, first: int, stop: int) -> Iterator[None]:
+    """A format knows what is wrong with a tile, but not whose tile it is."""
+    try:
+        yield
+    except ValueError as error:
+        advice = f"; {error.advice}" if isinstance(error, Unfit) else ""
+        raise KconvertError(f"{fault}: {error} in rows {first} to {stop - 1}{advice}") from None
+
+
 def check_values(plan: Plan, finished: Collection[str]) -> None:
     """Read the scales and shapes of every weight still to be converted; KconvertError for the first that is not sound."""
     if plan.source is None:
@@ -92,6 +103,9 @@ def _check(doubts: list[tuple[Step, Part, Origin]], reader: Reader) -> None:
     for step, part, place in doubts:
         data = buffers.fetch(reader, "doubt", place.file, place.start, part.nbytes)
         check_part(step, part, place, data)
+        if isinstance(step, Transcode) and part.values != "any" and step.target.takes_codes(step.source):
+            with naming(f"{step.title} cannot be written as {step.target.label}", 0, step.rows):
+                step.target.check_scales(part, data)
 
 
 def _check_scale(where: str, part: Part, data: Bytes, start: int) -> None:

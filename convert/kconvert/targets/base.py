@@ -212,10 +212,11 @@ def read_bytes(model: Model) -> int:
     return weights + sum(plain.tensor.nbytes for plain in model.plain)
 
 
-def refuse_loss(weight: str, source: Format, encoding: Format) -> None:
-    """KconvertError where the weight, spelt as `source` now, may lose values in this encoding."""
+def refuse_loss(weight: str, source: Format, encoding: Format, option: str = "") -> None:
+    """KconvertError where the weight, spelt as `source` now, may lose values in this encoding, which it gets by an `option`."""
     if encoding.fate(source) == "lossy":
+        either = f"{option} or " * bool(option)
         raise KconvertError(
-            f"weight {weight!r} ({source.label}) may lose values as {encoding.label}, which --require-exact forbids; leave it "
-            "out"
+            f"weight {weight!r} ({source.label}) may lose values as {encoding.label}, which --require-exact forbids; leave out "
+            f"{either}--require-exact"
         )

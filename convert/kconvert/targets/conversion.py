@@ -18,6 +18,7 @@ from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
+from kconvert.models.mlx import SWITCH
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
 from kconvert.models.unlisted import missing_lines
@@ -100,8 +101,10 @@ class Conversion:
         self._check_effect(bool(quantised))
 
     def _has_remains(self) -> bool:
-        """Whether something speaks of a quantisation that the weights do not have: a copy without it is worth making."""
-        declared = any(quantization_tables(self.model.checkpoint.config))
+        """Whether something speaks of a quantisation that the weights do not have, or experts are stacked as MLX has them:
+        a copy without it is worth making."""
+        checkpoint = self.model.checkpoint
+        declared = any(quantization_tables(checkpoint.config)) or any(map(SWITCH.fullmatch, checkpoint.tensors))
         return declared or any(weight.companions for weight in self.model.weights)
 
     def _check_effect(self, has_quantised: bool) -> None:
@@ -114,7 +117,7 @@ class Conversion:
                 f"matrices are Linears is not known; --to {self.recipe.to} --layout experts takes those that are experts by "
                 "name"
             )
-        if all(target.choice(weight) is None for weight in model.weights):
+        if all(target.choice(weight) is None and self.becomes(weight) is None for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
             lines = missing_lines(model) if model.manifest.accepts_any else ""
             raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose}){lines}")

@@ -147,6 +147,7 @@ class Recipe:
                     "the encoding that it has; leave it out"
                 )
             mix = read_mix(f"nvfp4-{self.attention}-attention", self.settled(manifest).layout)
+            mix = replace(mix, option=f"--attention {self.attention}")
         if mix is not None:
             return mixed_target(mix, self._by_rule)
         target = targets_for(manifest)[self.to][self.settled(manifest).layout]

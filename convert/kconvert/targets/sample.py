@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kconvert import formats
 from kconvert.checkpoint.gguf_files import GgufCheckpoint
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format, parts_of
 from kconvert.formats.base import Scheme
 from kconvert.formats.dense import Dense
@@ -24,7 +24,7 @@ from kconvert.models.sizes import lookup
 from kconvert.models.stacks import Stack
 from kconvert.planning.containers import Safetensors
 from kconvert.planning.plan import Output, Plan
-from kconvert.planning.steps import Mate, Slot, Transcode
+from kconvert.planning.steps import Mate, Slot, Step, Transcode
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
 from kconvert.targets.cuts.directory import cut_directory
 from kconvert.targets.cuts.gguf import cut_gguf
@@ -145,6 +145,15 @@ def _invent_tensor(name: str, match: Match, dtype: str, names: Names, seed: int)
     return Transcode(name, math.prod(match.shape) // cols, cols, source, (), target)
 
 
+def _made_up(drafts: Iterable[Step]) -> Iterator[str]:
+    tables = [draft.name for draft in drafts if isinstance(draft, Transcode) and isinstance(draft.source, Integers)]
+    if tables:
+        yield (
+            f"made up, as those of the source name experts that are left out: {counted(len(tables), 'table')} of experts by "
+            f"token, {tables[0]!r} the first"
+        )
+
+
 def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
     """Plan a copy of the first layers and experts of a real checkpoint, in its own form; only `layers`, `dense_layers` and
     `experts` shrink. See targets.cuts."""
@@ -155,5 +164,5 @@ def plan_cut(checkpoint: Checkpoint, recipe: SampleRecipe) -> Plan:
         cut = cut_gguf(checkpoint, sizes, shard_size, recipe.seed)
     else:
         cut = cut_directory(checkpoint, sizes, shard_size, recipe.scatter, recipe.seed)
-    facts = {"from": checkpoint.name, "sizes": dict(sizes)}
+    facts = {"from": checkpoint.name, "sizes": dict(sizes), "notes": list(_made_up(cut.drafts))}
     return Output(repr(recipe), checkpoint, *cut[:4], lambda _: facts, cut.texts).plan()

@@ -304,7 +304,7 @@ def test_a_truncated_file_is_a_failed_check(int4: Path, file: Path, tmp_path: Pa
 def test_a_file_that_is_not_there_is_wrong_usage(int4: Path, tmp_path: Path, run_verify: Verify) -> None:
     result = run_verify(int4, tmp_path / "nothing.gguf")
     assert result.exit_code == 2
-    assert "nothing.gguf" in result.stderr
+    assert f"there is no file {tmp_path / 'nothing.gguf'}; give a model in GGUF" in result.stderr
 
 
 def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
@@ -315,7 +315,16 @@ def test_a_conversion_that_was_interrupted_between_parts_is_to_be_run_again(
     first.with_name("toy-00002-of-00003.gguf").unlink()
     result = run_verify(int4, tmp_path)
     assert result.exit_code == 1
-    assert "run the conversion again" in result.stderr
+    assert "run the conversion again, or if that does not make it, fetch it" in result.stderr
+
+
+def test_a_conversion_to_gguf_that_has_written_nothing_yet_is_unfinished(
+    int4: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    (tmp_path / "out" / ".kconvert").mkdir(parents=True)
+    result = run_verify(int4, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'out'} is unfinished, it has no weights yet; run the conversion again" in result.stderr
 
 
 def test_a_file_is_certified_with_its_header(int4: Path, file: Path, tmp_path: Path, run_verify: Verify) -> None:
@@ -515,20 +524,49 @@ def test_what_kconvert_writes_itself_is_the_sources_too(
     assert words in said.stdout
 
 
-def test_scales_that_f16_has_not_are_found_unless_errors_are_allowed(
-    int4_copy: Path, tmp_path: Path, raw: Any, run_verify: Verify
-) -> None:
+@pytest.fixture
+def counted(int4_copy: Path, tmp_path: Path, raw: Any) -> Path:
+    """`int4_copy` in GGUF, where two of its scales are none of F16's and a third is, but of codes that are all zero."""
     checkpoint = raw.load(int4_copy)
-    scale = checkpoint["model.layers.1.mlp.experts.2.up_proj.weight_scale"]
-    scale.data = b"\x01\x34" + scale.data[2:]  # 2^-23 and a bit
+    weight = "model.layers.1.mlp.experts.2.up_proj"
+    scale = checkpoint[f"{weight}.weight_scale"]
+    scale.data = b"\x01\x34\x03\xb4\x01\x34" + scale.data[6:]  # 2^-23 and a bit, and less than -2^-23 by more
+    words = checkpoint[f"{weight}.weight_packed"]
+    words.data = words.data[:32] + b"\x88" * 16 + words.data[48:]
     checkpoint.save()
-    command = ["convert", str(int4_copy), str(tmp_path / "out"), "--to", "gguf", "-q"]
-    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
-    refused = run_verify(int4_copy, tmp_path / "out")
+    command = ["convert", str(int4_copy), str(tmp_path / "out"), "--to", "gguf"]
+    said = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert "F16 has not the scales of 2 groups in 1 weight" in said.stdout
+    return tmp_path / "out"
+
+
+def test_what_a_conversion_counts_passes_and_is_counted_again(
+    int4_copy: Path, counted: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    said = run_verify(int4_copy, counted, "--certificate", tmp_path / "proof.json")
+    assert said.exit_code == 0, said.output
+    assert "bit for bit, but for 2 groups that differ as planned" in said.stdout
+    assert "q4_0: 24 weights, the source's value for value but for 2 groups" in said.stdout
+    assert "note: F16 has not the scales of 2 groups in 1 weight, which have the nearest, as planned" in said.stdout
+    outcomes = json.loads((tmp_path / "proof.json").read_text())["weights"]
+    assert outcomes["model.layers.1.mlp.experts.2.up_proj"] == "exact but for planned groups"
+    found = CliRunner().invoke(main, ["check", str(counted), str(tmp_path / "proof.json")])
+    assert "(exact, but for 1 weight with groups that differ as planned)" in found.stdout
+    assert run_verify(int4_copy, counted, "--close").exit_code == 0
+    report = verify(int4_copy, counted)
+    assert {c.name: c.changed for c in report.comparisons if c.changed} == {"model.layers.1.mlp.experts.2.up_proj": 2}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 18, 20, 40])
+def test_what_is_not_the_nearest_is_found_beside_what_is(
+    int4_copy: Path, counted: Path, tmp_path: Path, run_verify: Verify, place: int
+) -> None:
+    (path,) = counted.glob("*.gguf")
+    offset = 2 * 128 * 256 // 32 * 18  # of the third expert
+    refused = run_verify(int4_copy, rewritten(path, flip(UP, offset + place), tmp_path / "edited.gguf"))
     assert refused.exit_code == 1
     assert "'blk.1.ffn_up_exps.weight[2]' differs at [0, " in refused.stderr
-    assert "judge it with --close" in refused.stderr
-    assert run_verify(int4_copy, tmp_path / "out", "--close").exit_code == 0
+    assert "compressed-tensors with the nearest scales of F16 gives" in refused.stderr
 
 
 def test_kv_b_by_head_has_the_laxer_limits_of_its_types_and_none_for_rows() -> None:

@@ -136,7 +136,9 @@ def test_a_global_scale_whose_inverse_changes_values_is_counted_or_refused(
 
     root = edit(nvfp4("compressed-tensors"), change)
     assert convert(plan(root, Recipe("gguf")), tmp_path / "out") == {weight: 3}
-    verify(root, tmp_path / "out")
+    found = verify(root, tmp_path / "out")
+    assert {c.name: c.changed for c in found.comparisons if c.changed} == {weight: 3}
+    assert f"3 groups in 1 weight, as planned; first in '{weight}'" in " ".join(found.notes)
     said = kconvert("convert", root, tmp_path / "said", "--to", "gguf").stdout
     assert "1 / global scale, in F32, changes values of 3 groups in 1 weight" in said
     with pytest.raises(KconvertError, match=rf"{weight}.*3 of its groups have other values by 1 / global scale"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from gguf import quants
 from gguf.constants import GGMLQuantizationType as Type
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kconvert import KconvertError, Recipe, convert, plan, verify
 
@@ -188,6 +188,67 @@ def test_a_scale_that_f16_has_not_is_counted_or_refused(
     assert f"F16 has not the scales of 1 group in 1 weight, which got the nearest; first in {weight!r}" in said
     with pytest.raises(KconvertError, match=rf"{weight}.*1 of its groups have scales that F16 has not"):
         convert(plan(root, Recipe("gguf", require_exact=True)), tmp_path / "exact")
+
+
+@pytest.mark.parametrize("value", [b"\x80\x47", b"\x80\xc7"], ids=["65536", "-65536"])
+def test_a_scale_that_f16_cannot_hold_is_refused_and_nothing_is_left(
+    int4_copy: Path, tmp_path: Path, raw: Any, kconvert: Any, value: bytes
+) -> None:
+    weight, out = "model.layers.2.mlp.experts.1.down_proj", tmp_path / "out"
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint[f"{weight}.weight_scale"]
+    scale.data = scale.data[:8] + value + scale.data[10:]
+    checkpoint.save()
+    for option in ((), ("--check-first",)):
+        said = kconvert("convert", int4_copy, out, "--to", "gguf", *option)
+        assert said.returncode == 2
+        assert len(said.stderr.splitlines()) == 1
+        assert f"weight '{weight}' cannot be written as q4_0: it has the scale " in said.stderr
+        assert "65536, which F16 cannot hold" in said.stderr
+        assert "convert it --to bf16 first" in said.stderr
+        assert not out.exists()
+    out.mkdir()
+    assert kconvert("convert", int4_copy, out, "--to", "gguf").returncode == 2
+    assert list(out.iterdir()) == []
+
+
+def test_with_check_first_such_a_scale_is_found_before_a_shard_is_written(
+    int4_copy: Path, tmp_path: Path, raw: Any
+) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint["model.layers.2.mlp.experts.3.up_proj.weight_scale"]
+    scale.data = scale.data[:-2] + b"\x80\x47"
+    checkpoint.save()
+    parts = plan(int4_copy, Recipe("gguf", shard_size=300_000))
+    with pytest.raises(KconvertError, match="F16 cannot hold"):
+        convert(parts, tmp_path / "first", check_first=True)
+    assert not (tmp_path / "first").exists()
+    with pytest.raises(KconvertError, match="F16 cannot hold"):
+        convert(parts, tmp_path / "out")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {"", ".gguf"}  # what is sound stays
+    with pytest.raises(KconvertError, match="run the conversion again"):
+        verify(int4_copy, tmp_path / "out")
+
+
+def test_the_way_by_bf16_takes_such_a_scale(int4_copy: Path, tmp_path: Path, raw: Any, to_gguf: ToGguf) -> None:
+    checkpoint = raw.load(int4_copy)
+    scale = checkpoint["model.layers.2.mlp.experts.3.up_proj.weight_scale"]
+    scale.data = scale.data[:-2] + b"\x80\x47"
+    checkpoint.save()
+    convert(plan(int4_copy, Recipe("bf16")), tmp_path / "bf16")
+    assert to_gguf(tmp_path / "bf16").type("blk.2.ffn_up_exps.weight") == "BF16"
+    assert to_gguf(tmp_path / "bf16", rest="q8_0").type("blk.2.ffn_up_exps.weight") == "Q8_0"
+    verify(tmp_path / "bf16", tmp_path / "gguf")
+
+
+def test_a_value_too_large_for_q8_0_is_named(source: Source, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(source("qwen3-moe"), tmp_path / "copy"))
+    for path in root.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = -1e7
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(KconvertError, match=r"o_proj.*it has the value -10027008, .*leave out --rest q8_0"):
+        convert(plan(root, Recipe("gguf", rest="q8_0")), tmp_path / "out")
 
 
 def test_one_file_that_replaces_another_leaves_nothing_of_it(source: Source, to_gguf: ToGguf, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ Source: https://github.com/kvcache-ai/ktransformers, `kt-kernel/operators/amx`; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 kernels = Kernels("amx")
 Split = Literal["rows", "cols"]
+N = "([0-9]{1,9})"
+TENSOR = re.compile(rf"(blk\.{N}\.ffn_(gate|up|down)_exps\.{N})\.(numa\.{N}\.(?:weight|scale))")
 # What KTransformers calls them -> the bits of their codes.
 METHODS = {"AMXINT4": 4, "AMXINT8": 8}
 

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from kconvert.formats.base import Fate, Format, Part
+from kconvert.errors import Unfit
+from kconvert.formats.base import COUNTED, Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.kernels import Kernels
 from kconvert.formats.mx import Mx
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 kernels = Kernels("ggml")
 BLOCK = 32
+OVERFLOW = 65520.0  # from which on F16 has infinity
 INTEGERS = {"I32": "i4", "I64": "i8"}
+FLOATS = {"F16": "f2", "F32": "f4"}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -116,10 +119,23 @@ class Q4_0(Blocks):
         if lost == -1:
             raise ValueError("it has a scale of zero over codes that are not zero")
         if lost == -2:
-            raise ValueError("it has a scale that F16 cannot hold")
+            self.check_scales(source.parts(rows, cols)[1], inputs[1])
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have scales that F16 has not, {other[0]:.9g} the first,")
+            raise Unfit(f"{lost:,} of its groups have scales that F16 has not, {other[0]:.9g} the first,", COUNTED)
         return lost
+
+    def check_scales(self, part: Part, data: Bytes) -> None:
+        import numpy as np
+
+        if part.suffix != "weight_scale":
+            return
+        bf16 = part.dtype == "BF16"
+        wide = (data.view("u2").astype(np.uint32) << 16).view("f4") if bf16 else data.view(FLOATS[part.dtype])
+        if (beyond := ~(np.abs(wide) < OVERFLOW)).any():
+            raise Unfit(
+                f"it has the scale {wide[beyond][0]:.9g}, which F16 cannot hold (65504 is its largest number),",
+                "convert it --to bf16 first, of which --to gguf makes BF16 or, with --rest q8_0, Q8_0",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +159,10 @@ class Q8_0(Blocks):
         with np.errstate(over="ignore"):
             half = scale.astype(np.float16)
         if not np.isfinite(half).all() or not np.isfinite(tile).all():
-            raise ValueError("it has a value that is not finite, or too large for a scale in F16")
+            raise Unfit(
+                f"it has the value {tile.flat[np.abs(tile).argmax()]:.9g}, not finite, or too large for a scale in F16,",
+                "leave out --rest q8_0, without which it is BF16",
+            )
         blocks[:, :2] = half.view(np.uint8).reshape(-1, 2)
         return 0
 
@@ -216,7 +235,7 @@ class Nvfp4Blocks(Blocks):
             return 0
         lost = lost_by(codes, scale, (given, False), (factor, True))
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups have other values by 1 / global scale in F32,")
+            raise Unfit(f"{lost:,} of its groups have other values by 1 / global scale in F32,", COUNTED)
         return lost
 
 
@@ -274,6 +293,9 @@ class Whole(Format):
 
     def takes_codes(self, source: Format) -> bool:
         return self.format.takes_codes(source)
+
+    def check_scales(self, part: Part, data: Bytes) -> None:
+        self.format.check_scales(part, data)
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         return self.format.encode(tile, parts)

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kconvert.formats.base import Fate, Format, Part, refuse_surplus, require
+from kconvert.errors import Unfit
+from kconvert.formats.base import COUNTED, Fate, Format, Part, refuse_surplus, require
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads, Piece
 from kconvert.formats.engines.turns import Turns
@@ -99,7 +100,9 @@ class Affine(Format):
         scales, biases = (part.view(SCALE_CODES[self.scale_dtype]) for part in parts[1:])
         lost = _make_biases(inputs[0], inputs[1].view("u2"), self.bits, scales, biases)
         if lost and self.strict:
-            raise ValueError(f"{lost:,} of its groups lose the signs of zeros, as their scales are negative or zero")
+            raise Unfit(
+                f"{lost:,} of its groups lose the signs of zeros, as their scales are negative or zero", COUNTED
+            )
         return lost
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from kconvert.checkpoint.source import Reader
+from kconvert.errors import counted
 from kconvert.formats.nvfp4 import INPUTS, ONE, Nvfp4
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
@@ -19,7 +20,7 @@ from kconvert.proof.parity.faults import fault_of, lost_signs
 from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
 from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
-from kconvert.proof.parity.witnesses.ggml import BY_HEAD
+from kconvert.proof.parity.witnesses.ggml import BY_HEAD, CHANGED
 from kconvert.proof.parity.witnesses.registry import witness_of
 
 CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
@@ -83,8 +84,9 @@ class Standard:
 class Comparison:
     """A weight of the output against the source's; `equal`: all values are the source's, bit for bit.
 
-    `judged_by` is what Standard.judge says, `use` is None of a format without codes, `fault` a sentence or None. `equal`,
-    `errors` and `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
+    `judged_by` is what Standard.judge says, `changed` counts groups whose values are not the source's, but those that a
+    conversion plans and counts. `use` is None of a format without codes, `fault` a sentence or None. `equal`, `errors` and
+    `use` are of the rows that were measured, which are all unless compare_weights was told otherwise.
     """
 
     name: str
@@ -100,6 +102,19 @@ class Comparison:
     errors: Errors
     use: GridUse | None
     fault: str | None
+    changed: int = 0
+
+
+def changes(comparisons: Iterable[Comparison]) -> Iterator[str]:
+    """Which groups have other values than the source's, as planned."""
+    found: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.changed:
+            found.setdefault(comparison.output_format, []).append(comparison)
+    for label, group in found.items():
+        groups = counted(sum(comparison.changed for comparison in group), "group")
+        which = CHANGED[label].format(f"{groups} in {counted(len(group), 'weight')}")
+        yield f"{which}; first in {group[0].name!r}"
 
 
 @dataclass
@@ -109,6 +124,7 @@ class _Figures:
     errors: Errors = field(default_factory=Errors)
     spread: Spread = field(default_factory=Spread)
     zero_groups: int = 0
+    changed: int = 0
     equal: bool = True
 
     def add(self, rows: Rows) -> None:
@@ -152,8 +168,10 @@ def compare_weights(
             rows = replace(chunk, quickly=False)
             different = fault_of(rows, judge)
         fault = fault or different
-        figures.equal &= different is not None or not lost_signs(rows)
-        if thorough or different or not rows.moderate:
+        changed = rows.changed if judge == "values" and not different else 0
+        figures.changed += changed
+        figures.equal &= different is not None or not (changed or lost_signs(rows))
+        if thorough or different or changed or not rows.moderate:
             figures.add(rows)
         elif rows.first == 0:
             figures.add(rows.head())
@@ -193,6 +211,7 @@ def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fau
         errors=figures.errors,
         use=figures.use,
         fault=fault,
+        changed=figures.changed,
     )
 
 

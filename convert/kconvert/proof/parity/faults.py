@@ -30,7 +30,7 @@ def fault_of(rows: Rows, judge: str) -> str | None:
 
 
 def _values_right(rows: Rows) -> bool:
-    """Whether all values are the source's, but for signs that get lost.
+    """Whether all values are the source's, but for signs that get lost and scales that the encoding has not, as planned.
 
     That codes and steps are the same is believed once values of such a weight have been.
     """
@@ -38,6 +38,7 @@ def _values_right(rows: Rows) -> bool:
     if copied and rows.kind in rows.desk.copied:
         return True
     right = rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows)
+    right = right or (rows.planned is not None and same_bits(rows.planned, rows.found))
     if copied and right:
         rows.desk.copied.add(rows.kind)
     return right
@@ -55,11 +56,12 @@ def _value_fault(rows: Rows) -> str:
     """Names the first element whose bits are not those expected."""
     import torch
 
-    found, wanted = rows.found, rows.expected.to(rows.found.dtype)
+    found, wanted = rows.found, (rows.expected if rows.planned is None else rows.planned).to(rows.found.dtype)
     bits = torch.int16 if found.element_size() == 2 else torch.int32
     row, col = (int(i) for i in (wanted.view(bits) != found.view(bits)).nonzero()[0])
     where = f"tensor {rows.theirs.tensors[0].name!r} differs at [{rows.first + row}, {col}]"
     has = "compressed-tensors" if witness_of(rows.ours.format).by_library else "the source"
+    has += " with the nearest scales of F16" * (rows.planned is not None)
     rounded = rows.theirs.format.quantised and rows.ours.format.label != rows.theirs.format.label
     advice = "; if its codes or scales were rounded, judge it with --close" if rounded else ""
     return f"{where}: it is {float(found[row, col])!r}, {has} gives {float(wanted[row, col])!r}{advice}"

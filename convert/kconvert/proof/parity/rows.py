@@ -76,6 +76,20 @@ class Rows:
         return self._values(self.ours, self.source, self.desk.ours)
 
     @cached_property
+    def planned(self) -> torch.Tensor | None:
+        """What is expected where the output's encoding has not all of the source's scales; None where it has."""
+        nearest = witness_of(self.theirs.format).nearest(self.ours.format, self.source)
+        if nearest is None:
+            return None
+        return witness_of(self.ours.format).products(nearest, (self.last - self.first, self.ours.cols))
+
+    @cached_property
+    def changed(self) -> int:
+        """How many groups have other values than the source's, as planned."""
+        shape = self.last - self.first, self.ours.cols
+        return witness_of(self.theirs.format).count_changed(self.ours.format, self.source, shape)
+
+    @cached_property
     def found(self) -> torch.Tensor:
         return self.expected if self.same else self._values(self.theirs, self.output, self.desk.theirs)
 

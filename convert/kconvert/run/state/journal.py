@@ -71,6 +71,8 @@ class Journal:
         shares: frozenset[str] | None = None,
     ) -> None:
         self.destination, self.rank, self._plan = destination, rank, plan
+        self._made = not exists(destination)
+        self._passes = sent is not None
         self._root = destination / STATE_DIR
         self._state = self._root if rank is None else folder(self._root, rank.index)
         self._token = secrets.token_hex(4)  # where locks fail, two runs still do not write one file
@@ -171,7 +173,20 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, KconvertError):
+            self._leave_nothing()
         self._held.close()
+
+    def _leave_nothing(self) -> None:
+        """Remove what a run has left that finished nothing and has nothing lying there, in a DST that holds nothing else."""
+        if self.finished or self.rank is not None or self._passes:
+            return
+        with suppress(OSError):
+            names = {path.name for path in self._root.iterdir()}
+            if names <= {JOURNAL, LOCK} and [path.name for path in self.destination.iterdir()] == [STATE_DIR]:
+                shutil.rmtree(self._root)
+                if self._made:
+                    self.destination.rmdir()
 
 
 def finished_shards(

@@ -21,7 +21,7 @@ from kconvert.models.sizes import divisor
 from kconvert.planning.gguf import Gguf
 from kconvert.planning.steps import Step, copy_of
 from kconvert.targets.cuts.base import Cut, check_size, first_of, numbers_below
-from kconvert.targets.gguf.architectures import PART
+from kconvert.targets.gguf.architectures import ARCHITECTURES, PART
 from kconvert.targets.synthetic import INTEGERS
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ LAYER = re.compile(r"blk\.([0-9]{1,9})\.(.+)", re.DOTALL)
 ALONE = re.compile(r"ffn_(?:gate|up|down)\.([0-9]{1,9})\.")  # an expert's matrix, as files of 2023 have them
 ROUTER = ("ffn_gate_inp", "exp_probs_b")
 STACKED, NORM = "_exps", "_norm_exps"
+APART, FUSED, DOWN = ("ffn_gate_exps", "ffn_up_exps"), "ffn_gate_up_exps", "ffn_down_exps"
+COUNTS = ("block_count", "leading_dense_block_count", "hash_layer_count")  # of layers, the first ones
+MEND = "mend {} in its metadata, or get a sound file"
 TABLE = "ffn_gate_tid2eid"  # of experts by token
 # What is of the container, which says it anew.
 CONTAINER = ("general.alignment", "split.no", "split.count", "split.tensors.count")
@@ -55,6 +58,12 @@ def cut_gguf(checkpoint: GgufCheckpoint, sizes: Mapping[str, int], shard_size: i
     return Cut(drafts, Gguf(name, shard_size, dict(cutting.metadata())), {}, parameters)
 
 
+def _counts_experts(name: str) -> bool:
+    """Whether a layer's tensor of this name has a row or a matrix for each expert."""
+    stem = name.partition(".")[0]
+    return stem in ROUTER or (stem.endswith(STACKED) and not stem.endswith(NORM))
+
+
 @dataclass(frozen=True)
 class _Cutting:
     """What becomes of the tensors and the metadata of a model that is cut to these sizes."""
@@ -72,19 +81,65 @@ class _Cutting:
                     f"{self.checkpoint.title} does not say how many {symbol} it has; leave --{symbol} out"
                 )
             check_size(symbol, size, have)
-        blocks = {int(match[1]) for name in self.checkpoint.tensors if (match := LAYER.fullmatch(name))}
-        absent = next((number for number in range(self.sizes.get("layers", 0)) if number not in blocks), None)
+        self._check_layers()
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        """KconvertError unless the layers are those that the metadata count."""
+        found, blocks = {layer for layer, _ in self._names}, self._number("block_count")
+        if self.layers is None or blocks is None or not (found or "layers" in self.sizes):
+            return
+        absent = next((number for number in range(self.layers) if number not in found), None)
         if absent is not None:
             raise KconvertError(
                 f"{self.checkpoint.title} says that it has {self.layers} layers, but has no tensor of layer {absent} (from 0); "
-                "choose fewer, or get the whole of it"
+                f"{MEND.format('block_count')}"
             )
+        if (more := max(found, default=0)) >= max(blocks, 1):
+            raise KconvertError(
+                f"{self.checkpoint.title} says that it has {blocks} layers, but has tensors of layer {more} (from 0); "
+                f"{MEND.format('block_count')}"
+            )
+
+    def _check_experts(self) -> None:
+        """KconvertError unless stacks have as many experts as the metadata count, and layers with experts have all of them."""
+        have = self.experts
+        for tensor in self.checkpoint.tensors.values():
+            match = LAYER.fullmatch(tensor.name)
+            if have is not None and match and _counts_experts(match[2]) and tensor.shape[:1] != (have,):
+                raise KconvertError(
+                    f"{self.checkpoint.root / tensor.file}: {tensor.title} has the shape {list(tensor.shape)}, of which the "
+                    f"first {self._kept} of {have} experts cannot be cut out; {MEND.format('expert_count')}"
+                )
+        stacks: dict[int, set[str]] = {}
+        for layer, name in self._names:
+            if (stem := name.removesuffix(".weight")) in (*APART, FUSED, DOWN):
+                stacks.setdefault(layer, set()).add(stem)
+        own = (*APART, DOWN) if self.checkpoint.architecture in ARCHITECTURES.values() else ()
+        usual = {stem for stem in set(own).union(*stacks.values()) if stem != FUSED}
+        for layer, stems in stacks.items():
+            if lacks := sorted(usual - stems - (set(APART) if FUSED in stems else set())):
+                raise KconvertError(
+                    f"{self.checkpoint.title} has no tensor 'blk.{layer}.{lacks[0]}.weight', but others of that layer's "
+                    "experts; get the whole of it"
+                )
+
+    @cached_property
+    def _names(self) -> list[tuple[int, str]]:
+        """The tensors of layers by number and name."""
+        matches = map(LAYER.fullmatch, self.checkpoint.tensors)
+        return [(int(match[1]), match[2]) for match in matches if match]
 
     @cached_property
     def layers(self) -> int | None:
-        """Without those that follow the last one."""
-        blocks = self._number("block_count")
-        return None if blocks is None else blocks - (self._number("nextn_predict_layers") or 0)
+        """Without those that follow the last one; KconvertError where these are more than all."""
+        blocks, further = self._number("block_count"), self._number("nextn_predict_layers") or 0
+        if blocks is not None and further > blocks:
+            raise KconvertError(
+                f"{self.checkpoint.title} says that {further} of its {blocks} layers predict further tokens; "
+                f"{MEND.format('nextn_predict_layers')}"
+            )
+        return None if blocks is None else blocks - further
 
     @cached_property
     def experts(self) -> int | None:
@@ -132,7 +187,7 @@ class _Cutting:
         elif stem == TABLE and kept < have and tensor.dtype in INTEGERS and len(tensor.shape) == 2:
             used = min(tensor.shape[1], kept)
             yield numbers_below(tensor, (tensor.shape[0], used), kept, self.seed)
-        elif stem in ROUTER or (stem.endswith(STACKED) and not stem.endswith(NORM)):
+        elif _counts_experts(name):
             yield first_of(tensor, have, kept)
         else:
             yield copy_of(tensor)
@@ -163,7 +218,7 @@ class _Cutting:
         """The value under a key of the architecture for what is left; None: the key goes."""
         layers, lengths = self._most, (self.layers, self._number("block_count"))
         if layers is not None:
-            if key in ("block_count", "leading_dense_block_count"):
+            if key in COUNTS:
                 return min(value, layers)
             if key == "nextn_predict_layers":
                 return 0

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kconvert.errors import KconvertError, counted
+from kconvert.formats import Format
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.engines.ggml import Q4_0, Q8_0, Integers
 from kconvert.formats.engines.heads import Heads
@@ -49,15 +50,16 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
         notes = list(_notes(steps, origins, tensors.left_out))
         return facts_of(chosen, recipe.to, asked, steps, read, {"tensors": dict(origins)}, dropped, notes)
 
-    drafts = _exact(tensors.drafts()) if recipe.require_exact else tensors.drafts()
+    drafts = _exact(tensors.drafts(), tensors.rest) if recipe.require_exact else tensors.drafts()
     return Output(repr(recipe), checkpoint, drafts, container, {}, chosen.parameters, facts).plan()
 
 
-def _exact(drafts: Iterable[Step]) -> Iterator[Step]:
-    """The steps; KconvertError for the first that rounds."""
+def _exact(drafts: Iterable[Step], rest: Format | None) -> Iterator[Step]:
+    """The steps; KconvertError for the first that rounds, be it to what the rest is to be."""
     for step in drafts:
         if isinstance(step, Transcode):
-            refuse_loss(step.name, step.source, step.target)
+            asked = rest is not None and step.target.label.startswith(rest.label)
+            refuse_loss(step.name, step.source, step.target, f"--rest {rest.label}" if asked and rest else "")
         yield step
 
 

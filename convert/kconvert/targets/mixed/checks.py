@@ -32,11 +32,11 @@ def check_mix(mix: Mix, model: Model) -> None:
             if not any(fits(weight) for weight in model.weights):
                 longest = max((weight.name for weight in model.weights), key=len, default="")
                 raise KconvertError(
-                    f"the recipe's {selector!r} matches no weight; globs are of whole names, of which {longest!r} is one"
+                    f"{mix.whose} {selector!r} matches no weight; globs are of whole names, of which {longest!r} is one"
                 )
         elif selector not in ROLES and not any(is_within(role, selector) for role in roles):
             raise KconvertError(
-                f"the recipe's {selector!r} is no role of this model ({', '.join(sorted(roles))}), and no glob either"
+                f"{mix.whose} {selector!r} is no role of this model ({', '.join(sorted(roles))}), and no glob either"
             )
     _check_order(mix, model)
 
@@ -46,7 +46,7 @@ def idle_rules(mix: Mix, model: Model) -> Iterator[str]:
     roles = {weight.role for weight in model.weights}
     for selector, word in mix.rules:
         if not is_glob(selector) and not any(is_within(role, selector) for role in roles):
-            yield f"the recipe's {selector} = {word} has no effect, as the model has no weight in this role"
+            yield f"{mix.whose} {selector} = {word} has no effect, as the model has no weight in this role"
 
 
 def _check_order(mix: Mix, model: Model) -> None:
@@ -72,11 +72,13 @@ def _check_order(mix: Mix, model: Model) -> None:
                 )
     if shadowed := [selector for selector, _ in mix.rules if selector in fitting - counting]:
         raise KconvertError(
-            f"the recipe's {shadowed[0]!r} never counts, as rules above it fit the same weights; move it above them"
+            f"{mix.whose} {shadowed[0]!r} never counts, as rules above it fit the same weights; move it above them"
         )
     if not fitting:
         named = ", ".join(selector for selector, _ in mix.rules)
-        raise KconvertError(f"{model.checkpoint.root} has no weight that the recipe names (it names {named})")
+        raise KconvertError(
+            f"{model.checkpoint.root} has no weight that {mix.option or 'the recipe'} names (it names {named})"
+        )
 
 
 def _groups(weight: Weight) -> Iterator[tuple[object, str]]:

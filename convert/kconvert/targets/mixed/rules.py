@@ -19,7 +19,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import translate
 from importlib.resources import files
 from pathlib import Path
@@ -67,10 +67,16 @@ RECORD = "recipe.toml"
 
 @dataclass(frozen=True)
 class Mix:
-    """`rules` are (role or glob, word of ENCODINGS[layout])."""
+    """`rules` are (role or glob, word of ENCODINGS[layout]); `option`: given in place of a recipe."""
 
     layout: str
     rules: tuple[tuple[str, str], ...]
+    option: str = field(default="", compare=False, repr=False)
+
+    @property
+    def whose(self) -> str:
+        """What a sentence about one of its rules begins with."""
+        return f"of {self.option}, the rule" if self.option else "the recipe's"
 
     @property
     def text(self) -> str:

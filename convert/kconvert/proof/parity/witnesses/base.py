@@ -103,6 +103,16 @@ class Witness(Generic[F]):
         values."""
         return False
 
+    def nearest(self, source: Format, state: State) -> State | None:
+        """The tensors `state` of a weight in `source` with the nearest scales that this encoding has in the place of those that
+        it has not, as a conversion plans it; None where it has all."""
+        return None
+
+    def count_changed(self, source: Format, state: State, shape: tuple[int, int]) -> int:
+        """Of how many groups of the tensors `state` in `source`, whose values the encoding is to have, it has others, as a
+        conversion plans and counts them."""
+        return 0
+
     def largest_step(self, state: State) -> torch.Tensor | None:
         """Scales of which no value is more than 16 times one; None where only the values tell."""
         return None

@@ -16,6 +16,8 @@ from kconvert.formats.packed import Packed
 from kconvert.formats.stacks import MxStack
 from kconvert.proof.parity.quick import int4
 from kconvert.proof.parity.witnesses.base import State, Witness
+from kconvert.proof.parity.witnesses.nvfp4 import changed_by_inverse
+from kconvert.proof.parity.witnesses.packed import int_codes
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,11 @@ E2M1 = {
     "NVFP4": (4, 8),
 }  # whose codes are such: bytes before them, and bytes whose nibbles belong together
 LARGEST = 1 << 24
+# Label -> what of some groups is other than in the source, as planned.
+CHANGED = {
+    "q4_0": "F16 has not the scales of {}, which have the nearest, as planned",
+    "nvfp4": "1 / global scale, in F32, changes values of {}, as planned",
+}
 BY_HEAD = " by head"  # what the label of blocks that lie across their weight ends with
 
 
@@ -145,6 +152,25 @@ class BlocksWitness(Witness[Blocks]):
         if source.scale_dtype != "BF16" or not self.claims(source):
             return False
         return int4.is_q4_0(state["weight_packed"], state["weight_scale"], found["weight"])
+
+    def nearest(self, source: Format, state: State) -> State | None:
+        """With scales of F16, half to even; None also where it cannot hold one."""
+        import torch
+
+        if self.format.dtype != "Q4_0" or not isinstance(source, Packed):
+            return None
+        scale = state["weight_scale"].float()
+        half = scale.half().float()
+        return None if torch.equal(half, scale) or not half.isfinite().all() else {**state, "weight_scale": half}
+
+    def count_changed(self, source: Format, state: State, shape: tuple[int, int]) -> int:
+        if isinstance(source, Packed) and (nearest := self.nearest(source, state)) is not None:
+            groups = state["weight_scale"].numel()
+            used = (int_codes(source, state["weight_packed"], shape) != 0).view(groups, -1).any(-1)
+            return int((used & (nearest["weight_scale"] != state["weight_scale"].float()).view(-1)).sum())
+        if self.format.dtype == "NVFP4" and isinstance(source, Nvfp4) and not source.multiplies:
+            return changed_by_inverse(state)
+        return 0
 
 
 class KeysAndValuesWitness(Witness[KeysAndValues]):

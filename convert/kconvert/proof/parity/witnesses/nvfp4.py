@@ -142,3 +142,24 @@ class Nvfp4Witness(Witness[Nvfp4]):
 
     def group_columns(self, cols: int) -> int:
         return nvfp4.GROUP
+
+
+def changed_by_inverse(state: State) -> int:
+    """How many groups of compressed-tensors' tensors have other values where the inverse of their global scale multiplies."""
+    import torch
+
+    packed, scale = (
+        state[nvfp4.NAMES[False][0]].view(-1, nvfp4.GROUP // 2),
+        state["weight_scale"].view(torch.uint8).view(-1),
+    )
+    steps, other = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float(), state[nvfp4.NAMES[False][1]]
+    before, after = (
+        (step.unsqueeze(-1) * torch.tensor(E2M1)).bfloat16() for step in (steps / other, steps * (1 / other))
+    )
+    changed = before.view(torch.int16) != after.view(torch.int16)
+    doubtful = changed.any(-1)[scale.int()]
+    if not doubtful.any():
+        return 0
+    packed, scale = packed[doubtful], scale[doubtful]
+    codes = torch.cat([packed & 15, packed >> 4], -1).long()
+    return int(changed[scale.int()].gather(1, codes).any(-1).sum())
