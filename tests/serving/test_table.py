@@ -36,6 +36,7 @@ def test_every_output_that_is_written_has_a_row_and_no_other_output_has_one() ->
         *((method, "") for method in METHODS),
         ("mxfp4", ""),
         ("recipe", ""),
+        ("recipe", "modelopt"),
     }
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from kconvert.serving.contents import Contents
+from kconvert.serving.contents import PLAIN, Contents
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +25,6 @@ KINDS = {
     "mlx": "a directory for MLX",
 }
 RENAMED = "the experts have another model's names"
-PLAIN = frozenset({"bf16", "f16", "f32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +110,8 @@ class Output:
             self.kind == contents.kind
             and fnmatchcase(contents.encoding, self.encoding)
             and (not self.dialects or contents.dialect in self.dialects)
-            and self.others in ("", _kind_of(contents.others, contents.encoding))
-            and fnmatchcase(contents.expert, self.names)
+            and self.others in ("", _kind_of(contents))
+            and (not contents.width or fnmatchcase(contents.expert, self.names))
             and self.parts in ("", contents.parts)
             and self.scale in ("", contents.scale)
         )
@@ -122,10 +121,12 @@ class Output:
         return self.multiple if isinstance(self.multiple, int) else contents.group
 
 
-def _kind_of(others: frozenset[str], encoding: str) -> str:
-    """What other Linears are, beside experts in this encoding."""
-    others -= PLAIN
-    return "plain" if not others else "same" if others == {encoding} else "mixed"
+def _kind_of(contents: Contents) -> str:
+    """What other Linears are, beside the experts."""
+    others = contents.others - PLAIN
+    if contents.elsewhere or others - {contents.encoding}:
+        return "mixed"
+    return "same" if others else "plain"
 
 
 @cache
