@@ -22,7 +22,7 @@ from kconvert.dialects.registry import dialect_of
 from kconvert.dialects.tables import declarations
 from kconvert.errors import KconvertError
 from kconvert.formats import from_scheme
-from kconvert.formats.base import Scheme
+from kconvert.formats.base import ACTIVATIONS, Scheme
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.amx import AmxModel
@@ -52,7 +52,8 @@ class Contents:
     value; `renamed`: the model has another name for that matrix. `width` is that of an expert, `hidden` the length of what
     goes into it, `sliced` has lengths of other quantised matrices that GPUs share, by name; `ragged` is a matrix in blocks
     of FP8 of which the last are cut off; `elsewhere` are labels of experts of other layers, where these are encoded otherwise.
-    `numa` is the number of nodes that AMX weights are split for.
+    With `activations` the experts have scales of these. `architecture` is what a GGUF file calls its model, `numa` the number
+    of nodes that AMX weights are split for.
     """
 
     kind: str
@@ -72,6 +73,8 @@ class Contents:
     sliced: Mapping[str, int] = field(default_factory=dict)
     ragged: str = ""
     elsewhere: frozenset[str] = frozenset()
+    activations: bool = False
+    architecture: str = ""
     numa: int = 0
 
     @cached_property
@@ -220,6 +223,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
     labels = {weight.format.label for weight in meant if weight.format.quantised or experts}
     first = next((weight for weight in meant if weight.format.quantised), meant[0])
     last = next((weight for weight in meant if weight.role == "expert.down"), None)
+    beside = {tensor.name for tensor in first.companions}
     return {
         "encoding": "" if len(labels) > 1 else first.format.label,
         "others": frozenset(weight.format.label for weight in rest) if experts else frozenset(labels),
@@ -228,6 +232,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
         "scale": first.tensors[1].dtype if len(first.tensors) > 1 else "",
         "group": first.format.group_size or 1 if isinstance(first.format, Packed) else 1,
         "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
+        "activations": any(f"{first.name}.{fact}" in beside for fact in ACTIVATIONS),
         "renamed": bool(experts) and _is_renamed(model, first.name),
         "width": last.cols if last is not None else 0,
         "hidden": last.rows if last is not None else 0,

@@ -54,7 +54,7 @@ def look_at(address: str, revision: str | None = None) -> Place:
     if is_gguf(address):
         gguf = open_gguf(address)
         nbytes = sum(stat.nbytes for stat in gguf.files.values())
-        return Place(str(gguf.title), Contents("gguf", {}, nbytes), gguf.root)
+        return Place(str(gguf.title), Contents("gguf", {}, nbytes, architecture=gguf.architecture), gguf.root)
     if hub is not None and not os.path.lexists(address):
         checkpoint = open_checkpoint(address, revision)
         return _place(checkpoint, contents_of(checkpoint), hub.repo, revision or hub.revision)

@@ -86,6 +86,7 @@ class Output:
     names: str = "*"
     parts: str = ""
     scale: str = ""
+    activations: bool = False
     multiple: int | str = 1
 
     @property
@@ -114,6 +115,7 @@ class Output:
             and (not contents.width or fnmatchcase(contents.expert, self.names))
             and self.parts in ("", contents.parts)
             and self.scale in ("", contents.scale)
+            and (contents.activations or not self.activations)
         )
 
     def unit(self, contents: Contents) -> int:
@@ -194,8 +196,10 @@ def made_for(engine: Engine, contents: Contents) -> str:
     from kconvert.targets.gguf.architectures import ARCHITECTURES
     from kconvert.targets.mlx import MODELS
 
-    written = {"gguf": ARCHITECTURES, "mlx": MODELS}.get(engine.reads[0])
-    if written is not None and contents.model_type not in written:
+    written = {"gguf": set(ARCHITECTURES), "mlx": MODELS}.get(engine.reads[0])
+    # A GGUF file has llama.cpp's name of its model, which several may share.
+    kinds = {kind for kind, name in ARCHITECTURES.items() if name == contents.architecture} or {contents.model_type}
+    if written is not None and not kinds <= written:
         return ""
     return engine.instead or "--to bf16"
 
