@@ -107,7 +107,7 @@ def test_a_layer_is_looked_at_as_the_kind_of_layer_that_it_is(tmp_path: Path) ->
     assert run("sample", tmp_path / "ling", "--like", "ling-3", *words, "-q").exit_code == 0
     assert "is mxfp4 and fp8 block 128x128, declared as fp8" in refused("launch", tmp_path / "ling", "--engine", "vllm")
     result = run("convert", tmp_path / "ling", tmp_path / "out", "--to", "bf16")
-    assert "engines: transformers, vLLM, SGLang" in result.stdout
+    assert "engines: transformers (as it is), vLLM (as it is)" in result.stdout
 
 
 def test_the_closing_line_has_them(like: Made, tmp_path: Path) -> None:
