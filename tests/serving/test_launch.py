@@ -121,10 +121,20 @@ def test_a_model_whose_template_knows_tools_but_no_thinking_gets_no_reasoning_pa
 def test_experts_in_blocks_that_gpus_cannot_cut_are_dealt_out_whole(
     written: Written, gpus: int, parallel: bool, engine: str, flag: str
 ) -> None:
-    """512 / 8 is no multiple of 128."""
+    """512 / 8 is no multiple of 128; SGLang wants as many of the four experts in each group, and two GPUs can cut them."""
     flags = words_of(command(written("fp8", "experts"), "--engine", engine, "--gpus", gpus))
     assert (flag in flags) is parallel
-    assert flags.get("--ep-size", str(gpus)) in ("", str(gpus))
+    assert flags.get("--ep-size", "4") == "4"
+
+
+def test_gpus_that_can_neither_cut_experts_nor_get_as_many_each_are_refused_by_sglang_alone(written: Written) -> None:
+    """Of four experts of 512, 32 GPUs would have 16 in groups of two, which cannot cut them in blocks of 128."""
+    root = written("fp8", "experts")
+    line = refused("launch", root, "--engine", "sglang", "--gpus", 32)
+    assert "32 GPUs cannot share 4 experts of a width of 512, in 128s" in line
+    assert line.endswith("give --gpus 16")
+    assert words_of(command(root, "--engine", "sglang", "--gpus", 16))["--ep-size"] == "4"
+    assert "--enable-expert-parallel" in command(root, "--engine", "vllm", "--gpus", 32)
 
 
 def test_int4_and_channels_are_cut_further(like: Made, written: Written) -> None:
@@ -240,6 +250,13 @@ def test_numa_nodes_that_cannot_share_an_expert_are_refused_or_not_chosen(
     assert "give --numa 4" in refused("launch", like(K2), "--engine", "ktransformers", "--numa", 5)
     monkeypatch.setattr(experts, "numa_nodes", lambda: 7)
     assert words_of(command(like(K2), "--engine", "ktransformers"))["--kt-threadpool-count"] == "4"
+
+
+def test_a_node_without_a_core_is_refused(like: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = refused("launch", like(K2), "--engine", "ktransformers", "--numa", 2, "--cores", 1)
+    assert "2 NUMA nodes want a core each, and --cores is 1; give --cores 2 or more, or leave out --numa" in line
+    monkeypatch.setattr(experts, "numa_nodes", lambda: 2)
+    assert words_of(command(like(K2), "--engine", "ktransformers", "--cores", 1))["--kt-threadpool-count"] == "1"
 
 
 def test_the_machine_has_a_core_and_a_node_at_least() -> None:

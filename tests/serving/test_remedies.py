@@ -75,6 +75,13 @@ def assert_remedy_works(root: Path, engine: str, source: Path, made: Path) -> No
     assert served.exit_code == 0, f"{named[0]}: {served.stderr}"
 
 
+def test_mlx_is_offered_what_makes_it_of_a_gguf_file_whose_model_it_knows(written: Written) -> None:
+    for source, offered in ((K2, True), ("qwen3-moe", True), ("deepseek-v4", False)):
+        line = refused("launch", written("gguf", source=source), "--engine", "mlx")
+        assert ("`kconvert convert SRC DST --to mlx` makes what it runs" in line) is offered, line
+        assert "llama.cpp runs it as it is" in line
+
+
 def test_a_source_that_sglang_cannot_run_is_refused_with_what_makes_one(
     like: Made, written: Written, tmp_path: Path
 ) -> None:

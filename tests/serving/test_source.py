@@ -58,6 +58,11 @@ def test_nodes_that_the_weights_are_not_split_for_are_refused_with_the_command_t
     assert f"kconvert repack-amx --from-amx {amx} DST --numa 4" in line
 
 
+def test_a_core_for_each_of_the_weights_nodes_is_wanted(amx: Path) -> None:
+    line = refused("launch", amx, "--engine", "ktransformers", "--cores", 1)
+    assert line.endswith("2 NUMA nodes want a core each, and --cores is 1; give --cores 2 or more")
+
+
 def test_a_source_that_sglang_cannot_run_is_refused(written: Callable[..., Path], tmp_path: Path) -> None:
     int8 = written("int8", "experts")
     assert run("repack-amx", int8, tmp_path / "amx", "--method", "AMXINT8", "--numa", 1, "-q").exit_code == 0

@@ -36,6 +36,7 @@ def test_every_output_that_is_written_has_a_row_and_no_other_output_has_one() ->
         *((method, "") for method in METHODS),
         ("mxfp4", ""),
         ("recipe", ""),
+        ("recipe", "modelopt"),
     }
 
 
@@ -106,6 +107,17 @@ def test_int4_in_other_groups_than_32_is_nothing_for_ktransformers(like: Callabl
     cell = cell_of(engines()["ktransformers"], row, contents)
     assert "NaN" in cell.no
     assert cell.instead == "--to int4 --group-size 32"
+
+
+def test_sglang_takes_nvfp4_with_scales_of_activations_by_another_class(like: Callable[[str], Path]) -> None:
+    bare, scaled = (
+        contents_of_plan(plan(like(name), Recipe("nvfp4", layout="compressed-tensors")))
+        for name in (K2, "kimi-k2-thinking-nvfp4")
+    )
+    assert (bare.activations, scaled.activations) == (False, True)
+    for contents, first in ((bare, "CompressedTensorsW4A16Nvfp4MoE"), (scaled, "CompressedTensorsW4A4Nvfp4MoE, below")):
+        by = {engine.name: cell.by for engine, cell in takers(contents)}
+        assert by["sglang"].startswith(first)
 
 
 def test_blocks_that_are_cut_off_are_nothing_for_transformers(sample: Callable[..., Path], tmp_path: Path) -> None:

@@ -347,7 +347,10 @@ def test_a_store_that_stays_away_ends_the_run_and_the_next_one_goes_on(
         return status("503 Slow Down") if full and is_write(request) else None
 
     bucket.watch = watch
-    assert "the store failed or did not answer; run the same command again, what is done is kept" in refused(*arguments)
+    assert (
+        "the store failed or did not answer; run the same command again, a conversion goes on from what it has"
+        in refused(*arguments)
+    )
     files = check_nothing_looks_whole(bucket, whole)
     assert not files.keys() & set(LAST)
     done = recorded(bucket)

@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more gets the run ended, its state is kept
+AGAIN = "run the same command again, a conversion goes on from what it has"
+LATER = AGAIN.replace("again", "again later")
 PASSING = (408, 429, 500, 502, 503, 504)
 
 disable_progress_bars()
@@ -139,15 +141,15 @@ def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
         case _ if status in (401, 403):
             fault = f"access was refused ({status}); check the rights of your token, or log in with `hf auth login`"
         case _ if status == 429:
-            fault = "the Hub asks for fewer requests (429); run the same command again later, what is done is kept"
+            fault = f"the Hub asks for fewer requests (429); {LATER}"
         case _ if status is not None:
-            fault = f"the Hub answered {status}; run the same command again later, what is done is kept"
+            fault = f"the Hub answered {status}; {LATER}"
         case httpx.TimeoutException():
-            fault = "the Hub did not answer in time; run the same command again, what is done is kept"
+            fault = f"the Hub did not answer in time; {AGAIN}"
         case httpx.HTTPError():
-            fault = "the connection failed; check the network and run the same command again, what is done is kept"
+            fault = f"the connection failed; check the network and {AGAIN}"
         case _:
-            fault = f"the client failed ({type(error).__name__}); run the same command again, what is done is kept"
+            fault = f"the client failed ({type(error).__name__}); {AGAIN}"
     return KconvertError(f"{what}, {fault}")
 
 

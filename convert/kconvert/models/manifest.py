@@ -227,6 +227,12 @@ class Names:
         """The value of an expression over the model's sizes."""
         return evaluate(expression, self._sizes)
 
+    def kinds(self, layer: int) -> frozenset[str]:
+        """The placeholders for numbers of layers that stand for this one."""
+        return frozenset(
+            name for name, found in self._numbers.items() if name.partition(".")[0] == "layer" and layer in found
+        )
+
     def parameters(self, role: str) -> int:
         """The elements of all tensors in roles that begin with this word."""
         return sum(

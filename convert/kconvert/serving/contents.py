@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,8 @@ from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects.registry import dialect_of
 from kconvert.dialects.tables import declarations
 from kconvert.errors import KconvertError
+from kconvert.formats import from_scheme
+from kconvert.formats.base import ACTIVATIONS, Scheme
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.amx import AmxModel
@@ -30,6 +33,8 @@ from kconvert.models.roles import guess
 from kconvert.models.sizes import lookup
 from kconvert.planning.plan import Plan
 
+PLAIN = frozenset({"bf16", "f16", "f32"})
+FLOATS = frozenset({"BF16", "F16", "F32"})
 SWITCH = ".switch_mlp."  # what MLX calls the experts of a layer
 LAYER = re.compile(r"(?:.*?\.)?layers\.[0-9]+\.")
 # Last words of the roles of matrices that tensor parallelism cuts by rows, and by columns.
@@ -46,7 +51,9 @@ class Contents:
     of its tensors, `scale` is the dtype of its scales, `group` the number of columns that one is for, `density` its bytes for a
     value; `renamed`: the model has another name for that matrix. `width` is that of an expert, `hidden` the length of what
     goes into it, `sliced` has lengths of other quantised matrices that GPUs share, by name; `ragged` is a matrix in blocks
-    of FP8 of which the last are cut off. `numa` is the number of nodes that AMX weights are split for.
+    of FP8 of which the last are cut off; `elsewhere` are labels of experts of other layers, where these are encoded otherwise.
+    With `activations` the experts have scales of these. `architecture` is what a GGUF file calls its model, `numa` the number
+    of nodes that AMX weights are split for.
     """
 
     kind: str
@@ -65,11 +72,27 @@ class Contents:
     hidden: int = 0
     sliced: Mapping[str, int] = field(default_factory=dict)
     ragged: str = ""
+    elsewhere: frozenset[str] = frozenset()
+    activations: bool = False
+    architecture: str = ""
     numa: int = 0
 
     @cached_property
     def manifest(self) -> Manifest:
         return manifest_for(self.config) if self.config else load_manifest(GENERIC)
+
+    @property
+    def encodings(self) -> str:
+        """All that its Linears are quantised in, that of the experts first."""
+        beside = (self.others | self.elsewhere) - {self.encoding}
+        return " and ".join((self.encoding or "several encodings", *sorted(beside)))
+
+    @property
+    def experts(self) -> int | None:
+        """The number of routed experts of a layer."""
+        return self.number(
+            self.manifest.dims.get("experts", ""), "n_routed_experts", "num_experts", "num_local_experts"
+        )
 
     @property
     def model_type(self) -> str:
@@ -95,10 +118,17 @@ def contents_of(checkpoint: Checkpoint) -> Contents:
     dialect = _dialect(checkpoint.config)
     if dialect == "mlx" or any(SWITCH in name for name in checkpoint.tensors):
         return Contents("mlx", checkpoint.config, nbytes, dialect=dialect)
-    model = understand(_one_layer(checkpoint), partial=True)
+    first = next((name for name in checkpoint.tensors if holds_expert([name])), "")
+    coded = next((name for name, tensor in checkpoint.tensors.items() if is_coded(tensor)), first)
+    model = understand(_one_layer(checkpoint, coded), partial=True)
     experts = [weight for weight in model.weights if _is_expert(weight.role)]
     facts = _facts(model, experts or list(model.weights), experts)
-    return Contents("safetensors", checkpoint.config, nbytes, dialect=dialect, **facts)
+    if not experts and not any(weight.format.quantised for weight in model.weights):
+        dialect = ""  # what is declared is of weights that are not there
+    elsewhere = {"bf16"} if _layer(first) != _layer(coded) else set()
+    if dialect and experts and not model.findings:
+        elsewhere |= _elsewhere(model, checkpoint.config, next(e for e in experts if e.name == facts["expert"]))
+    return Contents("safetensors", checkpoint.config, nbytes, dialect=dialect, elsewhere=frozenset(elsewhere), **facts)
 
 
 def _dialect(config: Mapping[str, Any]) -> str:
@@ -115,24 +145,74 @@ def holds_expert(tensors: Iterable[str]) -> bool:
     return any("experts" in name and _is_expert(guess(name.rpartition(".")[0]).name) for name in tensors)
 
 
+def is_coded(tensor: Tensor) -> bool:
+    """Whether it is of a routed expert's matrix that is quantised."""
+    return tensor.dtype not in FLOATS and holds_expert([tensor.name])
+
+
+def is_plain(contents: Contents) -> bool:
+    """Whether a quantisation is declared that these experts have no part in: those of other layers may."""
+    return bool(contents.dialect) and contents.encoding in PLAIN
+
+
+def _layer(name: str) -> str:
+    """The beginning of a name up to the layer's number and the dot behind it."""
+    layer = LAYER.match(name)
+    return layer[0] if layer else ""
+
+
+def _elsewhere(model: Model, config: Mapping[str, Any], expert: Weight) -> set[str]:
+    """Labels of this matrix of an expert in the layers to which config.json gives another scheme.
+
+    Only a manifest tells which layers have experts.
+    """
+    manifest, layer = model.manifest, _layer(expert.name)
+    if not layer or not {"layers", "experts"} <= manifest.dims.keys():
+        return set()
+    names = manifest.bind(manifest.resize(dict(config), {"experts": (expert.expert or 0) + 1}))
+    quantization = manifest.quantization(config)
+    before, rest = layer.rstrip(".").rpartition(".")[0], expert.name[len(layer) :]
+    schemes: dict[str, Scheme | None] = {}
+    for name in (f"{before}.{number}.{rest}" for number in range(names.size("layers"))):
+        if names.match(name) is not None:
+            scheme = quantization.scheme_for(name, name.removeprefix(manifest.prefix))
+            schemes[name] = None if scheme is None else replace(scheme, targets=())
+    return {_label(scheme) for scheme in schemes.values() if scheme != schemes.get(expert.name)}
+
+
+def _label(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "bf16"
+    try:
+        return from_scheme(scheme).label
+    except ValueError:  # one that no weight is read by
+        return scheme.format
+
+
 def _is_expert(role: str) -> bool:
     return role.partition(".")[0] == "expert"
 
 
-def _one_layer(checkpoint: Checkpoint) -> Checkpoint:
-    """Of the checkpoint the first layer with routed experts, in a model without those behind it; all where none has some."""
-    first = next((name for name in checkpoint.tensors if holds_expert([name])), "")
-    layer, number = LAYER.match(first), guess(first.rpartition(".")[0]).layer
-    if layer is None or number is None:
+def _one_layer(checkpoint: Checkpoint, expert: str) -> Checkpoint:
+    """Of the checkpoint the layer of this expert, in a model without those behind it; all where there is none."""
+    layer, number = _layer(expert), guess(expert.rpartition(".")[0]).layer
+    if not layer or number is None:
         return checkpoint
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(layer[0])}
-    manifest = manifest_for(checkpoint.config)
-    try:
-        # Half a million names need not be made only to look for a few.
-        config = manifest.resize(checkpoint.config, {"layers": number + 1})
-    except KconvertError:  # a model of which no manifest knows the layers
-        config = checkpoint.config
-    return replace(checkpoint, config=config, tensors=tensors)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(layer)}
+    return replace(
+        checkpoint, config=_up_to(number, manifest_for(checkpoint.config), checkpoint.config), tensors=tensors
+    )
+
+
+def _up_to(number: int, manifest: Manifest, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of as few layers as leave this one what it is: half a million names need not be made to look for a few."""
+    with suppress(KconvertError):  # a model of which no manifest knows the layers
+        names = manifest.bind(config)
+        for layers in range(number + 1, names.size("layers")):
+            fewer = manifest.resize(config, {"layers": layers})
+            if manifest.bind(fewer).kinds(number) == names.kinds(number):
+                return fewer
+    return config
 
 
 def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str, Any]:
@@ -143,6 +223,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
     labels = {weight.format.label for weight in meant if weight.format.quantised or experts}
     first = next((weight for weight in meant if weight.format.quantised), meant[0])
     last = next((weight for weight in meant if weight.role == "expert.down"), None)
+    beside = {tensor.name for tensor in first.companions}
     return {
         "encoding": "" if len(labels) > 1 else first.format.label,
         "others": frozenset(weight.format.label for weight in rest) if experts else frozenset(labels),
@@ -151,6 +232,7 @@ def _facts(model: Model, meant: list[Weight], experts: list[Weight]) -> dict[str
         "scale": first.tensors[1].dtype if len(first.tensors) > 1 else "",
         "group": first.format.group_size or 1 if isinstance(first.format, Packed) else 1,
         "density": sum(tensor.nbytes for tensor in first.tensors) / max(1, first.rows * first.cols),
+        "activations": any(f"{first.name}.{fact}" in beside for fact in ACTIVATIONS),
         "renamed": bool(experts) and _is_renamed(model, first.name),
         "width": last.cols if last is not None else 0,
         "hidden": last.rows if last is not None else 0,
@@ -202,10 +284,11 @@ def contents_of_plan(plan: Plan) -> Contents:
     if "numa" in plan.facts:
         return Contents("amx", config, nbytes, str(plan.facts["to"]).lower(), numa=int(plan.facts["numa"]))
     tensors: dict[str, Tensor] = {}
+    declared = _dialect(config)
     for shard in plan.shards:
         text = shard.header[8:]
         tensors |= {t.name: t for t in parse_header(shard.name, shard.nbytes, text, shard.name)}
-        if holds_expert(shard.tensors):
+        if any(map(is_coded, tensors.values())) or (not declared and holds_expert(shard.tensors)):
             break
     contents = contents_of(Checkpoint(Path(), config, tensors, {}, {}, ()))
     return replace(contents, nbytes=nbytes)

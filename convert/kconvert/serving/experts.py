@@ -32,6 +32,11 @@ def on_the_cpu(engine: Engine, place: Place, model: Place, output: Output, cell:
         )
     numa = _nodes(engine, place, output, wishes)
     cores = wishes.cores or max(physical_cores(), numa)
+    if cores < numa:
+        otherwise = "" if place.contents.numa else ", or leave out --numa"
+        raise KconvertError(
+            f"{counted(numa, 'NUMA node')} want a core each, and --cores is {cores}; give --cores {numa} or more{otherwise}"
+        )
     count, room = _experts_on_gpus(engine, model, wishes)
     if count and place.contents.width % ((wishes.gpus or 1) * output.unit(place.contents)):
         raise KconvertError(
@@ -65,7 +70,7 @@ def _nodes(engine: Engine, place: Place, output: Output, wishes: Wishes) -> int:
                 f"--from-amx {place.address} DST --numa {wishes.numa}` splits it anew"
             )
         return contents.numa
-    unit, most = output.unit(contents), wishes.numa or numa_nodes()
+    unit, most = output.unit(contents), wishes.numa or min(numa_nodes(), wishes.cores or numa_nodes())
     possible = [n for n in range(1, most + 1) if contents.width % (n * unit) == 0]
     if wishes.numa is not None and most not in possible:
         raise KconvertError(
@@ -78,7 +83,7 @@ def _nodes(engine: Engine, place: Place, output: Output, wishes: Wishes) -> int:
 def _experts_on_gpus(engine: Engine, model: Place, wishes: Wishes) -> tuple[int, Room | None]:
     """The number of experts of each layer on the GPUs: what was asked for, or what fits; and the room with these."""
     contents, memory, gpus = model.contents, wishes.gpu_memory, wishes.gpus or 1
-    experts = contents.number(contents.manifest.dims.get("experts", "")) or 0
+    experts = contents.experts or 0
     asked = wishes.gpu_experts or 0
     if experts and asked > experts:
         raise KconvertError(f"{model.address} has {experts} experts a layer; give --gpu-experts {experts} or fewer")

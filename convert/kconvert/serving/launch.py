@@ -77,7 +77,7 @@ def _taken(place: Place, engine: Engine, then: str = "") -> tuple[Output, Cell]:
     contents = place.contents
     output = output_of(contents)
     if output is None:
-        what = " and ".join(filter(None, (contents.dialect, contents.encoding or "several encodings")))
+        what = contents.encodings + (f", declared as {contents.dialect}" if contents.dialect else "")
         advice = [remedy + then for remedy in _remedies(engine, place, made_for(engine, contents))]
         raise KconvertError(
             "; ".join(
@@ -91,9 +91,9 @@ def _taken(place: Place, engine: Engine, then: str = "") -> tuple[Output, Cell]:
             remedy + then for remedy in _remedies(engine, place, cell.instead, output.is_part or contents.renamed)
         ]
         advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
-        what = contents.encoding if contents.kind == "safetensors" else output.to.upper()
+        what = contents.encodings if contents.kind == "safetensors" else output.to.upper()
         raise KconvertError(
-            f"{engine.title} cannot run {place.address} ({what or 'several encodings'}): {cell.no}; "
+            f"{engine.title} cannot run {place.address} ({what}): {cell.no}; "
             + (", and ".join(advice) or "no other engine is known to run it either")
         )
     return output, cell
@@ -190,8 +190,29 @@ def _on_the_gpus(engine: Engine, place: Place, model: Place, output: Output, cel
 
 
 def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
-    """What lets that many GPUs share the experts."""
-    return engine.ask("expert_parallel", gpus) if place.contents.width % (gpus * unit) else []
+    """What lets that many GPUs share the experts; KconvertError where nothing does.
+
+    An engine that is told the number of groups among which whole experts are dealt out wants as many of them in each, and each
+    group's GPUs cut them: the more groups, the wider the cuts.
+    """
+    contents, experts = place.contents, place.contents.experts
+    if contents.width % (gpus * unit) == 0:
+        return []
+    if experts is None or not any("{}" in word for word in engine.flags["expert_parallel"]):
+        return engine.ask("expert_parallel", gpus)
+
+    def groups(gpus: int) -> Iterator[int]:
+        fitting = (n for n in range(gpus, 0, -1) if gpus % n == 0 == experts % n)
+        return (n for n in fitting if contents.width % (gpus // n * unit) == 0)
+
+    for found in groups(gpus):
+        return engine.ask("expert_parallel", found)
+    heads = contents.number("num_attention_heads") or 0
+    fewer = next(n for n in range(gpus - 1, 0, -1) if heads % n == 0 and any(groups(n)))
+    raise KconvertError(
+        f"{counted(gpus, 'GPU')} cannot share {experts} experts of a width of {contents.width}, in {unit}s or by dealing out "
+        f"as many to each; give --gpus {fewer}"
+    )
 
 
 def _roomy(engine: Engine, room: Room | None) -> Iterator[str]:

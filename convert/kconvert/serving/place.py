@@ -19,7 +19,7 @@ from kconvert.errors import KconvertError
 from kconvert.hub.ids import parse_hub_id
 from kconvert.models.amx import RECORD, AmxModel, is_amx, open_amx
 from kconvert.planning.plan import Plan
-from kconvert.serving.contents import Contents, contents_of, contents_of_amx, contents_of_plan, holds_expert
+from kconvert.serving.contents import Contents, contents_of, contents_of_amx, contents_of_plan, holds_expert, is_plain
 from kconvert.stores.urls import parse_store_url
 
 TOKENIZER, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -54,7 +54,7 @@ def look_at(address: str, revision: str | None = None) -> Place:
     if is_gguf(address):
         gguf = open_gguf(address)
         nbytes = sum(stat.nbytes for stat in gguf.files.values())
-        return Place(str(gguf.title), Contents("gguf", {}, nbytes), gguf.root)
+        return Place(str(gguf.title), Contents("gguf", {}, nbytes, architecture=gguf.architecture), gguf.root)
     if hub is not None and not os.path.lexists(address):
         checkpoint = open_checkpoint(address, revision)
         return _place(checkpoint, contents_of(checkpoint), hub.repo, revision or hub.revision)
@@ -65,7 +65,11 @@ def look_at(address: str, revision: str | None = None) -> Place:
     checkpoint = open_directory(address, revision, enough=_enough)
     # Our conversions write config.json and the index last; others may have a single file and no index.
     _check_finished(checkpoint.root, (CONFIG_NAME, INDEX_NAME) if (root / STATE_DIR).is_dir() else (CONFIG_NAME,))
-    return _place(checkpoint, contents_of(checkpoint), str(checkpoint.root))
+    contents = contents_of(checkpoint)
+    if is_plain(contents):
+        checkpoint = open_directory(address, revision)
+        contents = contents_of(checkpoint)
+    return _place(checkpoint, contents, str(checkpoint.root))
 
 
 def place_of_amx(model: AmxModel) -> Place:

@@ -10,7 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from kconvert.serving.contents import Contents
+from kconvert.serving.contents import PLAIN, Contents
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +25,6 @@ KINDS = {
     "mlx": "a directory for MLX",
 }
 RENAMED = "the experts have another model's names"
-PLAIN = frozenset({"bf16", "f16", "f32"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +86,7 @@ class Output:
     names: str = "*"
     parts: str = ""
     scale: str = ""
+    activations: bool = False
     multiple: int | str = 1
 
     @property
@@ -111,10 +111,11 @@ class Output:
             self.kind == contents.kind
             and fnmatchcase(contents.encoding, self.encoding)
             and (not self.dialects or contents.dialect in self.dialects)
-            and self.others in ("", _kind_of(contents.others, contents.encoding))
-            and fnmatchcase(contents.expert, self.names)
+            and self.others in ("", _kind_of(contents))
+            and (not contents.width or fnmatchcase(contents.expert, self.names))
             and self.parts in ("", contents.parts)
             and self.scale in ("", contents.scale)
+            and (contents.activations or not self.activations)
         )
 
     def unit(self, contents: Contents) -> int:
@@ -122,10 +123,12 @@ class Output:
         return self.multiple if isinstance(self.multiple, int) else contents.group
 
 
-def _kind_of(others: frozenset[str], encoding: str) -> str:
-    """What other Linears are, beside experts in this encoding."""
-    others -= PLAIN
-    return "plain" if not others else "same" if others == {encoding} else "mixed"
+def _kind_of(contents: Contents) -> str:
+    """What other Linears are, beside the experts."""
+    others = contents.others - PLAIN
+    if contents.elsewhere or others - {contents.encoding}:
+        return "mixed"
+    return "same" if others else "plain"
 
 
 @cache
@@ -193,8 +196,10 @@ def made_for(engine: Engine, contents: Contents) -> str:
     from kconvert.targets.gguf.architectures import ARCHITECTURES
     from kconvert.targets.mlx import MODELS
 
-    written = {"gguf": ARCHITECTURES, "mlx": MODELS}.get(engine.reads[0])
-    if written is not None and contents.model_type not in written:
+    written = {"gguf": set(ARCHITECTURES), "mlx": MODELS}.get(engine.reads[0])
+    # A GGUF file has llama.cpp's name of its model, which several may share.
+    kinds = {kind for kind, name in ARCHITECTURES.items() if name == contents.architecture} or {contents.model_type}
+    if written is not None and not kinds <= written:
         return ""
     return engine.instead or "--to bf16"
 

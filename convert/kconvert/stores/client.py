@@ -163,5 +163,7 @@ def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
         case _ if "credential" in str(error).lower():
             fault = "there are no credentials for it; set them as the store's own command line takes them"
         case _:
-            fault = "the store failed or did not answer; run the same command again, what is done is kept"
+            fault = (
+                "the store failed or did not answer; run the same command again, a conversion goes on from what it has"
+            )
     return KconvertError(f"{place}: cannot {doing}, {fault}")
