@@ -224,6 +224,34 @@ def test_another_plan_is_refused(bucket: Bucket, arguments: tuple[object, ...]) 
     assert bucket.files(OUT, hidden=True) == before
 
 
+@pytest.mark.parametrize("ranks", [False, True])
+def test_what_is_sent_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_one(
+    bucket: Bucket, int4_copy: Path, whole: dict[str, bytes], ranks: bool
+) -> None:
+    words = ("int4-to-bf16", int4_copy, OUT, *SHARDS)
+    if ranks:
+        ok(*words, "--worker", "0/2")
+    else:
+        ok(*words)
+        bucket.remove(OUT, *LAST)
+    before, replaced = set(bucket.sent(OUT)), min(int4_copy.glob("*.safetensors"))
+    replaced.touch()
+    made = {
+        place.file
+        for step in kconvert.plan(int4_copy, Recipe("bf16", shard_size=300_000)).steps
+        if replaced.name in {origin.file for origin in step.origins}
+        for place in step.writes
+    }
+    assert "without --worker, which keeps" in refused(*words, "--worker", "1/2")
+    bucket.requests.clear()
+    ok(*words)
+    assert bucket.files(OUT) == whole
+    again = {name for name in bucket.sent(OUT) if name.startswith("model-")}
+    assert again == ({name for name in whole if name.startswith("model-")} - before) | made
+    assert before - made - set(LAST)
+    ok(*words)
+
+
 def test_another_version_is_refused(
     bucket: Bucket, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
