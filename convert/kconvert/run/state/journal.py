@@ -142,7 +142,9 @@ class Journal:
         return self._state / STAGED
 
     def record(self, shard: str) -> None:
-        """Note that `shard` is complete, durable and under its name."""
+        """Note that `shard` is complete, durable and under its name; KconvertError where its source has changed meanwhile."""
+        if self._plan.source is not None:
+            self._plan.source.check_same(self._plan.files_of(shard))
         try:
             self._append(shard, {**_looks(self.destination / shard), MADE_OF: self._plan.stamp_of(shard)})
         except OSError as error:
