@@ -24,6 +24,7 @@ from kconvert.stores import writing
 
 from .conftest import OUT, SHARDS, Tree
 
+LAST_WEIGHT = "model.layers.2.mlp.experts.3.up_proj"
 LAST = ["config.json", "model.safetensors.index.json"]
 
 # The command, whose shards go in parts of 64 kB and whose patience is short.
@@ -431,6 +432,37 @@ def test_half_an_object_never_counts_as_a_shard(
     assert "were sent; run the same command again" in refused(*arguments)
     assert not bucket.files(OUT).keys() & set(LAST)
     ok(*arguments)
+    assert bucket.files(OUT) == whole
+
+
+def test_a_bad_value_is_said_while_shards_are_still_being_sent(
+    bucket: Bucket, int4_copy: Path, whole: dict[str, bytes]
+) -> None:
+    words = ("int4-to-bf16", int4_copy, OUT, *SHARDS)
+    scale = kconvert.plan(int4_copy, Recipe("bf16")).source.tensors[f"{LAST_WEIGHT}.weight_scale"]
+    stamp = (int4_copy / scale.file).stat().st_mtime_ns
+    on_their_way, said = threading.Event(), threading.Event()
+
+    def watch(request: Request) -> None:
+        if is_shard(request) and request.method in ("PUT", "POST"):
+            on_their_way.set()
+            said.wait(60)
+
+    def poke(value: bytes) -> None:
+        with open(int4_copy / scale.file, "rb+") as file:
+            file.seek(scale.start)
+            file.write(value)
+        os.utime(int4_copy / scale.file, ns=(stamp, stamp))
+
+    sound = (int4_copy / scale.file).read_bytes()[scale.start : scale.start + 2]
+    poke(b"\xc0\x7f")
+    bucket.watch = watch
+    assert "is not finite" in refused(*words, "--threads", 1)
+    assert on_their_way.is_set()
+    assert not [name for name in bucket.sent(OUT) if name.startswith("model-")]
+    said.set()
+    poke(sound)
+    ok(*words)
     assert bucket.files(OUT) == whole
 
 

@@ -186,8 +186,8 @@ class Stored:
             self._put_small_files(SMALL)
 
     def _check_plan(self, outline: Outline, rank: Rank | None) -> None:
-        is_open = CONFIG_NAME not in self._sight.files
-        check_head(self.place, outline.head, self._plan, rank, is_open, OTHER)
+        if not belongs(outline.head, self._plan):
+            check_head(self.place, outline.head, self._plan, rank, CONFIG_NAME not in self._sight.files, OTHER)
 
     def has(self, upload: Mapping[str, Any]) -> bool:
         """Whether a journal's record says that the content is here."""
