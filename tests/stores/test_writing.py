@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -20,6 +21,7 @@ from s3_server import SECRET, Bucket, Request, hang, lost, reset, short, status,
 import kconvert
 from kconvert import KconvertError, Recipe
 from kconvert.cli import main
+from kconvert.run import job
 from kconvert.stores import writing
 
 from .conftest import OUT, SHARDS, Tree
@@ -549,6 +551,36 @@ def test_two_runs_of_one_plan_write_the_same_bytes(
     assert not [request for request in bucket.requests if is_write(request)]
 
 
+def test_what_another_run_finishes_while_this_one_begins_is_not_waited_for(
+    stored: str, whole: dict[str, bytes], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out, swift, written = (
+        kconvert.plan(stored, Recipe("bf16", shard_size=300_000)),
+        tmp_path / "out",
+        job._journal,
+        [0],
+    )
+    budget = kconvert.check(made, out).schedule.peak  # no file may stay longer than it must
+
+    def interrupt(nbytes: int) -> None:
+        written[0] += nbytes
+        if written[0] > made.output_bytes / 2:
+            raise KeyboardInterrupt
+
+    def another_first(*arguments: Any) -> Any:
+        monkeypatch.setattr(job, "_journal", swift)
+        with pytest.raises(KeyboardInterrupt):
+            kconvert.convert(made, out, disk_budget=budget, threads=1, advance=interrupt)
+        return swift(*arguments)
+
+    monkeypatch.setattr(job, "_journal", another_first)
+    thread = threading.Thread(target=lambda: kconvert.convert(made, out, disk_budget=budget), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits for room that nobody gives back"
+    assert tree(out) == whole
+
+
 def test_of_two_plans_that_begin_together_one_is_refused(
     bucket: Bucket, arguments: tuple[object, ...], int4: Path
 ) -> None:
@@ -580,6 +612,28 @@ def test_credentials_are_in_nothing_that_is_written(
     assert not [
         path for path in (tmp_path / "cache").rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
     ]
+
+
+@pytest.mark.parametrize("address", ["gcs://models/a", "S3://models/a", "s3:/models/a", "https://host/a", "hf:/org/a"])
+def test_an_address_of_another_kind_is_not_made_as_a_directory(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refused("int4-to-bf16", int4, address)
+    assert f"DST {address} is no address that kconvert writes to" in said
+    assert f"give ./{address}" in said
+    assert not [*tmp_path.iterdir()]
+    ok("int4-to-bf16", int4, f"./{address}", "-q")
+    ok("int4-to-bf16", int4, address, "-q")
+
+
+def test_a_disk_too_small_for_what_passes_through_is_not_called_a_budget(
+    bucket: Bucket, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kconvert.run.disk.free_bytes", lambda directory: 100_000)
+    said = refused(*arguments)
+    assert "kB more, but the disk has 100 kB free; free some space or choose another disk by XDG_CACHE_HOME" in said
+    assert "a disk budget of 50 kB is too small" in refused(*arguments, "--disk-budget", "50kB")
 
 
 @pytest.mark.parametrize(
