@@ -171,7 +171,9 @@ def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
         case _ if "credential" in str(error).lower():
             fault = "there are no credentials for it; set them as the store's own command line takes them"
         case _ if doing == OPEN:
-            fault = "what is set for it makes no sense; set account, profile and keys as for the store's own command line"
+            fault = (
+                "what is set for it makes no sense; set account, profile and keys as for the store's own command line"
+            )
         case _:
             fault = "the store failed or did not answer; run the same command again, what is done is kept"
     return KconvertError(f"{place}: cannot {doing}, {fault}")
