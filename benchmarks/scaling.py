@@ -52,7 +52,8 @@ def main() -> None:
     if "coordination" in parts:
         print(run([sys.executable, __file__, "--coordinate", options.dir]).stdout)
     if "ranks" in parts:
-        compare_ranks(options.dir, true_experts(options.dir, options.gb), options.runs)
+        small, large = (true_experts(options.dir, gb) for gb in (options.gb / 4, options.gb))
+        compare_ranks(options.dir, small, large, options.runs)
     if "ray" in parts:
         source = true_experts(options.dir, options.gb)
         print(run([sys.executable, __file__, "--ray", options.dir, source, str(options.runs)]).stdout)
@@ -60,34 +61,39 @@ def main() -> None:
     machine(options.dir)
 
 
-def compare_ranks(folder: Path, source: Path, runs: int) -> None:
-    """Bytes a second of n ranks, each pinned to a core, beside those of one."""
+def compare_ranks(folder: Path, small: Path, large: Path, runs: int) -> None:
+    """Bytes a second of n ranks, each pinned to a core, beside those of one.
+
+    Of a model and of its fourth: what both have in common, as kernels that are loaded, is start, and not of the difference.
+    """
     cores = sorted(os.sched_getaffinity(0))
     seconds: dict[int, list[float]] = {count: [] for count in WORKERS}
+    starts: dict[int, list[float]] = {count: [] for count in WORKERS}
     for _ in range(runs):
         for count in WORKERS:
-            target = folder / "scaling"
-            remove(target)
-            seconds[count].append(slowest(source, target, count, cores))
-            written = nbytes(tensor_files(target))
-            remove(target)
+            little, fewer = slowest(small, folder / "scaling", count, cores)
+            much, more = slowest(large, folder / "scaling", count, cores)
+            seconds[count].append(much - little)
+            starts[count].append(little - (much - little) * fewer / (more - fewer))
     alone = median(seconds[1])
     rows = []
     for count, times in seconds.items():
         times_faster = alone / median(times)
         usable = min(count, len(cores))
         goal = verdict(times_faster, 0.9 * usable, "x", at_most=False)
+        together = f"{(more - fewer) / median(times) / GB:.2f} GB/s"
         rows.append(
-            [str(count), spread(times, 2, "s"), f"{written / median(times) / GB:.2f} GB/s", f"{times_faster:.2f} x"]
+            [str(count), spread(times, 2, "s"), together, f"{times_faster:.2f} x", spread(starts[count], 2, "s")]
         )
         print(
             f"{count} ranks: {times_faster:.2f} x one  {goal}  by the model {alone / usable:.2f} s, here {median(times):.2f} s"
         )
-    table(["ranks", "slowest rank, start excluded", "together", "speed"], rows)
+    table(["ranks", "slowest rank, start excluded", "together", "speed", "start"], rows)
 
 
-def slowest(source: Path, target: Path, count: int, cores: list[int]) -> float:
-    """Seconds of the rank that took longest, of all at once."""
+def slowest(source: Path, target: Path, count: int, cores: list[int]) -> tuple[float, int]:
+    """Seconds of the rank that took longest, of all at once, and the bytes that they wrote; leaves nothing."""
+    remove(target)
     children = []
     for index in range(count):
         core = cores[index % len(cores)]
@@ -102,7 +108,9 @@ def slowest(source: Path, target: Path, count: int, cores: list[int]) -> float:
     said = [child.communicate()[0] for child in children]
     if any(child.returncode for child in children):
         sys.exit("a rank failed")
-    return max(float(json.loads(text)["seconds"]) for text in said)
+    written = nbytes(tensor_files(target))
+    remove(target)
+    return max(float(json.loads(text)["seconds"]) for text in said), written
 
 
 def coordinate(folder: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
+
+from kconvert import convert
 
 from .conftest import Job
 
@@ -29,3 +32,17 @@ def test_a_node_that_dies_in_the_middle_changes_no_byte(cluster: Any, job: Job) 
     assert not failures
     job.check_finished()
     assert sum(told) <= job.plan().output_bytes
+
+
+def test_what_is_made_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_one(
+    cluster: Any, job: Job, int4_copy: Path
+) -> None:
+    job.source = int4_copy
+    convert(job.plan(), job.destination, worker="0/3")
+    before = {path: path.stat().st_mtime_ns for path in job.destination.glob("*.safetensors")}
+    min(int4_copy.glob("*.safetensors")).touch()
+
+    job.run(cluster.address)
+
+    job.check_finished()
+    assert [path for path, mtime in before.items() if path.stat().st_mtime_ns == mtime]

@@ -298,7 +298,20 @@ def test_a_rank_that_sees_another_source(fragile: Job) -> None:
     assert fragile.run("--worker", "0/2").exit_code == 0
     next(fragile.source.glob("*.safetensors")).touch()
 
-    fragile.check_error(fragile.run("--worker", "1/2"), "source files that have changed", "SRC")
+    fragile.check_error(fragile.run("--worker", "1/2"), "source files that have changed", "SRC", "without --worker")
+
+
+def test_what_ranks_have_made_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_one(fragile: Job) -> None:
+    assert fragile.run("--worker", "0/2").exit_code == 0
+    before = {name: (fragile.destination / name).stat().st_mtime_ns for name in fragile.shards}
+    replaced = min(fragile.source.glob("*.safetensors"))
+    replaced.touch()
+
+    assert fragile.run().exit_code == 0
+    kept = {name for name, mtime in before.items() if (fragile.destination / name).stat().st_mtime_ns == mtime}
+    assert kept == before.keys() - set(fragile.shards_of(replaced.name))
+    assert kept
+    fragile.check_finished()
 
 
 @pytest.mark.parametrize("worker", ["1/3", "0/1", "2/3"])

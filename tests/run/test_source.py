@@ -98,6 +98,32 @@ def test_of_a_source_with_another_file_since_the_interruption_what_comes_from_th
     assert fragile.files == fragile.whole
 
 
+@pytest.mark.parametrize("worker", [(), ("--worker", "0/1")], ids=["alone", "a rank"])
+def test_a_source_file_that_is_written_anew_meanwhile_is_named_and_what_it_went_into_made_again(
+    fragile: Job, tap: Callable[..., AbstractContextManager[Tap]], worker: tuple[str, ...]
+) -> None:
+    changed = sorted(fragile.source.glob("*.safetensors"))[-1]
+
+    def write_again(call: int) -> None:
+        if call == 1:
+            with open(changed, "rb+") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(b"??")  # of the last tensor, as long as it was
+
+    whole = changed.read_bytes()
+    with tap("pwrite", fragile.destination, write_again):
+        fragile.check_error(fragile.run("--threads", 1, *worker), str(changed), "changed while it was being read")
+    assert "config.json" not in fragile.files
+    finished = {name: (fragile.destination / name).stat().st_mtime_ns for name in fragile.shards}
+
+    changed.write_bytes(whole)
+    fragile.check_rerun_finishes()
+    made = set(fragile.shards_of(changed.name))
+    kept = {name for name, mtime in finished.items() if (fragile.destination / name).stat().st_mtime_ns == mtime}
+    assert kept == finished.keys() - made
+    assert kept
+
+
 def test_a_source_that_has_changed_since_the_output_was_finished_is_refused(fragile: Job) -> None:
     assert fragile.run().exit_code == 0
     os.utime(next(fragile.source.glob("*.safetensors")), ns=(1, 1))

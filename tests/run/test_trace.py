@@ -14,6 +14,7 @@ from kconvert import Recipe, convert, plan
 from kconvert.checkpoint.source import Reader
 from kconvert.run import engine
 from kconvert.run.arrivals import Arrivals
+from kconvert.run.departures import Departures
 from kconvert.run.trace import Trace
 from kconvert.run.writer import ShardWriter
 
@@ -52,6 +53,44 @@ def test_a_slow_line_is_what_bounds_a_run(int4: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Arrivals, "is_here", lambda self, file: False)
     monkeypatch.setattr(Arrivals, "await_file", lambda self, file: time.sleep(DELAY))
     assert bound_of(int4, tmp_path / "bf16") == "line"
+
+
+def test_a_line_that_takes_longer_to_send_than_all_else_is_what_bounds_a_run(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Departures, "complete", lambda self: time.sleep(20 * DELAY))
+    drawn = tmp_path / "trace.json"
+    watch = Trace(drawn)
+    convert(plan(int4, Recipe("bf16")), tmp_path / "bf16", trace=watch, threads=2)
+    assert watch.bound == "line"
+    long = [event for event in json.loads(drawn.read_text()) if event and event["dur"] > 10 * DELAY * 1e6]
+    assert sorted((event["name"], event["tid"]) for event in long) == [("wait", 0), ("wait", 1)]
+
+
+def test_few_workers_that_compute_all_the_time_wait_for_no_disk(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swift = engine.decoded
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(DELAY)
+        yield from swift(*arguments)
+
+    monkeypatch.setattr(engine, "decoded", slow)
+    monkeypatch.setattr("kconvert.run.trace.os.sched_getaffinity", lambda pid: set(range(64)))
+    assert bound_of(int4, tmp_path / "bf16") == "cores"
+
+
+def test_a_run_that_finds_all_done_was_bound_by_nothing(int4: Path, tmp_path: Path) -> None:
+    assert bound_of(int4, tmp_path / "bf16") is not None
+    assert bound_of(int4, tmp_path / "bf16") is None
+
+
+def test_a_rank_says_what_bounded_it(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    throttled(monkeypatch, ShardWriter, "write")
+    assert "GB/s), bound by disk write" in run_command("int4-to-bf16", int4, tmp_path / "a", "--worker", "0/1").output
+    facts = json.loads(run_command("int4-to-bf16", int4, tmp_path / "b", "--worker", "0/1", "--json").output)
+    assert facts["bound_by"] == "disk write"
 
 
 def test_cores_that_are_busy_all_the_time_are_what_bounds_a_run(

@@ -133,6 +133,41 @@ def test_without_credentials_the_sentence_says_so(nobody, int4, command):
     assert "Traceback" not in said.output
 
 
+@pytest.mark.parametrize(
+    ("place", "variables"),
+    [
+        ("az://box/x", {}),
+        ("az://box/x", {"AZURE_STORAGE_ACCOUNT_NAME": "me", "AZURE_STORAGE_ACCOUNT_KEY": "no base64"}),
+        ("s3://models/a", {"AWS_PROFILE": "nobody"}),
+    ],
+    ids=["no account", "a key that is none", "no such profile"],
+)
+def test_settings_that_make_no_sense_are_not_called_a_fault_of_the_store(nobody, monkeypatch, place, variables):
+    for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT", "AZURE_ACCOUNT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = run("inspect", place)
+    assert said.exit_code == 2
+    assert f"{place}: cannot open it, what is set for it makes no sense; set account, profile and keys" in said.output
+
+
+def test_who_gets_no_token_has_no_credentials_and_does_not_wait(stored, monkeypatch):
+    from obstore.exceptions import GenericError
+
+    asked = []
+
+    def list_nothing(store):
+        asked.append(store)
+        raise GenericError(
+            "Generic GCS error: Error performing token request: Error performing GET http://169.254.169.254/"
+        )
+
+    monkeypatch.setattr("obstore.list", list_nothing)
+    assert "cannot list its objects, nobody here gives credentials for it; set them" in run("inspect", stored).output
+    assert len(asked) == 1
+
+
 def test_requests_without_a_signature_take_no_credentials(nobody, stored, monkeypatch):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     assert "access was refused" in run("inspect", stored).output  # by the server, as the objects are private

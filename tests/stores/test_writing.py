@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -20,10 +21,12 @@ from s3_server import SECRET, Bucket, Request, hang, lost, reset, short, status,
 import kconvert
 from kconvert import KconvertError, Recipe
 from kconvert.cli import main
+from kconvert.run import job
 from kconvert.stores import writing
 
 from .conftest import OUT, SHARDS, Tree
 
+LAST_WEIGHT = "model.layers.2.mlp.experts.3.up_proj"
 LAST = ["config.json", "model.safetensors.index.json"]
 
 # The command, whose shards go in parts of 64 kB and whose patience is short.
@@ -224,6 +227,34 @@ def test_another_plan_is_refused(bucket: Bucket, arguments: tuple[object, ...]) 
     assert bucket.files(OUT, hidden=True) == before
 
 
+@pytest.mark.parametrize("ranks", [False, True])
+def test_what_is_sent_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_one(
+    bucket: Bucket, int4_copy: Path, whole: dict[str, bytes], ranks: bool
+) -> None:
+    words = ("int4-to-bf16", int4_copy, OUT, *SHARDS)
+    if ranks:
+        ok(*words, "--worker", "0/2")
+    else:
+        ok(*words)
+        bucket.remove(OUT, *LAST)
+    before, replaced = set(bucket.sent(OUT)), min(int4_copy.glob("*.safetensors"))
+    replaced.touch()
+    made = {
+        place.file
+        for step in kconvert.plan(int4_copy, Recipe("bf16", shard_size=300_000)).steps
+        if replaced.name in {origin.file for origin in step.origins}
+        for place in step.writes
+    }
+    assert "without --worker, which keeps" in refused(*words, "--worker", "1/2")
+    bucket.requests.clear()
+    ok(*words)
+    assert bucket.files(OUT) == whole
+    again = {name for name in bucket.sent(OUT) if name.startswith("model-")}
+    assert again == ({name for name in whole if name.startswith("model-")} - before) | made
+    assert before - made - set(LAST)
+    ok(*words)
+
+
 def test_another_version_is_refused(
     bucket: Bucket, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +440,37 @@ def test_half_an_object_never_counts_as_a_shard(
     assert bucket.files(OUT) == whole
 
 
+def test_a_bad_value_is_said_while_shards_are_still_being_sent(
+    bucket: Bucket, int4_copy: Path, whole: dict[str, bytes]
+) -> None:
+    words = ("int4-to-bf16", int4_copy, OUT, *SHARDS)
+    scale = kconvert.plan(int4_copy, Recipe("bf16")).source.tensors[f"{LAST_WEIGHT}.weight_scale"]
+    stamp = (int4_copy / scale.file).stat().st_mtime_ns
+    on_their_way, said = threading.Event(), threading.Event()
+
+    def watch(request: Request) -> None:
+        if is_shard(request) and request.method in ("PUT", "POST"):
+            on_their_way.set()
+            said.wait(60)
+
+    def poke(value: bytes) -> None:
+        with open(int4_copy / scale.file, "rb+") as file:
+            file.seek(scale.start)
+            file.write(value)
+        os.utime(int4_copy / scale.file, ns=(stamp, stamp))
+
+    sound = (int4_copy / scale.file).read_bytes()[scale.start : scale.start + 2]
+    poke(b"\xc0\x7f")
+    bucket.watch = watch
+    assert "is not finite" in refused(*words, "--threads", 1)
+    assert on_their_way.is_set()
+    assert not [name for name in bucket.sent(OUT) if name.startswith("model-")]
+    said.set()
+    poke(sound)
+    ok(*words)
+    assert bucket.files(OUT) == whole
+
+
 # Kills.
 
 
@@ -492,6 +554,36 @@ def test_two_runs_of_one_plan_write_the_same_bytes(
     assert not [request for request in bucket.requests if is_write(request)]
 
 
+def test_what_another_run_finishes_while_this_one_begins_is_not_waited_for(
+    stored: str, whole: dict[str, bytes], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out, swift, written = (
+        kconvert.plan(stored, Recipe("bf16", shard_size=300_000)),
+        tmp_path / "out",
+        job._journal,
+        [0],
+    )
+    budget = kconvert.check(made, out).schedule.peak  # no file may stay longer than it must
+
+    def interrupt(nbytes: int) -> None:
+        written[0] += nbytes
+        if written[0] > made.output_bytes / 2:
+            raise KeyboardInterrupt
+
+    def another_first(*arguments: Any) -> Any:
+        monkeypatch.setattr(job, "_journal", swift)
+        with pytest.raises(KeyboardInterrupt):
+            kconvert.convert(made, out, disk_budget=budget, threads=1, advance=interrupt)
+        return swift(*arguments)
+
+    monkeypatch.setattr(job, "_journal", another_first)
+    thread = threading.Thread(target=lambda: kconvert.convert(made, out, disk_budget=budget), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it waits for room that nobody gives back"
+    assert tree(out) == whole
+
+
 def test_of_two_plans_that_begin_together_one_is_refused(
     bucket: Bucket, arguments: tuple[object, ...], int4: Path
 ) -> None:
@@ -523,6 +615,28 @@ def test_credentials_are_in_nothing_that_is_written(
     assert not [
         path for path in (tmp_path / "cache").rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
     ]
+
+
+@pytest.mark.parametrize("address", ["gcs://models/a", "S3://models/a", "s3:/models/a", "https://host/a", "hf:/org/a"])
+def test_an_address_of_another_kind_is_not_made_as_a_directory(
+    int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refused("int4-to-bf16", int4, address)
+    assert f"DST {address} is no address that kconvert writes to" in said
+    assert f"give ./{address}" in said
+    assert not [*tmp_path.iterdir()]
+    ok("int4-to-bf16", int4, f"./{address}", "-q")
+    ok("int4-to-bf16", int4, address, "-q")
+
+
+def test_a_disk_too_small_for_what_passes_through_is_not_called_a_budget(
+    bucket: Bucket, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kconvert.run.disk.free_bytes", lambda directory: 100_000)
+    said = refused(*arguments)
+    assert "kB more, but the disk has 100 kB free; free some space or choose another disk by XDG_CACHE_HOME" in said
+    assert "a disk budget of 50 kB is too small" in refused(*arguments, "--disk-budget", "50kB")
 
 
 @pytest.mark.parametrize(

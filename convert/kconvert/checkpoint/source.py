@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kconvert.checkpoint.directory import list_directory, snapshot
+from kconvert.checkpoint.directory import check_same, list_directory, snapshot
 from kconvert.checkpoint.files import PAGE, is_directory, open_direct, read_at
 from kconvert.checkpoint.index import choose_files, compare_index, is_one_set, read_weight_map
 from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, STATE_DIR, FileStat, Listing
@@ -86,6 +86,11 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Whether there is a file of this name, listed above or not."""
         return (self.root / name).is_file()
+
+    def check_same(self, files: Iterable[str]) -> None:
+        """KconvertError for the first of these files that has changed since the checkpoint was opened."""
+        for file in files:
+            check_same(self.root, file, self.files[file])
 
     def check_index(self) -> None:
         """KconvertError when the index disagrees with the headers; whoever opened a directory has looked already."""

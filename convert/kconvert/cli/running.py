@@ -80,7 +80,7 @@ def carry_out(
     if share is None:
         _print(Outcome.now(plan, delivery, seconds, inexact, launch, sum(earlier), watch.bound), as_json)
     else:
-        _print(share.outcome(plan, delivery, seconds, inexact, *earlier), as_json)
+        _print(share.outcome(plan, delivery, seconds, inexact, sum(earlier), watch.bound), as_json)
 
 
 def _print(summary: Summary, as_json: bool) -> None:

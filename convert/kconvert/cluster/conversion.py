@@ -20,7 +20,8 @@ from kconvert.run import job
 from kconvert.run.delivery import Delivery
 from kconvert.run.departures import Card
 from kconvert.run.engine import WAITING, Limits
-from kconvert.run.state.heads import head_of
+from kconvert.run.state.heads import belongs, head_at, head_of
+from kconvert.run.state.journal import Journal
 from kconvert.run.state.locks import LOCK, Busy, hold
 from kconvert.run.state.outline import Outline
 from kconvert.run.state.ranks import Rank, deal
@@ -103,6 +104,7 @@ def convert_by_ray(
     inexact: Counter[str] = Counter()
     if len(settled) == len(plan.shards) and job.is_closed(delivery):
         return inexact
+    _take_over(plan, delivery)
     with Cluster(address) as cluster, _alone(delivery) as state:
         tasks = _tasks(plan, cluster.slots)
         if delivery.store is not None:
@@ -137,6 +139,14 @@ def _settled(plan: Plan, delivery: Delivery, terms: job.Terms) -> frozenset[str]
     if terms.check_first:
         check_values(plan, needs.settled)
     return frozenset(needs.settled)
+
+
+def _take_over(plan: Plan, delivery: Delivery) -> None:
+    """Let a directory whose SRC was mended meanwhile be that of this plan, as a run without ranks does; see finished_shards."""
+    head = head_at(delivery.directory)
+    if delivery.store is None and head and not belongs(head, plan):
+        with Journal(delivery.directory, plan, overwrite=False):
+            pass
 
 
 def _tasks(plan: Plan, slots: int) -> int:

@@ -72,11 +72,14 @@ class Plan:
         files = self.source.files if self.source else {}
         return hashlib.sha256(repr([(name, stat.stamp) for name, stat in files.items()]).encode()).hexdigest()
 
+    def files_of(self, shard: str) -> list[str]:
+        """Those of the source that the shard is made of."""
+        steps = self.only({shard}).steps
+        return sorted({place.file for step in steps for place in step.origins})
+
     def stamp_of(self, shard: str) -> str:
         """Changes when those of the source's files do that the shard is made of."""
-        steps = self.only({shard}).steps
-        files = sorted({place.file for step in steps for place in step.origins})
-        stamps = [(file, self.source.files[file].stamp) for file in files] if self.source else []
+        stamps = [(file, self.source.files[file].stamp) for file in self.files_of(shard)] if self.source else []
         return hashlib.sha256(repr(stamps).encode()).hexdigest()
 
     @cached_property

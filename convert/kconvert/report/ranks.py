@@ -39,9 +39,16 @@ class Share:
         return Summary({**plan.facts, "share": facts}, (*plan.lines, f"{self.rank}: {self}"))
 
     def outcome(
-        self, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], earlier: int
+        self,
+        plan: Plan,
+        delivery: Delivery,
+        seconds: float,
+        inexact: Mapping[str, int],
+        earlier: int,
+        bound: str | None,
     ) -> Summary:
-        """The closing summary of a run that began when `earlier` bytes of the share were finished already."""
+        """The closing summary of a run that began when `earlier` bytes of the share were finished already, and waited for what
+        `bound` says."""
         written, peak = self.nbytes - earlier, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         closed = is_closed(delivery)
         facts: dict[str, Any] = {
@@ -54,17 +61,26 @@ class Share:
             "seconds": round(seconds, 3),
             "bytes_per_second": round(written / seconds),
             "peak_memory_bytes": peak,
+            "bound_by": bound,
             **inexact_facts(plan, inexact),
             "complete": closed,
         }
-        return Summary(facts, tuple(self._lines(plan, delivery, seconds, inexact, earlier, closed)))
+        return Summary(facts, tuple(self._lines(plan, delivery, seconds, inexact, earlier, bound, closed)))
 
     def _lines(
-        self, plan: Plan, delivery: Delivery, seconds: float, inexact: Mapping[str, int], earlier: int, closed: bool
+        self,
+        plan: Plan,
+        delivery: Delivery,
+        seconds: float,
+        inexact: Mapping[str, int],
+        earlier: int,
+        bound: str | None,
+        closed: bool,
     ) -> Iterator[str]:
         written = self.nbytes - earlier
         if written:
             speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+            speed += f", bound by {bound}" if bound else ""
             yield f"{self.rank} wrote {human(written)} of its {self} to {delivery} {speed}"
             yield from exactness(plan, inexact, max(earlier, 1))  # other ranks speak of theirs
         else:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kconvert.checkpoint.files import exists
 from kconvert.errors import KconvertError
 from kconvert.hub.ids import HubId, parse_destination, parse_hub_id
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl, cache_directory, parse_store_url
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/.*|(hf|s3|gs|az):.*")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Delivery:
         if (store := parse_store_url(os.fspath(destination))) is not None:
             return cls._to_store(store, push)
         target = parse_destination(os.fspath(destination))
+        if target is None:
+            _check_directory(os.fspath(destination))
         if push is None and target is None:
             return cls(Path(destination))
         if push is not None and target is not None:
@@ -68,3 +74,12 @@ class Delivery:
         """What has arrived need not be on the way any more."""
         if self.passing:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _check_directory(destination: str) -> None:
+    """KconvertError for what was hardly meant to be made as a directory."""
+    if ADDRESS.fullmatch(destination) and not exists(destination):
+        raise KconvertError(
+            f"DST {destination} is no address that kconvert writes to, which are hf://ORG/NAME, s3://BUCKET/PREFIX, gs://… and "
+            f"az://…; for a directory of that name give ./{destination}"
+        )

@@ -72,16 +72,21 @@ class Departures(Mover):
             self._finished.put(shard)
 
     def _join(self) -> None:
+        """Once a run has failed nobody waits for what is being sent, which may take long; what arrives is there next time."""
         for _ in self._threads:
             self._finished.put(None)
-        super()._join()
+        if not self._stopped.is_set():
+            super()._join()
 
     def _send_shards(self) -> None:
         assert self._outbox is not None
         while (shard := self._finished.get()) is not None and not self._stopped.is_set():
             path = self._journal.destination / shard
             if not self._outbox.has(self._journal.finished[shard].get(UPLOAD, {})):
-                self._journal.note(shard, upload=self._outbox.send(shard, path))
+                upload = self._outbox.send(shard, path)
+                if self._stopped.is_set():
+                    return  # the journal may be another run's by now
+                self._journal.note(shard, upload=upload)
             if self._needs.leaving and path.exists():
                 path.unlink()
                 self._ledger.release(("output", shard))

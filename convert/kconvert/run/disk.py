@@ -26,6 +26,7 @@ from kconvert.run.state.outline import folder
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl, parse_store_url
 
+CACHE = "choose another disk by XDG_CACHE_HOME, through which shards pass, or give a smaller --shard-size"
 PARTIAL = ".incomplete"  # ends the name of a file that is being fetched
 
 
@@ -47,6 +48,7 @@ class Needs:
     missing: Mapping[str, int]
     present: Collection[str]
     schedule: Schedule
+    asked: int | None
     budget: int | None
     staged: Path
 
@@ -54,6 +56,11 @@ class Needs:
     def settled(self) -> Collection[str]:
         """The shards that this run does not write."""
         return self.finished.keys() | self.others
+
+    @property
+    def todo(self) -> frozenset[str]:
+        """The shards that it writes."""
+        return frozenset(shard.name for shard in self.plan.shards) - self.finished.keys() - frozenset(self.others)
 
     @property
     def download_bytes(self) -> int:
@@ -73,7 +80,7 @@ class Needs:
 
     def check(self, overwrite: bool) -> None:
         """KconvertError when the budget or a disk is too small."""
-        self.schedule.check(self.budget)
+        self.schedule.check(self.asked)
         directory = self.delivery.directory
         stale = sum(map(disk_bytes, stale_files(directory, self.finished, overwrite)))
         if self.budget is not None:
@@ -83,7 +90,7 @@ class Needs:
             wanted = Counter({directory: self.plan.output_bytes - done - stale})
             for file, nbytes in self.missing.items():
                 wanted[self.places[file].parent] += nbytes
-        _check_free(wanted)
+        _check_free(wanted, CACHE if self.delivery.store is not None else "choose another disk")
 
     def _present(self) -> int:
         """What the run will use of the disk, and uses already."""
@@ -110,6 +117,7 @@ def survey(
 
     Who sends everything on, and keeps nothing, has all the disk as a budget.
     """
+    asked = budget
     if budget is None and delivery.passing:
         budget = free_bytes(delivery.directory)
     others: Collection[str] = frozenset()
@@ -130,7 +138,9 @@ def survey(
         schedule = make_schedule(plan, settled, arriving, present, gone, others)
     needed = {name for (kind, name) in (span.key for span in schedule.spans) if kind == "source"}
     missing = {file: max(0, fetches[file].nbytes - _there(places[file])) for file in fetches if file in needed}
-    return Needs(plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, budget, staged)
+    return Needs(
+        plan, delivery, finished, others, fetches, places, missing, present & needed, schedule, asked, budget, staged
+    )
 
 
 def _state(delivery: Delivery, rank: Rank | None) -> Path:
@@ -174,17 +184,18 @@ def _there(path: Path) -> int:
     return max(disk_bytes(path), disk_bytes(unfinished(path)))
 
 
-def _check_free(wanted: Mapping[Path, int]) -> None:
-    """KconvertError when a disk has less than is wanted below these directories together."""
+def _check_free(wanted: Mapping[Path, int], another: str) -> None:
+    """KconvertError when a disk has less than is wanted below these directories together; `another` is how to have more."""
     disks: dict[int, list[Path]] = {}
     for directory in wanted:
         disks.setdefault(existing(directory).stat().st_dev, []).append(directory)
     for directories in disks.values():
         needed, free = sum(wanted[directory] for directory in directories), free_bytes(directories[0])
         if needed > free:
+            verb = "needs" if len(directories) == 1 else "need"
             raise KconvertError(
-                f"{' and '.join(map(str, directories))} needs {human(needed)} more, but its disk has {human(free)} free; free "
-                "some space or choose another disk"
+                f"{' and '.join(map(str, directories))} {verb} {human(needed)} more, but the disk has {human(free)} free; free "
+                f"some space or {another}"
             )
 
 

@@ -147,8 +147,9 @@ class Run:
                 except BaseException as failure:
                     self._give_up(failure)
                     raise
-            for observer in self.observers:
-                observer.complete()
+            with self.trace.all_waiting("what is on its way"):
+                for observer in self.observers:
+                    observer.complete()
         finally:
             for writer in self._writers.values():
                 writer.abandon()

@@ -87,7 +87,7 @@ def prepared(plan: Plan, delivery: Delivery, terms: Terms, command: str, card: C
     if terms.rank is not None and _is_idle(terms.rank, needs, stored):
         yield Done(terms.rank.nbytes(plan), delivery)
     else:
-        with _conversion(needs, terms, command, card, stored) as job:
+        with _conversion(plan, needs, terms, command, card, stored) as job:
             yield job
     if terms.closes:
         close_complete(delivery)
@@ -116,7 +116,9 @@ def _published(plan: Plan, delivery: Delivery, stored: Stored | None) -> dict[st
 
 
 @contextmanager
-def _conversion(needs: Needs, terms: Terms, command: str, card: Card, stored: Stored | None) -> Iterator[Conversion]:
+def _conversion(
+    whole: Plan, needs: Needs, terms: Terms, command: str, card: Card, stored: Stored | None
+) -> Iterator[Conversion]:
     plan, delivery = needs.plan, needs.delivery
     with ThreadPoolExecutor(1) as background:
         if len(needs.settled) < len(plan.shards):
@@ -126,6 +128,8 @@ def _conversion(needs: Needs, terms: Terms, command: str, card: Card, stored: St
             if terms.check_first:
                 check_values(plan, needs.settled)
         with _journal(needs, terms, command) as journal:
+            if journal.todo != needs.todo:  # another run was at work until now
+                needs = _check(whole, delivery, terms, stored)
             if stored is not None:
                 stored.begin(terms.overwrite, terms.rank, command, not journal.todo)
             elif terms.rank is not None and terms.rank.index == 0:

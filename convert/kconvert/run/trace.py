@@ -10,6 +10,7 @@ import json
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,15 @@ from kconvert.errors import explain_os_error
 
 Thing = TypeVar("Thing")
 Doing = Literal["read", "decode", "encode", "write", "wait"]
-BOUNDS: dict[Doing, str] = {"read": "disk read", "write": "disk write", "wait": "line"}
+BOUNDS: dict[Doing, str] = {
+    "read": "disk read",
+    "write": "disk write",
+    "wait": "line",
+    "decode": "cores",
+    "encode": "cores",
+}
 BUSY = 0.85  # of what the cores could do in the time: more, and it was they that a run waited for
+UNSEEN = 1_000_000  # nanoseconds, for which nobody waits
 KEPT_EVENTS = 1000  # of a worker, before they are written
 
 
@@ -56,13 +64,18 @@ class Trace:
 
     @property
     def bound(self) -> str | None:
-        """What the run was waiting for most: `cores`, `disk read`, `disk write` or the `line`; None where it did nothing."""
-        if not self._clocks:
+        """What the run was waiting for most: `cores`, `disk read`, `disk write` or the `line`; None where it did nothing.
+
+        Cores are it when all were busy, or when workers, who may be few, have spent most of their time computing.
+        """
+        spent: defaultdict[str, float] = defaultdict(float)
+        for doing, seconds in self.seconds.items():
+            spent[BOUNDS[doing]] += seconds
+        if not any(spent.values()):
             return None
         if self._busy >= BUSY * self._wall * len(os.sched_getaffinity(0)):
             return "cores"
-        seconds = self.seconds
-        return BOUNDS[max(BOUNDS, key=lambda doing: seconds[doing])]
+        return max(spent, key=lambda bound: spent[bound])
 
     def __enter__(self) -> Trace:
         if self.is_drawn:
@@ -80,6 +93,17 @@ class Trace:
             for clock in self._clocks:
                 clock.flush()
             self._append("{}]\n")
+
+    @contextmanager
+    def all_waiting(self, what: str) -> Iterator[None]:
+        """While no worker has anything left to do, and all wait for this."""
+        began = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            took = time.perf_counter_ns() - began
+            for clock in self._clocks if took > UNSEEN else ():
+                clock.add("wait", what, began, took)
 
     def keep(self, events: list[dict[str, Any]]) -> None:
         """Append events to the file; their times are of `time.perf_counter_ns`."""
@@ -118,7 +142,7 @@ class Watched:
 
 
 class Clock:
-    """One worker's; nobody else starts or stops it."""
+    """One worker's; nobody else has it as long as that is at work."""
 
     def __init__(self, trace: Trace, number: int, keeping: bool) -> None:
         self.seconds: dict[Doing, float] = dict.fromkeys(get_args(Doing), 0.0)
@@ -132,7 +156,7 @@ class Clock:
         try:
             yield
         finally:
-            self._add(doing, what, began, time.perf_counter_ns() - began)
+            self.add(doing, what, began, time.perf_counter_ns() - began)
 
     def each(self, doing: Doing, what: str, things: Iterable[Thing]) -> Iterator[Thing]:
         """The same things; while the worker makes one, it does this."""
@@ -144,7 +168,8 @@ class Clock:
                 return
             yield thing
 
-    def _add(self, doing: Doing, what: str, began: int, took: int) -> None:
+    def add(self, doing: Doing, what: str, began: int, took: int) -> None:
+        """So many nanoseconds of this, since the moment `began`."""
         self.seconds[doing] += took / 1e9
         if self._events is None:
             return

@@ -30,7 +30,13 @@ RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=3)}  # of one r
 TIMEOUT = "60s"  # without a byte
 CHUNK = 4 << 20
 # What obstore says of faults that do not pass.
-NO_BUCKET, NO_CONDITION, REGION = LASTING = ("404 Not Found", "501 Not Implemented", "incorrectly configured region")
+NO_BUCKET, NO_CONDITION, REGION, TOKEN = LASTING = (
+    "404 Not Found",
+    "501 Not Implemented",
+    "incorrectly configured region",
+    "performing token request",
+)
+OPEN = "open it"
 ENDPOINTS = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
     "STORAGE_EMULATOR_HOST",
@@ -57,8 +63,8 @@ def open_store(place: StoreUrl) -> ObjectStore:
     if place.scheme == "s3" and not said and importlib.util.find_spec("boto3") is not None:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
-        options["credential_provider"] = attempt(place, "open it", Boto3CredentialProvider)
-    return attempt(place, "open it", lambda: from_url(str(place), **options))
+        options["credential_provider"] = attempt(place, OPEN, Boto3CredentialProvider)
+    return attempt(place, OPEN, lambda: from_url(str(place), **options))
 
 
 def is_forked() -> bool:
@@ -158,10 +164,16 @@ def explain(error: Exception, place: StoreUrl, doing: str) -> KconvertError:
             )
         case _ if REGION in str(error):
             fault = "the bucket is in another region; set that, as the store's own command line takes it"
+        case _ if TOKEN in str(error):
+            fault = "nobody here gives credentials for it; set them as the store's own command line takes them"
         case _ if NO_BUCKET in str(error):
             fault = f"there is no bucket {place.bucket!r}; check the address"
         case _ if "credential" in str(error).lower():
             fault = "there are no credentials for it; set them as the store's own command line takes them"
+        case _ if doing == OPEN:
+            fault = (
+                "what is set for it makes no sense; set account, profile and keys as for the store's own command line"
+            )
         case _:
             fault = (
                 "the store failed or did not answer; run the same command again, a conversion goes on from what it has"

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from kconvert.checkpoint.files import is_directory
 from kconvert.checkpoint.listing import STATE_DIR
+from kconvert.errors import KconvertError
 from kconvert.hub.ids import parse_hub_id
 from kconvert.planning.plan import Plan
 from kconvert.run.state.outline import Outline
@@ -17,6 +18,7 @@ from kconvert.version import __version__
 
 JOURNAL = "journal.jsonl"
 PROVENANCE = ("version", "recipe", "from", "command")
+DIRECTORY = "another directory"  # what advice names
 
 Record: TypeAlias = dict[str, Any]
 
@@ -92,14 +94,30 @@ def provenance(root: Path) -> dict[str, str]:
     return {key: str(head.get(key, "")) for key in PROVENANCE} if "version" in head else {}
 
 
-def advice(rank: Rank | None, another: str = "another directory") -> str:
+def advice(rank: Rank | None, another: str = DIRECTORY) -> str:
     """What helps where DST holds something else."""
     if rank is None:
         return f"choose {another}, or --overwrite to replace the checkpoint in it"
     return f"choose {another}, and give all ranks the same command, SRC and kconvert"
 
 
-def difference_of(head: Mapping[str, Any], plan: Plan) -> str:
+def check_head(
+    place: object, head: Mapping[str, Any], plan: Plan, rank: Rank | None, is_open: bool, another: str = DIRECTORY
+) -> None:
+    """KconvertError where DST, `place`, holds another conversion than that of `plan`; `is_open` is what has no config.json
+    yet."""
+    if belongs(head, plan):
+        return
+    help = advice(rank, another)
+    if rank is not None and is_open and is_mended(head, plan):
+        help = (
+            "give all ranks the same SRC or, if files of it were replaced by sound ones, the command once without --worker, "
+            "which keeps what was made of the others"
+        )
+    raise KconvertError(f"{place} holds a conversion {_difference(head, plan)}; {help}")
+
+
+def _difference(head: Mapping[str, Any], plan: Plan) -> str:
     """What is another in the run that a journal belongs to."""
     if (version := head.get("version", __version__)) != __version__:
         return f"by kconvert {version}, and this is {__version__}"

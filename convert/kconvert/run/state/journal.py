@@ -33,7 +33,7 @@ from kconvert.run.state.heads import (
     Record,
     advice,
     belongs,
-    difference_of,
+    check_head,
     head_of,
     heads_of,
     is_mended,
@@ -104,9 +104,7 @@ class Journal:
         outline = Outline.read(self._root)
         if outline is None:
             outline = Outline.of(plan, head_of(plan, command), rank.count).put(self._root, self._token)
-        if not belongs(outline.head, plan):
-            difference = difference_of(outline.head, plan)
-            raise KconvertError(f"{self.destination} holds a conversion {difference}; {advice(rank)}")
+        check_head(self.destination, outline.head, plan, rank, is_open=True)
         _check_count(outline, rank, self.destination)
 
     def _begin(self, plan: Plan, overwrite: bool, command: str) -> None:
@@ -146,7 +144,9 @@ class Journal:
         return self._state / STAGED
 
     def record(self, shard: str) -> None:
-        """Note that `shard` is complete, durable and under its name."""
+        """Note that `shard` is complete, durable and under its name; KconvertError where its source has changed meanwhile."""
+        if self._plan.source is not None:
+            self._plan.source.check_same(self._plan.files_of(shard))
         try:
             self._append(shard, {**_looks(self.destination / shard), MADE_OF: self._plan.stamp_of(shard)})
         except OSError as error:
@@ -200,7 +200,7 @@ def finished_shards(
     """The records of the shards that earlier runs of this plan, or other ranks, finished and nobody has touched since.
 
     Where some of the source's files were replaced since, as a damaged one is by a sound one, those shards count that others
-    were made of; but not for ranks, nor once the output is complete. Of a rank `alone`, what others of its count have finished
+    were made of; but not for a rank, nor once the output is complete. Of a rank `alone`, what others of its count have finished
     is not looked for: that is none of its shards. Those that were sent to the Hub, to `push`, need not be there any more. Only
     looks, writes nothing. KconvertError when DST holds anything else, unless the user said to `overwrite` it; and when it is
     that of more ranks or fewer.
@@ -220,9 +220,9 @@ def finished_shards(
             return {}
         if foreign is not None and not heads:
             raise KconvertError(f"{destination} is not empty ({foreign}); {advice(rank)}")
-        mended = outline is None and rank is None and not exists(destination / CONFIG_NAME)
-        if others and not (mended and is_mended(others[0], plan)):
-            raise KconvertError(f"{destination} holds a conversion {difference_of(others[0], plan)}; {advice(rank)}")
+        is_open = not exists(destination / CONFIG_NAME)
+        if others and not (rank is None and is_open and is_mended(others[0], plan)):
+            check_head(destination, others[0], plan, rank, is_open)
         _check_count(outline, rank, destination)
         head = others[0] if others else {"plan": plan.hash, "source": plan.stamp}
         records = read_records(state, head, rank if alone else None)

@@ -23,8 +23,8 @@ from kconvert.checkpoint.side_files import is_stale
 from kconvert.errors import KconvertError
 from kconvert.planning.plan import Plan
 from kconvert.run.state.finalize import Closed, refuse_missing
-from kconvert.run.state.heads import Record, advice, belongs, difference_of, head_of
-from kconvert.run.state.journal import UPLOAD, check_count
+from kconvert.run.state.heads import Record, advice, belongs, check_head, head_of, is_mended
+from kconvert.run.state.journal import MADE_OF, UPLOAD, check_count
 from kconvert.run.state.outline import CLOSING, OUTLINE, Outline
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl
@@ -99,6 +99,8 @@ class Stored:
             if (content := sight.content) and not overwrite:
                 raise KconvertError(f"{self.place} is not empty ({min(content)}); {advice(rank, OTHER)}")
             return {}
+        if rank is None and self._sound is not None:
+            return {name: self._record(name) for name in self._sound}
         self._check_plan(outline, rank)
         _check_rank(sight.ranks, rank, self.place)
         return {s.name: self._record(s.name) for s in self._plan.shards if sight.is_done(s.name, outline.head)}
@@ -125,6 +127,8 @@ class Stored:
             self._objects.delete(marks & sight.files.keys())
         if overwrite:
             self._objects.delete(self._stale(sight, mine))
+        elif rank is None:
+            self._take_over(command)
         if rank is None:
             self._objects.delete([name for name in (RANKS,) if name in sight.files])
         self._introduce(rank, command)
@@ -133,9 +137,35 @@ class Stored:
 
     def share(self, count: int, command: str) -> int:
         """Make the plan known to ranks, so many unless others began before; returns how many they are."""
+        self._take_over(command)
         self._introduce(Rank(0, count), command)
         self._objects.create(RANKS, _ranks(count))
         return _count(self._objects) or count
+
+    @cached_property
+    def _sound(self) -> list[str] | None:
+        """The shards that are as good as they were, where files of the source were replaced since this plan was begun; None
+        where none was, or DST is finished. See finished_shards."""
+        sight = self._sight
+        if sight.outline is None or CONFIG_NAME in sight.files or not is_mended(sight.outline.head, self._plan):
+            return None
+        head = sight.outline.head
+        done = {shard.name for shard in self._plan.shards if sight.is_done(shard.name, head)}
+
+        def is_sound(shard: str) -> bool:
+            said = self._objects.read(_mark(head, shard, sight.files[shard])) or b""
+            return said == self._said(shard, sight.files[shard])
+
+        with ThreadPoolExecutor(LOOKS) as pool:
+            return [name for name, sound in zip(done, pool.map(is_sound, done), strict=True) if sound]
+
+    def _take_over(self, command: str) -> None:
+        """Let DST be that of the source as it is now, with what is as good as it was."""
+        if self._sound is None:
+            return
+        for shard in self._sound:
+            self._note(shard, self._sight.files[shard])
+        self._objects.put(PLAN, Outline.of(self._plan, head_of(self._plan, command), 1).text.encode())
 
     def _introduce(self, rank: Rank | None, command: str) -> None:
         outline = Outline.of(self._plan, head_of(self._plan, command), rank.count if rank else 1)
@@ -157,8 +187,7 @@ class Stored:
 
     def _check_plan(self, outline: Outline, rank: Rank | None) -> None:
         if not belongs(outline.head, self._plan):
-            difference = difference_of(outline.head, self._plan)
-            raise KconvertError(f"{self.place} holds a conversion {difference}; {advice(rank, OTHER)}")
+            check_head(self.place, outline.head, self._plan, rank, CONFIG_NAME not in self._sight.files, OTHER)
 
     def has(self, upload: Mapping[str, Any]) -> bool:
         """Whether a journal's record says that the content is here."""
@@ -167,8 +196,16 @@ class Stored:
     def send(self, name: str, path: Path) -> Record:
         """Send a shard, and note that it is here."""
         stat = self._objects.put(name, path)
-        self._objects.create(_mark(self._head, name, stat), json.dumps({"bytes": stat.nbytes}).encode())
+        self._note(name, stat)
         return dict(self._record(name)[UPLOAD])
+
+    def _note(self, shard: str, stat: FileStat) -> None:
+        """Let everybody know that a shard is finished."""
+        self._objects.create(_mark(self._head, shard, stat), self._said(shard, stat))
+
+    def _said(self, shard: str, stat: FileStat) -> bytes:
+        """What is to be known of a finished shard."""
+        return json.dumps({"bytes": stat.nbytes, MADE_OF: self._plan.stamp_of(shard)}).encode()
 
     def close(self) -> None:
         """Complete a DST whose shards are all there: side files, then config.json and the index."""
