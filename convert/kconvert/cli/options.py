@@ -122,7 +122,7 @@ def output_options(function: Command) -> Command:
     options = [
         click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
         click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest output file."),
-        click.option("--threads", type=click.IntRange(1, 256), help="Worker threads [default: cores + 6]."),
+        click.option("--threads", type=click.IntRange(1, 256), help="Worker threads [default: cores + 3]."),
         click.option("--memory", type=Size(), help="Buffers of all workers together [default: 256MiB]."),
         click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST."),
         click.option("--push", metavar="ORG/NAME", help="Send the output to this repository of the Hub, too."),

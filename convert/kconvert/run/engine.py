@@ -46,10 +46,10 @@ from kconvert.run.writer import ShardWriter
 if TYPE_CHECKING:
     from kconvert.formats.base import Bytes
 
-WAITING = 6  # workers beyond the number of cores, as some wait for the disk
+WAITING = 3  # workers beyond the number of cores, as some wait for the disk
 DEFAULT_MEMORY = 256 << 20  # for buffers, all workers together
-MAX_TASK = 16 << 20  # more than this at a time makes nothing faster
-BASE_MEMORY = 180 << 20  # the interpreter, numpy, the compiled kernels
+MAX_TASK = 24 << 20  # the disk takes few large requests sooner than many: few workers, large tasks
+BASE_MEMORY = 120 << 20  # the interpreter, numpy, the kernels
 
 
 class Observer(Protocol):
