@@ -34,7 +34,10 @@ def keep(loop: Loop, path: str) -> None:
         if not function.is_declaration and function.name != SYMBOL:
             function.linkage = "internal"
     passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()  # what numba gives to every function, and needs numba itself
+    # Whoever calls a function looks whether it has raised something, which needs numba; but none of these does.
+    passes.add_ipsccp_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_global_dead_code_eliminate_pass()
     passes.run(module, llvm.create_pass_builder(machine(), llvm.create_pipeline_tuning_options()))
     write(Path(path), machine().emit_object(module))
 
@@ -48,10 +51,10 @@ def compiled(loop: Loop) -> Any:
     result = "0" if function.__annotations__.get("return") == "None" else "found"
     source = f"def entry({', '.join(passed)}):\n"
     source += f"    found = loop({', '.join(argument.made for argument in arguments)})\n    return {result}"
-    inner = njit(tuple(argument.type for argument in arguments), error_model="numpy", forceinline=True)(function)
+    inner = njit(tuple(argument.type for argument in arguments), error_model="numpy")(function)
     scope = {"loop": inner, "carray": carray, "as_strided": as_strided, "types": types, "int64": int64}
     exec(source, scope)  # numba knows no other way to make a function of so many arguments
-    return cfunc(types.int64(*passed.values()), error_model="numpy", forceinline=True)(scope["entry"])
+    return cfunc(types.int64(*passed.values()), error_model="numpy")(scope["entry"])
 
 
 def _argument(name: str, kind: str) -> Argument:
