@@ -196,8 +196,7 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
     if checkpoint.directory is None:
         return
     for name, stat in checkpoint.files.items():
-        path = checkpoint.directory / name
-        now = path.stat()
+        now = (path := checkpoint.directory / name).stat()
         if f"{now.st_size}:{now.st_mtime_ns}" != stat.stamp:
             raise CheckFailed(f"{path} has changed while it was verified; verify it again")
 
