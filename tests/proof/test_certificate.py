@@ -272,6 +272,18 @@ def test_check_says_what_was_proven_within_limits_only(int4: Path, tmp_path: Pat
     assert json.loads(run("check", tmp_path / "gguf", path, "--json").stdout)["outcomes"]["exact values"] > 24
 
 
+def test_scales_of_activations_that_verify_holds_to_1_are_compared(int4: Path, tmp_path: Path, raw: Any) -> None:
+    kconvert.convert(kconvert.plan(int4, kconvert.Recipe("nvfp4", layout="modelopt")), tmp_path / "out")
+    kconvert.certify(kconvert.verify(int4, tmp_path / "out"), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["not_compared"] == []
+    checkpoint = raw.load(tmp_path / "out")
+    name = next(name for name in checkpoint if name.endswith("input_scale"))
+    checkpoint[name].data = checkpoint[name].data[::-1]
+    save(checkpoint)
+    with pytest.raises(kconvert.CheckFailed, match=f"'{name}' is not 1"):
+        kconvert.verify(int4, tmp_path / "out")
+
+
 def test_check_says_by_which_reference_rounded_weights_were_judged(int4: Path, fp8: Path, tmp_path: Path) -> None:
     assert run("verify", int4, fp8, "--certificate", tmp_path / "out.json").exit_code == 0
     assert "held to the reference encoding" in run("check", fp8, tmp_path / "out.json").stdout

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "kconvert-certificate-1"
 MAX_BYTES = 1 << 28  # of the text; a model of 500,000 tensors has 120 MB
-# What judged a weight -> what is true of it: every value is the source's; it is the reference encoding of the source's values,
-# or codes that give back each of them; its errors are within limits. PLANNED: it has groups with the nearest value, as planned.
+# What judged a weight -> what is true of it: its values are the source's; it is the reference encoding of these, or codes that
+# give back each; its errors are within limits. PLANNED: its values are the source's but for groups that a conversion counts.
 OUTCOMES = {"values": "exact values", "bytes": "exact bytes", "limits": "within limits"}
 PLANNED = "exact but for planned groups"
 KNOWN = (*OUTCOMES.values(), PLANNED)
@@ -116,8 +116,8 @@ def check_path(path: Path) -> None:
 def _document(report: Report, path: Path, advance: Advance) -> dict[str, Any]:
     source, output = report.source.checkpoint, report.output.checkpoint
     left = [tensor for tensor in output.tensors.values() if tensor.name not in report.digests]
-    names = (tensor.name for tensor in left)
-    digests = {**report.digests, **dict(zip(names, tensor_digests(output, left, advance), strict=True))}
+    again = zip((tensor.name for tensor in left), tensor_digests(output, left, advance), strict=True)
+    digests = {**report.digests, **dict(again)}
     weights, not_compared = _outcomes(report)
     return {
         "schema": SCHEMA,
@@ -142,12 +142,15 @@ def _document(report: Report, path: Path, advance: Advance) -> dict[str, Any]:
 
 def _outcomes(report: Report) -> tuple[dict[str, str], list[str]]:
     """How each weight and plain tensor came out; and the output's tensors that belong to none of them, or were left unread."""
+    from kconvert.proof.parity.compare import input_scales
+
     found = {item.name: PLANNED if item.changed else OUTCOMES[item.judged_by] for item in report.comparisons}
     formats = {comparison.name: comparison.source_format for comparison in report.comparisons}
-    compared = [tensor for weight in report.output.weights for tensor in weight.tensors]
+    compared: list[Tensor] = []
     for weight in report.output.weights:
-        if weight.format.quantised and formats.get(weight.name) == weight.format.label:
-            compared += weight.companions
+        kept = weight.format.quantised and formats.get(weight.name) == weight.format.label
+        held = input_scales(weight) if report.standard.exact and weight.name in formats else ()
+        compared += (*weight.tensors, *(weight.companions if kept else held))
     for plain in report.output.plain:
         compared.append(plain.tensor)
         if plain.tensor.name.removesuffix(".weight") not in found:
@@ -178,8 +181,7 @@ def _files(checkpoint: Checkpoint, certificate: Path) -> dict[str, str]:
     Of a GGUF file what is no tensor does, which `file_digest` takes for it.
     """
     if isinstance(checkpoint, GgufCheckpoint):
-        count = len(checkpoint.files)
-        return {f"part {number} of {count}": name for number, name in enumerate(checkpoint.files, 1)}
+        return {f"part {number} of {len(checkpoint.files)}": name for number, name in enumerate(checkpoint.files, 1)}
     names = [*checkpoint.side_files, *(file for file in checkpoint.left_out if why_left_out(file) == DECLARATION)]
     if checkpoint.has(CONFIG_NAME):
         names.append(CONFIG_NAME)
@@ -194,8 +196,7 @@ def _check_unchanged(checkpoint: Checkpoint) -> None:
     if checkpoint.directory is None:
         return
     for name, stat in checkpoint.files.items():
-        path = checkpoint.directory / name
-        now = path.stat()
+        now = (path := checkpoint.directory / name).stat()
         if f"{now.st_size}:{now.st_mtime_ns}" != stat.stamp:
             raise CheckFailed(f"{path} has changed while it was verified; verify it again")
 

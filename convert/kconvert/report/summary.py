@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kconvert.checkpoint.side_files import why_left_out
 from kconvert.errors import KconvertError, counted, human
 from kconvert.formats.base import FATES
+from kconvert.formats.nvfp4 import INPUTS, Nvfp4
 from kconvert.models.copies import undecoded
 from kconvert.models.model import Model, Weight
 from kconvert.planning.plan import Plan
@@ -97,13 +98,20 @@ def role_lines(table: Sequence[Mapping[str, Any]], format: str, items: str, coun
         yield f"{row['role']:<20}{row['format']:<18}{sizes}"
 
 
+def _is_nvfp4(weight: Weight) -> bool:
+    return isinstance(weight.format, Nvfp4)
+
+
 def find(model: Model) -> list[str]:
     """What is sound but worth knowing."""
     findings = [f"{file} {why_left_out(file)} and will not be copied" for file in model.checkpoint.left_out]
     left = [*model.dropped, *(tensor for weight in model.weights for tensor in weight.companions)]
     if left:
+        beside = (tensor.name for weight in model.weights if _is_nvfp4(weight) for tensor in weight.companions)
+        taken = any(name.endswith(tuple(INPUTS.values())) for name in beside)
+        but = ", but for one to the other dialect's NVFP4" * taken
         findings.append(
-            f"{dropped(tensor.name for tensor in left)} say nothing of a weight and are left behind by a conversion"
+            f"{dropped(tensor.name for tensor in left)} say nothing of a weight and are left behind by a conversion{but}"
         )
     findings += model.findings
     findings += [f"{tensor.name} {reason}, which no rule decodes" for tensor, reason in undecoded(model.plain)]

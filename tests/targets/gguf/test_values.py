@@ -16,6 +16,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from kconvert import KconvertError, Recipe, convert, plan, verify
+from kconvert.targets.sample import SampleRecipe, plan_synthetic
 
 Source = Callable[[str], Path]
 ToGguf = Callable[..., Any]
@@ -249,6 +250,15 @@ def test_a_value_too_large_for_q8_0_is_named(source: Source, tmp_path: Path) -> 
         save_file(tensors, path, {"format": "pt"})
     with pytest.raises(KconvertError, match=r"o_proj.*it has the value -10027008, .*leave out --rest q8_0"):
         convert(plan(root, Recipe("gguf", rest="q8_0")), tmp_path / "out")
+
+
+def test_rows_that_q8_0_has_no_blocks_for_are_bf16_without_it(tmp_path: Path) -> None:
+    sizes = {"layers": 1, "experts": 2, "hidden": 128, "vocab": 320, "heads": 4, "moe_intermediate": 48}
+    convert(plan_synthetic(SampleRecipe("qwen3-moe", sizes)), tmp_path / "source")
+    sentence = r"down_proj' has 48 columns, which do not divide into blocks of 32; leave out --rest q8_0"
+    with pytest.raises(KconvertError, match=sentence):
+        plan(tmp_path / "source", Recipe("gguf", rest="q8_0"))
+    convert(plan(tmp_path / "source", Recipe("gguf")), tmp_path / "out")
 
 
 def test_one_file_that_replaces_another_leaves_nothing_of_it(source: Source, to_gguf: ToGguf, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import counted
 from kconvert.formats.nvfp4 import INPUTS, ONE, Nvfp4
@@ -258,12 +259,17 @@ def _input_fault(ours: Weight, theirs: Weight, source: Reader, output: Reader) -
     if isinstance(theirs.format, Nvfp4):
         scale = measured.get(f"{ours.name}.{INPUTS[not theirs.format.multiplies]}", b"")
         known = {inverse} if (inverse := _inverse(scale)) else known
-    for tensor in theirs.companions:
-        is_scale = tensor.name.endswith(tuple(f".{name}" for name in INPUTS.values()))
-        if is_scale and output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
+    for tensor in input_scales(theirs):
+        if output.read(tensor.file, tensor.start, tensor.nbytes) not in known:
             made = "if something else than kconvert made this checkpoint, judge it with --close"
             return f"tensor {tensor.name!r} is not 1, nor what the source has measured of activations; {made}"
     return None
+
+
+def input_scales(weight: Weight) -> list[Tensor]:
+    """The scales of activations beside a weight's codes, which are held to what belongs there."""
+    ends = tuple(f".{name}" for name in INPUTS.values())
+    return [tensor for tensor in weight.companions if weight.format.quantised and tensor.name.endswith(ends)]
 
 
 def _inverse(scale: bytes) -> bytes:

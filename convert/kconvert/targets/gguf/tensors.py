@@ -167,7 +167,8 @@ class Tensors:
             fitted = format.fit(weight.format, weight.rows, weight.cols, mse=False)
             parts_of(fitted, weight.rows, weight.cols)
         except ValueError as error:
-            raise KconvertError(f"weight {weight.name!r} {error}") from None
+            advice = "; leave out --rest q8_0, without which it is BF16" * (self.rest is not None)
+            raise KconvertError(f"weight {weight.name!r} {error}{advice}") from None
         return fitted
 
     def _kv_b(self, weight: Weight) -> Transcode:
