@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,13 @@ def test_a_node_that_dies_in_the_middle_changes_no_byte(cluster: Any, job: Job) 
     assert not failures
     job.check_finished()
     assert sum(told) <= job.plan().output_bytes
+
+
+def test_a_quiet_command_prints_nothing(cluster: Any, job: Job) -> None:
+    words = ["int4-to-bf16", job.source, job.destination, "--engine", "ray", "--ray-address", cluster.address, "-q"]
+    command = [sys.executable, "-c", "from kconvert.cli import main; main()", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_what_is_made_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_one(

@@ -106,7 +106,6 @@ class Cluster:
 
     def _connect(self, address: str | None) -> None:
         """Join a cluster: that of the address, that of RAY_ADDRESS, one that runs on this machine; or else start one here."""
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
         named = address or os.environ.get("RAY_ADDRESS", AT_HAND)
         _check_address(named)
