@@ -311,9 +311,10 @@ def apply(destination: StrPath, patch: StrPath) -> Applied:
     """
     from pathlib import Path
 
+    from kconvert.address import address
     from kconvert.run.state.merge import apply_patch
 
-    return apply_patch(Path(destination), Path(patch))
+    return apply_patch(Path(address(destination)), Path(address(patch)))
 
 
 def _rank(worker: str | None) -> Rank | None:

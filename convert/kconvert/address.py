@@ -6,6 +6,7 @@ import os
 
 from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
 from kconvert.checkpoint.source import Checkpoint, open_directory
+from kconvert.errors import KconvertError
 from kconvert.hub.ids import parse_hub_id
 from kconvert.stores.urls import parse_store_url
 
@@ -18,16 +19,25 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     Raises KconvertError for anything unsound: a missing or damaged file, an index that disagrees with the headers, a link
     that leads outside the directory.
     """
-    if (objects := parse_store_url(os.fspath(path))) is not None:
+    path = address(path)
+    if (objects := parse_store_url(path)) is not None:
         from kconvert.stores.objects import open_objects
 
         return open_objects(objects, revision)
-    place = parse_hub_id(os.fspath(path))
+    place = parse_hub_id(path)
     if place is None or os.path.lexists(path):
         return open_directory(path, revision)
     from kconvert.hub.repository import open_repository
 
     return open_repository(place, revision)
+
+
+def address(path: object) -> str:
+    """KconvertError for what is none, as somebody else's variable may be."""
+    found = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(found, str):
+        raise KconvertError(f"{path!r} is no path; give a str or a pathlib.Path")
+    return found
 
 
 def anywhere(path: str | os.PathLike[str]) -> str:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 
@@ -81,6 +81,10 @@ class Weights(Mapping[str, torch.Tensor]):
         self._root = checkpoint.root
         self._reader = checkpoint.reader()
         self._tensors: dict[str, Stored] = {}
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise KconvertError(
+                f"there are no {threads!r} threads; give a number of them, or none for one on each core"
+            )
         self._threads = threads or len(os.sched_getaffinity(0))
         self._own = threading.local()
         self._lock = threading.Lock()
@@ -100,7 +104,8 @@ class Weights(Mapping[str, torch.Tensor]):
         KconvertError for other numbers, and for a tensor without dimensions.
         """
         stored = self._tensors[name]
-        if not stored.shape or not 0 <= first <= last <= stored.shape[0]:
+        are_numbers = isinstance(first, SupportsIndex) and isinstance(last, SupportsIndex)
+        if not stored.shape or not are_numbers or not 0 <= first <= last <= stored.shape[0]:
             raise KconvertError(
                 f"{self._root}: tensor {name!r} {list(stored.shape)} has no rows {first} to {last}; they begin at 0, and the "
                 "last is not included"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -101,7 +101,10 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> Coverage:
     Raises KconvertError, and changes nothing, when there are no experts, when not all that the model has are covered, or
     when one cannot be. With `lora="merged"` and experts in nn.Linear, PEFT comes first.
     """
-    config = config or QATConfig()
+    check_model(model)
+    config = QATConfig() if config is None else config
+    if not isinstance(config, QATConfig):
+        raise KconvertError(f"prepare takes a QATConfig, and {config!r} is none")
     if any(attached_to(module) for module in model.modules()):
         raise KconvertError("the model is prepared already; call detach first to change the configuration")
     found = find_experts(model)
@@ -127,6 +130,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> Coverage:
 
 def coverage(model: nn.Module) -> Coverage:
     """What `prepare` covered, read from the modules themselves; KconvertError when it is nothing or no longer all."""
+    check_model(model)
     held = next((attached for module in model.modules() if (attached := attached_to(module))), None)
     if held is None:
         raise KconvertError("the model is not prepared for quantisation-aware training; call prepare first")
@@ -152,6 +156,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 def detach(model: nn.Module) -> None:
     """Undo `prepare`; the weights are as training left them."""
+    check_model(model)
     modules = [module for module in model.modules() if attached_to(module)]
     for module in modules:
         if ORIGINAL not in vars(type(module)) or _is_wrapped(module):
@@ -171,12 +176,21 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def at_step(model: nn.Module, step: int) -> bool:
     """To be called before each step of a training loop: fake quantisation is active from `start_step` on."""
+    check_model(model)
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex) or int(step) < 0:
+        raise KconvertError(f"the step is {step!r}, but it must be a number of steps done")
     active = False
     for module in model.modules():
         if (attached := attached_to(module)) is not None:
             active = attached.state.active = step >= attached.state.config.start_step
             attached.state.step = step
     return active
+
+
+def check_model(model: object) -> None:
+    """KconvertError for anything but one of torch."""
+    if not isinstance(model, nn.Module):
+        raise KconvertError(f"a model is a torch.nn.Module, and this is {type(model).__name__}")
 
 
 def attached_to(module: nn.Module) -> Attached | None:

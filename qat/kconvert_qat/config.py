@@ -48,8 +48,10 @@ class QATConfig:
 
     def __post_init__(self) -> None:
         self._check(isinstance(self.grid, str) and self.grid in GRIDS, "grid", f"one of {', '.join(GRIDS)}")
-        object.__setattr__(self, "convention", self.convention or self.spec.conventions[0])
-        object.__setattr__(self, "group_size", self.group_size or self.spec.size)
+        if self.convention in ("", None):
+            object.__setattr__(self, "convention", self.spec.conventions[0])
+        if self.group_size is None or (_is_int(self.group_size) and self.group_size == 0):
+            object.__setattr__(self, "group_size", self.spec.size)
         self._check(
             self.convention in self.spec.conventions, "convention", f"one of {', '.join(self.spec.conventions)}"
         )
@@ -91,7 +93,7 @@ class QATConfig:
         """KconvertError when `text` is not what to_json wrote."""
         try:
             table = json.loads(text)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise KconvertError(f"QATConfig: its text is not valid JSON ({error})") from None
         known = {field.name for field in fields(cls)}
         if not isinstance(table, Mapping) or not table.keys() <= known:

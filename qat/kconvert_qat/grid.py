@@ -55,11 +55,11 @@ def _fake_quantise(
     weight = weight.detach().contiguous()
     if weight.is_cpu:
         return _by_kernel(weight, group_size, convention, grid, mate)
-    if grid == INT4 and weight.is_cuda:
-        from kconvert_qat.grids import cuda
+    if weight.is_cuda:
+        from kconvert_qat.grids import cuda_floats
 
         served = torch.empty_like(weight)
-        cuda.fake_quantise(weight.view(-1, group_size), CONVENTIONS[convention], served.view(-1, group_size))
+        cuda_floats.fake_quantise(weight, group_size, convention, grid, mate, served)
         return served
     return _by_reference(weight, group_size, convention, grid, reaches(weight, mate, grid))
 

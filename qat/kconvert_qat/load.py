@@ -20,7 +20,9 @@ from torch import nn
 
 import kconvert
 from kconvert.errors import KconvertError
+from kconvert_qat.attach import check_model
 from kconvert_qat.experts import ExpertWeight, find_experts
+from kconvert_qat.export.ranks import is_sharded, together
 from kconvert_qat.export.readable import silence
 from kconvert_qat.names import Matrix, base_model, matrices_of, plain_class, spelling_of
 
@@ -83,11 +85,30 @@ def load(
 
     Parameters stay the same objects on the same devices, in their own dtype; those on the meta device come to `device`.
     The result is that of from_pretrained with a BF16 conversion, bit for bit. Under FSDP2 every rank calls this, before the
-    first forward, and decodes its own experts; adapters come afterwards. Beside the model one matrix is in memory.
+    first forward, and decodes its own experts; where one refuses, all do. Adapters come afterwards. Beside the model one matrix
+    is in memory.
 
     KconvertError when the checkpoint cannot be read, when it lacks a weight of the model or has one that the model has no
     place for, and where shapes differ; then the model holds nothing of use.
     """
+    check_model(model)
+    with together(is_sharded(model)):
+        _load(model, source, revision, _device(device))
+
+
+def _device(device: Any) -> torch.device:
+    """KconvertError unless there is such a one, and it has memory."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, TypeError, AssertionError, ImportError):
+        raise KconvertError(f"there is no device {device!r} here; give one that torch has, such as 'cpu'") from None
+    if found.type == "meta":
+        raise KconvertError("the meta device holds no values; give load one that does, such as 'cpu'")
+    return found
+
+
+def _load(model: nn.Module, source: str | os.PathLike[str], revision: str | None, device: torch.device) -> None:
     base = base_model(model)
     if not hasattr(base, "save_pretrained"):
         raise KconvertError(f"load fills models of transformers, and {type(base).__name__} is none")
@@ -97,7 +118,7 @@ def load(
         places = list(_places(model, weights))
         filled = {name for place in places for name in place.names}
         rest = {name: Lazy(weights.get_slice(name)) for name in weights if name not in filled}
-        _load_rest(base, rest, places, str(source), torch.device(device))
+        _load_rest(base, rest, places, str(source), device)
         for place in places:
             place.fill(weights)
 

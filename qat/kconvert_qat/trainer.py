@@ -38,7 +38,6 @@ from kconvert_qat.config import QATConfig
 from kconvert_qat.distill import distillation_loss
 from kconvert_qat.export import export, plan_export
 from kconvert_qat.load import load
-from kconvert_qat.names import check_grid
 from kconvert_qat.plots import plot_training
 
 MASTERS = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -120,8 +119,6 @@ def train(request: TrainRequest, advance: Advance | None = None) -> Outcome:
     model = load_model(request.model, MASTERS[request.masters])
     before = held_out_loss(model, held_out)
     covered = prepare(model, request.config)
-    if origin is not None:
-        check_grid(origin.config, request.config, covered.matrices)
     plan_export(model, source=request.source, for_transformers=request.for_transformers)
     at_step(model, request.config.start_step)
     quantised = held_out_loss(model, held_out)

@@ -40,6 +40,24 @@ def weights(kind, cols=768, rows=512):
     return KINDS[kind](torch.randn(rows, cols))
 
 
+# A grid, its convention, and the columns that have a scale.
+SPELT = [
+    *(("int4", convention, size) for convention in CONVENTIONS for size in (24, 32)),
+    ("mxfp4", "compressed-tensors", 32),
+    ("nvfp4", "power-of-two", 16),
+    ("fp8-block", "f32", 128),
+    ("fp8-block", "ue8m0", 128),
+]
+
+
+def grid_weights(kind, grid, dtype):
+    """One or two matrices, whose last program is not full, and what engines fuse with a single one."""
+    if grid == "fp8-block":
+        return weights(kind, 160, 2 * 130).to(dtype).view(2, 130, 160), None
+    found = weights(kind, 96, 2 * 5).to(dtype)
+    return (found[:5], found[5:] * 4) if grid == "nvfp4" and dtype == torch.float32 else (found.view(2, 5, 96), None)
+
+
 def bits(tensor):
     tensor = torch.where(tensor.isnan(), 1e38, tensor)  # of NaN there are many
     return tensor.cpu().contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
@@ -54,6 +72,15 @@ def test_cuda_equals_the_cpus_kernel_and_the_reference(kind, convention, group, 
     served = bits(fake_quantise(weight.cuda(), group, convention))
     assert torch.equal(served, bits(fake_quantise(weight, group, convention)))
     assert torch.equal(served, bits(reference.fake_quantise(weight, group, CONVENTIONS[convention])))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("grid", "convention", "size"), SPELT)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_grid_on_cuda_has_the_bits_of_the_cpu(kind, grid, convention, size, dtype):
+    weight, mate = grid_weights(kind, grid, dtype)
+    served = fake_quantise(weight.cuda(), size, convention, False, grid, None if mate is None else mate.cuda())
+    assert torch.equal(bits(served), bits(fake_quantise(weight, size, convention, False, grid, mate)))
 
 
 @pytest.mark.parametrize("convention", list(CONVENTIONS))

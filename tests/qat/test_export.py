@@ -204,6 +204,26 @@ def test_the_guard_refuses_another_grid(tiny, tmp_path, group, message):
         check_grid(table, QATConfig(), covered.matrices)
 
 
+@pytest.mark.parametrize(
+    ("trained", "message"),
+    [
+        (QATConfig(group_size=16), "as int4 group 32, but the QAT grid is int4 kimi group 16"),
+        (QATConfig(grid="mxfp4"), "as int4 group 32, but the QAT grid is mxfp4"),
+    ],
+)
+def test_an_export_on_a_grid_that_its_source_does_not_declare_is_refused_before_a_byte_is_written(
+    tiny, tmp_path, trained, message
+):
+    model = tiny()
+    prepare(model)
+    export(model, tmp_path / "int4")
+    other = tiny()
+    prepare(other, trained)
+    with pytest.raises(KconvertError, match=message):
+        export(other, tmp_path / "other", source=tmp_path / "int4")
+    assert not (tmp_path / "other").exists()
+
+
 def test_from_kimi_to_kimi_the_codes_of_untouched_weights_stay(sample, tmp_path):
     """INT4 -> BF16 masters -> steps of training that reach one expert -> INT4: every other tensor is the source's."""
     from transformers import DeepseekV3ForCausalLM

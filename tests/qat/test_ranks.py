@@ -129,9 +129,32 @@ def train_fsdp(rank, ranks, folder):
         refuse(model, rank, Path(folder))
 
 
+def gives_out(real):
+    """After some weights."""
+    calls = iter(range(3))
+
+    def of(*arguments):
+        if next(calls, None) is None:
+            raise MemoryError("there is no memory left")
+        return real(*arguments)
+
+    return of
+
+
+def refused_load(model, source):
+    from kconvert_qat import load
+
+    with pytest.raises(KconvertError) as raised:
+        load(model, source)
+    said = [None] * 2
+    torch.distributed.all_gather_object(said, str(raised.value))
+    return said
+
+
 def refuse(model, rank, folder):
     """What one rank refuses, all do, by one sentence, and none waits for another; after it an export is as before."""
     from kconvert_qat import export
+    from kconvert_qat.export import encode
 
     def refused(*arguments, error=KconvertError, **options):
         with pytest.raises(error) as raised:
@@ -162,9 +185,23 @@ def refuse(model, rank, folder):
             assert "not finite" in one
         local[0, 0, 0] = before
     one, two = refused(other, error=RuntimeError if rank == 0 else KconvertError, advance=fails, overwrite=True)
-    assert (one, two) == ("the progress bar broke", "rank 0 could not go on with the export; its own output says why")
+    assert (one, two) == ("the progress bar broke", "rank 0 could not go on; its own output says why")
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:  # another than the one that writes, while weights are gathered
+            patched.setattr(encode.Whole, "of", gives_out(encode.Whole.of))
+        for options in ({}, {"only_changed": True}):
+            one, two = refused(
+                folder / f"gives-out-{len(options)}", error=(MemoryError, KconvertError)[rank == 0], **options
+            )
+            assert (one, two) == ("rank 1 could not go on; its own output says why", "there is no memory left")
+    one, two = refused(folder / "differs", only_changed=rank == 1)
+    assert one == two
+    assert "different exports" in one
     plan = export(model, folder / "unchanged", only_changed=True)
     assert rank > 0 or not plan.shards
+    one, two = refused_load(model, full if rank == 0 else folder / "nowhere")
+    assert one == two
+    assert one.startswith(f"{folder / 'nowhere'} ")
 
 
 def train_expert_parallel(rank, ranks, folder):

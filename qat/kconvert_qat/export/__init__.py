@@ -19,15 +19,17 @@ from typing import Any
 from torch import nn
 
 import kconvert
+from kconvert.address import address
 from kconvert.errors import KconvertError
 from kconvert.planning.plan import Plan
 from kconvert.run.state.finalize import finalize
 from kconvert.run.state.journal import Journal
 from kconvert.targets.base import DEFAULT_SHARD_SIZE
+from kconvert_qat.attach import check_model
 from kconvert_qat.export.encode import Seen, check_values, encoded, help_gather
 from kconvert_qat.export.patch import HELD, Exported, PatchWriter, check_room, last_export, remember
 from kconvert_qat.export.planned import Export, plan_export, plan_of
-from kconvert_qat.export.ranks import is_leader, is_sharded, led, together
+from kconvert_qat.export.ranks import check_same, is_leader, is_sharded, together
 from kconvert_qat.export.shards import write_shards
 
 __all__ = ["Export", "export", "plan_export"]
@@ -57,11 +59,13 @@ def export(
     With `only_changed` the directory gets a patch: the weights whose codes or values are others than in the last export of this
     model in this process, whole or patch, for `kconvert apply` to merge into a copy of that.
     """
-    advance = advance or (lambda nbytes: None)
+    check_model(model)
+    sharded = is_sharded(model)
+    with together(sharded):
+        advance = _check_options(destination, tokenizer, shard_size, advance)
     target = Path(destination)
     if only_changed:
         return _export_changes(model, source, target, shard_size, overwrite, advance)
-    sharded = is_sharded(model)
     with together(sharded):
         task = plan_export(
             model, source=source, tokenizer=tokenizer, shard_size=shard_size, for_transformers=for_transformers
@@ -69,8 +73,9 @@ def export(
         check_values(task)
         if is_leader():
             kconvert.check(task.plan, target, overwrite=overwrite)
+    check_same(sharded, f"whole {Exported.of(task, {}).outline}")
     seen: Mapping[str, Seen] = {}
-    with led(sharded):
+    with together(sharded):
         if is_leader():
             with Journal(target, task.plan, overwrite) as journal:
                 seen = write_shards(task.plan, journal, encoded(task, {}), advance)
@@ -79,6 +84,20 @@ def export(
             help_gather(task)
     remember(model, Exported.of(task, seen))
     return task.plan
+
+
+def _check_options(destination: object, tokenizer: Any, shard_size: object, advance: object) -> Callable[[int], None]:
+    """KconvertError for what cannot be carried out; what to call with the bytes written."""
+    address(destination)
+    if type(shard_size) is not int or shard_size < 1:
+        raise KconvertError(f"shard_size is {shard_size!r}, but it must be a number of bytes")
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise KconvertError(f"the tokenizer is {tokenizer!r}, which has no save_pretrained; give one of transformers")
+    if advance is None:
+        return lambda nbytes: None
+    if not callable(advance):
+        raise KconvertError(f"advance is {advance!r}, which cannot be called with the bytes written")
+    return advance
 
 
 def _export_changes(
@@ -101,8 +120,9 @@ def _export_changes(
             )
         if is_leader():
             check_room(target, overwrite)
+    check_same(sharded, f"patch {mine.outline}")
     plan = task.plan
-    with led(sharded):
+    with together(sharded):
         if is_leader():
             writer = PatchWriter(target, min(shard_size, HELD), advance)
             mine = replace(mine, seen=writer.write(encoded(task, last.seen), last.seen))

@@ -126,6 +126,7 @@ class Whole:
 def whole(tensor: Any) -> torch.Tensor:
     """The tensor itself, or all of it when it is sharded; then every rank must call this."""
     if hasattr(tensor, "full_tensor"):
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)  # fails while nobody waits for it
         go_on()
         tensor = tensor.full_tensor()
     plain: torch.Tensor = tensor.detach()

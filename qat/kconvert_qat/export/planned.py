@@ -35,7 +35,7 @@ from kconvert_qat.config import QATConfig
 from kconvert_qat.experts import ExpertWeight
 from kconvert_qat.export.readable import DTYPES, check_readable
 from kconvert_qat.grids.native import native_formats
-from kconvert_qat.names import Matrix, base_model, config_of, plain_tensors, published_spelling
+from kconvert_qat.names import Matrix, base_model, check_grid, config_of, plain_tensors, published_spelling
 
 BF16 = Dense("BF16")
 
@@ -110,6 +110,8 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
     else:
         matrices |= {spelling(f"{matrix.name}.weight").removesuffix(".weight"): matrix for matrix in covered.matrices}
     rest = {spelling(name): tensor for name, tensor in plain_tensors(model, covered.weights, apart=not stacks).items()}
+    if source is not None:
+        check_grid(source.config, config, _named(matrices))
     native = {} if source is None or stacks else native_formats(source, matrices, config)
     drafts = _drafts(matrices, rest, native, config)
     container = Safetensors(shard_size)
@@ -135,6 +137,13 @@ def _plan(model: nn.Module, covered: Coverage, source: Checkpoint | None, tokeni
 def has_stacks(config_json: dict[str, Any], config: QATConfig) -> bool:
     """Whether the model's releases have this grid in stacks of all experts, and in nothing else."""
     return bool(config_json) and manifest_for(config_json).stacked_method == config.grid
+
+
+def _named(matrices: Mapping[str, Matrix | Stacked]) -> Iterator[Matrix]:
+    """Each under the name that it has in the export; those of stacks have none."""
+    for name, matrix in matrices.items():
+        if isinstance(matrix, Matrix):
+            yield replace(matrix, name=name)
 
 
 def _drafts(

@@ -1,7 +1,7 @@
-"""What the ranks of an export tell each other, so that none waits for one that has refused.
+"""What ranks that share a model tell each other, so that none waits for one that has refused.
 
-Each plans for itself; then the first one writes, and the others take part in the gathering of weights. Before each collective
-of that the first one says whether it is still at it. Where nothing is sharded none needs another, and nothing is said.
+In an export each plans for itself; then the first one writes, and the others take part in the gathering of weights. Before each
+collective of that every one says whether it is still at it. Where nothing is sharded none needs another, and nothing is said.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 from kconvert.errors import KconvertError
+
+
+class Told(KconvertError):
+    """What another rank has refused, as all of them know."""
 
 
 def is_leader() -> bool:
@@ -27,32 +31,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def together(sharded: bool) -> Iterator[None]:
-    """What every rank does for itself within; KconvertError on all of them where one fails, by the sentence of that one."""
-    if not sharded:
-        yield
-        return
-    fault: str | None = None
+    """What every rank does within, where each collective begins with `go_on`; all of them leave it when all are done, or with
+    KconvertError where one fails, by the sentence of that one."""
     try:
         yield
-    except BaseException as error:
-        fault = _sentence(error)
+    except Told:
         raise
-    finally:
-        faults: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(faults, fault)
-        others = [each for each in faults if each is not None]
-        if fault is None and others:
-            raise KconvertError(others[0])
-
-
-@contextmanager
-def led(sharded: bool) -> Iterator[None]:
-    """What the first rank does within, while the others do their part, which begins every collective with `go_on`; all of them
-    leave it when it is done, or with KconvertError where it failed."""
-    try:
-        yield
     except BaseException as error:
-        if sharded and is_leader():
+        if sharded:
             _tell(_sentence(error))
         raise
     if sharded:
@@ -60,19 +46,25 @@ def led(sharded: bool) -> Iterator[None]:
 
 
 def go_on() -> None:
-    """KconvertError on the other ranks where the first one has given up."""
-    if (fault := _tell(None)) is not None:
-        raise KconvertError(fault)
+    """KconvertError where another rank has given up."""
+    if others := [fault for fault in _tell(None) if fault is not None]:
+        raise Told(others[0])
 
 
-def _tell(fault: str | None) -> str | None:
-    """From the first rank to all."""
-    told = [fault]
-    torch.distributed.broadcast_object_list(told, src=0)
-    return told[0]
+def check_same(sharded: bool, outline: str) -> None:
+    """KconvertError on all ranks unless they are about to do the same."""
+    if sharded and len(set(_tell(outline))) > 1:
+        raise Told("the ranks were asked for different exports; let all of them call export with the same arguments")
+
+
+def _tell(said: str | None) -> list[str | None]:
+    """To all ranks; returns what each of them says."""
+    heard: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(heard, said)
+    return heard
 
 
 def _sentence(error: BaseException) -> str:
     if isinstance(error, KconvertError):
         return str(error)
-    return f"rank {torch.distributed.get_rank()} could not go on with the export; its own output says why"
+    return f"rank {torch.distributed.get_rank()} could not go on; its own output says why"
