@@ -23,8 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def decoded() -> torch.Tensor:
     values = torch.empty(32, dtype=torch.bfloat16)
-    codes, steps = torch.arange(16, dtype=torch.uint8), torch.tensor([2.0])
-    Loop("e2m1", "decode", "u1* f4* u2* i8 i8")(codes, steps, values, 1, 32)
+    codes, scale = torch.arange(16, dtype=torch.uint8), torch.tensor([128], dtype=torch.uint8)
+    Loop("e2m1", "decode_mxfp4", "u1* u1* u4* i8 i8")(codes, scale, values.view(torch.int32), 1, 16)
     return values
 
 
