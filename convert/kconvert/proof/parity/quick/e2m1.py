@@ -74,7 +74,7 @@ def is_nvfp4_of(
     import torch
 
     rows, groups = scale.shape
-    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(groups)
+    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(values.shape[1])
     pairs = values.shape[1] // max(groups, 1) // 2
     ways = (AMAX, MSE)
     return any(not WRONG_NVFP4(*tensors, rows, groups, pairs, factor, other, multiplies, way) for way in ways)

@@ -78,11 +78,11 @@ def nv_steps(scale: Any, steps: Any, groups: Any, other: Any, multiplies: Any) -
 @inline
 def _amax(values: Any, first: Any, pairs: Any) -> Any:
     """The largest magnitude, f32."""
-    low, high = U(0), U(0)
+    both = U(0)
     for j in range(first, first + pairs):
         sizes = U(U(values[j]) & SIZES)
-        low, high = max(low, U(sizes & SIZE)), max(high, U(sizes >> U(16)))
-    return float_of(U(max(low, high) << U(16)))
+        both = max(both, sizes, U(U(sizes << U(16)) | U(sizes >> U(16))))
+    return float_of(U(both & U(0x7FFF0000)))
 
 
 @inline
@@ -198,10 +198,15 @@ def _wrong_nv_row(
     else:
         for group in range(groups):
             differ = U(differ | U(U(_nv_rule(room[group], factor)) ^ U(scale[start + group])))
+    # A loop over the whole row takes longer vectors than those over groups.
     for group in range(groups):
-        room[group] = widen_e4m3(scale[start + group]) * factor
-    for group in range(groups):
-        differ = U(differ | _differ(values, (start + group) * pairs, pairs, room[group], packed))
+        step = widen_e4m3(scale[start + group]) * factor
+        for j in range(group * pairs, group * pairs + pairs):
+            room[j] = step
+    for j in range(groups * pairs):
+        word = values[start * pairs + j]
+        one, two = round_e2m1(low_half(word) / room[j]), round_e2m1(high_half(word) / room[j])
+        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[start * pairs + j])))
     return differ
 
 
@@ -219,7 +224,7 @@ def wrong_nvfp4(
     way: Any,
 ) -> Any:
     """Whether any group of bf16 [rows, groups, pairs, 2] neither has the scale and the codes of the way nor comes back with its
-    own codes and scale. `room` is f32 [groups].
+    own codes and scale. `room` is f32 [groups, pairs].
 
     A row at a time: only where one differs it is asked which groups do.
     """
