@@ -209,6 +209,23 @@ def test_codes_and_scales_that_were_copied_are_known_and_every_byte_of_them_coun
         assert not witness.copies(damaged, source, ours)
 
 
+@pytest.mark.parametrize(("scale", "known"), [(0x38, True), (0x01, True), (0x00, False), (0x7F, False)])
+def test_copied_codes_that_are_all_zeros_may_have_any_positive_scale(scale: int, known: bool) -> None:
+    codes = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    codes[1, 8:16] = torch.tensor([0x08, 0x80, 0, 0x88, 0, 0, 0, 8])
+    ours = {"weight_packed": codes, "weight_scale": torch.full((4, 4), 127, dtype=torch.uint8)}
+    scales = torch.full((4, 8), 0x38, dtype=torch.uint8)  # 1
+    scales[1, 1] = scale
+    theirs = {
+        "weight_packed": codes.clone(),
+        "weight_scale": scales.view(torch.float8_e4m3fn),
+        "weight_global_scale": torch.ones(1),
+    }
+    assert witness_of(Nvfp4()).copies(theirs, Mx(4), ours) is known
+    theirs["weight_packed"][1, 8], ours["weight_packed"][1, 8] = 0x10, 0x10
+    assert witness_of(Nvfp4()).copies(theirs, Mx(4), ours) is (scale == 0x38)
+
+
 @pytest.mark.parametrize("group", [32, 128, None])
 def test_codes_of_int4_in_the_order_of_q4_0_are_known_and_every_byte_of_them_counts(group: int | None) -> None:
     generator = torch.Generator().manual_seed(0)

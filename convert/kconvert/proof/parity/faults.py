@@ -70,23 +70,28 @@ def _value_fault(rows: Rows) -> str:
 def _byte_fault(rows: Rows) -> str | None:
     """Where the tensors found are none of those that kconvert may make of the values, and do not give them back either.
 
-    The quick way is believed once the reference has said the same of such a weight. Of several candidates of the reference
-    the nearest was meant.
+    The quick way is believed once the reference has said the same of some rows of such a weight. Of several candidates of the
+    reference the nearest was meant.
     """
-    right = rows.quickly and _quickly_right(rows)
-    if right and rows.kind in rows.desk.known:
-        return None
+    if rows.quickly and _quickly_right(rows):
+        if rows.kind not in rows.desk.known and _is_a_candidate(rows.asked()):
+            rows.desk.known.add(rows.kind)
+        if rows.kind in rows.desk.known:
+            return None
     differences = []
     for candidate in _candidates(rows):
         count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)
         if not count:
-            if right:
-                rows.desk.known.add(rows.kind)
             return None
         differences.append((count, fault))
     if same_bits(rows.expected.to(rows.found.dtype), rows.found):
         return None
     return f"{min(differences)[1]}; if something else than kconvert made this checkpoint, judge it with --close"
+
+
+def _is_a_candidate(rows: Rows) -> bool:
+    """Whether the reference may make these very tensors."""
+    return any(not _difference(rows.theirs, one, rows.output, rows.first)[0] for one in _candidates(rows))
 
 
 def _candidates(rows: Rows) -> Iterator[State]:

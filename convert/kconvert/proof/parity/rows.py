@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kconvert.proof.parity.witnesses.base import State
 
 HEAD = 4  # rows
+ASKED_ELEMENTS = 1 << 16  # of which the reference, which takes a hundred times as long, has the word
 Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
 
 
@@ -54,7 +55,15 @@ class Rows:
 
     def head(self) -> Rows:
         """The first HEAD rows, or as many more as cannot be decoded without each other."""
-        last = min(self.first + math.lcm(*(_head(weight) for weight in (self.ours, self.theirs))), self.last)
+        return self._start(math.lcm(*(_head(weight) for weight in (self.ours, self.theirs))))
+
+    def asked(self) -> Rows:
+        """The first rows, ASKED_ELEMENTS or as many more as cannot be encoded without each other."""
+        unit = math.lcm(row_unit(self.ours), row_unit(self.theirs))
+        return self._start(max(1, ASKED_ELEMENTS // max(self.ours.cols, 1) // unit) * unit)
+
+    def _start(self, rows: int) -> Rows:
+        last = min(self.first + rows, self.last)
         sides = (self.ours, self.source), (self.theirs, self.output)
         source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
         return replace(self, source=source, output=output, last=last)

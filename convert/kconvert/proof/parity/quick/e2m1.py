@@ -5,42 +5,104 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
+from kconvert.proof.parity.metrics import below, same_bits
 from kconvert.proof.parity.quick.memory import take
 from kconvert.proof.parity.quick.native import Loop
 
 if TYPE_CHECKING:
     import torch
 
-DECODE = Loop("e2m1", "decode", "u1* f4* u2* i8 i8")
-WRONG_NVFP4 = Loop("e2m1", "wrong_nvfp4", "u2* u1* u1* f4* i8 i8 i8 f4 i8")
-WRONG_MXFP4 = Loop("e2m1", "wrong_mxfp4", "u2* u1* u1* i8 i8 i8 i8")
+DECODE_NVFP4 = Loop("e2m1", "decode_nvfp4", "u1* u1* u4* i8 i8 f4 i8")
+DECODE_MXFP4 = Loop("e2m1", "decode_mxfp4", "u1* u1* u4* i8 i8")
+STEPS = Loop("e2m1", "nv_steps", "u1* f4* i8 f4 i8")
+WRONG_NVFP4 = Loop("e2m1", "wrong_nvfp4", "u4* u1* u1* f4* i8 i8 i8 f4 f4 i8 i8")
+WRONG_MXFP4 = Loop("e2m1", "wrong_mxfp4", "u4* u1* u1* f4* i8 i8 i8 i8")
 EXACT, AMAX, MSE = 0, 1, 2  # as the loops call them
 
 
-def decode(packed: torch.Tensor, steps: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """u8 or i8 [rows, cols / 2], f32 [rows, groups] -> bf16 [rows, cols] in memory of `buffers`."""
-    import torch
-
-    rows, groups = steps.shape
-    cols = packed.shape[1] * 2
-    values = take(buffers, "values", torch.bfloat16, (rows, cols))
-    DECODE(packed.contiguous(), steps.contiguous(), values, rows * groups, cols // max(groups, 1))
+def decode_nvfp4(
+    packed: torch.Tensor, scale: torch.Tensor, other: float, multiplies: bool, buffers: Buffers
+) -> torch.Tensor:
+    """u8 [rows, cols / 2], e4m3 [rows, groups] and the global scale -> bf16 [rows, cols] in memory of `buffers`."""
+    values = _room(packed, buffers)
+    DECODE_NVFP4(packed.contiguous(), scale.contiguous(), _words(values), *_groups(values, scale), other, multiplies)
     return values
 
 
+def decode_mxfp4(packed: torch.Tensor, scale: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """u8 [rows, cols / 2], u8 exponents [rows, groups] -> bf16 [rows, cols] in memory of `buffers`."""
+    values = _room(packed, buffers)
+    DECODE_MXFP4(packed.contiguous(), scale.contiguous(), _words(values), *_groups(values, scale))
+    return values
+
+
+def steps_of(scale: torch.Tensor, other: float, multiplies: bool) -> torch.Tensor:
+    """e4m3 [...] times the global scale, or divided by it, f32."""
+    import torch
+
+    steps = torch.empty(scale.shape, dtype=torch.float32)
+    STEPS(scale.contiguous(), steps, scale.numel(), other, multiplies)
+    return steps
+
+
+def powers_of(scale: torch.Tensor) -> torch.Tensor:
+    """u8 exponents -> f32: 2 ** (exponent - 127)."""
+    import torch
+
+    steps = scale.int().bitwise_left_shift_(23).view(torch.float32)
+    return steps.masked_fill_(scale == 0, 2.0**-127)
+
+
+def same_steps(one: torch.Tensor, two: torch.Tensor, packed: torch.Tensor) -> bool:
+    """Whether f32 steps [rows, groups] are the same; those of groups whose codes, u8 [rows, cols / 2], are zeros need only be
+    positive."""
+    import torch
+
+    if same_bits(one, two):
+        return True
+    different = one.view(torch.int32) != two.view(torch.int32)
+    sound = below(one, 1.0) and below(two, 1.0) and bool(((one > 0) & (two > 0))[different].all())
+    codes = packed.view(*different.shape, -1)[different]
+    return sound and not bool((codes & 0x77).any())
+
+
 def is_nvfp4_of(
-    values: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, steps: torch.Tensor, factor: float
+    values: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, other: float, multiplies: bool, factor: float
 ) -> bool:
-    """Whether each group of finite bf16 [rows, cols] comes back from u8 codes and f32 steps [rows, groups], or has what the
-    reference makes of it; the latter with e4m3 scales by amax, or all of least squared error."""
+    """Whether each group of finite bf16 [rows, cols] comes back from u8 codes, e4m3 scales [rows, groups] and the global one,
+    or has what the reference makes of it by the factor; the latter with scales by amax, or all of least squared error."""
+    import torch
+
     rows, groups = scale.shape
-    tensors = values, packed.contiguous(), scale.contiguous(), steps.contiguous()
-    size = values.shape[1] // max(groups, 1)
-    return any(not WRONG_NVFP4(*tensors, rows, groups, size, factor, way) for way in (AMAX, MSE))
+    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(values.shape[1])
+    pairs = values.shape[1] // max(groups, 1) // 2
+    ways = (AMAX, MSE)
+    return any(not WRONG_NVFP4(*tensors, rows, groups, pairs, factor, other, multiplies, way) for way in ways)
 
 
 def is_mxfp4_of(values: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether finite bf16 [rows, cols] become these codes and u8 exponents by one of the ways."""
+    import torch
+
     rows, groups = scale.shape
-    tensors, size = (values, packed.contiguous(), scale.contiguous()), values.shape[1] // max(groups, 1)
-    return any(not WRONG_MXFP4(*tensors, rows, groups, size, way) for way in (EXACT, AMAX, MSE))
+    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(groups)
+    pairs = values.shape[1] // max(groups, 1) // 2
+    return any(not WRONG_MXFP4(*tensors, rows, groups, pairs, way) for way in (AMAX, EXACT, MSE))
+
+
+def _room(packed: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    import torch
+
+    return take(buffers, "values", torch.bfloat16, (len(packed), 2 * packed.shape[1]))
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    """bf16 [rows, cols] as pairs, i32 [rows, cols / 2]."""
+    import torch
+
+    return values.view(torch.int32)
+
+
+def _groups(values: torch.Tensor, scale: torch.Tensor) -> tuple[int, int]:
+    """How many there are, and the pairs of values in each."""
+    return scale.numel(), values.numel() // 2 // max(scale.numel(), 1)

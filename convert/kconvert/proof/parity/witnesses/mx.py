@@ -68,7 +68,7 @@ class MxWitness(Witness[Mx]):
         return self.format.bits == 4
 
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
-        return quick.decode(self._pairs(state), self.scales(state).float(), buffers)
+        return quick.decode_mxfp4(self._pairs(state), state[self.format.scale_name], buffers)
 
     @property
     def judges_quickly(self) -> bool:
@@ -84,7 +84,11 @@ class MxWitness(Witness[Mx]):
         return state[self.format.codes_name].view(torch.uint8)
 
     def largest_step(self, state: State) -> torch.Tensor | None:
-        return self.scales(state).float()
+        return self.quick_steps(state)
+
+    def quick_steps(self, state: State) -> torch.Tensor:
+        """`scales` as f32, by their bits."""
+        return quick.powers_of(state[self.format.scale_name])
 
     def grid(self) -> tuple[float, ...]:
         return E2M1 if self.format.bits == 4 else e4m3_values()

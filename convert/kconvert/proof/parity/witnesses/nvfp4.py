@@ -41,9 +41,10 @@ class Nvfp4Witness(Witness[Nvfp4]):
         """compressed-tensors' codes, and ModelOpt's product of them."""
         import torch
 
+        steps = state["weight_scale"].float() * state[nvfp4.NAMES[True][1]]
         unpack_fp4_from_uint8 = library.part("compressors.nvfp4.helpers", "unpack_fp4_from_uint8")
         codes = unpack_fp4_from_uint8(state["weight"], *shape, dtype=torch.float32)
-        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * self.scales(state).unsqueeze(-1)
+        values: torch.Tensor = codes.view(shape[0], -1, nvfp4.GROUP) * steps.unsqueeze(-1)
         return values.view(shape).bfloat16()
 
     def products(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
@@ -89,7 +90,8 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return not self.format.unused
 
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
-        return quick.decode(state[nvfp4.NAMES[self.format.multiplies][0]], self.scales(state), buffers)
+        packed, other = (state[name] for name in nvfp4.NAMES[self.format.multiplies])
+        return quick.decode_nvfp4(packed, state["weight_scale"], float(other), self.format.multiplies, buffers)
 
     def quick_products(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
         return self.products(state, (len(state["weight_scale"]), cols))
@@ -99,24 +101,25 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return self.has_reference
 
     def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
-        codes, factor = found[nvfp4.NAMES[self.format.multiplies][0]], self._factor(found)
+        codes, other = (found[name] for name in nvfp4.NAMES[self.format.multiplies])
+        scale, factor = found["weight_scale"], self._factor(found)
         return 0 < factor < math.inf and quick.is_nvfp4_of(
-            values, codes, found["weight_scale"], self.scales(found), factor
+            values, codes, scale, float(other), self.format.multiplies, factor
         )
 
     def copies(self, found: State, source: Format, state: State) -> bool:
-        """Those of MXFP4, each of whose scales is there twice, or of the other spelling."""
+        """Those of MXFP4, each of whose scales is there twice, or of the other spelling; whatever the scale of zeros is."""
         import torch
 
         if isinstance(source, Mx) and source.bits == 4:
-            codes, steps = state[source.codes_name], MxWitness(source).scales(state).float()
+            codes, steps = state[source.codes_name], MxWitness(source).quick_steps(state)
             steps = steps.repeat_interleave(MX_GROUP // nvfp4.GROUP, -1)
         elif isinstance(source, Nvfp4):
             codes, steps = state[nvfp4.NAMES[source.multiplies][0]], Nvfp4Witness(source).scales(state)
         else:
             return False
         own = found[nvfp4.NAMES[self.format.multiplies][0]]
-        return same_bits(codes.view(torch.uint8), own) and same_bits(steps, self.scales(found))
+        return same_bits(codes.view(torch.uint8), own) and quick.same_steps(steps, self.scales(found), own)
 
     def largest_step(self, state: State) -> torch.Tensor | None:
         return self.scales(state)
@@ -137,8 +140,8 @@ class Nvfp4Witness(Witness[Nvfp4]):
         return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
 
     def scales(self, state: State) -> torch.Tensor:
-        scale, other = state["weight_scale"].float(), state[nvfp4.NAMES[self.format.multiplies][1]].float()
-        return scale * other if self.format.multiplies else scale / other
+        other = float(state[nvfp4.NAMES[self.format.multiplies][1]])
+        return quick.steps_of(state["weight_scale"], other, self.format.multiplies)
 
     def group_columns(self, cols: int) -> int:
         return nvfp4.GROUP

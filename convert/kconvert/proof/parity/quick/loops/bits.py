@@ -51,6 +51,23 @@ def widen(bf16: Any) -> Any:
 
 
 @inline
+def low_half(word: Any) -> Any:
+    """The first of two bf16 in a u32 -> f32, exact. Pairs spare a vector the sorting of even and odd columns."""
+    return float_of(U(U(word) << U(16)))
+
+
+@inline
+def high_half(word: Any) -> Any:
+    return float_of(U(U(word) & U(0xFFFF0000)))
+
+
+@inline
+def round_pair(low: Any, high: Any) -> Any:
+    """f32 twice -> a u32 of two bf16."""
+    return U(U(round_bf16(low)) | U(U(round_bf16(high)) << U(16)))
+
+
+@inline
 def round_bf16(value: Any) -> Any:
     """f32 -> the bits of the nearest bf16, u16, half to even; NaN becomes the usual one."""
     bits = bits_of(value)

@@ -1,6 +1,7 @@
 """MXFP4 and NVFP4: e2m1 codes, and the scales of groups by the reference's rules.
 
-The size of a group is an argument though it never changes: of a loop of known length LLVM makes no vectors.
+Values are pairs of bf16, the first in the low half of a u32. The
+size of a group in pairs is an argument though it never changes: of a loop of known length LLVM makes no vectors.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import numpy as np
 from kconvert.formats.conventions import LARGEST_ERROR, NVFP4_STEPS
 from kconvert.proof.parity.quick.loops.bits import (
     U,
+    bits_of,
     float_of,
+    high_half,
     inline,
+    low_half,
     nearest_e2m1,
     power,
     round_bf16,
     round_e2m1,
     round_e4m3,
+    round_pair,
     widen,
     widen_e2m1,
     widen_e4m3,
@@ -26,154 +31,253 @@ from kconvert.proof.parity.quick.loops.bits import (
 
 EXACT, MSE = 0, 2  # ways to scales and codes, beside that of amax
 LAST_E4M3, LAST_E8M0 = np.int32(0x7E), np.int32(252)
-SIZE = U(0x7FFF)  # the bits of a bf16 but for the sign
+SIZES = U(0x7FFF7FFF)  # the bits of two bf16 but for the signs
+SIZE = U(0x7FFF)
 
 
-def decode(packed: Any, steps: Any, values: Any, groups: Any, size: Any) -> Any:
-    """u8 [groups, size / 2], f32 [groups] -> bf16 [groups, size]: f32 products, rounded once."""
+@inline
+def _high_e2m1(byte: Any) -> Any:
+    return widen_e2m1(np.uint8(byte >> np.uint8(4)))
+
+
+@inline
+def _decode(packed: Any, step: Any, values: Any, first: Any, pairs: Any) -> Any:
+    for j in range(first, first + pairs):
+        byte = packed[j]
+        values[j] = round_pair(widen_e2m1(byte) * step, _high_e2m1(byte) * step)
+
+
+@inline
+def _nv_step(code: Any, other: Any, multiplies: Any) -> Any:
+    """An e4m3 scale times the global one, or divided by it."""
+    return widen_e4m3(code) * other if multiplies else widen_e4m3(code) / other
+
+
+def decode_nvfp4(packed: Any, scale: Any, values: Any, groups: Any, pairs: Any, other: Any, multiplies: Any) -> Any:
+    """u8 [groups, pairs], e4m3 [groups] -> bf16 [groups, pairs, 2]: f32 products, rounded once."""
     for group in range(groups):
-        step, first = steps[group], group * size // 2
-        for j in range(size // 2):
-            byte = packed[first + j]
-            values[2 * (first + j)] = round_bf16(widen_e2m1(byte) * step)
-            values[2 * (first + j) + 1] = round_bf16(widen_e2m1(np.uint8(byte >> np.uint8(4))) * step)
+        _decode(packed, _nv_step(scale[group], other, multiplies), values, group * pairs, pairs)
+    return 0
+
+
+def decode_mxfp4(packed: Any, scale: Any, values: Any, groups: Any, pairs: Any) -> Any:
+    """The same with u8 exponents [groups], 255 for NaN."""
+    for group in range(groups):
+        step = power(U(scale[group])) if scale[group] != np.uint8(255) else np.float32(np.inf)
+        _decode(packed, step, values, group * pairs, pairs)
+    return 0
+
+
+def nv_steps(scale: Any, steps: Any, groups: Any, other: Any, multiplies: Any) -> Any:
+    """e4m3 [groups] -> f32 [groups]."""
+    for group in range(groups):
+        steps[group] = _nv_step(scale[group], other, multiplies)
     return 0
 
 
 @inline
-def _amax(values: Any, first: Any, size: Any) -> Any:
-    """The largest magnitude, as the bits of an f32."""
-    largest = U(0)
-    for i in range(size):
-        largest = max(largest, U(U(values[first + i]) & SIZE))
-    return U(largest << U(16))
+def _amax(values: Any, first: Any, pairs: Any) -> Any:
+    """The largest magnitude, f32."""
+    both = U(0)
+    for j in range(first, first + pairs):
+        sizes = U(U(values[j]) & SIZES)
+        both = max(both, sizes, U(U(sizes << U(16)) | U(sizes >> U(16))))
+    return float_of(U(both & U(0x7FFF0000)))
 
 
 @inline
-def _differ(values: Any, first: Any, size: Any, step: Any, packed: Any, signs: Any) -> Any:
-    """Not zero where a code is not the nearest to value / step, an f32 quotient. `signs` is 8 where zeros keep theirs, or 0."""
+def _differ(values: Any, first: Any, pairs: Any, step: Any, packed: Any) -> Any:
+    """Not zero where a code is not the nearest to value / step, an f32 quotient."""
     differ = U(0)
-    for j in range(size // 2):
-        low, high = values[first + 2 * j], values[first + 2 * j + 1]
-        one = U(round_e2m1(widen(low) / step) | U(U(U(low) >> U(12)) & signs))
-        two = U(round_e2m1(widen(high) / step) | U(U(U(high) >> U(12)) & signs))
-        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[first // 2 + j])))
+    for j in range(first, first + pairs):
+        one, two = round_e2m1(low_half(values[j]) / step), round_e2m1(high_half(values[j]) / step)
+        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[j])))
     return differ
 
 
 @inline
-def _lose(values: Any, first: Any, size: Any, step: Any, packed: Any) -> Any:
+def _differ_by_power(values: Any, first: Any, pairs: Any, inverse: Any, packed: Any, signs: Any) -> Any:
+    """_differ, where 1 / step is exact. `signs` is 8 where zeros keep theirs, or 0."""
+    differ = U(0)
+    for j in range(first, first + pairs):
+        word = U(values[j])
+        one = U(round_e2m1(low_half(word) * inverse) | U(U(word >> U(12)) & signs))
+        two = U(round_e2m1(high_half(word) * inverse) | U(U(word >> U(28)) & signs))
+        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[j])))
+    return differ
+
+
+@inline
+def _lose(values: Any, first: Any, pairs: Any, step: Any, packed: Any) -> Any:
     """Not zero where codes and step do not give back a value, to the bit."""
     differ = U(0)
-    for j in range(size // 2):
-        byte = packed[first // 2 + j]
-        one = round_bf16(widen_e2m1(byte) * step)
-        two = round_bf16(widen_e2m1(np.uint8(byte >> np.uint8(4))) * step)
-        differ = U(differ | U(U(one) ^ U(values[first + 2 * j])) | U(U(two) ^ U(values[first + 2 * j + 1])))
+    for j in range(first, first + pairs):
+        byte = packed[j]
+        differ = U(differ | U(round_pair(widen_e2m1(byte) * step, _high_e2m1(byte) * step) ^ U(values[j])))
     return differ
 
 
 @inline
-def _are_codes(values: Any, first: Any, size: Any, step: Any) -> Any:
+def _served(size: Any, step: Any) -> Any:
+    """What the code of a magnitude gives back under the step, as the bits of a bf16."""
+    return round_bf16(nearest_e2m1(size / step) * step)
+
+
+@inline
+def _are_codes(values: Any, first: Any, pairs: Any, step: Any) -> Any:
     """Whether all magnitudes are those of a code under the step."""
     differ = U(0)
-    for i in range(size):
-        magnitude = U(U(values[first + i]) & SIZE)
-        served = round_bf16(nearest_e2m1(widen(magnitude) / step) * step)
-        differ = U(differ | U(U(served) ^ magnitude))
+    for j in range(first, first + pairs):
+        sizes = U(U(values[j]) & SIZES)
+        served = U(U(_served(low_half(sizes), step)) | U(U(_served(high_half(sizes), step)) << U(16)))
+        differ = U(differ | U(served ^ sizes))
     return differ == U(0)
 
 
 @inline
-def _error(values: Any, first: Any, size: Any, step: Any, unit: Any, places: Any) -> Any:
+def _squared(size: Any, step: Any, unit: Any, places: Any) -> Any:
+    error = min(abs((size - widen(_served(size, step))) * unit), np.float32(LARGEST_ERROR))
+    return np.int32(error * error * places)
+
+
+@inline
+def _error(values: Any, first: Any, pairs: Any, step: Any, unit: Any, places: Any) -> Any:
     """The squared error of a group in fixed point, see reference.packed.squared_error."""
     total = np.int32(0)
-    for i in range(size):
-        magnitude = widen(U(U(values[first + i]) & SIZE))
-        served = widen(round_bf16(nearest_e2m1(magnitude / step) * step))
-        error = min(abs((magnitude - served) * unit), np.float32(LARGEST_ERROR))
-        total = np.int32(total + np.int32(error * error * places))
+    for j in range(first, first + pairs):
+        sizes = U(U(values[j]) & SIZES)
+        low, high = (low_half(sizes), high_half(sizes))
+        total = np.int32(total + np.int32(_squared(low, step, unit, places) + _squared(high, step, unit, places)))
     return total
 
 
 @inline
 def _unit(amax: Any) -> Any:
-    """What makes values of this amax (its bits) smaller than 2."""
-    return power(U(U(254) - U(amax >> U(23))))
+    """What makes values of this amax smaller than 2."""
+    return power(U(U(254) - U(bits_of(amax) >> U(23))))
 
 
 @inline
-def _nv_scale(values: Any, first: Any, size: Any, factor: Any, way: Any) -> Any:
-    """The e4m3 scale of a group of NVFP4, by amax or of least squared error."""
-    amax = _amax(values, first, size)
-    rule = np.int32(max(round_e4m3(float_of(amax) / (np.float32(6) * factor)), np.uint8(1)))
-    if way != MSE:
-        return np.uint8(rule)
-    unit, places = _unit(amax), np.float32(2.0**25)
-    best, least = rule, _error(values, first, size, widen_e4m3(np.uint8(rule)) * factor, unit, places)
+def _nv_rule(amax: Any, factor: Any) -> Any:
+    """The e4m3 scale of NVFP4 by amax."""
+    return max(round_e4m3(amax / (np.float32(6) * factor)), np.uint8(1))
+
+
+@inline
+def _nv_best(values: Any, first: Any, pairs: Any, amax: Any, factor: Any) -> Any:
+    """The e4m3 scale of NVFP4 of least squared error."""
+    rule, unit, places = np.int32(_nv_rule(amax, factor)), _unit(amax), np.float32(2.0**25)
+    best, least = rule, _error(values, first, pairs, widen_e4m3(np.uint8(rule)) * factor, unit, places)
     for offset in NVFP4_STEPS:
         other = np.int32(rule + np.int32(offset))
         if np.int32(1) <= other <= LAST_E4M3:
-            error = _error(values, first, size, widen_e4m3(np.uint8(other)) * factor, unit, places)
+            error = _error(values, first, pairs, widen_e4m3(np.uint8(other)) * factor, unit, places)
             if error < least:
                 best, least = other, error
     return np.uint8(best)
 
 
-def wrong_nvfp4(
-    values: Any, packed: Any, scale: Any, steps: Any, rows: Any, groups: Any, size: Any, factor: Any, way: Any
+@inline
+def _nv_scale(values: Any, first: Any, pairs: Any, factor: Any, way: Any) -> Any:
+    amax = _amax(values, first, pairs)
+    return _nv_best(values, first, pairs, amax, factor) if way == MSE else _nv_rule(amax, factor)
+
+
+@inline
+def _wrong_nv_row(
+    values: Any, packed: Any, scale: Any, room: Any, row: Any, groups: Any, pairs: Any, factor: Any, way: Any
 ) -> Any:
-    """Whether any group of bf16 [rows, groups, size] neither has the scale and the codes of the way nor comes back with its own
-    codes and f32 steps.
+    """Not zero where a group of the row has not the scale and the codes of the way."""
+    differ, start = U(0), row * groups
+    for group in range(groups):
+        room[group] = _amax(values, (start + group) * pairs, pairs)
+    if way == MSE:
+        for group in range(groups):
+            best = _nv_best(values, (start + group) * pairs, pairs, room[group], factor)
+            differ = U(differ | U(U(best) ^ U(scale[start + group])))
+    else:
+        for group in range(groups):
+            differ = U(differ | U(U(_nv_rule(room[group], factor)) ^ U(scale[start + group])))
+    # A loop over the whole row takes longer vectors than those over groups.
+    for group in range(groups):
+        step = widen_e4m3(scale[start + group]) * factor
+        for j in range(group * pairs, group * pairs + pairs):
+            room[j] = step
+    for j in range(groups * pairs):
+        word = values[start * pairs + j]
+        one, two = round_e2m1(low_half(word) / room[j]), round_e2m1(high_half(word) / room[j])
+        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[start * pairs + j])))
+    return differ
+
+
+def wrong_nvfp4(
+    values: Any,
+    packed: Any,
+    scale: Any,
+    room: Any,
+    rows: Any,
+    groups: Any,
+    pairs: Any,
+    factor: Any,
+    other: Any,
+    multiplies: Any,
+    way: Any,
+) -> Any:
+    """Whether any group of bf16 [rows, groups, pairs, 2] neither has the scale and the codes of the way nor comes back with its
+    own codes and scale. `room` is f32 [groups, pairs].
 
     A row at a time: only where one differs it is asked which groups do.
     """
     for row in range(rows):
-        differ = U(0)
-        for group in range(row * groups, row * groups + groups):
-            differ = U(differ | U(U(_nv_scale(values, group * size, size, factor, way)) ^ U(scale[group])))
-        for group in range(row * groups, row * groups + groups):
-            step = widen_e4m3(scale[group]) * factor
-            differ = U(differ | _differ(values, group * size, size, step, packed, U(0)))
-        if not differ:
+        if not _wrong_nv_row(values, packed, scale, room, row, groups, pairs, factor, way):
             continue
         for group in range(row * groups, row * groups + groups):
-            if _lose(values, group * size, size, steps[group], packed):
+            if _lose(values, group * pairs, pairs, _nv_step(scale[group], other, multiplies), packed):
                 step = widen_e4m3(scale[group]) * factor
-                own = _nv_scale(values, group * size, size, factor, way)
-                if own != scale[group] or _differ(values, group * size, size, step, packed, U(0)):
+                own = _nv_scale(values, group * pairs, pairs, factor, way)
+                if own != scale[group] or _differ(values, group * pairs, pairs, step, packed):
                     return 1
     return 0
 
 
 @inline
-def _mx_scale(values: Any, first: Any, size: Any, way: Any) -> Any:
-    """The biased exponent of a group of MXFP4: that of amax, one more from a mantissa of 1.75 on, less 2."""
-    amax = _amax(values, first, size)
-    rule = np.int32(max(min(np.int32(U(amax + U(1 << 21)) >> U(23)), np.int32(254)) - np.int32(2), np.int32(0)))
-    if way != MSE:
-        return np.uint8(rule)
-    unit, places = _unit(amax), np.float32(2.0**24)
-    best, least = rule, _error(values, first, size, power(U(rule)), unit, places)
+def _mx_rule(amax: Any) -> Any:
+    """The biased exponent of MXFP4: that of amax, one more from a mantissa of 1.75 on, less 2."""
+    rule = min(np.int32(U(bits_of(amax) + U(1 << 21)) >> U(23)), np.int32(254))
+    return max(np.int32(rule - np.int32(2)), np.int32(0))
+
+
+@inline
+def _mx_best(values: Any, first: Any, pairs: Any, amax: Any) -> Any:
+    """The same of least squared error."""
+    rule, unit, places = _mx_rule(amax), _unit(amax), np.float32(2.0**24)
+    best, least = rule, _error(values, first, pairs, power(U(rule)), unit, places)
     for offset in (-1, 1):
         other = np.int32(rule + np.int32(offset))
         if np.int32(0) <= other <= LAST_E8M0:
-            error = _error(values, first, size, power(U(other)), unit, places)
+            error = _error(values, first, pairs, power(U(other)), unit, places)
             if error < least:
                 best, least = other, error
-    return np.uint8(best)
+    return best
 
 
-def wrong_mxfp4(values: Any, packed: Any, scale: Any, rows: Any, groups: Any, size: Any, way: Any) -> Any:
-    """Whether any group of bf16 [rows, groups, size] has not the scale and the codes of the way."""
+def wrong_mxfp4(values: Any, packed: Any, scale: Any, room: Any, rows: Any, groups: Any, pairs: Any, way: Any) -> Any:
+    """Whether any group of bf16 [rows, groups, pairs, 2] has not the scale and the codes of the way. `room` is f32 [groups]."""
     for row in range(rows):
-        differ = U(0)
-        for group in range(row * groups, row * groups + groups):
-            differ = U(differ | U(U(_mx_scale(values, group * size, size, way)) ^ U(scale[group])))
-        for group in range(row * groups, row * groups + groups):
-            step = power(U(scale[group]))
-            signs = U(8) if way == EXACT and _are_codes(values, group * size, size, step) else U(0)
-            differ = U(differ | _differ(values, group * size, size, step, packed, signs))
+        differ, start = U(0), row * groups
+        for group in range(groups):
+            room[group] = _amax(values, (start + group) * pairs, pairs)
+        for group in range(groups):
+            first = (start + group) * pairs
+            own = _mx_best(values, first, pairs, room[group]) if way == MSE else _mx_rule(room[group])
+            differ = U(differ | U(U(own) ^ U(scale[start + group])))
+        if differ:
+            return 1  # with exponents of 254 at most the steps have an exact inverse
+        for group in range(groups):
+            first, exponent = (start + group) * pairs, U(scale[start + group])
+            signs = U(8) if way == EXACT and _are_codes(values, first, pairs, power(exponent)) else U(0)
+            inverse = power(U(U(254) - exponent))
+            differ = U(differ | _differ_by_power(values, first, pairs, inverse, packed, signs))
         if differ:
             return 1
     return 0

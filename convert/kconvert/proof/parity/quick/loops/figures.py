@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from kconvert.proof.parity.quick.loops.bits import U, inline, widen
 
 ZERO = np.float64(0)
 MAGNITUDE = np.uint64(0x7FFFFFFFFFFFFFFF)
+FRACTION = np.uint64((1 << 52) - 1)
+FIRST, SECOND, THIRD = (np.uint64(math.ceil((2 ** (k / 4) - 1) * 2**52)) for k in (1, 2, 3))  # quarters of an octave
 
 
 @intrinsic
@@ -51,38 +54,30 @@ def _wide(stored: Any) -> Any:
     return np.float64(widen(np.uint16(U(stored)))) if _is_bf16(stored) else np.float64(stored)
 
 
-@njit(forceinline=True, error_model="numpy", fastmath={"reassoc"})
-def _sums(expected: Any, found: Any, first: Any, cols: Any) -> Any:
-    """The sums of a^2, a e and e^2, in any order."""
+@njit(forceinline=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _row(expected: Any, found: Any, first: Any, cols: Any) -> Any:
+    """The sums of a^2, a e and e^2, in any order; the bits of the largest |a| and |e|, which have the order of these, NaN above
+    all; and how many e are not 0."""
     signal, cross, noise = ZERO, ZERO, ZERO
+    largest, worst, different = np.uint64(0), np.uint64(0), 0
     for i in range(cols):
         a = _wide(expected[first + i])
         e = _wide(found[first + i]) - a
         signal += a * a
         cross += a * e
         noise += e * e
-    return signal, cross, noise
-
-
-@inline
-def _largest(expected: Any, found: Any, first: Any, cols: Any) -> Any:
-    """The bits of the largest |a| and |e|, which have the order of these, NaN above all; and how many e are not 0."""
-    largest, worst, different = np.uint64(0), np.uint64(0), 0
-    for i in range(cols):
-        a = _wide(expected[first + i])
-        e = _bits(_wide(found[first + i]) - a) & MAGNITUDE
+        size = _bits(e) & MAGNITUDE
         largest = max(largest, _bits(a) & MAGNITUDE)
-        worst = max(worst, e)
-        different += e != np.uint64(0)
-    return largest, worst, different
+        worst = max(worst, size)
+        different += size != np.uint64(0)
+    return signal, cross, noise, largest, worst, different
 
 
 def measure(expected: Any, found: Any, figures: Any, rows: Any, cols: Any) -> Any:
-    """Floats [rows, cols] twice, a and a + e -> f64 [5, rows], see _sums and _largest; returns how many e are not 0."""
+    """Floats [rows, cols] twice, a and a + e -> f64 [5, rows], see _row; returns how many e are not 0."""
     different = 0
     for row in range(rows):
-        signal, cross, noise = _sums(expected, found, row * cols, cols)
-        largest, worst, count = _largest(expected, found, row * cols, cols)
+        signal, cross, noise, largest, worst, count = _row(expected, found, row * cols, cols)
         figures[row] = signal
         figures[rows + row] = cross
         figures[2 * rows + row] = noise
@@ -104,3 +99,14 @@ def count_zero_groups(values: Any, rows: Any, cols: Any, size: Any) -> Any:
             count += used == np.uint64(0)
             first += size
     return count
+
+
+def count_quarters(scales: Any, counts: Any, count: Any) -> Any:
+    """f64 [count] by the floor of 4 log2 of their magnitude -> added to i64 [8192], of which 4092 is that of 1; but for zeros,
+    subnormals and what is not finite."""
+    for i in range(count):
+        bits = _bits(scales[i]) & MAGNITUDE
+        exponent, fraction = np.int64(bits >> np.uint64(52)), bits & FRACTION
+        if 0 < exponent < 2047:
+            counts[4 * exponent + (fraction >= FIRST) + (fraction >= SECOND) + (fraction >= THIRD)] += 1
+    return 0
