@@ -1,7 +1,7 @@
 """What the benchmarks share: children with their time and peak memory, cold files, alternating runs, a table.
 
 The scripts themselves import neither numpy nor torch: Linux counts the memory of the parent at the moment of the fork as
-the child's, so a big parent would spoil the child's peak.
+the child's, so a big parent would spoil the child's peak. Modules are compiled once, as pip does when it installs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ GB = 1e9
 EXPERT_BYTES = 3 * 2048 * 7168 * 2  # of a true one, in BF16
 # The rest of the model small, so that nearly every byte is one that needs converting.
 SMALL = {"layers": 2, "dense-layers": 1, "heads": 4, "q-rank": 64, "kv-rank": 64, "intermediate": 512, "vocab": 1024}
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 LITTLE_ELSE = [f"--{name}={size}" for name, size in SMALL.items()]
 
 

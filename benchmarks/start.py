@@ -1,13 +1,12 @@
 """What a command takes before it does anything: `--help`, `inspect`, verifying a tiny checkpoint, converting a small one.
 
 Of `verify` the time until it reads the first tensor is given as well, and apart what loading one kernel takes, numpy's import
-included, and numba's import, which only a machine's first run has need of. Modules are compiled, as pip does when it installs.
+included, and numba's import, which only a machine's first run has need of.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -34,8 +33,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint for `inspect`, such as planning.py makes [a tiny one]")
     options = parser.parse_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ["PYTHONPYCACHEPREFIX"] = str(options.dir / "start-compiled")
     tiny = sample(options.dir, "start-tiny", *TINY)
     small = sample(options.dir, "start-small", *SMALL)
     made, written = options.dir / "start-tiny-bf16", options.dir / "start-small-bf16"
