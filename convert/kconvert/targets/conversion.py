@@ -117,7 +117,8 @@ class Conversion:
                 f"matrices are Linears is not known; --to {self.recipe.to} --layout experts takes those that are experts by "
                 "name"
             )
-        if all(target.choice(weight) is None and self.becomes(weight) is None for weight in model.weights):
+        decodes = target.roles is None and any(self.becomes(weight) for weight in model.weights)
+        if not decodes and all(target.choice(weight) is None for weight in model.weights):
             whose = "a routed expert's" if target.roles == EXPERTS else "one of a Linear"
             lines = missing_lines(model) if model.manifest.accepts_any else ""
             raise KconvertError(f"{root} has no weight that {what} is for (by their names, none is {whose}){lines}")

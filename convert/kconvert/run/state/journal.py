@@ -179,8 +179,9 @@ class Journal:
 
     def _leave_nothing(self) -> None:
         """Remove what a run has left that finished nothing and has nothing lying there, in a DST that holds nothing else."""
-        if self.finished or self.rank is not None or self._passes:
-            return
+        source = self._plan.source
+        if self.finished or self.rank is not None or self._passes or (source is not None and source.directory is None):
+            return  # what comes from elsewhere goes on from its commit
         with suppress(OSError):
             names = {path.name for path in self._root.iterdir()}
             if names <= {JOURNAL, LOCK} and [path.name for path in self.destination.iterdir()] == [STATE_DIR]:
