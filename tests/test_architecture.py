@@ -23,7 +23,7 @@ MAY: Mapping[str, str] = {
     "errors": "",
     "version": "",
     "interpreter": "",
-    "native": "interpreter",
+    "native": "errors interpreter",
     "chat": "errors",
     "formats": "errors native",
     "checkpoint": "errors formats",

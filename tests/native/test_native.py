@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from threading import Thread
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from kconvert import native
+from kconvert.errors import KconvertError
 from kconvert.formats.kernels import PACKAGE, Kernels
+from kconvert.native.base import write
 from kconvert.proof.parity.quick.native import LOOPS, Loop
 
 
@@ -80,6 +84,18 @@ def test_code_that_does_not_load_and_folders_that_take_none_leave_it_to_numba(
     assert decoded().equal(first)
 
 
+def test_what_could_not_be_kept_leaves_no_part_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write(folder / "loop.o", b"code")
+    assert not list(folder.iterdir())
+
+
 def test_a_lock_that_is_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
     first = decoded()
     (lock,), (kept,) = folder.glob("*.lock"), folder.glob("*.o")
@@ -115,6 +131,16 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(Path, "expanduser", homeless)
     assert package.folder is None
+
+
+@pytest.mark.parametrize("left", [None, ModuleSpec("numba", None)])  # the latter where caches in its folder are left
+def test_a_python_without_numba_is_told_in_a_sentence(
+    folder: Path, left: ModuleSpec | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(LOOPS.__dict__, "_about", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: left)
+    with pytest.raises(KconvertError, match=r"numba is not installed in .*`pip install numba`"):
+        decoded()
 
 
 def test_what_compiled_for_another_processor_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

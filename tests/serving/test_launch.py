@@ -196,6 +196,15 @@ def test_gguf_files_are_for_llama_cpp_and_mlx_directories_for_mlx(written: Writt
     assert "MLX runs it as it is" in refused("launch", mlx, "--engine", "sglang")
 
 
+def test_dense_layers_for_mlx_are_for_mlx_whose_kv_b_is_by_heads(like: Made, tmp_path: Path) -> None:
+    dense, mlx = tmp_path / "dense", tmp_path / "mlx"
+    run("sample", dense, "--from", like("kimi-k2-thinking"), "--layers", 1)
+    result = run("convert", dense, mlx, "--to", "mlx")
+    assert result.output.splitlines()[-1] == "engines: MLX (mlx_lm.server)", result.output
+    assert command(mlx, "--engine", "mlx").startswith(f"mlx_lm.server --model {mlx}")
+    assert "MLX runs it as it is" in refused("launch", mlx, "--engine", "vllm")
+
+
 def test_what_an_engine_cannot_be_asked_for_is_said(written: Written, like: Made) -> None:
     assert "llama.cpp cannot be asked for --gpus" in refused(
         "launch", written("gguf"), "--engine", "llama.cpp", "--gpus", 2

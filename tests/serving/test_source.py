@@ -56,6 +56,17 @@ def test_a_source_on_the_hub_is_told_by_its_id_and_commit_without_a_look(amx: Pa
 def test_nodes_that_the_weights_are_not_split_for_are_refused_with_the_command_that_splits_them(amx: Path) -> None:
     line = refused("launch", amx, "--engine", "ktransformers", "--numa", 4)
     assert f"kconvert repack-amx --from-amx {amx} DST --numa 4" in line
+    line = refused("launch", amx, "--engine", "ktransformers", "--numa", 3)
+    assert "--from-amx" not in line
+    assert line.endswith("which would do for AMXINT4 with --numa 1, 2, 4 and AMXINT8 with --numa 1, 2, 4, 8")
+
+
+def test_a_source_of_dense_layers_alone_is_no_source(amx: Path, like: Made, tmp_path: Path) -> None:
+    run("sample", tmp_path / "dense", "--from", like(K2), "--layers", 1)
+    line = refused("launch", amx, "--engine", "ktransformers", "--source", tmp_path / "dense")
+    assert line == (
+        f"error: {tmp_path / 'dense'} has no routed experts; give the checkpoint that {amx} was made from with --source"
+    )
 
 
 def test_a_core_for_each_of_the_weights_nodes_is_wanted(amx: Path) -> None:

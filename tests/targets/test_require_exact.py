@@ -75,3 +75,11 @@ def test_bf16_that_was_fp8_by_amax_comes_back(fp8: Path, tmp_path: Path, layout:
 
 def load(root: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in root.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("to", ["nvfp4", "mxfp4", "mxfp8"])
+def test_what_no_codes_reproduce_is_not_said_to_be_counted_where_it_is_rounded_uncounted(
+    int4: Path, tmp_path: Path, to: str
+) -> None:
+    with pytest.raises(KconvertError, match=r"leave out --require-exact, and such groups are rounded$"):
+        convert(plan(int4, Recipe(to, require_exact=True)), tmp_path / to)

@@ -25,6 +25,7 @@ Fate: TypeAlias = Literal["lossless", "recovered", "lossy"]
 FATES: tuple[Fate, ...] = ("lossless", "recovered", "lossy")
 ZERO_POINT = "weight_zero_point"
 COUNTED = "leave out --require-exact, and such groups are counted"
+ROUNDED = "leave out --require-exact, and such groups are rounded"  # and counted, where some may come back
 # A weight's tensors: dtype and shape by suffix.
 Found: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 

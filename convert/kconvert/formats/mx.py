@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import Unfit
 from kconvert.formats.base import (
-    COUNTED,
+    ROUNDED,
     ZERO_POINT,
     Fate,
     Format,
@@ -157,7 +157,7 @@ class Mx(Format):
         mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
         lost = mend(groups, codes, parts[1]) if self.exact else 0
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and power of two reproduce", COUNTED)
+            raise Unfit(f"{lost:,} of its groups have values that no codes and power of two reproduce", ROUNDED)
         return lost
 
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 
 from kconvert.errors import Unfit
 from kconvert.formats.base import (
-    COUNTED,
+    ROUNDED,
     ZERO_POINT,
     Fate,
     Format,
@@ -210,7 +210,7 @@ class Nvfp4(Format):
 
     def _counted(self, lost: int) -> int:
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and scales reproduce", COUNTED)
+            raise Unfit(f"{lost:,} of its groups have values that no codes and scales reproduce", ROUNDED)
         return lost if self.exact else 0
 
 

@@ -27,6 +27,11 @@ GPT_OSS = re.compile(rf"(.+\.experts)\.({'|'.join(STACKED)})\.(weight|scales|bia
 WORDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # as some models call an expert's matrices
 
 
+def is_name(name: str) -> bool:
+    """Whether only MLX calls a tensor so: stacks of experts, and kv_b by heads, which a model of dense layers has, too."""
+    return (SWITCH.fullmatch(name) or HEADS.fullmatch(name)) is not None
+
+
 def gather(tensors: Mapping[str, Tensor], names: Names) -> tuple[Mapping[str, Tensor], Modules]:
     """The tensors that are no such stacks, and the weights that lie in those that are."""
     modules: Modules = {}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kconvert.errors import KconvertError
 from kconvert.interpreter import python
 from kconvert.native.base import NONE, SYMBOL, Loop, features, machine, read
 
@@ -62,11 +64,12 @@ class Package:
 
     @cached_property
     def _about(self) -> list[str]:
+        versions = [_installed("numba"), _installed("llvmlite")]
         import llvmlite.binding as llvm
 
         ours = [Path(str(module.__file__)) for module in self._beside]
         sources = [*sorted(self._home.glob("*.py")), *sorted(Path(__file__).parent.glob("*.py")), *ours]
-        compilers = [_installed("numba"), _installed("llvmlite"), llvm.get_host_cpu_name(), features()]
+        compilers = [*versions, llvm.get_host_cpu_name(), features()]
         return [*compilers, *(path.read_text("utf-8") for path in sources)]
 
 
@@ -75,8 +78,11 @@ def _installed(name: str) -> str:
     from importlib.util import find_spec
 
     spec = find_spec(name)
-    assert spec is not None
-    path = str(spec.origin)
+    if spec is None or spec.origin is None:
+        raise KconvertError(
+            f"{name} is not installed in {sys.prefix}, which compiles what computes; `pip install {name}`"
+        )
+    path = spec.origin
     about = os.stat(path)
     return f"{path} {about.st_mtime_ns} {about.st_size}"
 

@@ -47,8 +47,11 @@ def read(path: Path) -> bytes | None:
 def write(path: Path, code: bytes) -> None:
     """What `read` gives back."""
     part = Path(f"{path}.part")
-    part.write_bytes(hashlib.sha256(code).digest() + code)
-    part.replace(path)
+    try:
+        part.write_bytes(hashlib.sha256(code).digest() + code)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @cache

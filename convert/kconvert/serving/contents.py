@@ -28,6 +28,7 @@ from kconvert.formats.packed import Packed
 from kconvert.models.amx import AmxModel
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.manifest import Manifest
+from kconvert.models.mlx import is_name as is_mlx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.roles import guess
 from kconvert.models.sizes import lookup
@@ -35,7 +36,6 @@ from kconvert.planning.plan import Plan
 
 PLAIN = frozenset({"bf16", "f16", "f32"})
 FLOATS = frozenset({"BF16", "F16", "F32"})
-SWITCH = ".switch_mlp."  # what MLX calls the experts of a layer
 LAYER = re.compile(r"(?:.*?\.)?layers\.[0-9]+\.")
 # Last words of the roles of matrices that tensor parallelism cuts by rows, and by columns.
 BY_ROWS = frozenset({"gate", "up", "q", "k", "v", "q_b", "kv_b"})
@@ -116,7 +116,7 @@ def contents_of(checkpoint: Checkpoint) -> Contents:
     """Of a checkpoint of safetensors files, all of its tensors or those of some files; KconvertError as `kconvert.inspect`."""
     nbytes = sum(stat.nbytes for stat in checkpoint.files.values())
     dialect = _dialect(checkpoint.config)
-    if dialect == "mlx" or any(SWITCH in name for name in checkpoint.tensors):
+    if dialect == "mlx" or any(map(is_mlx, checkpoint.tensors)):
         return Contents("mlx", checkpoint.config, nbytes, dialect=dialect)
     first = next((name for name in checkpoint.tensors if holds_expert([name])), "")
     coded = next((name for name, tensor in checkpoint.tensors.items() if is_coded(tensor)), first)

@@ -64,7 +64,10 @@ def _nodes(engine: Engine, place: Place, output: Output, wishes: Wishes) -> int:
     """The NUMA nodes that share each expert; KconvertError where they cannot."""
     contents = place.contents
     if contents.numa:
-        if wishes.numa not in (None, contents.numa):
+        if wishes.numa is not None and wishes.numa != contents.numa:
+            from kconvert.targets.amx import check_numa
+
+            check_numa(int(contents.encoding[-1]), wishes.numa, contents.hidden, contents.width)
             raise KconvertError(
                 f"{place.address} is split for {counted(contents.numa, 'NUMA node')}, not {wishes.numa}; `kconvert repack-amx "
                 f"--from-amx {place.address} DST --numa {wishes.numa}` splits it anew"

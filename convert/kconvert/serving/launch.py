@@ -157,6 +157,10 @@ def _possible(place: Place, context: int) -> int:
 def _check_source(place: Place, model: Place) -> None:
     """KconvertError where the experts of `place` are none of this model's."""
     here, there = ((contents.width, contents.hidden) for contents in (place.contents, model.contents))
+    if all(here) and not all(there):
+        raise KconvertError(
+            f"{model.address} has no routed experts; give the checkpoint that {place.address} was made from with --source"
+        )
     if all(here) and here != there:
         raise KconvertError(
             f"{place.address} has experts of {here[0]} x {here[1]}, and those of {model.address} are {there[0]} x {there[1]}; "

@@ -18,7 +18,7 @@ from kconvert.formats import Format, parts_of
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads
 from kconvert.formats.fp8 import Fp8
-from kconvert.models.mlx import SWITCH
+from kconvert.models.mlx import is_name as is_mlx
 from kconvert.models.model import Model, Weight, format_counts, natural_key
 from kconvert.models.stacks import STACKED, Stack
 from kconvert.models.unlisted import missing_lines
@@ -101,10 +101,10 @@ class Conversion:
         self._check_effect(bool(quantised))
 
     def _has_remains(self) -> bool:
-        """Whether something speaks of a quantisation that the weights do not have, or experts are stacked as MLX has them:
+        """Whether something speaks of a quantisation that the weights do not have, or tensors have MLX's names:
         a copy without it is worth making."""
         checkpoint = self.model.checkpoint
-        declared = any(quantization_tables(checkpoint.config)) or any(map(SWITCH.fullmatch, checkpoint.tensors))
+        declared = any(quantization_tables(checkpoint.config)) or any(map(is_mlx, checkpoint.tensors))
         return declared or any(weight.companions for weight in self.model.weights)
 
     def _check_effect(self, has_quantised: bool) -> None:

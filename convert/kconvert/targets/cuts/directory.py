@@ -15,7 +15,7 @@ from kconvert.dialects import files_beside
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.errors import KconvertError
 from kconvert.models.manifest import Names
-from kconvert.models.mlx import SWITCH
+from kconvert.models.mlx import is_name
 from kconvert.models.model import Model, Weight, natural_key, understand
 from kconvert.models.roles import guess
 from kconvert.models.rules import Match
@@ -49,7 +49,7 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
         )
     drafts = sorted(cutting.drafts(), key=lambda draft: natural_key(draft.name))
     parameters = sum(math.prod(match.shape) for name, match in names.expected() if name in cutting.found)
-    is_mlx = MLX_KEY in checkpoint.config or any(map(SWITCH.fullmatch, checkpoint.tensors))
+    is_mlx = MLX_KEY in checkpoint.config or any(map(is_name, checkpoint.tensors))
     container = Safetensors(shard_size, scatter=scatter, metadata=MLX if is_mlx else METADATA)
     beside = filter(checkpoint.has, files_beside(checkpoint.config, model.quantization))
     declared = {name: checkpoint.side_file(name).read_bytes() for name in beside}
