@@ -297,6 +297,19 @@ def test_a_count_of_the_first_layers_is_no_larger_than_what_is_left(
     assert keys(found)["deepseek4.hash_layer_count"][1] == 2
 
 
+@pytest.mark.parametrize("to", [None, "fp8", "nvfp4", "mlx"])
+def test_a_cut_to_dense_layers_declares_no_quantisation_of_what_is_gone(
+    source: Callable[[str], Path], tmp_path: Path, to: str | None
+) -> None:
+    root = source("kimi-k2-thinking")
+    if to is not None:
+        convert(plan(root, Recipe(to)), tmp_path / "made")
+        root = tmp_path / "made"
+    dense = cut(root, tmp_path / "dense", layers=1)
+    assert "quantization" not in (dense / "config.json").read_text()
+    verify(dense, dense)
+
+
 @pytest.mark.parametrize("other", [4, 9])
 def test_every_key_that_says_the_number_of_experts_is_cut(
     source: Callable[[str], Path], tmp_path: Path, other: int

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Checkpoint
-from kconvert.dialects import files_beside
+from kconvert.dialects import files_beside, without_quantization
 from kconvert.dialects.tables import MLX_KEY
 from kconvert.errors import KconvertError
 from kconvert.models.manifest import Names
@@ -53,6 +53,8 @@ def cut_directory(checkpoint: Checkpoint, sizes: Mapping[str, int], shard_size: 
     container = Safetensors(shard_size, scatter=scatter, metadata=MLX if is_mlx else METADATA)
     beside = filter(checkpoint.has, files_beside(checkpoint.config, model.quantization))
     declared = {name: checkpoint.side_file(name).read_bytes() for name in beside}
+    if not cutting.is_quantised:  # what is declared is of weights that are gone
+        config, declared = without_quantization(config), {}
     return Cut(drafts, container, config, parameters, declared)
 
 
@@ -89,6 +91,10 @@ class _Cutting:
         """The names of the smaller model that are there."""
         stays = (item for item in self._items if self._match(self.names, item) is not None)
         return {name if self.names.match(name) else f"{name}.weight" for name in map(_name, stays)}
+
+    @property
+    def is_quantised(self) -> bool:
+        return any(weight.format.quantised and self._stays(weight) for weight in self.model.weights)
 
     @property
     def _items(self) -> list[Weight | Plain]:
