@@ -270,6 +270,8 @@ def convert(
         if trace is not None and trace.is_drawn:
             raise KconvertError("--trace shows the workers of one process; leave it out, or start ranks by --worker")
         return convert_by_ray(plan, delivery, terms, command, ModelCard, ray_address, limits, advance, found)
+    if trace is not None and plan.source is not None and plan.source.directory is not None:
+        trace.check_outside(plan.source.untouched)
     with prepared(plan, delivery, terms, command, ModelCard(plan, command)) as job:
         found(job.earlier)
         advance(job.earlier)

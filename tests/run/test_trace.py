@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kconvert import Recipe, convert, plan
+from kconvert import KconvertError, Recipe, convert, plan
 from kconvert.checkpoint.source import Reader
 from kconvert.run import engine
 from kconvert.run.arrivals import Arrivals
@@ -131,3 +131,12 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_first_shard(int4: 
     assert "cannot write" in result.output
     assert "trace.json" in result.output
     assert not list((tmp_path / "bf16").glob("*.safetensors"))
+
+
+def test_a_trace_takes_the_place_of_no_file_of_the_source(int4: Path, tmp_path: Path) -> None:
+    before = (int4 / "config.json").read_bytes()
+    trace = Trace(int4 / "config.json")
+    with pytest.raises(KconvertError, match=r"--trace .*config\.json lies inside SRC; choose a file outside"):
+        convert(plan(int4, Recipe("bf16")), tmp_path / "bf16", trace=trace)
+    assert (int4 / "config.json").read_bytes() == before
+    assert not (tmp_path / "bf16").exists()

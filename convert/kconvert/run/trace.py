@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from kconvert.checkpoint.buffers import Fetcher
-from kconvert.errors import explain_os_error
+from kconvert.errors import KconvertError, explain_os_error
 
 Thing = TypeVar("Thing")
 Doing = Literal["read", "decode", "encode", "write", "wait"]
@@ -49,6 +49,11 @@ class Trace:
     def is_drawn(self) -> bool:
         """Whether a file is to show it."""
         return self._path is not None
+
+    def check_outside(self, source: Path) -> None:
+        """KconvertError where the file would lie in SRC, and might take the place of one of its own."""
+        if self._path is not None and Path(os.path.realpath(self._path)).is_relative_to(os.path.realpath(source)):
+            raise KconvertError(f"--trace {self._path} lies inside SRC; choose a file outside {source}")
 
     def clock(self) -> Clock:
         """For another worker."""
