@@ -410,10 +410,11 @@ def test_a_run_without_ranks_goes_on_from_what_ranks_have_finished(job: Job) -> 
         wait_for(job, 0, 3, process)
         process.send_signal(signal.SIGKILL)
     before = {name: (job.destination / name).stat().st_mtime_ns for name in job.shards}
+    recorded = records_of(job, 0) + records_of(job, 1)  # each worker may have had one that was not yet
 
     job.check_rerun_finishes()
 
-    assert sum((job.destination / name).stat().st_mtime_ns == then for name, then in before.items()) >= len(before) - 1
+    assert sum((job.destination / name).stat().st_mtime_ns == then for name, then in before.items()) >= recorded
 
 
 def test_ranks_go_on_from_what_a_run_without_has_finished(job: Job) -> None:
