@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,24 +65,11 @@ class Share:
             **inexact_facts(plan, inexact),
             "complete": closed,
         }
-        return Summary(facts, tuple(self._lines(plan, delivery, seconds, inexact, earlier, bound, closed)))
-
-    def _lines(
-        self,
-        plan: Plan,
-        delivery: Delivery,
-        seconds: float,
-        inexact: Mapping[str, int],
-        earlier: int,
-        bound: str | None,
-        closed: bool,
-    ) -> Iterator[str]:
-        written = self.nbytes - earlier
+        speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
+        speed += f", bound by {bound}" if bound else ""
+        lines = [f"{self.rank} had nothing left to do, {self}"]
         if written:
-            speed = f"in {seconds:.1f} s ({written / seconds / 1e9:.2f} GB/s)"
-            speed += f", bound by {bound}" if bound else ""
-            yield f"{self.rank} wrote {human(written)} of its {self} to {delivery} {speed}"
-            yield from exactness(plan, inexact, max(earlier, 1))  # other ranks speak of theirs
-        else:
-            yield f"{self.rank} had nothing left to do, {self}"
-        yield f"{delivery} is complete" if closed else f"when all ranks have ended: kconvert finalize {delivery}"
+            lines = [f"{self.rank} wrote {human(written)} of its {self} to {delivery} {speed}"]
+            lines += exactness(plan, inexact, max(earlier, 1))  # other ranks speak of theirs
+        lines += [f"{delivery} is complete" if closed else f"when all ranks have ended: kconvert finalize {delivery}"]
+        return Summary(facts, tuple(lines))

@@ -23,6 +23,7 @@ from kconvert.dialects.tables import declarations
 from kconvert.errors import KconvertError
 from kconvert.formats import from_scheme
 from kconvert.formats.base import ACTIVATIONS, Scheme
+from kconvert.formats.dense import DTYPES
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.packed import Packed
 from kconvert.models.amx import AmxModel
@@ -31,11 +32,10 @@ from kconvert.models.manifest import Manifest
 from kconvert.models.mlx import is_name as is_mlx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.roles import guess
-from kconvert.models.sizes import lookup
+from kconvert.models.sizes import SAME, lookup
 from kconvert.planning.plan import Plan
 
 PLAIN = frozenset({"bf16", "f16", "f32"})
-FLOATS = frozenset({"BF16", "F16", "F32"})
 LAYER = re.compile(r"(?:.*?\.)?layers\.[0-9]+\.")
 # Last words of the roles of matrices that tensor parallelism cuts by rows, and by columns.
 BY_ROWS = frozenset({"gate", "up", "q", "k", "v", "q_b", "kv_b"})
@@ -90,9 +90,7 @@ class Contents:
     @property
     def experts(self) -> int | None:
         """The number of routed experts of a layer."""
-        return self.number(
-            self.manifest.dims.get("experts", ""), "n_routed_experts", "num_experts", "num_local_experts"
-        )
+        return self.number(self.manifest.dims.get("experts", ""), *SAME["experts"])
 
     @property
     def model_type(self) -> str:
@@ -147,7 +145,7 @@ def holds_expert(tensors: Iterable[str]) -> bool:
 
 def is_coded(tensor: Tensor) -> bool:
     """Whether it is of a routed expert's matrix that is quantised."""
-    return tensor.dtype not in FLOATS and holds_expert([tensor.name])
+    return tensor.dtype not in DTYPES and holds_expert([tensor.name])
 
 
 def is_plain(contents: Contents) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,26 @@ def run_verify() -> Callable[..., Result]:
 
     def run(*arguments: object) -> Result:
         return CliRunner().invoke(main, ["verify", *map(str, arguments)], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def loaded_by_verify() -> Callable[[Path, Path], str]:
+    """The packages whose compiled loops a `verify` of (source, output) loads, and the modules of kernels that it imports."""
+    script = (
+        "import sys\n"
+        "import kconvert.native as native\n"
+        "from kconvert.cli import main\n"
+        "load, loaded = native.Package.load, []\n"
+        "native.Package.load = lambda package, *loop: loaded.append(package.name) or load(package, *loop)\n"
+        "main(standalone_mode=False)\n"
+        "print({*loaded, *(name for name in sys.modules if 'kernels.' in name)})\n"
+    )
+
+    def run(source: Path, output: Path) -> str:
+        command = [sys.executable, "-c", script, "verify", str(source), str(output), "--quiet"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     return run
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 from kconvert.errors import Unfit
 from kconvert.formats.base import COUNTED, Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
+from kconvert.formats.fp8 import widen
 from kconvert.formats.kernels import Kernels
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import GROUP, Nvfp4, inverse_of, lost_by
@@ -42,7 +43,6 @@ kernels = Kernels("ggml")
 BLOCK = 32
 OVERFLOW = 65520.0  # from which on F16 has infinity
 INTEGERS = {"I32": "i4", "I64": "i8"}
-FLOATS = {"F16": "f2", "F32": "f4"}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -129,8 +129,7 @@ class Q4_0(Blocks):
 
         if part.suffix != "weight_scale":
             return
-        bf16 = part.dtype == "BF16"
-        wide = (data.view("u2").astype(np.uint32) << 16).view("f4") if bf16 else data.view(FLOATS[part.dtype])
+        wide = widen(data, part.dtype)
         if (beyond := ~(np.abs(wide) < OVERFLOW)).any():
             raise Unfit(
                 f"it has the scale {wide[beyond][0]:.9g}, which F16 cannot hold (65504 is its largest number),",
