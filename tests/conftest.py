@@ -28,6 +28,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("kconvert")
 
+# Commands start as a user's do, whose Python keeps what it compiled: half a second of each, where this is set.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 INDEX = "model.safetensors.index.json"
 
 Kconvert = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -31,15 +31,17 @@ LARGEST = U(0x43E00000)  # 448 as f32
 BELOW_448 = U(0x1FFFFF)  # added to bits, it makes one binade more of a mantissa above that of 448
 SMALLEST_BINADE = U(121 << 23)  # 2**-6: below it the steps of e4m3 stay as they are
 TO_MAGIC = U(20 << 23)  # adding 2**20 times the binade leaves steps of an eighth of the binade
-REBIAS = np.float32(2.0**120)  # exponent bias of f32 less that of e4m3
+REBIAS = U(120 << 23)  # exponent bias of f32 less that of e4m3
+SMALLEST = np.float32(2.0**-9)  # the smallest e4m3 above zero
 SEGMENT = 128  # so many squared errors are summed in 32 bits
 
 
 @inline
 def widen_e4m3(code: Any) -> Any:
-    """u8 -> f32, exact; 0x7F and 0xFF are NaN. Read as f32, the shifted bits are the value times 2**-120."""
+    """u8 -> f32, exact, by no subnormal number (see mx.widen_e2m1); 0x7F and 0xFF are NaN."""
     magnitude = U(code & np.uint8(0x7F))
-    bits = bits_of(float_of(U(magnitude << U(20))) * REBIAS)
+    subnormal = bits_of(np.float32(np.int32(magnitude)) * SMALLEST)
+    bits = U(U(magnitude << U(20)) + REBIAS) if magnitude > U(7) else subnormal
     bits = U(bits | INFINITE) if magnitude == U(0x7F) else bits
     return float_of(U(bits | U(U(code & np.uint8(0x80)) << U(24))))
 

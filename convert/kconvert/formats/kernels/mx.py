@@ -32,16 +32,18 @@ GROUP = 32
 FRACTION = U(0x7FFFFF)
 FRACTION_OF_448 = U(0x600000)
 ONE = U(127 << 23)  # 1 as f32
+HALF = U(126 << 23)  # 0.5 as f32, which is code 1
 SIX = U(0x40C00000)  # 6 as f32, the largest e2m1
 TO_MAGIC = U(22 << 23)  # adding 2**22 times the binade leaves steps of half the binade
-REBIAS = np.float32(2.0**126)  # exponent bias of f32 less that of e2m1
+REBIAS = U(126 << 23)  # exponent bias of f32 less that of e2m1
 
 
 @inline
 def widen_e2m1(code: Any) -> Any:
-    """u8 nibble -> f32, exact. Read as f32, the shifted bits are the value times 2**-126."""
-    magnitude = float_of(U(U(code & np.uint8(7)) << U(22))) * REBIAS
-    return float_of(U(bits_of(magnitude) | U(U(code & np.uint8(8)) << U(28))))
+    """u8 nibble -> f32, exact, by no subnormal number: where code 1 were one, Intel's cores take twenty times as long."""
+    size = U(code & np.uint8(7))
+    bits = U(U(size << U(22)) + REBIAS) if size > U(1) else U(size * HALF)
+    return float_of(U(bits | U(U(code & np.uint8(8)) << U(28))))
 
 
 @inline

@@ -83,10 +83,12 @@ def power(biased: Any) -> Any:
 
 @inline
 def widen_e4m3(code: Any) -> Any:
-    """The bits of an e4m3 -> f32, exact: the multiplication mends the exponent, of subnormals too."""
-    size = np.uint8(code & np.uint8(0x7F))
-    value = float_of(U(U(size) << U(20))) * np.float32(2.0**120)
-    bits = U(0x7FC00000) if size == E4M3_NAN else bits_of(value)
+    """The bits of an e4m3 -> f32, exact. A subnormal one is given a hidden bit, which is taken away again: as a subnormal f32
+    it would take Intel's cores twenty times as long."""
+    size = U(code & np.uint8(0x7F))
+    hidden = U(1 << 23) if size < U(8) else U(0)
+    value = float_of(U(U(U(size << U(20)) + U(120 << 23)) + hidden)) - float_of(U(hidden * U(121)))
+    bits = U(0x7FC00000) if size == U(E4M3_NAN) else bits_of(value)
     return float_of(U(bits | U(U(code & np.uint8(0x80)) << U(24))))
 
 
@@ -108,7 +110,9 @@ def round_e4m3(value: Any) -> Any:
 @inline
 def widen_e2m1(code: Any) -> Any:
     """The low nibble as e2m1 -> f32."""
-    value = float_of(U(U(code & np.uint8(7)) << U(22))) * np.float32(2.0**126)
+    size = U(code & np.uint8(7))
+    hidden = U(1 << 23) if size < U(2) else U(0)
+    value = float_of(U(U(U(size << U(22)) + U(126 << 23)) + hidden)) - float_of(U(hidden * U(127)))
     return float_of(U(bits_of(value) | U(U(code & np.uint8(8)) << U(28))))
 
 
