@@ -18,7 +18,11 @@ import time
 from dataclasses import dataclass
 from itertools import chain, repeat
 
-from common import KCONVERT, machine, run, spread, verdict
+from common import machine, spread, verdict
+
+from kconvert.chat.checks import Talk, at_once
+from kconvert.chat.checks import stream as stream_check
+from kconvert.chat.server import connected
 
 MOST_PERCENT = 2.0
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -114,11 +118,14 @@ async def read_alone(port: int, chats: int) -> float:
     return time.perf_counter() - began
 
 
-def measured(url: str, chats: int) -> float:
-    """Seconds that smoke needed for `chats` chats at once."""
-    options = ["--no-tools", "--long-words", "0", "--json", "--concurrency", str(chats)]
-    report = json.loads(run([KCONVERT, "smoke", url, *options]).stdout)
-    return float(next(check["seconds"] for check in report["checks"] if check["name"] == "at-once"))
+async def measured(url: str, chats: int) -> tuple[float, float]:
+    """Seconds that smoke's check needed for `chats` chats at once, and CPU time of this process; the first chat is apart."""
+    async with connected(url, None, 600.0) as server:
+        talk = Talk(server, "stub", reasoning=True, max_tokens=4096, long_words=0, concurrency=chats)
+        await stream_check(talk)
+        began, cpu = time.perf_counter(), time.process_time()
+        await at_once(talk)
+        return time.perf_counter() - began, time.process_time() - cpu
 
 
 def main() -> int:
@@ -140,15 +147,20 @@ def main() -> int:
         url = f"http://127.0.0.1:{port}/v1"
         try:
             runs = range(options.runs)
-            alone, seconds = zip(
-                *((asyncio.run(read_alone(port, options.chats)), measured(url, options.chats)) for _ in runs),
+            alone, asked = zip(
+                *(
+                    (asyncio.run(read_alone(port, options.chats)), asyncio.run(measured(url, options.chats)))
+                    for _ in runs
+                ),
                 strict=True,
             )
         finally:
             stub.terminate()
+    seconds, cpu = zip(*asked, strict=True)
     added = [100 * (took / pace.answer - 1) for took in seconds]
     what = f"{options.chats} chats of {pace.answer:g} s at once"
     print(f"{what}: {spread(seconds, 3, 's')}, added {spread(added, 2, '%')}; the stub alone {spread(alone, 3, 's')}")
+    print(f"CPU time of the client: {spread(cpu, 3, 's')}")
     print(verdict(sorted(added)[len(added) // 2], MOST_PERCENT, "%"))
     return 0
 

@@ -11,7 +11,7 @@ from chat_server import Reply, Script, call, healthy, serving
 
 import kconvert
 
-pytest.importorskip("openai")
+pytest.importorskip("aiohttp")
 
 
 def said_of(reply: Callable[[Mapping[str, Any]], Reply], **options: Any) -> dict[str, str]:
@@ -121,3 +121,31 @@ def test_a_call_in_the_text_where_no_tools_were_offered_is_no_fault_of_a_parser(
     assert found["chat"].startswith(
         "the model calls a tool in its text (<tool_call> is in `content`), and was offered none"
     )
+
+
+def behind_earlier_answers(key: str) -> Callable[[Mapping[str, Any]], Reply]:
+    """vLLM 0.32's kimi_k2 when it streams: it takes the `</think>` of an earlier answer for this one's."""
+
+    def reply(request: Mapping[str, Any]) -> Reply:
+        made = healthy(request, key)
+        if not request.get("stream") or len(request["messages"]) == 1:
+            return made
+        return {**made, "content": f"<think>{made.pop(key, 'Hm.')}{made['content'] or ''}"}
+
+    return reply
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_a_parser_that_errs_behind_earlier_answers_alone_is_not_said_to_be_missing(key: str) -> None:
+    found = said_of(behind_earlier_answers(key))
+    assert found.keys() == {"tools-stream"}
+    assert found["tools-stream"].startswith(
+        "the reasoning is left in `content` (<think> is there): the server's reasoning"
+    )
+    assert "--reasoning-parser" not in found["tools-stream"]
+
+
+def test_a_parser_that_misses_the_first_answer_too_is_said_to_be_missing() -> None:
+    found = said_of(lambda request: {**healthy(request), "content": "<think>9.9: Sunny</think>"})
+    assert all("--reasoning-parser" in said for said in found.values())
+    assert {"chat", "tools", "tools-stream", "calls-in-a-row"} <= found.keys()

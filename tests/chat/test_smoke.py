@@ -15,7 +15,7 @@ from kconvert import CheckFailed, KconvertError
 from kconvert.chat.server import address
 from kconvert.cli import main
 
-pytest.importorskip("openai")
+pytest.importorskip("aiohttp")
 EVERY = ["models", "chat", "stream", "tools", "tools-stream", "calls-in-a-row", "long-input"]
 THOUGHT = "9 tenths are more than 11 hundredths."
 
@@ -144,7 +144,7 @@ IN_TEXT = '<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:
             {"content": 'functions.get_weather:0{"city": "Beijing"}'},
             'left in the text, \'get_weather:0{"city": "Beijing"}\'',
         ),
-        ({"content": "I think it rains."}, "answers 'I think it rains.' and does not call 'get_weather'"),
+        ({"content": "I think it rains."}, "rains.' and does not call 'get_weather': its chat template offers it no"),
         ({"content": None, "reasoning": "Hm", "finish_reason": "length"}, "cut at max_tokens 4096 while the model was"),
         (
             {"tool_calls": [call('{"city": "Bei')], "finish_reason": "tool_calls"},
@@ -266,7 +266,8 @@ def test_one_bad_chat_among_many_is_told(smoke):
         (Script(models=("a",)), {"model": "c"}, "serves no model 'c' but 'a'"),
         (Script(models=()), {}, "lists no model"),
         (Script(listing=b"<html>", content_type="text/html"), {}, "but with no list of models"),
-        (Script(listing=b'{"data": 3}'), {}, "but with no list of models"),
+        (Script(listing=b'{"data": 3}'), {}, "3}', but with no list of models; what does its log say?"),
+        (Script(listing=b" "), {}, "/v1/models answers nothing, but with no list of models"),
         (Script(listing=b'{"error": "Loading"}', listing_status=503), {}, "/models: the server answers 503: 'Loading'"),
         (Script(), {"concurrency": 1001}, "concurrency between 1 and 1000"),
         (Script(), {"timeout": 0}, "timeout is positive, max_tokens at least 1"),

@@ -80,14 +80,15 @@ class Talk:
         CheckFailed unless one of the calls is about the `city`."""
         asked: list[str] = []
         for _ in range(MOST_ROUNDS):
+            parsed = len(messages) > 1 and ("deltas" if stream else "message") in self.fields
             answer = await self.ask(messages, stream=stream, tools=TOOLS, tool_choice="auto")
             if asked and not answer.calls and answer.finish != "tool_calls":
                 if not any(_is_about(city, given) for given in asked):
                     raise CheckFailed(f"the model calls {TOOL!r} for {quoted(asked[0])}, and was asked about {city!r}")
-                judge(answer, Expected(False, tuple(WEATHER.values()), self.max_tokens, tools=True))
+                judge(answer, Expected(False, tuple(WEATHER.values()), self.max_tokens, tools=True, parsed=parsed))
                 messages.append(answer.message)
                 return len(asked), answer
-            arguments = judge_calls(answer, TOOL, "city", self.max_tokens)
+            arguments = judge_calls(answer, TOOL, "city", self.max_tokens, parsed=parsed)
             asked += [str(given["city"]) for given in arguments]
             messages.append(answer.message)
             messages += [

@@ -34,6 +34,10 @@ TOOL_PARSER = (
     "start the server with this model's --tool-call-parser (kimi_k2 for Kimi-K2; vLLM: --enable-auto-tool-choice too)"
 )
 REASONING_PARSER = "start the server with this model's --reasoning-parser (kimi_k2 for Kimi-K2-Thinking)"
+MISLED_PARSER = (
+    "the server's reasoning parser works for a first question and errs behind earlier answers, whose end of reasoning it "
+    "takes for this one's: the server's fault"
+)
 
 JSON_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "an object", bool: "a truth value"}
 
@@ -41,20 +45,21 @@ JSON_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "an obj
 @dataclass(frozen=True, slots=True)
 class Expected:
     """`reasoning`: there has to be some; `about`: the content has one of these words; `limit`: the request's max_tokens;
-    `tools`: it offered some.
+    `tools`: it offered some; `parsed`: the server took the reasoning out of the answers to first questions.
     """
 
     reasoning: bool
     about: Sequence[str]
     limit: int
     tools: bool = False
+    parsed: bool = False
 
 
 def judge(answer: Answer, expected: Expected) -> None:
     """CheckFailed unless the answer is whole: content, reasoning, and neither within the other."""
     _as_the_protocol_has_it(answer)
     _no_nonsense(answer, expected.about)
-    _no_markers(answer, expected.tools)
+    _no_markers(answer, expected.tools, expected.parsed)
     if answer.calls:
         raise CheckFailed(f"the model calls {quoted(next(iter(answer.calls.values())).name)} where it has to answer")
     if not answer.content.strip():
@@ -78,10 +83,12 @@ def judge(answer: Answer, expected: Expected) -> None:
         )
 
 
-def judge_calls(answer: Answer, tool: str, argument: str, limit: int) -> list[dict[str, object]]:
+def judge_calls(
+    answer: Answer, tool: str, argument: str, limit: int, *, parsed: bool = False
+) -> list[dict[str, object]]:
     """The arguments of each call of `tool`. CheckFailed unless there are calls, whole and where a client looks for them."""
     _as_the_protocol_has_it(answer)
-    _no_markers(answer)
+    _no_markers(answer, parsed=parsed)
     if not answer.calls:
         text = next(
             (text for text in (answer.content, answer.reasoning) if tool in text and f'"{argument}"' in text), None
@@ -91,8 +98,8 @@ def judge_calls(answer: Answer, tool: str, argument: str, limit: int) -> list[di
         if answer.finish == "length" or not answer.content.strip():
             raise CheckFailed(_why_empty(answer, limit))
         raise CheckFailed(
-            f"the model answers {quoted(answer.content)} and does not call {tool!r}: {TOOL_PARSER}, or say --no-tools of a "
-            "model that calls none"
+            f"the model answers {quoted(answer.content)} and does not call {tool!r}: its chat template offers it no tools, or "
+            "the tool-call parser drops what it calls; or say --no-tools of a model that calls none"
         )
     ids = [call.id for call in answer.calls.values()]
     if not all(ids) or len(set(ids)) < len(ids):
@@ -147,9 +154,10 @@ def _speaks_of(text: str, about: Sequence[str]) -> bool:
     return any(word.casefold() in text.casefold() for word in about)
 
 
-def _no_markers(answer: Answer, tools: bool = True) -> None:
+def _no_markers(answer: Answer, tools: bool = True, parsed: bool = False) -> None:
     if marker := _first(THINKING, answer.content):
-        raise CheckFailed(f"the reasoning is left in `content` ({marker} is there): {REASONING_PARSER}")
+        why = MISLED_PARSER if parsed else REASONING_PARSER
+        raise CheckFailed(f"the reasoning is left in `content` ({marker} is there): {why}")
     for place, text in (("content", answer.content), (answer.reasoning_field or "reasoning", answer.reasoning)):
         if (marker := _first(CALLING, text)) and not tools:
             raise CheckFailed(

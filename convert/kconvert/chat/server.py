@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
-import socket
-import ssl
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kconvert.chat.answers import Answer, quoted, table, text
+from kconvert.chat.events import Events
+from kconvert.chat.faults import Unanswered, explained, words
 from kconvert.errors import CheckFailed, KconvertError
 
 if TYPE_CHECKING:
-    from openai import APIConnectionError, AsyncOpenAI
+    from httpx2 import Response
+    from openai import AsyncOpenAI
 
 T = TypeVar("T")
 LISTING = 10.0  # seconds; a server that is up lists its models at once
-
-
-class Unanswered(CheckFailed):
-    """The server is gone or hangs: asking on would only wait."""
+MOST_AT_ONCE = 1000  # connections that the client opens
+MOST_BYTES = 1 << 28  # of an answer: what engines need for half a million tokens in events of their own
 
 
 class Server:
@@ -51,40 +49,36 @@ class Server:
         return await self._bounded(self._stream(asked) if stream else self._complete(asked), self._timeout)
 
     async def _list(self) -> list[str]:
-        response = await self._client.models.with_raw_response.list()
-        data = _document(response.content).get("data")
+        body = await _read(await self._opened(self._client.get, "/models"))
+        data = _document(body).get("data")
         if not isinstance(data, list):
+            ends_so = self.url.endswith("/v1")
             raise KconvertError(
-                f"{self.url}/models answers, but with no list of models; the address of a server that speaks OpenAI's "
-                "protocol ends in /v1"
+                f"{self.url}/models answers{_begin(body) or ' nothing'}, but with no list of models; "
+                + ("what does its log say?" if ends_so else "the address of a server of OpenAI's protocol ends in /v1")
             )
         return [name for model in data if (name := text(table(model).get("id")))]
 
     async def _complete(self, request: Mapping[str, Any]) -> Answer:
-        # Its arguments' types list OpenAI's own models; the raw response, as the client breaks where it is no JSON.
-        create: Any = self._client.chat.completions.with_raw_response.create
         answer = Answer()
-        response = _document((await create(**request)).content)
+        body = await _read(await self._opened(self._client.post, "/chat/completions", body=request))
+        response = _document(body)
         answer.take(response)
         answer.ended = time.perf_counter()
-        if said := words(response.get("error")):
-            raise CheckFailed(f"the server answers 200, but with an error{said}")
+        if response.get("error"):
+            raise CheckFailed(f"the server answers 200, but with an error{words(response)}")
         if answer.finish is None:
-            raise CheckFailed("the server's answer is no chat completion: it has no choice with a finish_reason")
+            raise CheckFailed(
+                f"the server's answer{_begin(body)} is no chat completion: it has no choice with a finish_reason"
+            )
         return answer
 
     async def _stream(self, request: Mapping[str, Any]) -> Answer:
-        from openai import AsyncStream
-
-        # Chunks as they are: making the client's own objects of them is most of what many chats at once cost here.
         body = {**request, "stream": True, "stream_options": {"include_usage": True}}
-        answer = Answer()
-        opened = await self._client.post(
-            "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
-        )
+        answer, events = Answer(), Events()
+        opened = await self._opened(self._client.post, "/chat/completions", body=body)
         try:
-            async for chunk in opened:
-                answer.take(table(chunk))
+            await _fed(opened, lambda data: _taken(answer, events.of(data)))
         except Exception as error:
             if answer.first is not None and _is_transport(error):
                 raise _cut_short(answer) from None
@@ -94,88 +88,54 @@ class Server:
             raise _cut_short(answer)
         return answer
 
+    async def _opened(self, method: Any, path: str, **request: Any) -> Response:
+        """The answer, its body unread: making objects of it is most of what the client costs where many chats run at once."""
+        from httpx2 import Response
+
+        opened: Response = await method(path, cast_to=Response, stream=True, **request)
+        return opened
+
     async def _bounded(self, asked: Coroutine[Any, Any, T], seconds: float) -> T:
-        from openai import APITimeoutError, OpenAIError
+        from aiohttp import ClientError
+        from httpx2 import HTTPError
+        from openai import OpenAIError
 
         try:
             return await asyncio.wait_for(asked, seconds)
-        except (asyncio.TimeoutError, APITimeoutError):
+        except asyncio.TimeoutError:
             raise Unanswered(
                 f"{self.url} gave no whole answer within {seconds:g} s; is the server overloaded, or still loading? "
                 "--timeout waits longer"
             ) from None
-        except OpenAIError as error:
-            raise self._explained(error) from None
-        except (ValueError, TypeError, RecursionError):  # what the client makes of a chunk that is none
-            raise CheckFailed("the stream has a chunk that is no JSON object") from None
-
-    def _explained(self, error: Exception) -> KconvertError:
-        from openai import APIConnectionError, APIStatusError
-
-        if isinstance(error, APIConnectionError):
-            return Unanswered(self._unreachable(error))
-        said = words(getattr(error, "body", None))
-        if not isinstance(error, APIStatusError):
-            return CheckFailed(f"the server broke off with an error{said}")
-        code = error.status_code
-        if code in (401, 403):
-            why = "does not take the key that it was given" if self._has_key else "wants a key"
-            return KconvertError(f"{self.url} {why} ({code}): give its own with --api-key or in OPENAI_API_KEY")
-        path = error.request.url.path
-        if code in (404, 405) and not path.endswith("/completions"):
-            return KconvertError(
-                f"{self.url} has no {path} ({code}); the address of a server that speaks OpenAI's protocol ends in /v1"
-            )
-        return CheckFailed(f"the server answers {code}{said}")
-
-    def _unreachable(self, error: APIConnectionError) -> str:
-        causes = list(_causes(error))
-        kinds = {type(cause).__name__ for cause in causes}
-        codes = {cause.errno for cause in causes if isinstance(cause, OSError)}
-        no_host, no_tls = (any(isinstance(cause, kind) for cause in causes) for kind in (socket.gaierror, ssl.SSLError))
-        too_many, no_way = errno.EMFILE in codes, codes & {errno.ENETUNREACH, errno.EHOSTUNREACH}
-        faults = {
-            ": no host of that name is known here": no_host,
-            ": the server speaks no TLS that is trusted here; is its address http:// and not https://?": no_tls,
-            ": more chats at once than this process may have open files; raise ulimit -n, or ask fewer": too_many,
-            ": no way leads from here to that host": no_way,
-            ": nothing listens there; start the server, or give its address": "ConnectError" in kinds,
-            " sends on without end; give the address of the server itself": "TooManyRedirects" in kinds,
-            " answers with a body that is not compressed as its Content-Encoding says": "DecodingError" in kinds,
-            " closed the connection without a whole answer, or does not speak HTTP; what does its log say?": True,
-        }
-        return self._asked(error) + next(words for words, holds in faults.items() if holds)
-
-    def _asked(self, error: APIConnectionError) -> str:
-        """The address, and the one of another server that the client was sent on to."""
-        first = error.request.url
-        with suppress(AttributeError, RuntimeError):  # of a cause that knows of no request
-            last = error.__cause__.request.url  # type: ignore[union-attr]
-            if (last.scheme, last.netloc) != (first.scheme, first.netloc):
-                return f"{last.scheme}://{last.netloc.decode()}, which {self.url} sends on to"
-        return self.url
+        except (OpenAIError, HTTPError, ClientError) as error:
+            raise explained(error, self.url, self._has_key) from None
 
 
 @asynccontextmanager
 async def connected(url: str, api_key: str | None, timeout: float) -> AsyncIterator[Server]:
     """The server at `url`. KconvertError when that is no address, the key is none, or the client is not installed."""
     try:
-        from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient
+        import aiohttp  # noqa: F401
+        from httpx2 import Limits
+        from openai import AsyncOpenAI, DefaultAioHttpClient
     except ModuleNotFoundError:
-        raise KconvertError("asking a server needs openai: pip install 'kconvert-toolkit[smoke]'") from None
+        raise KconvertError("asking a server needs openai[aiohttp]: pip install 'kconvert-toolkit[smoke]'") from None
     base = address(url)
     if not all("!" <= char <= "~" for char in api_key or ""):
         raise KconvertError(
             "the key that was given with --api-key or in OPENAI_API_KEY is none: it has a blank, a line break, or a letter "
             "beyond ASCII"
         )
-    # A connection for each request: many that are kept are looked at one by one whenever another is wanted.
-    limits = type(DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=0)
-    http = DefaultAsyncHttpxClient(timeout=timeout, limits=limits)
-    settings: dict[str, Any] = {"timeout": timeout, "max_retries": 0, "http_client": http}
-    async with AsyncOpenAI(base_url=base, api_key=api_key or "none", **settings) as client:
-        place = urlsplit(base).netloc
-        yield Server(client, base.replace(place, place.rpartition("@")[2], 1), timeout, bool(api_key))
+    parts = urlsplit(base)
+    asked = base.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+    # A connection for each request: the server may close one that waits just as it is used again.
+    limits = Limits(max_connections=MOST_AT_ONCE, keepalive_expiry=0)
+    password = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+    # The time is bounded for an answer as a whole; to watch each read as well costs as much as the read.
+    settings: dict[str, Any] = {"timeout": None, "max_retries": 0}
+    http = DefaultAioHttpClient(timeout=None, limits=limits, auth=password)
+    async with AsyncOpenAI(base_url=asked, api_key=api_key or "none", http_client=http, **settings) as client:
+        yield Server(client, asked, timeout, bool(api_key))
 
 
 def address(url: str) -> str:
@@ -192,13 +152,6 @@ def address(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 
 
-def words(body: object) -> str:
-    """What a server said of its error, as the end of a sentence."""
-    inner = table(body)
-    said = text(body) or text(inner.get("message")) or text(inner.get("detail"))
-    return f": {quoted(said, 240)}" if said else ""
-
-
 def _document(body: bytes) -> Mapping[str, Any]:
     """Nothing, where a body is no JSON object."""
     try:
@@ -207,10 +160,61 @@ def _document(body: bytes) -> Mapping[str, Any]:
         return {}
 
 
-def _is_transport(error: Exception) -> bool:
-    from openai import APIConnectionError, APITimeoutError
+def _begin(body: bytes) -> str:
+    """How a body begins, behind a word; nothing, where it is empty."""
+    shown = body[:400].decode("utf-8", "replace").strip()
+    return f" {quoted(shown)}" if shown else ""
 
-    return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
+
+async def _read(response: Response) -> bytes:
+    body = bytearray()
+    await _fed(response, body.extend)
+    return bytes(body)
+
+
+async def _fed(response: Response, take: Callable[[bytes], object]) -> None:
+    """The body, as it comes, to `take`, until that says that it has all."""
+    size = 0
+    try:
+        async for data in response.aiter_bytes():
+            size += len(data)
+            if size > MOST_BYTES:
+                raise CheckFailed(
+                    f"the server sends on after {MOST_BYTES >> 20} MiB of an answer: it ends nowhere, or heeds no max_tokens"
+                )
+            if take(data):
+                break
+    finally:
+        await response.aclose()
+
+
+def _taken(answer: Answer, events: Iterable[bytes]) -> bool:
+    """Whether these are the last events of the stream."""
+    for event in events:
+        if event.startswith(b"[DONE]"):
+            return True
+        chunk = _chunk(event)
+        if chunk.get("error"):
+            raise CheckFailed(f"the server broke off with an error{words(chunk)}")
+        answer.take(chunk)
+    return False
+
+
+def _chunk(event: bytes) -> Mapping[str, Any]:
+    try:
+        chunk = json.loads(event)
+    except (ValueError, RecursionError):
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise CheckFailed("the stream has a chunk that is no JSON object")
+    return chunk
+
+
+def _is_transport(error: Exception) -> bool:
+    from aiohttp import ClientError
+    from httpx2 import TransportError
+
+    return isinstance(error, (TransportError, ClientError))
 
 
 def _cut_short(answer: Answer) -> CheckFailed:
@@ -218,12 +222,5 @@ def _cut_short(answer: Answer) -> CheckFailed:
         return CheckFailed("the server does not stream: what it answers to stream=true holds no events with words")
     last = answer.content or answer.reasoning
     said = f" after {quoted(last)}" if last else ""
-    return CheckFailed(f"the stream ended{said} without a finish_reason: it was cut short, by the server or a proxy")
-
-
-def _causes(error: BaseException | None) -> Sequence[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
+    lacks = "without a finish_reason" if answer.finish is None else "behind its finish_reason, and not as HTTP ends it"
+    return CheckFailed(f"the stream ended{said} {lacks}: it was cut short, by the server or a proxy")

@@ -11,10 +11,9 @@ from typing import Any
 
 from kconvert.chat.answers import quoted
 from kconvert.chat.checks import AT_ONCE, CALLS, CHATS, LONG, Checker, Talk, Timing
-from kconvert.chat.server import Server, Unanswered, connected
+from kconvert.chat.faults import Unanswered
+from kconvert.chat.server import MOST_AT_ONCE, Server, connected
 from kconvert.errors import CheckFailed, KconvertError
-
-MOST_AT_ONCE = 1000  # connections that the client opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def smoke(
 
     Chats streaming and not, tool calls (unless not `tools`), several in a row, an input of `long_words` words (0: none), and
     `concurrency` chats at once (1: none). An answer may take `timeout` seconds and `max_tokens` tokens; `reasoning` has to be
-    there beside the content. `told` gets each check when it has ended. Needs the package `openai`.
+    there beside the content. `told` gets each check when it has ended. Needs the package `openai` with aiohttp.
 
     KconvertError when there is no such server, it wants another key, or it serves several models and none is named. What is
     wrong with the answers is in the report.
