@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -13,7 +14,11 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kconvert.formats import Format
 from kconvert.formats.conventions import COMPRESSED_TENSORS, CONVENTIONS, KIMI, Convention
+from kconvert.formats.dtypes import tensor_bytes
+from kconvert.formats.fp8 import Fp8
+from kconvert.formats.mx import Mx
 from kconvert.formats.packed import Packed
 from kconvert.formats.reference import packed as reference
 
@@ -266,3 +271,35 @@ def test_a_value_that_is_not_finite_is_refused(codec: Any, exact: bool, bad: flo
     weight[5, 40] = bad
     with pytest.raises(ValueError, match="not finite"):
         codec.encode(Packed(32, exact=exact), weight)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Packed(32),
+        Packed(16, scale_dtype="F16"),
+        Packed(24, scale_dtype="F32", symmetric=False),
+        Packed(None, bits=8),
+        Packed(32, ordered=True),
+        Fp8("block", (16, 32)),
+        Mx(4),
+        Mx(8),
+    ],
+    ids=lambda format: f"{format.label} {getattr(format, 'scale_dtype', '')}",
+)
+def test_rows_of_bf16_are_those_of_a_tile_rounded(format: Format) -> None:
+    rows, cols = 48, 96
+    noise, parts = np.random.default_rng(0), format.parts(rows, cols)
+    data = [noise.integers(0, 127, part.nbytes, np.uint8) for part in parts]
+    for part, bytes_ in zip(parts, data, strict=True):
+        if part.suffix == "weight_g_idx":
+            bytes_.view("i4")[:] = noise.integers(0, part.below, cols)
+        elif part.values != "any":
+            floats = torch.from_numpy(noise.normal(size=bytes_.size // tensor_bytes(part.dtype, (1,)))).abs() + 0.1
+            whole = floats.to(DTYPES[part.dtype]) if part.dtype in DTYPES else torch.full(floats.shape, 126).byte()
+            bytes_[:] = whole.view(torch.uint8).numpy()
+    tile, bits = np.empty((rows, cols), np.float32), np.empty((rows, cols), np.uint16)
+    format.decode(data, 0, tile)
+    format.decode(data, 0, bits)
+    assert format.decodes_bf16
+    assert same(torch.from_numpy(tile).to(torch.bfloat16), torch.from_numpy(bits).view(torch.bfloat16))

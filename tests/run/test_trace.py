@@ -70,13 +70,13 @@ def test_a_line_that_takes_longer_to_send_than_all_else_is_what_bounds_a_run(
 def test_few_workers_that_compute_all_the_time_wait_for_no_disk(
     int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swift = engine.decoded
+    swift = engine.decode_straight
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(DELAY)
-        yield from swift(*arguments)
+    def slow(*arguments: Any) -> None:
+        time.sleep(4 * DELAY)  # far longer than a busy machine takes to write
+        swift(*arguments)
 
-    monkeypatch.setattr(engine, "decoded", slow)
+    monkeypatch.setattr(engine, "decode_straight", slow)
     monkeypatch.setattr("kconvert.run.trace.os.sched_getaffinity", lambda pid: set(range(64)))
     assert bound_of(int4, tmp_path / "bf16") == "cores"
 
@@ -114,7 +114,7 @@ def test_the_closing_line_says_what_bounded_the_run(
 
 def test_the_trace_is_of_every_worker_and_byte(int4: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "trace.json"
-    assert run_command("int4-to-bf16", int4, tmp_path / "bf16", "--threads", 3, "--trace", drawn).exit_code == 0
+    assert run_command("int4-to-fp8", int4, tmp_path / "fp8", "--threads", 3, "--trace", drawn).exit_code == 0
     events = [event for event in json.loads(drawn.read_text()) if event]
     assert {event["name"] for event in events} >= {"read", "decode", "encode", "write"}
     assert {event["ph"] for event in events} == {"X"}

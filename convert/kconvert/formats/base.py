@@ -119,6 +119,7 @@ class Format:
     """
 
     __slots__ = ()
+    decodes_bf16 = False  # whether `decode` takes a tile of bf16 bits, u16, as well, to which it rounds
 
     @property
     def label(self) -> str:
@@ -248,8 +249,7 @@ class Format:
 
 
 def check_form(source: Format, rows: int) -> None:
-    """ValueError for gpt-oss's stacks of experts: matrices [in, out] where they are no MXFP4, which engines read in no other
-    way."""
+    """ValueError for gpt-oss's stacks of experts, matrices [in, out], that are no MXFP4, as engines read no others."""
     if source.height(rows) is not None:
         raise ValueError("is a stack of experts in gpt-oss's form, which goes to bf16 only")
 

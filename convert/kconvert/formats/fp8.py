@@ -79,6 +79,7 @@ class Fp8(Format):
     mse: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
+    decodes_bf16 = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "powers", self.powers or self.scale_dtype in E8M0)

@@ -77,6 +77,7 @@ class Mx(Format):
     mse: bool = field(default=False, compare=False)
     exact: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
+    decodes_bf16 = True
 
     def __post_init__(self) -> None:
         name, dtype = CODES[self.bits]

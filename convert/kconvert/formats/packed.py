@@ -79,6 +79,7 @@ class Packed(Format):
     exact: bool = field(default=False, compare=False)
     mse: bool = field(default=False, compare=False)
     strict: bool = field(default=False, compare=False)
+    decodes_bf16 = True
 
     @property
     def label(self) -> str:

@@ -29,7 +29,9 @@ from kconvert.run.tiles import (
     Task,
     copied,
     cut,
+    decode_straight,
     decoded,
+    goes_straight,
     inputs_of,
     is_shared,
     reach_of,
@@ -233,6 +235,10 @@ class Run:
             for part in step.target.stand_ins(inputs, outputs) if first == 0 else ():
                 self.inexact[part.tensor_of(step.name)] = 1  # of one task
             return lost
+        if goes_straight(step, inputs):
+            with clock.on("decode", step.name):
+                decode_straight(step, inputs, first, last, outputs[0])
+            return 0
         lost = 0
         for row, stop, tile in clock.each("decode", step.name, decoded(step, inputs, first, last, worker.buffers)):
             with (
@@ -307,6 +313,9 @@ def warm_up(plan: Plan) -> None:
         with suppress(ValueError):  # zeros may be no values that the format can spell
             if step.target.takes_codes(step.source):
                 step.target.recode(step.source, inputs, rows, step.cols, outputs)
+                continue
+            if goes_straight(step, inputs):
+                decode_straight(step, inputs, 0, rows, outputs[0])
                 continue
             step.source.decode(inputs, 0, tile)
             step.target.encode(tile, outputs)

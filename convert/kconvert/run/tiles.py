@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kconvert.checkpoint.buffers import Buffers, Fetcher
 from kconvert.checkpoint.files import PAGE
 from kconvert.formats import Part
+from kconvert.formats.dense import Dense
 from kconvert.planning.steps import Copy, Origin, Step, Transcode
 from kconvert.run.values import check_part, may_overflow, naming
 
@@ -170,7 +171,7 @@ def decoded(
 
     `inputs` are the bytes that spell them; a tile has the memory of the one before. A value that is not finite is an error.
     """
-    count, huge = tile_rows(step), any(map(may_overflow, step.source_parts, inputs))
+    count, huge = tile_rows(step), _may_overflow(step, inputs)
     floats = buffers.take("tile", 4 * min(count, last - first) * step.cols).view(np.float32)
     for row in range(first, last, count):
         stop = min(row + count, last)
@@ -180,6 +181,23 @@ def decoded(
             if huge and (np.abs(tile) >= INFINITE).any():
                 raise ValueError("it has a scale so large that a value is infinite")
         yield row, stop, tile
+
+
+def goes_straight(step: Transcode, inputs: list[Bytes]) -> bool:
+    """Whether values are decoded to where they are written, without a tile between: as plain bf16, none of them infinite."""
+    plain = isinstance(step.target, Dense) and step.target.dtype == "BF16" and step.target.transposed is None
+    return plain and step.source.decodes_bf16 and not _may_overflow(step, inputs)
+
+
+def decode_straight(step: Transcode, inputs: list[Bytes], first: int, last: int, output: Bytes) -> None:
+    """`decoded`, to the bytes of these rows in a plain tensor, all at once."""
+    values: Any = output.view(np.uint16).reshape(last - first, step.cols)
+    with naming(f"{step.title} cannot be read as {step.source.label}", first, last):
+        step.source.decode(inputs, first, values)
+
+
+def _may_overflow(step: Transcode, inputs: list[Bytes]) -> bool:
+    return any(map(may_overflow, step.source_parts, inputs))
 
 
 def reach_of(step: Transcode, source: Fetcher, buffers: Buffers, task_bytes: int) -> float:

@@ -210,6 +210,20 @@ def _round_like(value: Any, stored: Any) -> Any:
     return by_type.get(stored)
 
 
+def as_held(value: Any, array: Any) -> Any:
+    """f32 -> what an array has for it: itself, or the bits of the nearest bf16 where that is bf16 in u16."""
+    raise NotImplementedError("only in kernels")
+
+
+@overload(as_held, strict=False)
+def _as_held(value: Any, array: Any) -> Any:
+    by_type = {
+        types.float32: lambda value, array: value,
+        types.uint16: lambda value, array: np.uint16(round_bits(value) >> np.uint32(16)),
+    }
+    return by_type.get(array.dtype)
+
+
 def load_bf16(stored: Any) -> Any:
     """A value of a bf16 array (in u16) or an f32 one -> the bf16 that it is or is rounded to, as f32."""
     raise NotImplementedError("only in kernels")

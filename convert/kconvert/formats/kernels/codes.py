@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from kconvert.formats.kernels.bits import inline, round_like
+from kconvert.formats.kernels.bits import as_held, inline, round_like
 from kconvert.native.base import has
 
 USUAL = 32  # values of a group: a loop of this known length is vectors alone, without a remainder
@@ -22,6 +22,7 @@ NIBBLES = 16
 LOOKS_UP = has("avx512f")  # whether there is that instruction
 WORD, VALUE = ir.IntType(32), ir.FloatType()
 PAIR, CODES, VALUES = ir.VectorType(WORD, 2), ir.VectorType(WORD, NIBBLES), ir.VectorType(VALUE, NIBBLES)
+HALVES = ir.VectorType(ir.IntType(16), NIBBLES)
 
 
 @inline
@@ -37,10 +38,10 @@ def spread_nibbles(line: Any, codes: Any) -> None:
 
 @inline
 def decode_group(codes: Any, row: Any, group: Any, offset: Any, scale: Any, like: Any, tile: Any, size: Any) -> None:
-    """codes u8 [groups, g] of a row, offset and scale f32 of a group -> tile f32 [rows, groups, g]
+    """codes u8 [groups, g] of a row, offset and scale f32 of a group -> tile f32 or bf16 [rows, groups, g]
     = (code - offset) * scale, rounded as numbers of `like`'s type are."""
     for i in range(size):
-        tile[row, group, i] = round_like((np.float32(np.int32(codes[group, i])) - offset) * scale, like)
+        tile[row, group, i] = as_held(round_like((np.float32(np.int32(codes[group, i])) - offset) * scale, like), tile)
 
 
 @inline
@@ -88,12 +89,12 @@ def look_up(
     group: Any,
     i: Any,
 ) -> Any:
-    """Sixteen values of tile f32 [rows, groups, g] from `i` on, as decode_group has them rounded to bf16, by a table.
+    """Sixteen values of tile f32 or bf16 [rows, groups, g] from `i` on, as decode_group has them rounded to bf16, by a table.
 
     The codes are in words [lines, n] from `place` on: u8 have two, the lower nibble first, u32 one from `shift` on. Only where
     LOOKS_UP.
     """
-    streamed = words.dtype == types.uint8
+    streamed, narrow = words.dtype == types.uint8, tile.dtype == types.uint16
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         offset, scale, _, line, place, shift, _, row, group, i = args
@@ -111,24 +112,29 @@ def look_up(
         else:
             shifts = _all(builder, builder.trunc(shift, WORD))
         codes = builder.lshr(stored, shifts)  # whose four lowest bits the instruction takes
-        permute = ir.FunctionType(VALUES, [VALUES, CODES])
-        function = cgutils.get_or_insert_function(builder.module, permute, "llvm.x86.avx512.permvar.sf.512")
-        values = builder.call(function, [_table(builder, offset, scale), codes])
-        builder.store(values, vector(6, VALUES, row, group, i), align=4)
+        permute = ir.FunctionType(CODES, [CODES, CODES])
+        function = cgutils.get_or_insert_function(builder.module, permute, "llvm.x86.avx512.permvar.si.512")
+        bits = builder.call(function, [_table(builder, offset, scale, narrow), codes])
+        if narrow:
+            builder.store(builder.trunc(bits, HALVES), vector(6, HALVES, row, group, i), align=2)
+        else:
+            builder.store(bits, vector(6, CODES, row, group, i), align=4)
         return context.get_dummy_value()
 
     where = types.int64
     return types.void(types.float32, types.float32, words, where, where, where, tile, where, where, where), codegen
 
 
-def _table(builder: Any, offset: Any, scale: Any) -> Any:
-    """The values of all codes; like bits.round_bf16."""
+def _table(builder: Any, offset: Any, scale: Any, narrow: bool) -> Any:
+    """The bits of the values of all codes, of bf16 if `narrow`; like bits.round_bf16."""
     codes = ir.Constant(VALUES, [VALUE(float(code)) for code in range(NIBBLES)])
     exact = builder.fmul(builder.fsub(codes, _all(builder, offset)), _all(builder, scale))
     bits = builder.bitcast(exact, CODES)
     odd = builder.and_(builder.lshr(bits, _all(builder, WORD(16))), _all(builder, WORD(1)))
     rounded = builder.add(builder.add(bits, _all(builder, WORD(0x7FFF))), odd)
-    return builder.bitcast(builder.and_(rounded, _all(builder, WORD(0xFFFF0000))), VALUES)
+    if narrow:
+        return builder.lshr(rounded, _all(builder, WORD(16)))
+    return builder.and_(rounded, _all(builder, WORD(0xFFFF0000)))
 
 
 def _all(builder: Any, number: Any) -> Any:

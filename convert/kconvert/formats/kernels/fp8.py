@@ -15,6 +15,7 @@ from kconvert.formats.kernels.bits import (
     INFINITE,
     MAGNITUDE,
     address,
+    as_held,
     bits_of,
     error_places,
     error_unit,
@@ -63,7 +64,7 @@ def round_e4m3(value: Any) -> Any:
 
 @kernel
 def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: Any) -> Any:
-    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 [rows, cols] = bf16(e4m3 * scale).
+    """codes u8 [rows, cols], scale f32 [row blocks, col blocks] -> tile f32 or bf16 [rows, cols] = bf16(e4m3 * scale).
 
     Returns whether a scale is zero over codes that are not (NaN is not).
     """
@@ -73,7 +74,7 @@ def decode_fp8(codes: Any, scale: Any, block_rows: Any, block_cols: Any, tile: A
             source = codes[row, block * block_cols : (block + 1) * block_cols]
             target = tile[row, block * block_cols : (block + 1) * block_cols]
             for i in range(target.shape[0]):
-                target[i] = round_bf16(widen_e4m3(source[i]) * step)
+                target[i] = as_held(round_bf16(widen_e4m3(source[i]) * step), tile)
     return _are_senseless(codes, scale, block_rows, block_cols)
 
 

@@ -11,6 +11,7 @@ from kconvert.formats.kernels.bits import (
     INFINITE,
     MAGNITUDE,
     amax_bits,
+    as_held,
     bits_of,
     error_places,
     error_unit,
@@ -70,22 +71,22 @@ def mx_exponent(amax: Any, largest: Any) -> Any:
 
 @kernel
 def decode_mxfp4(packed: Any, scale: Any, tile: Any) -> None:
-    """packed u8 [groups, 16], scale u8 [groups] -> tile f32 [groups, 32]; the products are exact in bf16."""
+    """packed u8 [groups, 16], scale u8 [groups] -> tile f32 or bf16 [groups, 32]; the products are exact in bf16."""
     for group in range(tile.shape[0]):
         step = power(scale[group])
         for j in range(packed.shape[1]):
             byte = packed[group, j]
-            tile[group, 2 * j] = widen_e2m1(byte) * step
-            tile[group, 2 * j + 1] = widen_e2m1(np.uint8(byte >> np.uint8(4))) * step
+            tile[group, 2 * j] = as_held(widen_e2m1(byte) * step, tile)
+            tile[group, 2 * j + 1] = as_held(widen_e2m1(np.uint8(byte >> np.uint8(4))) * step, tile)
 
 
 @kernel
 def decode_mxfp8(codes: Any, scale: Any, tile: Any) -> None:
-    """codes u8 [groups, 32], scale u8 [groups] -> tile f32 [groups, 32] = bf16(e4m3 * 2 ** (scale - 127))."""
+    """codes u8 [groups, 32], scale u8 [groups] -> tile f32 or bf16 [groups, 32] = bf16(e4m3 * 2 ** (scale - 127))."""
     for group in range(tile.shape[0]):
         step = power(scale[group])
         for i in range(tile.shape[1]):
-            tile[group, i] = round_bf16(widen_e4m3(codes[group, i]) * step)
+            tile[group, i] = as_held(round_bf16(widen_e4m3(codes[group, i]) * step), tile)
 
 
 @inline

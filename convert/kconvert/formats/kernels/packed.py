@@ -17,6 +17,7 @@ from kconvert.formats.kernels.bits import (
     INFINITE,
     address,
     amax_bits,
+    as_held,
     bits_of,
     error_places,
     error_unit,
@@ -62,8 +63,8 @@ def _offset_of(zero: Any, row: Any, group: Any, bits: Any) -> Any:
 
 @kernel
 def decode(packed: Any, bits: Any, scale: Any, zero: Any, spread: Any, tile: Any) -> Any:
-    """packed u8 [rows, n] of codes of 4 or 8 `bits`, scale [rows, groups] -> tile f32 [rows, groups, g] = (code - zero point)
-    * scale. `spread` u8 [cols] is room.
+    """packed u8 [rows, n] of codes of 4 or 8 `bits`, scale [rows, groups] -> tile f32 or bf16 [rows, groups, g] = (code - zero
+    point) * scale. `spread` u8 [cols] is room.
 
     Returns whether a scale is zero over codes that are not.
     """
@@ -95,7 +96,7 @@ def decode(packed: Any, bits: Any, scale: Any, zero: Any, spread: Any, tile: Any
 
 @kernel
 def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, tile: Any) -> Any:
-    """packed u8 [rows, bytes], scale [rows, groups], index i32 [cols], the group of each column -> tile f32 [rows, cols].
+    """packed u8 [rows, bytes], scale [rows, groups], index i32 [cols], each column's group -> tile f32 or bf16 [rows, cols].
 
     `decode` for columns in any order.
     """
@@ -111,7 +112,7 @@ def decode_indexed(packed: Any, bits: Any, scale: Any, zero: Any, index: Any, ti
                 code = np.float32(np.int32(packed[row, col])) - _offset(zero, row, group, 8)
             step = widen_scale(stored)
             senseless |= step == np.float32(0) and code != np.float32(0)
-            tile[row, col] = round_like(code * step, stored)
+            tile[row, col] = as_held(round_like(code * step, stored), tile)
     return senseless
 
 
