@@ -15,7 +15,7 @@ demo: .venv/installed
 	@BIN=$(BIN) sh examples/demo.sh
 
 test: .venv/installed lint types
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

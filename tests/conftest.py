@@ -33,6 +33,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 INDEX = "model.safetensors.index.json"
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: a third of the time a test waits, for processes, servers and files."""
+    return (os.cpu_count() or 1) + 1
+
+
 Kconvert = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

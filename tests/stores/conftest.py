@@ -12,7 +12,8 @@ from kconvert import Recipe, convert, plan
 
 __all__ = ["bucket", "no_waiting"]
 PLACE, OUT = "s3://models/kimi/tiny", "s3://models/kimi/bf16"
-SHARDS = ("--shard-size", "300kB")
+SHARD = 600_000
+SHARDS = ("--shard-size", SHARD)
 Tree = Callable[[Path], "dict[str, bytes]"]
 
 
@@ -28,7 +29,7 @@ def stored(bucket: Bucket, int4: Path) -> str:
 def whole(int4: Path, tmp_path_factory: pytest.TempPathFactory, tree: Tree) -> dict[str, bytes]:
     """What `arguments` would write into a directory."""
     root = tmp_path_factory.mktemp("stores") / "bf16"
-    convert(plan(int4, Recipe("bf16", shard_size=300_000)), root)
+    convert(plan(int4, Recipe("bf16", shard_size=SHARD)), root)
     return tree(root)
 
 

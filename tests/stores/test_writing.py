@@ -24,24 +24,24 @@ from kconvert.cli import main
 from kconvert.run import job
 from kconvert.stores import writing
 
-from .conftest import OUT, SHARDS, Tree
+from .conftest import OUT, SHARD, SHARDS, Tree
 
 LAST_WEIGHT = "model.layers.2.mlp.experts.3.up_proj"
 LAST = ["config.json", "model.safetensors.index.json"]
 
-# The command, whose shards go in parts of 64 kB and whose patience is short.
+# The command, whose shards go in parts of 128 kB and whose patience is short.
 SMALL = """
 from datetime import timedelta
 from kconvert.stores import client, writing
 from kconvert.cli import main
-writing.PART, client.WAITS = 1 << 16, (0.01,) * 5
+writing.PART, client.WAITS = 1 << 17, (0.01,) * 5
 main()
 """
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "PART", 1 << 16)
+    monkeypatch.setattr(writing, "PART", 1 << 17)
 
 
 def run(*words: object) -> Result:
@@ -172,9 +172,11 @@ def test_a_store_may_be_on_both_sides(bucket: Bucket, stored: str, whole: dict[s
 
 
 def test_all_commands_that_write_take_a_store(bucket: Bucket, tmp_path: Path, tree: Tree) -> None:
-    sizes = ("--layers", 2, "--experts", 4, "--hidden", 256, "--moe-intermediate", 512, "--vocab", 512)
-    ok("sample", tmp_path / "sample", *sizes)
-    ok("sample", "s3://models/sample", *sizes)
+    sizes = {"layers": 2, "experts": 2, "hidden": 256, "intermediate": 512, "moe-intermediate": 512, "vocab": 512}
+    sizes |= {"heads": 4, "q-rank": 64, "kv-rank": 32}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", size)]
+    ok("sample", tmp_path / "sample", *options)
+    ok("sample", "s3://models/sample", *options)
     assert bucket.files("s3://models/sample") == tree(tmp_path / "sample")
     amx = ("--method", "AMXINT4", "--numa", 2, "--format", "kt")
     ok("repack-amx", tmp_path / "sample", tmp_path / "amx", *amx)
@@ -241,7 +243,7 @@ def test_what_is_sent_is_kept_when_a_file_of_the_source_was_replaced_by_a_sound_
     replaced.touch()
     made = {
         place.file
-        for step in kconvert.plan(int4_copy, Recipe("bf16", shard_size=300_000)).steps
+        for step in kconvert.plan(int4_copy, Recipe("bf16", shard_size=SHARD)).steps
         if replaced.name in {origin.file for origin in step.origins}
         for place in step.writes
     }
@@ -558,7 +560,7 @@ def test_what_another_run_finishes_while_this_one_begins_is_not_waited_for(
     stored: str, whole: dict[str, bytes], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, out, swift, written = (
-        kconvert.plan(stored, Recipe("bf16", shard_size=300_000)),
+        kconvert.plan(stored, Recipe("bf16", shard_size=SHARD)),
         tmp_path / "out",
         job._journal,
         [0],

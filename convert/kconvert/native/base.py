@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 SYMBOL = "loop"  # in an object file
 DIGEST = hashlib.sha256().digest_size
 NONE = "none"
-KIND = re.compile(r"([uifb])(\d)(?:(\*)|\[(\d)(strided|unaligned)?\])?")
+# Of all that numba compiles for a loop: nothing is called from Python, or from C but the loop itself.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+KIND = re.compile(r"([uifb])(\d)(?:(\*)|\[(\d)(strided)?\])?")
 
 
 class Loop(NamedTuple):
@@ -20,8 +22,9 @@ class Loop(NamedTuple):
     nothing and raises nothing, which would need numba.
 
     `i8` is a number of numpy's type i8, `none` is None, for which nothing is passed. `u1*` is an address. `u1[2]` is an array
-    of two dimensions in one piece; `u1[2strided]` one that is not; `u1[2unaligned]` the same at any address. For arrays the
-    address of what numpy calls their PyArrayInterface is passed, which costs less than to ask for what is in it.
+    of two dimensions in one piece, `u1[2strided]` one that is not, both at any address, as tensors lie anywhere in a file:
+    aligned ones would be no faster, and compiled apart. For arrays the address of what numpy calls their PyArrayInterface is
+    passed, which costs less than to ask for what is in it.
     """
 
     module: str

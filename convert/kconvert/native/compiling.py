@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 from numpy import int64
 from numpy.lib.stride_tricks import as_strided
 
-from kconvert.native.base import KIND, NONE, SYMBOL, Loop, machine, write
+from kconvert.native.base import KIND, NONE, OPTIONS, SYMBOL, Loop, machine, write
 
 LETTERS = {"u": "uint", "i": "int", "f": "float"}
 # Among the words of a PyArrayInterface: the first three have smaller numbers.
@@ -51,10 +52,18 @@ def compiled(loop: Loop) -> Any:
     result = "0" if function.__annotations__.get("return") == "None" else "found"
     source = f"def entry({', '.join(passed)}):\n"
     source += f"    found = loop({', '.join(argument.made for argument in arguments)})\n    return {result}"
-    inner = njit(tuple(argument.type for argument in arguments), error_model="numpy")(function)
-    scope = {"loop": inner, "carray": carray, "as_strided": as_strided, "types": types, "int64": int64}
+    inner = njit(tuple(argument.type for argument in arguments), **OPTIONS)(function)
+    known = {"anywhere": anywhere, "carray": carray, "as_strided": as_strided, "types": types, "int64": int64}
+    scope = {"loop": inner, **known}
     exec(source, scope)  # numba knows no other way to make a function of so many arguments
     return cfunc(types.int64(*passed.values()), error_model="numpy")(scope["entry"])
+
+
+@intrinsic
+def anywhere(_context: Any, array: Any) -> Any:
+    """The array, without the promise that its elements are aligned."""
+    kept = types.Array(array.dtype, array.ndim, array.layout, aligned=False)
+    return kept(array), lambda _target, _builder, _signature, passed: passed[0]
 
 
 def _argument(name: str, kind: str) -> Argument:
@@ -75,5 +84,5 @@ def _argument(name: str, kind: str) -> Argument:
     made = f"carray({name}[{DATA}], {shape}, types.{one})"
     if placed:
         made = f"as_strided({made}, {shape}, {strides})"
-    kept = types.Array(one, int(dimensions), "A" if placed else "C", aligned=placed != "unaligned")
-    return Argument(kept, types.CPointer(types.voidptr), made)
+    kept = types.Array(one, int(dimensions), "A" if placed else "C", aligned=size == "1")
+    return Argument(kept, types.CPointer(types.voidptr), made if kept.aligned else f"anywhere({made})")

@@ -54,7 +54,7 @@ class Kernel:
                 passed.append(argument.item())
             else:
                 flags, capsule = argument.flags, argument.__array_struct__
-                facts += (argument.dtype.char, argument.ndim, flags.c_contiguous, flags.aligned)
+                facts += (argument.dtype.char, argument.ndim, flags.c_contiguous)
                 passed.append(address_of(capsule, None))
                 held.append(capsule)
         function = self._loaded.get(key := tuple(facts))
@@ -78,8 +78,7 @@ def _kind(argument: Any) -> str:
     """Of an argument, see native.base.Loop."""
     if (number := NUMBERS.get(type(argument))) is not None:
         return number
-    kind, flags = argument.dtype.str[1:], argument.flags
+    kind = argument.dtype.str[1:]
     if not argument.ndim:
         return str(kind)
-    placed = "unaligned" if not flags.aligned else "" if flags.c_contiguous else "strided"
-    return f"{kind}[{argument.ndim}{placed}]"
+    return f"{kind}[{argument.ndim}{'' if argument.flags.c_contiguous else 'strided'}]"

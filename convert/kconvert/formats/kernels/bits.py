@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from kconvert.formats.conventions import LARGEST_ERROR
+from kconvert.native.base import OPTIONS
 
 F = TypeVar("F", bound=Callable[..., Any])
 INFINITE = np.uint32(0x7F800000)  # as f32, and the bits of its exponent
@@ -19,11 +20,11 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)  # all bits but the sign
 
 
 def kernel(function: F) -> F:
-    return njit(error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(**OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 def inline(function: F) -> F:
-    return njit(forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(forceinline=True, **OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 @intrinsic

@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from kconvert.native.base import OPTIONS
+
 F = TypeVar("F", bound=Callable[..., Any])
 U = np.uint32  # around every operation on u32, which numba would otherwise widen to 64 bits
 MAGNITUDE = U(0x7FFFFFFF)
@@ -21,7 +23,7 @@ ONE, SIX = U(127 << 23), U(0x40C00000)  # 1 and 6 as f32
 
 
 def inline(function: F) -> F:
-    return njit(forceinline=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return njit(forceinline=True, **OPTIONS)(function)  # type: ignore[no-any-return]
 
 
 @intrinsic

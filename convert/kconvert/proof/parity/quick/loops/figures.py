@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from kconvert.native.base import OPTIONS
 from kconvert.proof.parity.quick.loops.bits import U, inline, widen
 
 ZERO = np.float64(0)
@@ -54,7 +55,7 @@ def _wide(stored: Any) -> Any:
     return np.float64(widen(np.uint16(U(stored)))) if _is_bf16(stored) else np.float64(stored)
 
 
-@njit(forceinline=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@njit(forceinline=True, fastmath={"reassoc", "contract"}, **OPTIONS)
 def _row(expected: Any, found: Any, first: Any, cols: Any) -> Any:
     """The sums of a^2, a e and e^2, in any order; the bits of the largest |a| and |e|, which have the order of these, NaN above
     all; and how many e are not 0."""
