@@ -2,11 +2,10 @@
 
     python benchmarks/qat_memory.py [--before REVISION-OR-DIRECTORY] [--keep backward served codes nothing]
 
-Layers of fused experts in BF16, trained by AdamW in steps of one micro-batch and of eight; of the last layers of a model, whose
-first input needs a gradient as its layers before are trained too, and of all of one that trains nothing but experts, whose first
-input needs none; gradient checkpointing; an evaluation. Each figure is the peak RSS of a process of its own over what it held
-when the weights were there, with memory that goes back to the system when it is freed. Target: of the default, no more than the
-build before, 2% aside for pages and threads.
+Layers of fused experts in BF16, trained by AdamW in steps of one micro-batch and of eight; the first input needs a gradient, as
+where layers before are trained, or none, as of the first layer where nothing but experts is; gradient checkpointing; an
+evaluation. Each figure is the peak RSS of a process of its own over what it held when the weights were there, with memory that
+goes back to the system when it is freed. Target: of the default, no more than the build before, 2% aside for pages and threads.
 """
 
 from __future__ import annotations
@@ -102,7 +101,9 @@ def build(given: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="kconvert-before-") as folder:
         here = Path(__file__).parents[1]
-        archive = subprocess.run(["git", "-C", here, "archive", given, "convert", "qat"], capture_output=True, check=True)
+        archive = subprocess.run(
+            ["git", "-C", here, "archive", given, "convert", "qat"], capture_output=True, check=True
+        )
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         with build(folder) as path:
             yield path

@@ -1,8 +1,8 @@
 """The served weights of a module, computed once for each version of its parameters and not once a forward.
 
-To keep them for all forwards takes a copy of the experts. `backward`, the default, takes none that training has not anyway: what
-matmuls saved for their backward pass is found again by a weak reference, and from one pass of a step to the next it is kept
-where passes have held it, and steps have several. Where nothing holds it, as in an evaluation, it goes with the forward.
+To keep them for all forwards takes a copy of the experts. `backward`, the default, takes none that training has not anyway:
+what matmuls saved for their backward pass is found again by a weak reference, and from one pass of a step to the next it is
+kept where passes have held it, and steps have several. Where nothing holds it, as in an evaluation, it goes with the forward.
 
 On the CPU the version of a weight is a fingerprint of all its bits, which costs a small part of a copy and sees every way in
 which a weight can change: `.data` writes, which torch does not count, and FSDP2's gathering, which it hides from the count. On
