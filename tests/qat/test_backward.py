@@ -1,6 +1,7 @@
 """keep="backward": the grid once a step of several micro-batches, and no memory that training has not without it."""
 
 import copy
+import functools
 import weakref
 
 import pytest
@@ -202,3 +203,21 @@ def test_saved_tensors_that_go_elsewhere_are_not_held_here(layers, made):
     loss.backward()
     step(layers, 0)
     assert (held, alive(made)) == (0, 0)
+
+
+class OneByOne(Experts):
+    def forward(self, x):
+        pairs = [(self.gate_up_proj[expert], self.down_proj[expert]) for expert in range(2)]
+        gates = [(x[k] @ gate_up.mT).chunk(2, -1) for k, (gate_up, _) in enumerate(pairs)]
+        return torch.stack([nn.functional.silu(gate) * up @ pairs[k][1].mT for k, (gate, up) in enumerate(gates)])
+
+
+def test_a_wrapped_forward_that_looks_weights_up_for_every_expert_computes_them_once(made):
+    layer = OneByOne()
+    layer.forward = functools.partial(OneByOne.forward, layer)
+    model = nn.Sequential(layer)
+    prepare(model)
+    assert [computed(made, lambda: step(model, 4)) for _ in range(2)] == [4, 2]
+    with torch.no_grad():
+        assert computed(made, lambda: model(inputs())) == 2
+    assert alive(made) == 0
