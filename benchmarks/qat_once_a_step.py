@@ -5,8 +5,9 @@
 Fused experts in BF16 with 512 tokens for each, forward and backward of inputs and weights, in a training with 8 micro-batches a
 step and in one with 1; after each step every weight changes. Measured is how long a prepared module waits for its weights, over
 the rest of the same step, so that what else runs on the machine slows both. The builds take turns, each in a process of its
-own. Targets: at most 5% with 8 micro-batches, 20% with 1 on the CPU, the kernel forward and backward at most 1.3 times a copy
-(1.2 on CUDA), and no more peak memory in two steps of AdamW on four layers of half the width, 8 micro-batches each, than before.
+own. Targets: at most 5% with 8 micro-batches, 20% with 1 on the CPU, the kernel forward and backward at most 1.3 times a
+copy (1.2 on CUDA), and no more peak memory in two steps of AdamW on four layers of half the width, 8 micro-batches each, than
+before.
 
 torchao's side is its IntxFakeQuantizer in the forward of the same experts: INT4 in groups of 32, symmetric, which is the grid
 of the convention `compressed-tensors` but for scales in F32 (1% of the values differ). What its backward takes, which masks
