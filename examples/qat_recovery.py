@@ -67,11 +67,11 @@ class Row:
     top1: float
 
 
-def read_corpus() -> tuple[str, str]:
-    """Sources of the standard library to train on, and held out."""
+def read_corpus(most: int | None) -> tuple[str, str]:
+    """Sources of the standard library to train on, and held out; of so many files."""
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [path for path in files if not {"site-packages", "test", "tests", "idlelib"} & set(path.parts)]
-    texts = [path.read_text("utf-8", errors="replace") for path in files]
+    texts = [path.read_text("utf-8", errors="replace") for path in files[:most]]
     held_out = "".join(texts[::HELD_OUT])
     del texts[::HELD_OUT]
     return "".join(texts), held_out
@@ -257,10 +257,11 @@ def main() -> None:
     parser.add_argument("--pretrain-rate", type=float, default=1e-2, help="their peak learning rate [1e-2]")
     parser.add_argument("--steps", type=int, default=2500, help="of fine-tuning [2500]")
     parser.add_argument("--rate", type=float, default=7e-4, help="their peak learning rate [7e-4]")
+    parser.add_argument("--files", type=int, help="of the standard library [all]")
     parser.add_argument("--held-out", type=int, help="blocks to measure on [all of the held-out files]")
     options = parser.parse_args()
     started = time.monotonic()
-    text, unseen = read_corpus()
+    text, unseen = read_corpus(options.files)
     tokenizer = make_tokenizer(text)
     data, held_out = blocks(tokenizer, text), blocks(tokenizer, unseen)[: options.held_out]
     print(f"{data.numel():,} tokens to train on, {held_out.numel():,} held out", flush=True)

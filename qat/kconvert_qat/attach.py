@@ -37,6 +37,9 @@ class Attached:
     mates: dict[str, nn.Module]
     at_work: bool = False
 
+    def served(self, module: nn.Module) -> Served:
+        return Served(module, {parameter: self.serve(module, parameter) for parameter in self.places})
+
     def serve(self, module: nn.Module, parameter: str) -> torch.Tensor:
         lists = getattr(module, "parametrizations", None)
         if self.state.config.lora == "merged" or lists is None or parameter not in lists:
@@ -62,6 +65,12 @@ class Attached:
         mate: Any = self.mates.get(parameter)
         mated = None if mate is None else mate.weight.detach()
         return self.state.serve(weight, self.places[parameter], self.kept[parameter], mated)
+
+    def end_forward(self) -> None:
+        """Of the module, whether or not it came to its end."""
+        if not torch.compiler.is_compiling():
+            for kept in self.kept.values():
+                kept.end_forward()
 
 
 class Served:
@@ -231,7 +240,7 @@ def _attach(swapped: Callable[[type], type], module: nn.Module, weight: ExpertWe
         module.__dict__[STATE] = attached
         module.__class__ = (_served_within if "forward" in vars(module) else swapped)(type(module))
     attached.places[weight.parameter] = Place.of(weight, state.config)
-    attached.kept[weight.parameter] = Kept()
+    attached.kept[weight.parameter] = Kept(state.config.keep)
 
 
 @cache
@@ -243,8 +252,10 @@ def _fake_quantised(original: Any) -> type:
         attached = self._kconvert_qat
         if not attached.state.active:
             return original.forward(self, *args, **kwargs)
-        weights = {parameter: attached.serve(self, parameter) for parameter in attached.places}
-        return original.forward(Served(self, weights), *args, **kwargs)
+        try:
+            return original.forward(attached.served(self), *args, **kwargs)
+        finally:
+            attached.end_forward()
 
     return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})
 
@@ -266,6 +277,8 @@ def _served_within(original: Any) -> type:
             return original.__call__(self, *args, **kwargs)
         finally:
             attached.at_work = before
+            if not before:
+                attached.end_forward()
 
     def look_up(self: Any, name: str) -> Any:
         value = original.__getattr__(self, name)
@@ -291,6 +304,9 @@ def _fake_quantised_sum(original: Any) -> type:
         weight = linear.weight
         for adapter in self.active_adapters:
             weight = weight + self.get_delta_weight(adapter)
-        return nn.functional.linear(inputs, attached.quantised(weight, "weight"), linear.bias)
+        try:
+            return nn.functional.linear(inputs, attached.quantised(weight, "weight"), linear.bias)
+        finally:
+            attached.end_forward()
 
     return type(f"FakeQuantised{original.__name__}", (original,), {"forward": forward, ORIGINAL: original})

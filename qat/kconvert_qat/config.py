@@ -14,7 +14,8 @@ from kconvert_qat.grids.table import GRIDS, Grid
 CONFIG_NAME = "qat_config.json"  # beside the config.json of what was trained
 GRADIENTS = ("straight-through", "clip")
 LORA_MODES = ("merged", "unmerged")
-KEPT = ("served", "codes", "nothing")
+BACKWARD = "backward"
+KEPT = (BACKWARD, "served", "codes", "nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +31,9 @@ class QATConfig:
     `lora`: `merged` quantises the sum of weight and adapter, which is then exported as one; `unmerged` the weight alone.
     `distillation` is the weight of the KL divergence from the teacher in the loss, 1 - distillation that of the labels'
     cross-entropy; `temperature` softens both distributions.
-    `keep`: what a weight is served as is computed once for each of its versions and kept: what is `served`, a copy of the
-    experts, which the backward pass holds anyway; its `codes`, less than a third of that in BF16, decoded at every forward; or
-    `nothing`.
+    `keep`: what a weight is served as is computed once for each of its versions and kept: by default what the `backward` pass
+    holds anyway, for the micro-batches of a step; all that is `served`, a copy of the experts, also in an evaluation and for
+    gradient checkpointing; its `codes`, less than a third of that in BF16, decoded at every forward; or `nothing`.
     """
 
     convention: str = ""

@@ -24,6 +24,8 @@ def test_the_recovery_example_runs_and_its_export_computes_the_trainers_logits(t
         "3",
         "--steps",
         "2",
+        "--files",
+        "26",
         "--held-out",
         "4",
         "--output",

@@ -141,14 +141,15 @@ def families(group):
     )
 
 
-def make(name):
+def make(name, **changed):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {name}")
-    config = CONFIG_MAPPING[name](**{**LOADED, **DECODED, **WITH_SOURCE, **REFUSED, **UNPREPARED}[name])
+    options = {**LOADED, **DECODED, **WITH_SOURCE, **REFUSED, **UNPREPARED}[name]
+    config = CONFIG_MAPPING[name](**{**options, **changed})
     text_only = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.sub_configs
     torch.manual_seed(0)
     return (
@@ -175,9 +176,18 @@ def assert_served(model, loaded):
 
 @families(LOADED)
 def test_transformers_loads_the_export_of_a_family_bit_for_bit_also_by_way_of_bf16(name, tmp_path):
+    assert_loads(make(name), tmp_path)
+
+
+def test_kimi_linear_loads_where_its_attention_is_full_in_every_layer_and_nothing_warns(tmp_path, caplog):
+    full = {**KIMI, "full_attn_layers": [1, 2], "kda_layers": []}
+    assert_loads(make("kimi_linear", linear_attn_config=full), tmp_path)
+    assert not caplog.records
+
+
+def assert_loads(model, tmp_path):
     from transformers import CompressedTensorsConfig
 
-    model = make(name)
     prepare(model)
     export(model, tmp_path / "int4")
     assert_served(model, load(tmp_path / "int4", model, quantization_config=CompressedTensorsConfig(dequantize=True)))

@@ -71,7 +71,7 @@ def test_micro_batches_checkpointing_and_evaluation_compute_the_grid_once_a_step
     assert len(computed) == weights * 3
 
 
-@pytest.mark.parametrize("keep", ["served", "codes"])
+@pytest.mark.parametrize("keep", ["backward", "served", "codes"])
 def test_training_is_the_same_to_the_bit_whatever_is_kept(tiny, family, ids, keep):
     def trained(keep):
         model = tiny(family, dtype=torch.float32)
@@ -160,12 +160,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("keep", ["served", "codes"])
+@pytest.mark.parametrize("keep", ["backward", "served", "codes"])
 @pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
 def test_a_weight_that_changed_is_seen(tiny, ids, change, keep):
     model = tiny(dtype=torch.float32)
     prepare(model, QATConfig(keep=keep))
-    before = model(ids).logits
+    for _ in range(2):  # so that it is kept
+        before = model(ids).logits
     change(first_expert(model))
     wanted = by_hand(model)(ids).logits
     assert torch.equal(model(ids).logits, wanted)
@@ -201,7 +202,7 @@ def test_a_parameter_that_the_grid_cannot_have_is_refused_in_the_next_forward(ti
 
 def test_a_copy_has_what_is_its_own(tiny, ids, computed):
     model = tiny()
-    weights = len(prepare(model).weights)
+    weights = len(prepare(model, QATConfig(keep="served")).weights)
     before = model(ids).logits
     twin = copy.deepcopy(model)
     in_place(first_expert(twin))
@@ -222,7 +223,7 @@ def test_what_is_kept_is_not_saved_with_the_model(tiny, ids):
 
 def test_what_somebody_wrote_into_is_computed_again(tiny, ids):
     model = tiny()
-    prepare(model)
+    prepare(model, QATConfig(keep="served"))
     before = model(ids).logits
     experts = model.model.layers[1].mlp.experts
     attached = experts.__dict__["_kconvert_qat"]
@@ -233,7 +234,7 @@ def test_what_somebody_wrote_into_is_computed_again(tiny, ids):
 
 def test_frozen_experts_are_computed_once_for_all_steps(tiny, ids, computed):
     model = tiny()
-    weights = prepare(model).weights
+    weights = prepare(model, QATConfig(keep="served")).weights
     for weight in weights:
         weight.tensor.requires_grad_(False)
     optimiser = torch.optim.SGD(model.lm_head.parameters(), lr=1e-2)
@@ -271,7 +272,7 @@ def test_merged_adapters_are_seen_at_every_step_and_kept_between(tiny, ids, comp
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = tiny(dtype=torch.float32)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_parameters=targets, init_lora_weights=False))
-    weights = len(prepare(adapted).weights)
+    weights = len(prepare(adapted, QATConfig(keep="served")).weights)
     for _ in range(2):
         computed.clear()
         for batch in ids:
@@ -300,7 +301,7 @@ def test_a_compiled_model_is_never_stale(tiny):
 
 
 def test_an_unknown_thing_to_keep_is_refused():
-    with pytest.raises(KconvertError, match="keep is 'all', but it must be one of served, codes, nothing"):
+    with pytest.raises(KconvertError, match="keep is 'all', but it must be one of backward, served, codes, nothing"):
         QATConfig(keep="all")
 
 
