@@ -159,9 +159,8 @@ def test_heads_that_gpus_cannot_share_are_named(like: Made) -> None:
     ("to", "layout", "engine", "instead"),
     [
         ("int8", "experts", "sglang", "--to fp8 --layout compressed-tensors-channel"),
-        ("mxfp4", "experts", "ktransformers", "--to mxfp4 --layout ktransformers"),
+        ("mxfp4", "experts", "ktransformers", "--to bf16"),  # beside MXFP4 that SGLang runs, MXFP4 would do
         ("mxfp8", "experts", "sglang", "--to fp8"),
-        ("mxfp4", "ktransformers", "vllm", "--to mxfp4 --layout experts"),
         ("bf16", "", "llama.cpp", "--to gguf"),
         ("bf16", "", "mlx", "--to mlx"),
     ],
@@ -352,6 +351,19 @@ def test_what_no_engine_loads_is_not_served(like: Made, tmp_path: Path, name: st
         (root / ".kconvert").mkdir()
     said = "unfinished, run the conversion again" if state else "no engine loads it without"
     assert said in refused("launch", root, "--engine", "vllm")
+
+
+@pytest.mark.parametrize("command", ["launch", "inspect", "convert"])
+def test_what_a_conversion_left_before_its_first_file_was_whole_is_unfinished(tmp_path: Path, command: str) -> None:
+    root = tmp_path / "begun"
+    (root / ".kconvert").mkdir(parents=True)
+    options: dict[str, list[object]] = {
+        "launch": ["--engine", "vllm"],
+        "inspect": [],
+        "convert": [tmp_path / "out", "--to", "bf16"],
+    }
+    line = refused(command, root, *options[command])
+    assert line == f"error: {root} is unfinished, it has no weights yet; run the conversion again"
 
 
 def test_heads_that_gpus_cannot_share_are_named_of_ktransformers_too(like: Made) -> None:

@@ -81,10 +81,9 @@ def test_a_source_that_sglang_cannot_run_is_refused(written: Callable[..., Path]
     assert "SGLang cannot run" in line
 
 
-def test_other_engines_are_told_what_to_make(amx: Path) -> None:
+def test_other_engines_are_told_to_run_the_source(amx: Path, like: Made) -> None:
     line = refused("launch", amx, "--engine", "vllm")
-    assert "kconvert convert SRC DST --to bf16" in line
-    assert "KTransformers runs it as it is" in line
+    assert f"vLLM runs {like(K2)}, which it was made from, and KTransformers runs it as it is" in line
 
 
 def test_a_source_is_wanted_by_nothing_else(like: Made) -> None:
@@ -162,7 +161,7 @@ def test_what_still_has_another_models_names_is_for_no_engine(written: Callable[
     result = run("convert", written("mxfp4", "ktransformers"), tmp_path / "out", "--to", "bf16")
     assert "engines: none is known to take this" in result.stdout
     line = refused("launch", tmp_path / "out", "--engine", "vllm")
-    assert "the experts have another model's names; `kconvert convert SRC DST --to bf16` makes what it runs" in line
+    assert "the experts have another model's names; give the checkpoint that it was made from" in line
 
 
 def test_repacking_says_who_takes_the_weights_and_that_it_wants_the_source(like: Made, tmp_path: Path) -> None:

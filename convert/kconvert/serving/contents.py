@@ -199,16 +199,16 @@ def _is_expert(role: str) -> bool:
 def one_layer(checkpoint: Checkpoint, expert: str, dense: bool = False) -> Checkpoint:
     """Of the checkpoint the layer of this expert, in a model without those behind it; all where there is none.
 
-    With `dense` also what has no experts, of the layers before it or of none.
+    With `dense` also the layers before it that have no experts, and what is in none.
     """
     layer, number = layer_of(expert), guess(expert.rpartition(".")[0]).layer
     if not layer or number is None:
         return checkpoint
 
     def stays(name: str) -> bool:
-        return name.startswith(layer) or (
-            dense and not holds_expert([name]) and (guess(name.rpartition(".")[0]).layer or 0) < number
-        )
+        if not dense or name.startswith(layer):
+            return name.startswith(layer)
+        return "experts" not in name and "switch_mlp" not in name and (guess(name).layer or 0) < number
 
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if stays(name)}
     return replace(
