@@ -22,6 +22,13 @@ class Unfit(ValueError):
         self.advice = advice
 
 
+class Damaged(Unfit):
+    """What of a weight no sound checkpoint has."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "its file is damaged or was written wrongly: fetch it again, or have it made anew")
+
+
 def explain_os_error(error: OSError, doing: str) -> KconvertError:
     """Turn the error of a system call into one sentence: what was being done, what went wrong, what would help."""
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""

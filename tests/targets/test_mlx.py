@@ -85,6 +85,17 @@ def test_it_verifies_and_converts_back_to_the_same_bf16(int4: Path, bf16: Path, 
     assert all(back[name].equal(direct[name]) for name in back)
 
 
+def test_a_directory_for_mlx_is_not_made_again(mlx: Path) -> None:
+    with pytest.raises(KconvertError, match=r"has every weight as mlx would write it; there is nothing to convert"):
+        plan(mlx, Recipe("mlx"))
+
+
+def test_in_gguf_the_codes_of_a_directory_for_mlx_are_spelt_out_and_the_plan_says_so(mlx: Path) -> None:
+    notes = plan(mlx, Recipe("gguf")).facts["notes"]
+    (said,) = [note for note in notes if "become" in note]
+    assert " weights in mlx int4 group 32 become bf16, 'model.layers.1.mlp.experts.0.down_proj' the first: " in said
+
+
 def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(mlx: Path, tmp_path: Path, raw: Any) -> None:
     """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns."""
     checkpoint, parts = raw.load(mlx), {}

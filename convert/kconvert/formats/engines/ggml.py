@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit
 from kconvert.formats.base import COUNTED, Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.fp8 import widen
@@ -117,7 +117,7 @@ class Q4_0(Blocks):
         other = np.empty(1, np.float32)
         lost = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:], other)
         if lost == -1:
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
         if lost == -2:
             self.check_scales(source.parts(rows, cols)[1], inputs[1])
         if lost and self.strict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -133,15 +133,31 @@ def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[
     heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
     if heads:
         yield f"kv_b of {counted(len(heads), 'layer')} is split by head into k_b, transposed, and v_b"
-    respelt = [step for step in steps if isinstance(step, Transcode) and isinstance(step.source, Nvfp4)]
-    if spelt_out := [step for step in respelt if not step.target.takes_codes(step.source)]:
-        yield (
-            f"{counted(len(spelt_out), 'weight')} in nvfp4 become{'s' * (len(spelt_out) == 1)} {spelt_out[0].target.label}, "
-            f"{spelt_out[0].name!r} the first: llama.cpp computes this model without the global scales of their blocks, or "
-            f"they have columns that are no multiple of {BLOCKS['NVFP4'][0]}"
-        )
+    yield from _spelt_out(steps)
     if left_out:
         yield (
             f"left out, as llama.cpp has no use for them or reads them from another file (towers, layers for drafting, a head "
             f"that is the embedding): {counted(len(left_out), 'weight')}, {left_out[0]!r} the first"
+        )
+
+
+def _spelt_out(steps: Sequence[Step]) -> Iterator[str]:
+    """Codes that become plain numbers, by how the source has them."""
+    spelt: dict[str, list[Transcode]] = defaultdict(list)
+    for step in steps:
+        if not isinstance(step, Transcode) or isinstance(step.target, Heads):
+            continue
+        if step.source.quantised and not step.target.takes_codes(step.source):
+            spelt[step.source.label].append(step)
+    for label, weights in spelt.items():
+        if isinstance(weights[0].source, Nvfp4):
+            why = (
+                "llama.cpp computes this model without the global scales of their blocks, or they have columns that are no "
+                f"multiple of {BLOCKS['NVFP4'][0]}"
+            )
+        else:
+            why = "of such codes and scales kconvert makes no blocks of llama.cpp's"
+        yield (
+            f"{counted(len(weights), 'weight')} in {label} become{'s' * (len(weights) == 1)} {weights[0].target.label}, "
+            f"{weights[0].name!r} the first: {why}"
         )
