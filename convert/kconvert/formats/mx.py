@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Damaged, Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     ROUNDED,
     ZERO_POINT,
@@ -158,7 +158,7 @@ class Mx(Format):
         mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
         lost = mend(groups, codes, parts[1]) if self.exact else 0
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and power of two reproduce", ROUNDED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and power of two reproduce", ROUNDED)
         return lost
 
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Damaged, Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     ROUNDED,
     ZERO_POINT,
@@ -210,7 +210,7 @@ class Nvfp4(Format):
 
     def _counted(self, lost: int) -> int:
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and scales reproduce", ROUNDED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and scales reproduce", ROUNDED)
         return lost if self.exact else 0
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Damaged, Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     COUNTED,
     ZERO_POINT,
@@ -189,7 +189,7 @@ class Packed(Format):
         if lost < 0:
             raise Damaged("it has a value that is not finite")
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce", COUNTED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and bf16 scale reproduce", COUNTED)
         return lost
 
 

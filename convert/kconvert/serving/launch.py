@@ -150,7 +150,8 @@ def _check_heads(model: Place, gpus: int) -> None:
     if heads is not None and heads % gpus:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise KconvertError(
-            f"{model.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
+            f"{model.address} has {counted(heads, 'attention head')}, which {counted(gpus, 'GPU')} cannot share; give "
+            f"--gpus {fitting}"
         )
 
 
@@ -190,8 +191,8 @@ def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
     heads = contents.number("num_attention_heads") or 0
     fewer = next(n for n in range(gpus - 1, 0, -1) if heads % n == 0 and any(groups(n)))
     raise KconvertError(
-        f"{counted(gpus, 'GPU')} cannot share {experts} experts of a width of {contents.width}, in {unit}s or by dealing out "
-        f"as many to each; give --gpus {fewer}"
+        f"{counted(gpus, 'GPU')} cannot share {counted(experts, 'expert')} of a width of {contents.width}, in {unit}s or by "
+        f"dealing out as many to each; give --gpus {fewer}"
     )
 
 
