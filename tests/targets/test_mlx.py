@@ -96,9 +96,13 @@ def test_in_gguf_the_codes_of_a_directory_for_mlx_are_spelt_out_and_the_plan_say
     assert " weights in mlx int4 group 32 become bf16, 'model.layers.1.mlp.experts.0.down_proj' the first: " in said
 
 
-def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(mlx: Path, tmp_path: Path, raw: Any) -> None:
-    """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns."""
+def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(int4: Path, mlx: Path, tmp_path: Path, raw: Any) -> None:
+    """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns; that of layer 1 is still whole."""
     checkpoint, parts = raw.load(mlx), {}
+    whole = "model.layers.1.self_attn.kv_b_proj.weight"
+    for half in ("embed_q", "unembed_out"):
+        checkpoint.pop(whole.replace("kv_b_proj", half))
+    checkpoint.put(whole, raw.load(int4)[whole])
     name = "model.layers.0.self_attn."
     for half in ("embed_q", "unembed_out"):
         heads, rows, cols = checkpoint.pop(f"{name}{half}.weight").shape
