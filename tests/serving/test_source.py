@@ -53,6 +53,15 @@ def test_a_source_on_the_hub_is_told_by_its_id_and_commit_without_a_look(amx: Pa
     assert flags["--tool-call-parser"] == "kimi_k2"
 
 
+def test_other_engines_are_told_the_name_of_a_source_that_is_not_here(amx: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "amx"
+    shutil.copytree(amx, moved)
+    record = json.loads((moved / "kconvert.json").read_text())
+    (moved / "kconvert.json").write_text(json.dumps({**record, "source": "org/model", "revision": "abc"}))
+    line = refused("launch", moved, "--engine", "vllm")
+    assert "give the checkpoint that it was made from ('org/model@abc'), and KTransformers runs it as it is" in line
+
+
 def test_nodes_that_the_weights_are_not_split_for_are_refused_with_the_command_that_splits_them(amx: Path) -> None:
     line = refused("launch", amx, "--engine", "ktransformers", "--numa", 4)
     assert f"kconvert repack-amx --from-amx {amx} DST --numa 4" in line

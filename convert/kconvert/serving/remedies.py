@@ -39,7 +39,7 @@ def advice(engine: Engine, place: Place, preferred: str, source: str | None = No
     if behind is not None:
         made = _of_source(engine, behind)
     elif not made and _is_made(place) and _may_run(engine, place.contents):
-        made = "give the checkpoint that it was made from"
+        made = f"give the checkpoint that it was made from{f' ({place.made_from!r})' if place.made_from else ''}"
     if made:
         yield made + then
     others = ", ".join(other.title for other, _ in takers(place.contents) if other.command)
