@@ -223,6 +223,14 @@ def test_it_reads_headers_of_one_file_and_imports_neither_torch_nor_transformers
     assert not loaded & {"torch", "transformers", "numpy", "numba", "huggingface_hub", "compressed_tensors"}
 
 
+def test_a_model_without_a_manifest_is_served_by_what_its_tensors_show(like: Made, tmp_path: Path) -> None:
+    root = reconfigured(like("qwen3-moe"), tmp_path / "own", model_type="of-my-own")
+    assert command(root, "--engine", "vllm", "--gpus", 2) == f"vllm serve {root} --tensor-parallel-size 2"
+    assert words_of(command(root, "--engine", "ktransformers"))["--kt-method"] == "BF16"
+    line = refused("launch", root, "--engine", "mlx")
+    assert "this is a checkpoint of safetensors files; vLLM, SGLang, KTransformers run it as it is" in line
+
+
 def test_nothing_to_serve_is_one_sentence(tmp_path: Path, like: Made) -> None:
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused("launch", tmp_path / "empty", "--engine", "vllm")

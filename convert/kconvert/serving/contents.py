@@ -218,7 +218,9 @@ def one_layer(checkpoint: Checkpoint, expert: str, dense: bool = False) -> Check
 
 def _up_to(number: int, manifest: Manifest, config: dict[str, Any]) -> dict[str, Any]:
     """config.json of as few layers as leave this one what it is: half a million names need not be made to look for a few."""
-    with suppress(KconvertError):  # a model of which no manifest knows the layers
+    if "layers" not in manifest.dims:  # a model of which no manifest knows the layers
+        return config
+    with suppress(KconvertError):  # nor config.json
         names = manifest.bind(config)
         for layers in range(number + 1, names.size("layers")):
             fewer = manifest.resize(config, {"layers": layers})
