@@ -24,7 +24,7 @@ from kconvert.targets.sample import SampleRecipe, plan_synthetic
 from .conftest import run
 
 SERVERS = {engine.title: name for name, engine in engines().items() if engine.command}
-SIZES = {"layers": 3, "experts": 4, "hidden": 256, "moe_intermediate": 256, "vocab": 512, "heads": 4}
+SIZES = {"layers": 2, "experts": 2, "hidden": 256, "moe_intermediate": 256, "vocab": 512, "heads": 4}
 # One of each kind: experts one by one, in stacks, and in gpt-oss's; all ways to call them; with and without a form for
 # llama.cpp and for MLX; and each with an encoding of its own.
 MODELS = (
