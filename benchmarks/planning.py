@@ -24,11 +24,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--like", choices=TARGETS, default="kimi-k2-thinking", help="the model [kimi-k2-thinking]")
     options = parser.parse_args()
-    source, target = options.dir / f"planning-{options.like}", options.dir / "planning-bf16"
-    if not (source / "config.json").exists():
-        print(f"making {source} …", flush=True)
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory must not count as the children's
-            pool.submit(write_holes, source, options.like).result()
+    source, target = holes(options.dir / f"planning-{options.like}", options.like), options.dir / "planning-bf16"
 
     def dry_run() -> Child:
         make_cold(source)
@@ -54,6 +50,15 @@ def main() -> None:
     if refusal := next(iter(results.values()))[0].stderr.strip():
         print(f"--dry-run refused, as expected: {refusal}")
     machine(options.dir)
+
+
+def holes(folder: Path, like: str) -> Path:
+    """`folder`, with such a checkpoint in it, kept for the next time."""
+    if not (folder / "config.json").exists():
+        print(f"making {folder} …", flush=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory must not count as the children's
+            pool.submit(write_holes, folder, like).result()
+    return folder
 
 
 def write_holes(folder: Path, like: str) -> None:

@@ -22,6 +22,13 @@ class Unfit(ValueError):
         self.advice = advice
 
 
+class Damaged(Unfit):
+    """What of a weight no sound checkpoint has."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, "its file is damaged or was written wrongly: fetch it again, or have it made anew")
+
+
 def explain_os_error(error: OSError, doing: str) -> KconvertError:
     """Turn the error of a system call into one sentence: what was being done, what went wrong, what would help."""
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
@@ -39,9 +46,14 @@ def explain_os_error(error: OSError, doing: str) -> KconvertError:
     return KconvertError(f"{doing}{where}: {error.strerror or error}{advice}")
 
 
-def counted(number: int, noun: str) -> str:
-    """3_000, "shard" -> '3,000 shards'; 1, "shard" -> '1 shard'."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, one: str, several: str = "") -> str:
+    """3_000, "shard" -> '3,000 shards'; 1, "shard" -> '1 shard'; with words of their own for `several`: '2 matrices'."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+
+
+def some_have(number: int, what: str) -> str:
+    """1, "groups" -> '1 of its groups has'."""
+    return f"{number:,} of its {what} {'has' if number == 1 else 'have'}"
 
 
 def human(nbytes: float) -> str:

@@ -235,18 +235,24 @@ def test_what_a_conversion_loses_is_in_its_closing_summary(run, small, tmp_path)
     assert lines[1] == "lossy: int4 group 32 -> fp8 block 128x128, 6 weights"
 
 
-def test_cache_scales_that_are_left_behind_are_counted(run, small, tmp_path, raw):
+@pytest.mark.parametrize(
+    ("kinds", "told", "say", "are"),
+    [
+        (((0, "k"), (0, "v"), (1, "k"), (1, "v")), "4 tensors (2 k_scale, 2 v_scale)", "say", "are"),
+        (((1, "k"),), "1 tensor (1 k_scale)", "says", "is"),
+    ],
+)
+def test_cache_scales_that_are_left_behind_are_counted(run, small, tmp_path, raw, kinds, told, say, are):
     checkpoint = raw.load(small)
-    for layer, kind in ((0, "k"), (0, "v"), (1, "k"), (1, "v")):
+    for layer, kind in kinds:
         checkpoint.put(f"model.layers.{layer}.self_attn.{kind}_scale", raw.Tensor("F32", [1], bytes(4)))
-    source, told = checkpoint.save(tmp_path / "src"), "4 tensors (2 k_scale, 2 v_scale)"
-    assert (
-        f"finding: {told} say nothing of a weight and are left behind by a conversion\n"
-        in run("inspect", source).stdout
-    )
+    source = checkpoint.save(tmp_path / "src")
+    finding = f"finding: {told} {say} nothing of a weight and {are} left behind by a conversion\n"
+    assert finding in run("inspect", source).stdout
     assert f"\ndropped: {told}\n" in run("int4-to-bf16", source, tmp_path / "dst", "--dry-run").stdout
     assert f"\ndropped: {told}\n" in run("int4-to-bf16", source, tmp_path / "dst").stdout
-    assert len(json.loads(run("int4-to-bf16", source, tmp_path / "dst", "--json").stdout)["dropped"]) == 4
+    facts = json.loads(run("int4-to-bf16", source, tmp_path / "dst", "--json").stdout)
+    assert len(facts["dropped"]) == len(kinds)
 
 
 def test_what_is_within_limits_only_is_not_called_equal(run, small, tmp_path):

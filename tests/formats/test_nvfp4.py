@@ -134,7 +134,7 @@ def test_groups_of_mxfp4_beyond_17_are_counted_and_refused_where_all_must_be_exa
     assert lost == 1  # 6 of half the scale is 3
     served = codec.decode(Nvfp4(), found, 2, 128)
     assert (served != values.float()).sum() == 1
-    with pytest.raises(ValueError, match="1 of its groups have values that no codes and scales reproduce"):
+    with pytest.raises(ValueError, match="1 of its groups has values that no codes and scales reproduce"):
         recoded(Mx(4), Nvfp4(exact=True, strict=True), tensors, 2, 128, 6 * 2.0 ** (110 - 127))
 
 

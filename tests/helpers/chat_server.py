@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
+from kconvert import SmokeReport
+
 Reply = dict[str, Any]  # of a message, and its `finish_reason`
 HEALTHY_REASONING = "0.9 is more than 0.11."
 
@@ -164,3 +166,25 @@ def serving(script: Script) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def says(reply: Reply) -> Script:
+    """A script that answers every chat the same."""
+    return Script(reply=lambda request: dict(reply))
+
+
+def calls(reply: Reply, then: Reply | None = None) -> Script:
+    """A healthy script, but for its calls of tools, and for its answer to their results."""
+
+    def answer(request: Mapping[str, Any]) -> Reply:
+        last = request["messages"][-1]["role"]
+        if last == "tool" and then is not None:
+            return dict(then)
+        return dict(reply) if last == "user" and "tools" in request else healthy(request)
+
+    return Script(reply=answer)
+
+
+def verdicts(report: SmokeReport) -> dict[str, str]:
+    """What the checks that failed say, by their names."""
+    return {check.name: check.said for check in report.failed}

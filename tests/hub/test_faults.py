@@ -207,8 +207,42 @@ def test_a_server_that_always_begins_anew_and_never_comes_further_is_given_up(hu
 def test_a_server_that_is_not_there_is_one_sentence(hub, remote, command, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "the connection failed" in command.refused("inspect", remote)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:geheim@127.0.0.1:9/hub")
+    line = command.refused("inspect", remote)
+    assert "HF_ENDPOINT is http://127.0.0.1:9/hub, where nobody takes connections (Connection refused)" in line
+    assert "geheim" not in line
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("http://no-such-host.invalid", "no host 'no-such-host.invalid' is known; set it right, or leave it out"),
+        ("huggingface.co", "which is no address; one is like https://host"),
+        ("http://[1", "which is no address"),
+        ("http://127.0.0.1:port", "which is no address"),
+    ],
+)
+def test_an_address_of_the_hub_that_is_mistyped_is_not_waited_for(hub, remote, command, monkeypatch, endpoint, words):
+    from huggingface_hub import constants
+
+    from kconvert.hub import client
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(client, "BACKOFF", (1e6,))
+    assert words in command.refused("inspect", remote)
+
+
+def test_a_host_that_never_answers_is_not_waited_for_long(hub, remote, command, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    from kconvert.checkpoint import remote as probing
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:8")
+    monkeypatch.setattr(probing, "ANSWERS_IN", 0.1)
+    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(2))
+    assert "where nobody answered within" in command.refused("inspect", remote)
 
 
 @pytest.mark.parametrize(

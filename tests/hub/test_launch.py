@@ -30,3 +30,9 @@ def test_ktransformers_wants_a_directory(remote: str) -> None:
     code, _, error = launch(remote, "--engine", "ktransformers")
     assert code == 2
     assert f"fetch {remote} with `hf download`" in error
+
+
+def test_what_is_to_be_made_of_a_repository_is_made_of_that_revision(remote: str) -> None:
+    code, _, error = launch(f"hf://{remote}@main", "--engine", "mlx")
+    assert code == 2
+    assert f"`kconvert convert {remote} DST --to mlx --revision main` makes what it runs" in error

@@ -30,6 +30,13 @@ def refused(*arguments: object) -> str:
     return line
 
 
+def command(*arguments: object) -> str:
+    """The line that `kconvert launch` prints."""
+    result = run("launch", *arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout.strip()
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serving")

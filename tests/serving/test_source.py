@@ -53,6 +53,15 @@ def test_a_source_on_the_hub_is_told_by_its_id_and_commit_without_a_look(amx: Pa
     assert flags["--tool-call-parser"] == "kimi_k2"
 
 
+def test_other_engines_are_told_the_name_of_a_source_that_is_not_here(amx: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "amx"
+    shutil.copytree(amx, moved)
+    record = json.loads((moved / "kconvert.json").read_text())
+    (moved / "kconvert.json").write_text(json.dumps({**record, "source": "org/model", "revision": "abc"}))
+    line = refused("launch", moved, "--engine", "vllm")
+    assert "give the checkpoint that it was made from ('org/model@abc'), and KTransformers runs it as it is" in line
+
+
 def test_nodes_that_the_weights_are_not_split_for_are_refused_with_the_command_that_splits_them(amx: Path) -> None:
     line = refused("launch", amx, "--engine", "ktransformers", "--numa", 4)
     assert f"kconvert repack-amx --from-amx {amx} DST --numa 4" in line
@@ -81,10 +90,9 @@ def test_a_source_that_sglang_cannot_run_is_refused(written: Callable[..., Path]
     assert "SGLang cannot run" in line
 
 
-def test_other_engines_are_told_what_to_make(amx: Path) -> None:
+def test_other_engines_are_told_to_run_the_source(amx: Path, like: Made) -> None:
     line = refused("launch", amx, "--engine", "vllm")
-    assert "kconvert convert SRC DST --to bf16" in line
-    assert "KTransformers runs it as it is" in line
+    assert f"vLLM runs {like(K2)}, which it was made from, and KTransformers runs it as it is" in line
 
 
 def test_a_source_is_wanted_by_nothing_else(like: Made) -> None:
@@ -162,7 +170,7 @@ def test_what_still_has_another_models_names_is_for_no_engine(written: Callable[
     result = run("convert", written("mxfp4", "ktransformers"), tmp_path / "out", "--to", "bf16")
     assert "engines: none is known to take this" in result.stdout
     line = refused("launch", tmp_path / "out", "--engine", "vllm")
-    assert "the experts have another model's names; `kconvert convert SRC DST --to bf16` makes what it runs" in line
+    assert "the experts have another model's names; give the checkpoint that it was made from" in line
 
 
 def test_repacking_says_who_takes_the_weights_and_that_it_wants_the_source(like: Made, tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def test_what_would_do_instead_is_an_output_that_the_engine_takes() -> None:
             assert bool(cell.by) != bool(cell.no) or cell.models, (row.asked, name)
             if cell.instead:
                 assert rows[cell.instead].cells[name].by, (row.asked, name)
+    for name, engine in engines().items():
+        assert all(rows[options].cells[name].by for options in engine.instead), name
+        assert bool(engine.instead) == bool(engine.command), name
 
 
 def test_every_cell_says_how_it_is_known() -> None:

@@ -43,3 +43,20 @@ def test_what_is_unfinished_is_not_served(bucket: Bucket, stored: str) -> None:
     assert "is unfinished, it has no config.json; run the conversion again" in refused(
         "launch", stored, "--engine", "vllm"
     )
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("http://127.0.0.1:9", "where nobody takes connections (Connection refused); set it right, or leave it out"),
+        ("https://no-such-host.invalid", "where no host 'no-such-host.invalid' is known"),
+        ("minio:9000", "which is no address; one is like https://host"),
+    ],
+)
+def test_an_endpoint_that_is_mistyped_is_not_waited_for(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, endpoint: str, words: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    line = refused("launch", "s3://models/tiny", "--engine", "vllm")
+    assert line.startswith("error: AWS_ENDPOINT_URL is ")
+    assert words in line

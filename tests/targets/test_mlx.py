@@ -85,9 +85,24 @@ def test_it_verifies_and_converts_back_to_the_same_bf16(int4: Path, bf16: Path, 
     assert all(back[name].equal(direct[name]) for name in back)
 
 
-def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(mlx: Path, tmp_path: Path, raw: Any) -> None:
-    """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns."""
+def test_a_directory_for_mlx_is_not_made_again(mlx: Path) -> None:
+    with pytest.raises(KconvertError, match=r"has every weight as mlx would write it; there is nothing to convert"):
+        plan(mlx, Recipe("mlx"))
+
+
+def test_in_gguf_the_codes_of_a_directory_for_mlx_are_spelt_out_and_the_plan_says_so(mlx: Path) -> None:
+    notes = plan(mlx, Recipe("gguf")).facts["notes"]
+    (said,) = [note for note in notes if "become" in note]
+    assert " weights in mlx int4 group 32 become bf16, 'model.layers.1.mlp.experts.0.down_proj' the first: " in said
+
+
+def test_kv_b_that_mlx_lm_quantised_is_read_and_copied(int4: Path, mlx: Path, tmp_path: Path, raw: Any) -> None:
+    """As `mlx_lm.convert --quantize` leaves it: both halves in groups of their own columns; that of layer 1 is still whole."""
     checkpoint, parts = raw.load(mlx), {}
+    whole = "model.layers.1.self_attn.kv_b_proj.weight"
+    for half in ("embed_q", "unembed_out"):
+        checkpoint.pop(whole.replace("kv_b_proj", half))
+    checkpoint.put(whole, raw.load(int4)[whole])
     name = "model.layers.0.self_attn."
     for half in ("embed_q", "unembed_out"):
         heads, rows, cols = checkpoint.pop(f"{name}{half}.weight").shape
@@ -260,7 +275,7 @@ def test_signs_of_zeros_are_counted_and_refused_if_everything_is_to_be_exact(
     scale.data = bytes([scale.data[0], scale.data[1] | 0x80]) + scale.data[2:]
     codes.data = b"\x88" * 16 + codes.data[16:]
     source = checkpoint.save(tmp_path / "source")
-    with pytest.raises(KconvertError, match=r"experts.0.up_proj.*1 of its groups lose the signs of zeros"):
+    with pytest.raises(KconvertError, match=r"experts.0.up_proj.*1 of its groups has zeros that lose their signs"):
         convert(plan(source, Recipe("mlx", require_exact=True)), tmp_path / "out")
     assert convert(plan(source, Recipe("mlx")), tmp_path / "counted", overwrite=True) == {name.rstrip("."): 1}
     for thorough in (True, False):

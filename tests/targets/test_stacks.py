@@ -179,7 +179,7 @@ def test_a_stack_of_scales_for_another_number_of_experts_is_refused(tmp_path, fu
     tensors[f"{PREFIX}.down_proj_scale_inv"] = torch.ones(EXPERTS + 1, 2, 1)
     table = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     source = checkpoint(tmp_path / "src", tensors, quantization_config=table)
-    with pytest.raises(KconvertError, match=r"down_proj_scale_inv' stacks 4 matrices, but there are 3 experts"):
+    with pytest.raises(KconvertError, match=r"down_proj_scale_inv' is a stack of 4 matrices, but there are 3 experts"):
         plan(source, Recipe("bf16"))
 
 
@@ -211,7 +211,7 @@ def test_blocks_that_reach_from_gate_into_up_are_refused(tmp_path, width):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({SCALE: torch.tensor(1.0)}, r"_scale_inv' stacks 1 matrices, but there are 3 experts"),
+        ({SCALE: torch.tensor(1.0)}, r"_scale_inv' is a stack of 1 matrix, but there are 3 experts"),
         ({f"{PREFIX}.gate_up_proj.weight": torch.ones(3, 256, 256)}, r"gate_up_proj' are two names for the same matr"),
         (
             {f"{PREFIX}.gate_up_proj.weight_scale_inv": torch.ones(3)},

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from posixpath import dirname
 
-from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, Listing
+from kconvert.checkpoint.listing import CONFIG_NAME, INDEX_NAME, Listing, what_finishes
 from kconvert.checkpoint.side_files import TRAINING, why_left_out
 from kconvert.errors import KconvertError
 
@@ -60,9 +60,14 @@ def check_no_adapter(listing: Listing, names: Collection[str]) -> None:
 
 def what_it_is(listing: Listing) -> str:
     """The rest of a sentence that begins with the directory, which holds no safetensors model."""
-    tellers = (_adapter_files, _publishers_files, _pipeline, _folders, _other_containers)
+    tellers = (_unfinished, _adapter_files, _publishers_files, _pipeline, _folders, _other_containers)
     said = (teller(listing) for teller in tellers)
     return next(filter(None, said), f"holds no safetensors files; {GIVE_SAFETENSORS}")
+
+
+def _unfinished(listing: Listing) -> str | None:
+    help = what_finishes(listing.root)
+    return f"is unfinished, it has no weights yet; {help}" if help else None
 
 
 def _adapter_files(listing: Listing) -> str | None:

@@ -6,12 +6,17 @@ belong to the checkpoint, and before weights are.
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from kconvert.checkpoint.index import compare_index, read_weight_map
 from kconvert.checkpoint.listing import INDEX_NAME, FileStat, Listing
@@ -21,7 +26,52 @@ from kconvert.errors import KconvertError
 
 CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
 FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
+ANSWERS_IN = 5.0  # seconds, whoever takes connections
+PORTS = {"http": 80, "https": 443}
 HEADER_TO_INDEX = 1.345  # bytes: a header says of a tensor dtype, shape and offsets, the index its file (K2: 1.34)
+
+
+@lru_cache  # of those that answer
+def check_endpoint(address: str, setting: str) -> None:
+    """KconvertError where nobody takes connections at the address that the user gave by `setting`.
+
+    What is mistyped never answers: the patience that outlasts a network's faults is not for that. Behind a proxy only this
+    can tell.
+    """
+    shown = re.sub("//[^/]*@", "//", address)  # there may be a password
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port or PORTS.get(parts.scheme)
+    except ValueError:
+        host = port = None
+    if host is None or port is None:
+        raise KconvertError(
+            f"{setting} is {shown!r}, which is no address; one is like https://host or http://host:port"
+        )
+    if parts.scheme in getproxies() and not proxy_bypass(host):
+        return
+    fault = _why_unreachable(host, port)
+    if fault is not None:
+        raise KconvertError(f"{setting} is {shown}, where {fault}; set it right, or leave it out")
+
+
+def _why_unreachable(host: str, port: int) -> str | None:
+    """Why no connection is to be had, or None; after ANSWERS_IN at the latest, which a resolver does not keep to by itself."""
+    faults: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), ANSWERS_IN).close()
+            faults.append(None)
+        except socket.gaierror:
+            faults.append(f"no host {host!r} is known")
+        except OSError as error:
+            faults.append(f"nobody takes connections ({error.strerror or 'no answer in time'})")
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(ANSWERS_IN)
+    return faults[0] if faults else f"nobody answered within {ANSWERS_IN:.0f} seconds"
 
 
 class Sink(Protocol):

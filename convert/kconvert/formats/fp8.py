@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit
 from kconvert.formats.base import ZERO_POINT, Fate, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 from kconvert.formats.kernels import Kernels
 
@@ -173,9 +173,9 @@ class Fp8(Format):
         block_rows, block_cols = self.block_shape(*tile.shape)
         scale = widen(parts[1], self.scale_dtype).reshape(self._grid(*tile.shape))
         if kernels.decode_fp8(parts[0].reshape(tile.shape), scale, block_rows, block_cols, tile):
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
         if has_nan(parts[0]):
-            raise ValueError("it has a code that is NaN")
+            raise Damaged("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
@@ -185,7 +185,7 @@ class Fp8(Format):
         if self.strategy == "tensor":
             lost = kernels.encode_by_scale(tile.reshape(-1), parts[1].view("f4")[0], parts[0])
             if lost < 0:
-                raise ValueError("it has a value that is not finite")
+                raise Damaged("it has a value that is not finite")
             if lost and self.strict:
                 raise Unfit(f"{lost:,} of its values are no code times its scale", "leave out --require-exact")
             return 0
@@ -199,7 +199,7 @@ class Fp8(Format):
         scale = np.empty(blocks, np.float32) if rounded else parts[1].view("f4").reshape(blocks)
         codes, room = parts[0].reshape(tile.shape), np.empty((3, blocks[1]), np.int64)
         if kernels.encode_fp8(tile, block_rows, block_cols, rounded, self.mse, room, codes, scale):
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         if rounded:
             parts[1].view("u2")[:] = scale.reshape(-1).view("u4") >> 16
         return 0
@@ -223,7 +223,7 @@ class Fp8(Format):
             )
             if kernels.encode_by_powers(values, height, width, room.view("u4"), made, exponent):
                 if kernels.encode_fp8(values, height, width, rounded, False, room, made, step):
-                    raise ValueError("it has a value that is not finite")
+                    raise Damaged("it has a value that is not finite")
                 again = np.empty(values.shape, np.float32)
                 kernels.decode_fp8(made, step, height, width, again)
                 lost += not np.array_equal(again.view("u4"), values.view("u4"))
@@ -247,7 +247,7 @@ class Fp8(Format):
         room = np.empty((2, exponents.shape[1]), np.uint32)
         lost = kernels.encode_by_powers(tile, block_rows, block_cols, room, parts[0].reshape(tile.shape), exponents)
         if lost < 0:
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         if lost and self.strict:
             raise Unfit(
                 f"{lost:,} of its {self.unit}s have values that no codes and power of two reproduce",

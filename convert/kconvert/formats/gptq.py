@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from kconvert.errors import Damaged
 from kconvert.formats.base import Format, Part, refuse_surplus, require
 from kconvert.formats.kernels import Kernels
 from kconvert.formats.packed import SCALE_CODES
@@ -130,7 +131,7 @@ class Gptq(Format):
             return
         steps, zeros = self._steps_and_zeros(parts, first_row, rows, self.groups(cols))
         if self._decode_rows(turned, parts[3:], steps, zeros, tile):
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
 
     def _decode_by_table(self, turned: Words, parts: Sequence[Bytes], first_row: int, tile: Tile) -> Any:
         """Whether it could, see kernels.gptq."""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kconvert.errors import Damaged
 from kconvert.formats.base import ZERO_POINT, Format, Part, refuse_surplus, require, scaled_by, unused_zero_points
 from kconvert.formats.conventions import Convention
 from kconvert.formats.kernels import Kernels
@@ -91,7 +92,7 @@ class Int8(Format):
         else:
             senseless = kernels.decode_int8(parts[0].view("i1").reshape(shape), scale, zero, tile.reshape(shape))
         if senseless:
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         if (self.bits, self.strategy, self.symmetric, self.scale_dtype) != (8, "channel", True, "BF16"):
@@ -99,7 +100,7 @@ class Int8(Format):
         divisor = tile.dtype.type(CHANNEL_RULE.divisor)
         codes = parts[0].view("i1").reshape(tile.shape)
         if kernels.encode_int8(tile, divisor, CHANNEL_RULE.zero_bits, codes, parts[1].view("u2")):
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         return 0
 
 

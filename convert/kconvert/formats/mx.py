@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     ROUNDED,
     ZERO_POINT,
@@ -148,17 +148,17 @@ class Mx(Format):
         kernel = kernels.decode_mxfp4 if self.bits == 4 else kernels.decode_mxfp8
         kernel(parts[0].reshape(-1, GROUP * self.bits // 8), parts[1], tile.reshape(-1, GROUP))
         if self.bits == 8 and has_nan(parts[0]):
-            raise ValueError("it has a code that is NaN")
+            raise Damaged("it has a code that is NaN")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         kernel = kernels.encode_mxfp4 if self.bits == 4 else kernels.encode_mxfp8
         groups, codes = tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP * self.bits // 8)
         if kernel(groups, self.mse, codes, parts[1]):
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         mend = kernels.mend_mxfp4 if self.bits == 4 else kernels.mend_mxfp8
         lost = mend(groups, codes, parts[1]) if self.exact else 0
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and power of two reproduce", ROUNDED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and power of two reproduce", ROUNDED)
         return lost
 
 

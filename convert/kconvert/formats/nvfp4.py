@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     ROUNDED,
     ZERO_POINT,
@@ -156,7 +156,7 @@ class Nvfp4(Format):
         groups, codes = tile.reshape(-1, GROUP), parts[0].reshape(-1, GROUP // 2)
         lost = kernels.encode_nvfp4(groups, self._factor(parts), self.exact, self.mse, codes, parts[1])
         if lost < 0:
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         return self._counted(lost)
 
     def takes_codes(self, source: Format) -> bool:
@@ -169,7 +169,7 @@ class Nvfp4(Format):
         packed[:] = codes
         lost = kernels.encode_mxfp4(codes, inputs[1], self._factor(parts), packed, parts[1].reshape(-1, 2))
         if lost < 0:
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         return self._counted(lost)
 
     def _respell(self, source: Nvfp4, inputs: Sequence[Bytes], parts: Sequence[Bytes]) -> int:
@@ -210,7 +210,7 @@ class Nvfp4(Format):
 
     def _counted(self, lost: int) -> int:
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and scales reproduce", ROUNDED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and scales reproduce", ROUNDED)
         return lost if self.exact else 0
 
 

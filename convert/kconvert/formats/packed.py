@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import (
     COUNTED,
     ZERO_POINT,
@@ -164,7 +164,7 @@ class Packed(Format):
             spread = np.empty(tile.shape[1], np.uint8)
             senseless = kernels.decode(codes, self.bits, scale, zero, spread, tile.reshape(rows, groups, -1))
         if senseless:
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
 
     def encode(self, tile: Tile, parts: Sequence[Bytes]) -> int:
         import numpy as np
@@ -187,9 +187,9 @@ class Packed(Format):
             parts[1].view("u2"),
         )
         if lost < 0:
-            raise ValueError("it has a value that is not finite")
+            raise Damaged("it has a value that is not finite")
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have values that no codes and bf16 scale reproduce", COUNTED)
+            raise Unfit(f"{some_have(lost, 'groups')} values that no codes and bf16 scale reproduce", COUNTED)
         return lost
 
 

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, logging, parse_ratelimit_headers
 
-from kconvert.checkpoint.remote import Sink
+from kconvert.checkpoint.remote import Sink, check_endpoint
 from kconvert.errors import KconvertError
 from kconvert.hub.bodies import httpx, receive
 from kconvert.hub.ids import HubId
@@ -35,6 +35,7 @@ from kconvert.version import __version__
 
 T = TypeVar("T")
 
+HUB = "https://huggingface.co"
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more gets the run ended, its state is kept
 AGAIN = "run the same command again, a conversion goes on from what it has"
@@ -90,6 +91,8 @@ def patiently(place: HubId, doing: str, call: Callable[[], T], attempts: int | N
 
     Calls for which the client has a patience of its own need few `attempts`.
     """
+    if constants.ENDPOINT != HUB and not constants.is_offline_mode():
+        check_endpoint(constants.ENDPOINT, "HF_ENDPOINT")
     patience = Patience(place, doing, attempts=attempts)
     while True:
         with patience.attempt():

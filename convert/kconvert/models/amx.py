@@ -20,7 +20,7 @@ from kconvert.checkpoint.files import is_directory
 from kconvert.checkpoint.listing import FileStat
 from kconvert.checkpoint.safetensors import Tensor, read_header, read_metadata
 from kconvert.checkpoint.source import Checkpoint, Reader, open_directory
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats.engines.amx import METHODS, TENSOR, Amx, N, Split
 from kconvert.models.model import Weight, natural_key
 
@@ -218,7 +218,7 @@ def _weight(
     tensors = tuple(found[part.suffix] for part in parts if part.suffix in found)
     if len(tensors) != len(parts) or len(found) != len(parts):
         raise KconvertError(
-            f"{checkpoint.root}: {name!r} has {len(found)} tensors in place of {len(parts)}; pack it anew"
+            f"{checkpoint.root}: {name!r} has {counted(len(found), 'tensor')} in place of {len(parts)}; pack it anew"
         )
     for part, tensor in zip(parts, tensors, strict=True):
         if (tensor.dtype, tensor.nbytes) != (part.dtype, part.nbytes):

@@ -6,6 +6,7 @@ import ast
 import operator
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 LENGTH = "length"
@@ -77,4 +78,9 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
             return int(OPERATORS[type(node.op)](walk(node.left), walk(node.right)))
         raise ValueError(f"{expression!r} is not a shape expression")
 
-    return walk(ast.parse(expression, mode="eval").body)
+    return walk(_parsed(expression))
+
+
+@cache  # manifests have some hundred, which are asked for again and again
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body

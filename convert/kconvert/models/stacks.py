@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from kconvert.checkpoint.safetensors import Tensor
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats.dense import DTYPES
 
 CODES = (*DTYPES, "F8_E4M3")
@@ -158,7 +158,8 @@ def views(stack: Stack, suffix: str, tensor: Tensor) -> Iterator[Tensor]:
     if suffix == "weight" and len(rest) != 2:
         raise KconvertError(f"{tensor} is {tensor.dtype} {list(tensor.shape)}, which is no stack of matrices")
     if count != experts:
-        raise KconvertError(f"{tensor} stacks {count} matrices, but there are {experts} experts")
+        held = f"is a stack of {counted(count, 'matrix', 'matrices')}"
+        raise KconvertError(f"{tensor} {held}, but there are {experts} experts")
     shape: tuple[int, ...] = (1,)
     shared = 1
     if math.prod(rest) == 1 and suffix != "weight":

@@ -75,7 +75,7 @@ def summarise_gguf(checkpoint: GgufCheckpoint) -> Summary:
 def _spelled(value: Any) -> Any:
     """A value as JSON has it; of lists the length, of long texts the beginning."""
     if isinstance(value, Array):
-        return f"{value.items:,} items"
+        return counted(value.items, "item")
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value[:SHOWN] if isinstance(value, str) else value

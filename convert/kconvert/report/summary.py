@@ -111,7 +111,8 @@ def find(model: Model) -> list[str]:
         taken = any(name.endswith(tuple(INPUTS.values())) for name in beside)
         but = ", but for one to the other dialect's NVFP4" * taken
         findings.append(
-            f"{dropped(tensor.name for tensor in left)} say nothing of a weight and are left behind by a conversion{but}"
+            f"{dropped(tensor.name for tensor in left)} {'says' if len(left) == 1 else 'say'} nothing of a weight and "
+            f"{'is' if len(left) == 1 else 'are'} left behind by a conversion{but}"
         )
     findings += model.findings
     findings += [f"{tensor.name} {reason}, which no rule decodes" for tensor, reason in undecoded(model.plain)]
@@ -317,13 +318,18 @@ def summarise_amx(model: AmxModel) -> Summary:
     lines = [
         f"{checkpoint.name}: {model.method} for {counted(model.numa, 'NUMA node')}{scales}, {human(nbytes)} in "
         f"{counted(len(checkpoint.files), 'file')}",
-        f"experts: {experts:,} in layers {min(model.layers)} to {max(model.layers)}, gate and up "
+        f"experts: {experts:,} in {_layers(model)}, gate and up "
         f"[{model.intermediate}, {model.hidden}], down [{model.hidden}, {model.intermediate}]",
         f"source: {origin or 'not recorded'}",
         *([f"besides the experts: {counted(len(model.rest), 'tensor')}"] if model.rest else []),
         *launch.lines,
     ]
     return Summary(facts, tuple(lines))
+
+
+def _layers(model: AmxModel) -> str:
+    first, last = min(model.layers), max(model.layers)
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
 
 
 def launch_amx(place: Place, source: str | None = None) -> Summary:

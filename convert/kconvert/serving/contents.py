@@ -29,6 +29,7 @@ from kconvert.formats.packed import Packed
 from kconvert.models.amx import AmxModel
 from kconvert.models.catalogue import GENERIC, load_manifest, manifest_for
 from kconvert.models.manifest import Manifest
+from kconvert.models.mlx import SWITCH
 from kconvert.models.mlx import is_name as is_mlx
 from kconvert.models.model import Model, Weight, understand
 from kconvert.models.roles import guess
@@ -115,15 +116,16 @@ def contents_of(checkpoint: Checkpoint) -> Contents:
     nbytes = sum(stat.nbytes for stat in checkpoint.files.values())
     dialect = _dialect(checkpoint.config)
     if dialect == "mlx" or any(map(is_mlx, checkpoint.tensors)):
-        return Contents("mlx", checkpoint.config, nbytes, dialect=dialect)
+        expert = next((name for name in checkpoint.tensors if holds_expert([name])), "")
+        return Contents("mlx", checkpoint.config, nbytes, dialect=dialect, expert=expert)
     first = next((name for name in checkpoint.tensors if holds_expert([name])), "")
     coded = next((name for name, tensor in checkpoint.tensors.items() if is_coded(tensor)), first)
-    model = understand(_one_layer(checkpoint, coded), partial=True)
+    model = understand(one_layer(checkpoint, coded), partial=True)
     experts = [weight for weight in model.weights if _is_expert(weight.role)]
     facts = _facts(model, experts or list(model.weights), experts)
     if not experts and not any(weight.format.quantised for weight in model.weights):
         dialect = ""  # what is declared is of weights that are not there
-    elsewhere = {"bf16"} if _layer(first) != _layer(coded) else set()
+    elsewhere = {"bf16"} if layer_of(first) != layer_of(coded) else set()
     if dialect and experts and not model.findings:
         elsewhere |= _elsewhere(model, checkpoint.config, next(e for e in experts if e.name == facts["expert"]))
     return Contents("safetensors", checkpoint.config, nbytes, dialect=dialect, elsewhere=frozenset(elsewhere), **facts)
@@ -140,7 +142,10 @@ def _dialect(config: Mapping[str, Any]) -> str:
 
 def holds_expert(tensors: Iterable[str]) -> bool:
     """Whether a routed expert's matrix, or a stack of them, is among these."""
-    return any("experts" in name and _is_expert(guess(name.rpartition(".")[0]).name) for name in tensors)
+    return any(
+        ("experts" in name and _is_expert(guess(name.rpartition(".")[0]).name)) or SWITCH.fullmatch(name)
+        for name in tensors
+    )
 
 
 def is_coded(tensor: Tensor) -> bool:
@@ -153,7 +158,7 @@ def is_plain(contents: Contents) -> bool:
     return bool(contents.dialect) and contents.encoding in PLAIN
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """The beginning of a name up to the layer's number and the dot behind it."""
     layer = LAYER.match(name)
     return layer[0] if layer else ""
@@ -164,7 +169,7 @@ def _elsewhere(model: Model, config: Mapping[str, Any], expert: Weight) -> set[s
 
     Only a manifest tells which layers have experts.
     """
-    manifest, layer = model.manifest, _layer(expert.name)
+    manifest, layer = model.manifest, layer_of(expert.name)
     if not layer or not {"layers", "experts"} <= manifest.dims.keys():
         return set()
     names = manifest.bind(manifest.resize(dict(config), {"experts": (expert.expert or 0) + 1}))
@@ -191,12 +196,21 @@ def _is_expert(role: str) -> bool:
     return role.partition(".")[0] == "expert"
 
 
-def _one_layer(checkpoint: Checkpoint, expert: str) -> Checkpoint:
-    """Of the checkpoint the layer of this expert, in a model without those behind it; all where there is none."""
-    layer, number = _layer(expert), guess(expert.rpartition(".")[0]).layer
+def one_layer(checkpoint: Checkpoint, expert: str, dense: bool = False) -> Checkpoint:
+    """Of the checkpoint the layer of this expert, in a model without those behind it; all where there is none.
+
+    With `dense` also the layers before it that have no experts, and what is in none.
+    """
+    layer, number = layer_of(expert), guess(expert.rpartition(".")[0]).layer
     if not layer or number is None:
         return checkpoint
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith(layer)}
+
+    def stays(name: str) -> bool:
+        if not dense or name.startswith(layer):
+            return name.startswith(layer)
+        return "experts" not in name and "switch_mlp" not in name and (guess(name).layer or 0) < number
+
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if stays(name)}
     return replace(
         checkpoint, config=_up_to(number, manifest_for(checkpoint.config), checkpoint.config), tensors=tensors
     )
@@ -204,7 +218,9 @@ def _one_layer(checkpoint: Checkpoint, expert: str) -> Checkpoint:
 
 def _up_to(number: int, manifest: Manifest, config: dict[str, Any]) -> dict[str, Any]:
     """config.json of as few layers as leave this one what it is: half a million names need not be made to look for a few."""
-    with suppress(KconvertError):  # a model of which no manifest knows the layers
+    if "layers" not in manifest.dims:  # a model of which no manifest knows the layers
+        return config
+    with suppress(KconvertError):  # nor config.json
         names = manifest.bind(config)
         for layers in range(number + 1, names.size("layers")):
             fewer = manifest.resize(config, {"layers": layers})

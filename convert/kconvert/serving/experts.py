@@ -89,7 +89,9 @@ def _experts_on_gpus(engine: Engine, model: Place, wishes: Wishes) -> tuple[int,
     experts = contents.experts or 0
     asked = wishes.gpu_experts or 0
     if experts and asked > experts:
-        raise KconvertError(f"{model.address} has {experts} experts a layer; give --gpu-experts {experts} or fewer")
+        raise KconvertError(
+            f"{model.address} has {counted(experts, 'expert')} a layer; give --gpu-experts {experts} or fewer"
+        )
     nbytes = _expert_bytes(contents)
     if memory is None or not nbytes or not experts:
         return asked, None

@@ -11,7 +11,7 @@ from kconvert.errors import KconvertError, counted, human
 from kconvert.serving.experts import Experts, on_the_cpu
 from kconvert.serving.memory import CONTEXT_KEYS, Room, check_room
 from kconvert.serving.place import Place, source_of
-from kconvert.serving.table import Cell, Engine, Output, cell_of, engines, made_for, output_of, takers
+from kconvert.serving.table import Cell, Engine, Output, cell_of, engines, output_of
 from kconvert.serving.wishes import Wishes
 
 
@@ -50,11 +50,11 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     `source` is the checkpoint that weights without their model were made from, where it is known already.
     """
     wishes, served = wishes or Wishes(), engines()[engine]
-    output, cell = _taken(place, served)
+    output, cell = _taken(place, served, wishes.source)
     wishes.check(served, cell.source)
     model = (source or source_of(place, wishes.source)) if cell.source else place
     if cell.source and model.root is not None:
-        _taken(model, engines()["sglang"], ", to be given with --source")  # which runs all but the experts of it
+        _taken(model, engines()["sglang"], then=", to be given with --source")  # which runs all but the experts of it
         _check_source(place, model)
     _check_stored(served, place, model)
     gpus = wishes.gpus or 1
@@ -72,50 +72,26 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     return Launch(served, (*words, *experts.words, *wishes.more), cell.by, experts.room, notes)
 
 
-def _taken(place: Place, engine: Engine, then: str = "") -> tuple[Output, Cell]:
+def _taken(place: Place, engine: Engine, source: str | None = None, then: str = "") -> tuple[Output, Cell]:
     """How the engine takes what is there; KconvertError where it does not, with what is to be done `then`."""
     contents = place.contents
     output = output_of(contents)
+    cell = Cell() if output is None else cell_of(engine, output, contents)
+    if output is not None and not cell.no:
+        return output, cell
+    from kconvert.serving.remedies import advice
+
+    instead = ", and ".join(advice(engine, place, cell.instead, source, then))
+    what = contents.encodings
     if output is None:
-        what = contents.encodings + (f", declared as {contents.dialect}" if contents.dialect else "")
-        advice = [remedy + then for remedy in _remedies(engine, place, made_for(engine, contents))]
-        raise KconvertError(
-            "; ".join(
-                (f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know", *advice)
-            )
-        )
-    cell = cell_of(engine, output, contents)
-    if cell.no:
-        others = ", ".join(other.title for other, _ in takers(contents) if other.command)
-        advice = [
-            remedy + then for remedy in _remedies(engine, place, cell.instead, output.is_part or contents.renamed)
-        ]
-        advice += [f"{others} run{'s' * (', ' not in others)} it as it is"] if others else []
-        what = contents.encodings if contents.kind == "safetensors" else output.to.upper()
-        raise KconvertError(
-            f"{engine.title} cannot run {place.address} ({what}): {cell.no}; "
-            + (", and ".join(advice) or "no other engine is known to run it either")
-        )
-    return output, cell
-
-
-def _remedies(engine: Engine, place: Place, options: str, is_part: bool = False) -> list[str]:
-    """What makes what the engine takes, if anything does: of this or, where that cannot be, of what it was made from."""
-    if not options:
-        return []
-    if is_part or not _is_source(engine, place):
-        return [f"`kconvert convert SRC DST {options}` makes what it runs, unless its source SRC is that already"]
-    return [f"`kconvert convert {shlex.quote(place.address)} DST {options}` makes what it runs"]
-
-
-def _is_source(engine: Engine, place: Place) -> bool:
-    """Whether a checkpoint for this engine can be made of it."""
-    contents = place.contents
-    if contents.kind != "safetensors":
-        return False
-    # Of stacks like gpt-oss's only the codes are mapped to other containers.
-    stacked = contents.manifest.stacked_method and not contents.manifest.has_encoded_stacks(contents.config)
-    return not stacked or "safetensors" in engine.reads
+        what += f", declared as {contents.dialect}" if contents.dialect else ""
+        fault = f"{place.address} is {what}, and whether {engine.title} runs that kconvert does not know"
+        raise KconvertError("; ".join(filter(None, (fault, instead))))
+    what = what if contents.kind == "safetensors" else output.to.upper()
+    raise KconvertError(
+        f"{engine.title} cannot run {place.address} ({what}): {cell.no}; "
+        + (instead or "no other engine is known to run it either")
+    )
 
 
 def _told(engine: Engine, model: Place, place: Place) -> Iterator[str]:
@@ -174,7 +150,8 @@ def _check_heads(model: Place, gpus: int) -> None:
     if heads is not None and heads % gpus:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise KconvertError(
-            f"{model.address} has {heads} attention heads, which {counted(gpus, 'GPU')} cannot share; give --gpus {fitting}"
+            f"{model.address} has {counted(heads, 'attention head')}, which {counted(gpus, 'GPU')} cannot share; give "
+            f"--gpus {fitting}"
         )
 
 
@@ -214,8 +191,8 @@ def _parallel(engine: Engine, place: Place, unit: int, gpus: int) -> list[str]:
     heads = contents.number("num_attention_heads") or 0
     fewer = next(n for n in range(gpus - 1, 0, -1) if heads % n == 0 and any(groups(n)))
     raise KconvertError(
-        f"{counted(gpus, 'GPU')} cannot share {experts} experts of a width of {contents.width}, in {unit}s or by dealing out "
-        f"as many to each; give --gpus {fewer}"
+        f"{counted(gpus, 'GPU')} cannot share {counted(experts, 'expert')} of a width of {contents.width}, in {unit}s or by "
+        f"dealing out as many to each; give --gpus {fewer}"
     )
 
 

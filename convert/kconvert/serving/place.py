@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Place:
 
     `root` is the directory, None of what is `stored` in an object store, or on the Hub. `remote_code`: its own code has to be
     run. `thinks` is False where its chat template shows that the model does not. `made_from` is the source of weights without
-    their model, as their record has it.
+    their model, as their record has it. `checkpoint` is what was read of it, where it may be converted.
     """
 
     address: str
@@ -43,6 +43,7 @@ class Place:
     thinks: bool = True
     made_from: str = ""
     stored: bool = False
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
 
 
 def look_at(address: str, revision: str | None = None) -> Place:
@@ -132,7 +133,7 @@ def _place(checkpoint: Checkpoint, contents: Contents, address: str, revision: s
     thinks = THOUGHT in template or TOOLS not in template
     root = None if checkpoint.directory is None else checkpoint.root
     made_from = _made_from(_json(checkpoint, RECORD))
-    return Place(address, contents, root, revision, remote_code, thinks, made_from)
+    return Place(address, contents, root, revision, remote_code, thinks, made_from, checkpoint=checkpoint)
 
 
 def _text(checkpoint: Checkpoint, name: str) -> str:

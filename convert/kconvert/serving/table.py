@@ -25,6 +25,7 @@ KINDS = {
     "mlx": "a directory for MLX",
 }
 RENAMED = "the experts have another model's names"
+WHATEVER_WIDTH = "--to fp8 --layout compressed-tensors-channel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Engine:
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     share: float = 0.0
     parsers: str = ""
-    instead: str = ""
+    instead: Sequence[str] = ()
     note: str = ""
     streams: str = ""
 
@@ -165,19 +166,19 @@ def cell_of(engine: Engine, output: Output, contents: Contents) -> Cell:
         return Cell(no=str(served["no"]))
     if contents.kind not in engine.reads:
         what = f"it reads {KINDS[engine.reads[0]]}, and this is {KINDS[contents.kind]}"
-        return Cell(no=what, instead=made_for(engine, contents))
+        return Cell(no=what)
     if "weights" in engine.flags and contents.kind == "safetensors" and not contents.width:
         return Cell(no="it is for models with routed experts, and this has none")
     cell = output.cells.get(engine.name, Cell(no="nobody has tried it"))
     if cell.models and contents.model_type in cell.models:
         return replace(cell, no="", instead="")
     if contents.renamed and cell.by and not cell.names and not cell.source:
-        return Cell(no=RENAMED, instead="--to bf16")
+        return Cell(no=RENAMED)
     if not cell.looks_for(contents.expert):
         why = cell.no or f"its {cell.by} does not look for experts called as {contents.expert!r}"
         cell = replace(cell, no=why, instead=cell.otherwise)
     elif not cell.no and (fault := _fault(engine, cell, output.unit(contents), contents)):
-        cell = replace(cell, no=fault, instead=cell.otherwise or "--to fp8 --layout compressed-tensors-channel")
+        cell = replace(cell, no=fault, instead=cell.otherwise or WHATEVER_WIDTH)
     # The names of some models leave a single way to an engine.
     return replace(cell, instead=served.get("instead", cell.instead)) if cell.no else cell
 
@@ -189,19 +190,6 @@ def _fault(engine: Engine, cell: Cell, unit: int, contents: Contents) -> str:
     if engine.command and contents.width % unit:
         return f"an expert is {contents.width} wide, which is no multiple of {unit}"
     return ""
-
-
-def made_for(engine: Engine, contents: Contents) -> str:
-    """What makes the kind of directory that the engine reads, of models that can be had so."""
-    from kconvert.targets.gguf.architectures import ARCHITECTURES
-    from kconvert.targets.mlx import MODELS
-
-    written = {"gguf": set(ARCHITECTURES), "mlx": MODELS}.get(engine.reads[0])
-    # A GGUF file has llama.cpp's name of its model, which several may share.
-    kinds = {kind for kind, name in ARCHITECTURES.items() if name == contents.architecture} or {contents.model_type}
-    if written is not None and not kinds <= written:
-        return ""
-    return engine.instead or "--to bf16"
 
 
 def takers(contents: Contents) -> Iterator[tuple[Engine, Cell]]:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kconvert.checkpoint.remote import Sink, pour
+from kconvert.checkpoint.remote import Sink, check_endpoint, pour
 from kconvert.errors import KconvertError
 from kconvert.stores.urls import StoreUrl
 
@@ -37,10 +37,11 @@ NO_BUCKET, NO_CONDITION, REGION, TOKEN = LASTING = (
     "performing token request",
 )
 OPEN = "open it"
-ENDPOINTS = (
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-    "STORAGE_EMULATOR_HOST",
-)
+ENDPOINTS = {  # by the beginning of an address
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+}
 
 
 def open_store(place: StoreUrl) -> ObjectStore:
@@ -54,7 +55,10 @@ def open_store(place: StoreUrl) -> ObjectStore:
         )
     from obstore.store import from_url
 
-    plain = any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)  # as the user wants it
+    endpoints = {name: os.environ[name] for name in ENDPOINTS.get(place.scheme, ()) if os.environ.get(name)}
+    if len(set(endpoints.values())) == 1 and place.scheme != "gs":  # of several obstore takes one, of Google's none
+        check_endpoint(*reversed(next(iter(endpoints.items()))))
+    plain = any(endpoint.startswith("http://") for endpoint in endpoints.values())  # as the user wants it
     options: dict[str, Any] = {
         "client_options": {"allow_http": plain, "timeout": TIMEOUT},
         "retry_config": RETRIES,

@@ -8,7 +8,7 @@ from typing import Any
 
 from kconvert.checkpoint.source import Checkpoint
 from kconvert.dialects import without_quantization
-from kconvert.errors import KconvertError
+from kconvert.errors import KconvertError, counted
 from kconvert.formats import Format
 from kconvert.formats.engines.amx import METHODS, Amx, AmxCodes, AmxScales
 from kconvert.formats.packed import Packed
@@ -95,9 +95,9 @@ def plan_resplit(model: AmxModel, numa: int, form: str, shard_size: int = DEFAUL
     if numa % model.numa:
         possible = [n for n in possible_numa(model.bits, model.hidden, model.intermediate) if n % model.numa == 0]
         raise KconvertError(
-            f"{model.checkpoint.root} is packed for {model.numa} NUMA nodes; gate and up could be split for {numa}, but a row "
-            f"of down has a scale in each shard, and shards can only be cut further, into {_listed(possible)}; pack the "
-            f"original checkpoint for {numa}"
+            f"{model.checkpoint.root} is packed for {counted(model.numa, 'NUMA node')}; gate and up could be split for {numa}, "
+            f"but a row of down has a scale in each shard, and shards can only be cut further, into {_listed(possible)}; pack "
+            f"the original checkpoint for {numa}"
         )
     drafts: list[Step] = [step for weight in model.weights for step in _resplit(weight, numa)]
     drafts += [copy_of(tensor) for tensor in model.rest if with_rest]

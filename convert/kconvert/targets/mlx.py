@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from kconvert.dialects.mlx import mlx_config, module_of
@@ -24,9 +25,10 @@ from kconvert.formats.mx import Mx
 from kconvert.formats.stacks import MxStack
 from kconvert.models.experts import experts_in
 from kconvert.models.mlx import KV_B
+from kconvert.models.mlx import is_name as is_mlx
 from kconvert.models.model import Model, Weight, natural_key
 from kconvert.models.sorting import Plain
-from kconvert.planning.containers import Safetensors
+from kconvert.planning.containers import Safetensors, first_written
 from kconvert.planning.plan import Output, Plan
 from kconvert.planning.steps import Slot, Step, Transcode, copy_of
 from kconvert.targets.base import WIDE, facts_of, read_bytes, refuse_loss
@@ -66,9 +68,24 @@ def plan_mlx(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     conversion = _Mlx(chosen, model, recipe)
     container = Safetensors(recipe.shard_size, metadata=METADATA)
     drafts = conversion.drafts()
+    _check_effect(model, drafts)
     return Output(
         repr(recipe), chosen.checkpoint, drafts, container, conversion.config(), chosen.parameters, conversion.facts
     ).plan()
+
+
+def _check_effect(model: Model, drafts: Sequence[Step]) -> None:
+    """KconvertError when the output would be the source again."""
+    there = model.checkpoint.tensors
+    if not any(map(is_mlx, there)):
+        return
+    written = chain.from_iterable(first_written(drafts, set()))
+    if all(
+        name in there and (there[name].dtype, there[name].shape) == (dtype, shape) for name, dtype, shape in written
+    ):
+        raise KconvertError(
+            f"{model.checkpoint.root} has every weight as mlx would write it; there is nothing to convert"
+        )
 
 
 @dataclass(frozen=True)

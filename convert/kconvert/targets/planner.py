@@ -11,7 +11,7 @@ from kconvert.models.model import Model, refuse_undecoded
 from kconvert.planning.plan import Plan
 from kconvert.planning.steps import Step
 from kconvert.targets.conversion import Conversion, plan_conversion
-from kconvert.targets.gguf.plan import plan_gguf
+from kconvert.targets.gguf.plan import check_gguf, plan_gguf
 from kconvert.targets.mlx import plan_mlx
 from kconvert.targets.recipe import Recipe
 
@@ -31,6 +31,15 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     chosen = model.select(recipe.include, recipe.exclude)
     _check(chosen)
     return PLANNERS.get(recipe.to, plan_conversion)(model, chosen, recipe)
+
+
+def outline(model: Model, recipe: Recipe) -> Plan | None:
+    """The plan, or whether there is one: of GGUF None, as its tokenizer takes long to read. KconvertError as make_plan."""
+    if recipe.to != "gguf":
+        return make_plan(model, recipe)
+    _check(model)
+    check_gguf(model, recipe.settled(model.manifest))
+    return None
 
 
 def decoded(model: Model) -> Iterator[Step]:

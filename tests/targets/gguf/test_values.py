@@ -187,7 +187,7 @@ def test_a_scale_that_f16_has_not_is_counted_or_refused(
     assert convert(plan(root, Recipe("gguf")), tmp_path / "out") == {weight: 1}
     said = kconvert("convert", root, tmp_path / "said", "--to", "gguf").stdout
     assert f"F16 has not the scales of 1 group in 1 weight, which got the nearest; first in {weight!r}" in said
-    with pytest.raises(KconvertError, match=rf"{weight}.*1 of its groups have scales that F16 has not"):
+    with pytest.raises(KconvertError, match=rf"{weight}.*1 of its groups has scales that F16 has not"):
         convert(plan(root, Recipe("gguf", require_exact=True)), tmp_path / "exact")
 
 

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from kconvert.errors import Damaged
 from kconvert.formats.base import Fate, Format, Part
 from kconvert.formats.kernels import Kernels
 
@@ -109,7 +110,7 @@ class Amx(Format):
             k = words.shape[1] * 32 // self.bits
             room = np.empty(k, np.float32), np.empty(k, np.uint8), _half_of(words)
             if kernels.encode_rows(rows, first, self.bits, bool(self.mse), *room, words, scale.view("f4")):
-                raise ValueError("it has a value that is not finite")
+                raise Damaged("it has a value that is not finite")
         return 0
 
     def shards(self, weights: Sequence[Bytes], tile: Tile) -> Iterator[tuple[Tile, int, NDArray[np.uint32]]]:

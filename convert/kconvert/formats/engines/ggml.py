@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from kconvert.errors import Unfit
+from kconvert.errors import Damaged, Unfit, some_have
 from kconvert.formats.base import COUNTED, Fate, Format, Part
 from kconvert.formats.dtypes import BLOCKS
 from kconvert.formats.fp8 import widen
@@ -117,11 +117,11 @@ class Q4_0(Blocks):
         other = np.empty(1, np.float32)
         lost = kernels.recode_q4_0(codes, scale, halves[:, 0], halves[:, 1:], other)
         if lost == -1:
-            raise ValueError("it has a scale of zero over codes that are not zero")
+            raise Damaged("it has a scale of zero over codes that are not zero")
         if lost == -2:
             self.check_scales(source.parts(rows, cols)[1], inputs[1])
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have scales that F16 has not, {other[0]:.9g} the first,", COUNTED)
+            raise Unfit(f"{some_have(lost, 'groups')} scales that F16 has not, {other[0]:.9g} the first,", COUNTED)
         return lost
 
     def check_scales(self, part: Part, data: Bytes) -> None:
@@ -234,7 +234,7 @@ class Nvfp4Blocks(Blocks):
             return 0
         lost = lost_by(codes, scale, (given, False), (factor, True))
         if lost and self.strict:
-            raise Unfit(f"{lost:,} of its groups have other values by 1 / global scale in F32,", COUNTED)
+            raise Unfit(f"{some_have(lost, 'groups')} other values by 1 / global scale in F32,", COUNTED)
         return lost
 
 

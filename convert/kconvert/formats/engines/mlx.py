@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kconvert.errors import Unfit
+from kconvert.errors import Unfit, some_have
 from kconvert.formats.base import COUNTED, Fate, Format, Part, refuse_surplus, require
 from kconvert.formats.dense import Dense
 from kconvert.formats.engines.heads import Heads, Piece
@@ -101,7 +101,8 @@ class Affine(Format):
         lost = _make_biases(inputs[0], inputs[1].view("u2"), self.bits, scales, biases)
         if lost and self.strict:
             raise Unfit(
-                f"{lost:,} of its groups lose the signs of zeros, as their scales are negative or zero", COUNTED
+                f"{some_have(lost, 'groups')} zeros that lose their signs, by scales that are negative or zero",
+                COUNTED,
             )
         return lost
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,28 +23,27 @@ from kconvert.targets.gguf.architectures import HAVE_DENSE, architecture_of, sec
 from kconvert.targets.gguf.fields import Fields
 from kconvert.targets.gguf.metadata import add_hyperparameters
 from kconvert.targets.gguf.tensors import Tensors
-from kconvert.targets.gguf.vocabulary import add_vocabulary
+from kconvert.targets.gguf.vocabulary import add_vocabulary, check_tokenizer
 from kconvert.targets.recipe import Recipe
 
 if TYPE_CHECKING:
+    from gguf import GGUFWriter
     from gguf.gguf_writer import GGUFValue
 
 
 def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
     """The plan of GGUF files with the `chosen` weights of the model; KconvertError for what llama.cpp has no place for."""
-    architecture = architecture_of(model)
-    fields = Fields(section_of(model), f"{model.checkpoint.root}/config.json")
-    layers = fields.integer("num_hidden_layers")
-    format = recipe.target(model.manifest).format
-    assert isinstance(format, Q4_0)
-    tensors = Tensors(chosen, model, architecture, layers, format, Q8_0() if recipe.rest == "q8_0" else None)
-    _check_layers(model, architecture, layers)
-    metadata = _metadata(model, architecture, layers, tensors.experts_type())
+    tensors = _tensors(model, chosen, recipe)
+    writer = _hyperparameters(model, tensors)
+    section = section_of(model)
+    size = Fields(section, f"{model.checkpoint.root}/config.json").integer("vocab_size")
+    add_vocabulary(writer, model.checkpoint, section, size)
+    metadata: Mapping[str, GGUFValue] = writer.kv_data[0]
     container = Gguf(title_of(model), recipe.shard_size, metadata)
     checkpoint = replace(chosen.checkpoint, side_files={})
 
     def facts(steps: Sequence[Step]) -> dict[str, Any]:
-        asked = {"rest": recipe.rest, "architecture": architecture}
+        asked = {"rest": recipe.rest, "architecture": tensors.architecture}
         origins, read = _origins(steps), sum(_read_bytes(step) for step in steps)
         dropped = (*tensors.left_out, *(tensor.name for tensor in chosen.dropped))
         notes = list(_notes(steps, origins, tensors.left_out))
@@ -52,6 +51,24 @@ def plan_gguf(model: Model, chosen: Model, recipe: Recipe) -> Plan:
 
     drafts = _exact(tensors.drafts(), tensors.rest) if recipe.require_exact else tensors.drafts()
     return Output(repr(recipe), checkpoint, drafts, container, {}, chosen.parameters, facts).plan()
+
+
+def check_gguf(model: Model, recipe: Recipe) -> None:
+    """KconvertError where the model has no such plan, by all but what its tokenizer's files hold, which takes long to read."""
+    tensors = _tensors(model, model, recipe)
+    deque(tensors.drafts(), maxlen=0)
+    _hyperparameters(model, tensors)
+    check_tokenizer(model.checkpoint, section_of(model))
+
+
+def _tensors(model: Model, chosen: Model, recipe: Recipe) -> Tensors:
+    """What becomes of the `chosen` tensors; KconvertError for a model that llama.cpp has no place for."""
+    architecture = architecture_of(model)
+    layers = Fields(section_of(model), f"{model.checkpoint.root}/config.json").integer("num_hidden_layers")
+    format = recipe.target(model.manifest).format
+    assert isinstance(format, Q4_0)
+    _check_layers(model, architecture, layers)
+    return Tensors(chosen, model, architecture, layers, format, Q8_0() if recipe.rest == "q8_0" else None)
 
 
 def _exact(drafts: Iterable[Step], rest: Format | None) -> Iterator[Step]:
@@ -74,15 +91,13 @@ def _check_layers(model: Model, architecture: str, layers: int) -> None:
         raise KconvertError(f"{model.checkpoint.root}/config.json: num_hidden_layers is 0")
 
 
-def _metadata(model: Model, architecture: str, layers: int, experts: str) -> Mapping[str, GGUFValue]:
+def _hyperparameters(model: Model, tensors: Tensors) -> GGUFWriter:
+    """A writer with all metadata but the tokenizer's."""
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(None, architecture)
-    add_hyperparameters(writer, model, architecture, layers, experts)
-    section = section_of(model)
-    size = Fields(section, f"{model.checkpoint.root}/config.json").integer("vocab_size")
-    add_vocabulary(writer, model.checkpoint, section, size)
-    return writer.kv_data[0]
+    writer = GGUFWriter(None, tensors.architecture)
+    add_hyperparameters(writer, model, tensors.architecture, tensors.layers, tensors.experts_type())
+    return writer
 
 
 def _read_bytes(step: Step) -> int:
@@ -118,15 +133,31 @@ def _notes(steps: Sequence[Step], counts: Mapping[str, int], left_out: Sequence[
     heads = [step for step in steps if isinstance(step, Transcode) and isinstance(step.target, Heads)]
     if heads:
         yield f"kv_b of {counted(len(heads), 'layer')} is split by head into k_b, transposed, and v_b"
-    respelt = [step for step in steps if isinstance(step, Transcode) and isinstance(step.source, Nvfp4)]
-    if spelt_out := [step for step in respelt if not step.target.takes_codes(step.source)]:
-        yield (
-            f"{counted(len(spelt_out), 'weight')} in nvfp4 become{'s' * (len(spelt_out) == 1)} {spelt_out[0].target.label}, "
-            f"{spelt_out[0].name!r} the first: llama.cpp computes this model without the global scales of their blocks, or "
-            f"they have columns that are no multiple of {BLOCKS['NVFP4'][0]}"
-        )
+    yield from _spelt_out(steps)
     if left_out:
         yield (
             f"left out, as llama.cpp has no use for them or reads them from another file (towers, layers for drafting, a head "
             f"that is the embedding): {counted(len(left_out), 'weight')}, {left_out[0]!r} the first"
+        )
+
+
+def _spelt_out(steps: Sequence[Step]) -> Iterator[str]:
+    """Codes that become plain numbers, by how the source has them."""
+    spelt: dict[str, list[Transcode]] = defaultdict(list)
+    for step in steps:
+        if not isinstance(step, Transcode) or isinstance(step.target, Heads):
+            continue
+        if step.source.quantised and not step.target.takes_codes(step.source):
+            spelt[step.source.label].append(step)
+    for label, weights in spelt.items():
+        if isinstance(weights[0].source, Nvfp4):
+            why = (
+                "llama.cpp computes this model without the global scales of their blocks, or they have columns that are no "
+                f"multiple of {BLOCKS['NVFP4'][0]}"
+            )
+        else:
+            why = "of such codes and scales kconvert makes no blocks of llama.cpp's"
+        yield (
+            f"{counted(len(weights), 'weight')} in {label} become{'s' * (len(weights) == 1)} {weights[0].target.label}, "
+            f"{weights[0].name!r} the first: {why}"
         )

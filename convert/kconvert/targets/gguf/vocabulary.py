@@ -130,6 +130,12 @@ def add_vocabulary(writer: GGUFWriter, checkpoint: Checkpoint, config: Mapping[s
     _add_template(writer, files, settings)
 
 
+def check_tokenizer(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """KconvertError where there is no file to take the tokenizer from; what is in it is not looked at."""
+    files = Files(checkpoint)
+    _file_of(files, files.table(CONFIG), config)
+
+
 def _file_of(files: Files, settings: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The file that the model's own tokenizer reads: by its class, else by the model."""
     kind = settings.get("tokenizer_class")
