@@ -28,8 +28,8 @@ def write(*types):
     writer = gguf.GGUFWriter(PATH, "llama")
     for number, kind in enumerate(types):
         size, bytes_ = gguf.GGML_QUANT_SIZES[kind]
-        blocks = np.zeros((4, 256 // size * bytes_), np.uint8)
-        data = weights if kind == Type.F32 else blocks if kind in (Type.NVFP4, Type.Q1_0) else gguf.quants.quantize(weights, kind)
+        zeros = np.zeros((4, 256 // size * bytes_), np.uint8)  # where gguf has no quantiser
+        data = zeros if kind in (Type.NVFP4, Type.Q1_0) else gguf.quants.quantize(weights, kind)
         writer.add_tensor(str(number), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

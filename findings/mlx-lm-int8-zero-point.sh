@@ -70,6 +70,7 @@ print(f"INT4: off by {abs(values - right).max() / scale.max():.2f} scales at mos
 assert abs(values - right).max() < 0.05 * scale.max()
 values, right, scale = load(8)
 off = (values - right) / scale
-print(f"INT8: off by {off.min():.1f} to {off.max():.1f} scales; {(right > 0).mean():.1%} of the weights are positive, as loaded {(values > 0).mean():.1%}")
+print(f"INT8: off by {off.min():.1f} to {off.max():.1f} scales", end="; ")
+print(f"{(right > 0).mean():.1%} of the weights are positive, as loaded {(values > 0).mean():.1%}")
 assert abs(off - 120).max() < 3, "the zero point is 128 now"
 PYTHON

@@ -3,8 +3,8 @@
 #
 # Versions: mlx 0.32.4 (CPU), mlx-lm 0.32.2, torch 2.13.0, safetensors 0.8.0, transformers 5.23.0.
 # Expected: weight * scale, as with the same powers of two in F32 or BF16, or an error; F8_E5M2 and F4 are refused by mx.load.
-# Seen: mx.load gives uint8 for a tensor of F8_E8M0, and says U8 when it saves it. DeepSeek-V3's loader in mlx-lm multiplies FP8 blocks
-#   by what it gets: 117 in place of 2^-10. No error; dtype and shapes are right.
+# Seen: mx.load gives uint8 for a tensor of F8_E8M0. DeepSeek-V3's loader in mlx-lm multiplies FP8 blocks by what it gets: 117 in place
+#   of 2^-10. No error; dtype and shapes are right.
 # So: write block scales for mlx-lm as F32, whatever the engine at the other end prefers.
 set -eu
 DIR=$(mktemp -d)
@@ -44,8 +44,9 @@ for dtype in (torch.float32, torch.bfloat16):
     assert np.array_equal(values, right)
 loaded, values = read(torch.float8_e8m0fnu)
 times = np.linalg.norm(values) / np.linalg.norm(right)
-print(f"scales in torch.float8_e8m0fnu: loaded as {loaded.dtype} {loaded.flatten().tolist()}, values {times:,.0f} times too large")
-assert loaded.dtype == mx.uint8 and loaded.flatten().tolist() == [117, 116, 115, 118] and times > 10_000, "E8M0 is read now"
+read_as = loaded.flatten().tolist()
+print(f"scales in torch.float8_e8m0fnu: loaded as {loaded.dtype} {read_as}, values {times:,.0f} times too large")
+assert loaded.dtype == mx.uint8 and read_as == [117, 116, 115, 118] and times > 10_000, "E8M0 is read now"
 for dtype in (torch.float8_e5m2, torch.float4_e2m1fn_x2):
     save_file({"codes": torch.zeros(4, 8, dtype=torch.uint8).view(dtype)}, PATH)
     try:

@@ -5,7 +5,7 @@
 # Expected: an error, or NaN in what is read back, as a group with a NaN has no scale.
 # Seen for 256 normal weights, the sixth of which is NaN: gguf, MLX and compressed-tensors write MXFP4 in which the 32 weights of that
 #   group are 0; torchao writes the scale that is NaN. MLX's NVFP4 has 16 zeros. Its MXFP8 turns the 32 into +-896. Its affine
-#   4 bits make of the NaN the group's largest or smallest weight and keep the rest. None of these has a NaN left.
+#   4 bits make of the NaN the group's largest or smallest weight and keep the rest. But for torchao's none has a NaN left.
 # So: look for NaN before quantising; looking at the result is too late, and a dead or saturated group is what remains.
 set -eu
 DIR=$(mktemp -d)
@@ -41,7 +41,8 @@ def by_compressed_tensors(weights):
 
 
 def by_torchao(weights):
-    return MXTensor.to_mx(torch.tensor(weights).bfloat16(), torch.float4_e2m1fn_x2, 32).dequantize(torch.float32).numpy()
+    tensor = MXTensor.to_mx(torch.tensor(weights).bfloat16(), torch.float4_e2m1fn_x2, 32)
+    return tensor.dequantize(torch.float32).numpy()
 
 
 def by_mlx(mode, group, bits):
