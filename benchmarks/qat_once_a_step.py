@@ -140,6 +140,7 @@ def memory():
     tiny = nn.ModuleDict({"experts": Experts(1, 256, 256)})  # for what is compiled and loaded once
     prepare(tiny, config)
     tiny["experts"](x[:1, :1, :256]).sum().backward()
+    torch.optim.AdamW(tiny.parameters()).step()  # imports 80 MB, where the grid has not yet
     kind = ByTorchao if torchao else Experts  # of a quarter, so that a layer is a small part, as it is in a model
     layers = nn.Sequential(*(kind(experts, hidden // 2, width // 2) for _ in range(4)))
     if not torchao:

@@ -14,7 +14,7 @@ from kconvert.cli.options import json_option, links_option, quiet_option
 from kconvert.errors import KconvertError
 
 GRIDS = ("int4", "mxfp4", "nvfp4", "fp8-block")
-KEPT = ("served", "codes", "nothing")
+KEPT = ("backward", "served", "codes", "nothing")
 directory = click.Path(file_okay=False, path_type=Path)
 text_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 
