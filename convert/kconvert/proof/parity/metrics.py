@@ -128,16 +128,21 @@ LOT = 1 << 14  # rows
 @dataclass
 class Measured:
     """The errors of rows that come in pieces. They are those of all at once, to the bit, of up to LOT rows; the sums of more
-    are added up in lots of that, as far as pieces end there."""
+    are added up in lots of that, as far as pieces end there.
+
+    Figures of rows wait in one place: small pieces of memory that stay, among the large ones of values that go, would have the
+    heap grow with every weight.
+    """
 
     errors: Errors = field(default_factory=Errors)
     by_sqnr: Counter[int] = field(default_factory=Counter)
-    waiting: list[torch.Tensor] = field(default_factory=list)  # f64 [5, rows], see _row_figures
+    waiting: torch.Tensor | None = None  # f64 [5, LOT], see _row_figures
+    rows: int = 0  # that wait
 
     def add(self, expected: torch.Tensor, found: torch.Tensor, first_row: int) -> None:
         """Floats [rows, cols] of any dtype each, from `first_row` on."""
-        if sum(figures.shape[1] for figures in self.waiting) + len(expected) > LOT:
-            self._settle()
+        import torch
+
         figures, different = _row_figures(expected, found)
         nonfinite = 0
         if not bool(figures.isfinite().all()):
@@ -150,7 +155,16 @@ class Measured:
         if (worst := float(figures[4].max())) > self.errors.max_abs:
             position = _position(expected, found, int(figures[4].argmax()), first_row)
         self.errors += Errors(elements, different, nonfinite, max_abs=worst, worst=position)
-        self.waiting.append(_with_scale(figures, found))
+        figures, count = _with_scale(figures, found), len(found)
+        if self.rows + count > LOT:
+            self._settle()
+        if count > LOT:
+            self._sum(figures)
+            return
+        if self.waiting is None:
+            self.waiting = torch.empty(5, LOT, dtype=torch.float64)
+        self.waiting[:, self.rows : self.rows + count] = figures
+        self.rows += count
 
     def result(self) -> tuple[Errors, Counter[int]]:
         """Of all rows, and those that differ by SQNR in whole dB."""
@@ -158,12 +172,14 @@ class Measured:
         return self.errors, self.by_sqnr
 
     def _settle(self) -> None:
+        if self.waiting is not None and self.rows:
+            self._sum(self.waiting[:, : self.rows])
+            self.rows = 0
+
+    def _sum(self, figures: torch.Tensor) -> None:
         import torch
 
-        if not self.waiting:
-            return
-        signal, cross, noise, largest, worst = torch.cat(self.waiting, 1)
-        self.waiting.clear()
+        signal, cross, noise, largest, worst = figures
         self.errors += Errors(
             signal=float(signal.sum()),
             cross=float(cross.sum()),
