@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kconvert import Recipe, convert, plan, verify
+from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.checkpoint.gguf_files import is_gguf
 from kconvert.checkpoint.safetensors import Tensor
@@ -41,7 +41,7 @@ def made(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         source = make(other)[1] if other else int4
         if target not in outputs:
             outputs[target] = root / target.replace(" ", "-")
-            work = plan_repack(source, AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, Recipe(to))
+            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, Recipe(to))
             convert(work, outputs[target])
         return source, outputs[target]
 
