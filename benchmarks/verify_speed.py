@@ -2,7 +2,7 @@
 
 What Python, torch and compressed-tensors take to start, which is the time of verifying a tiny checkpoint, counts neither in the
 comparison with `dd` nor in the time of the cores, which is given for each element of the weights, in ns of one core. Memory
-is that of all processes together (PSS), of a run of its own.
+is what all processes have together at most (PSS: of pages that several share, each has its part), in a run of its own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def compare(name: str, source: Path, output: Path, report: Path, runs: int) -> N
     start, start_cpu = median(child.seconds for child in begun), median(child.cpu for child in begun)
     rows = []
     for side, children in results.items():
-        verifies = side.startswith("verify")
+        verifies, terms = side.startswith("verify"), ["--report", report] if side.endswith("--report") else []
         seconds = [child.seconds - start * verifies for child in children]
         ratios = [mine / theirs.seconds for mine, theirs in zip(seconds, results["dd of both"], strict=True)]
         rows.append(
@@ -104,18 +104,23 @@ def compare(name: str, source: Path, output: Path, report: Path, runs: int) -> N
                 spread([size / value / GB for value in seconds], 2, "GB/s"),
                 spread(ratios) if verifies else "",
                 spread([(child.cpu - start_cpu) / elements * 1e9 for child in children], 1, "ns") if verifies else "",
+                memory(source, output, *terms) if verifies else "",
             ]
         )
-    table(["what", "read", "wall time", "speed after starting", "of dd's time", "CPU an element"], rows)
-    for terms in ([], ["--report", report]):
-        peak = peak_together([KCONVERT, "verify", source, output, "-q", *terms]) / 1e6
-        print(f"all processes{' --report' * bool(terms)}: {peak:.0f} MB  {verdict(peak, TARGET_MB, 'MB')}")
+    table(
+        ["what", "read", "wall time", "speed after starting", "of dd's time", "CPU an element", "all processes"], rows
+    )
     print(f"starting: {start:.1f} s")
 
 
 def verify(source: Path, output: Path, *options: str | Path) -> Child:
     make_cold(source, output)
     return run([KCONVERT, "verify", source, output, "-q", *options])
+
+
+def memory(source: Path, output: Path, *options: str | Path) -> str:
+    peak = peak_together([KCONVERT, "verify", source, output, "-q", *options]) / 1e6
+    return f"{peak:.0f} MB {verdict(peak, TARGET_MB, 'MB')}"
 
 
 def read(*checkpoints: Path) -> Child:

@@ -287,7 +287,7 @@ def test_compressed_tensors_decides_where_the_quick_way_is_wrong(
 def test_the_reference_decides_where_the_quick_bytes_are_wrong(
     int4: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sound = memory.largest
+    sound = quick_fp8.largest
     monkeypatch.setattr(quick_fp8, "largest", lambda values, height, width: sound(values, height, width) * 2)
     assert verify(int4, fp8).weights > 0
 

@@ -61,15 +61,41 @@ def _median(counts: Counter[int]) -> float:
     return math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of some rows of a weight: how often each code occurs, int64, in the order of `grid`; its scales by the floor of 4 log2 of
+    their magnitude, int64 [BINS]; groups that are zero throughout. `+` puts two sets of rows together."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_groups: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.codes + other.codes, self.scales + other.scales, self.zero_groups + other.zero_groups)
+
+    def spread(self, format: Format) -> Spread:
+        codes: Counter[float] = Counter()
+        for value, count in zip(grid(format) or (), self.codes.tolist(), strict=True):
+            codes[value] += count  # -0 is 0
+        present = self.scales.nonzero().view(-1)
+        counted = zip((present - ONE_BIN).tolist(), self.scales[present].tolist(), strict=True)
+        return Spread(codes=codes, scales=Counter(dict(counted)))
+
+
+def usage_of(format: Format, state: State, shape: tuple[int, int], values: torch.Tensor | None = None) -> Usage | None:
+    """Of rows [rows, cols] = `shape` that `state` spells, by their `values` too if groups are asked about; None of a format
+    without codes."""
+    if grid(format) is None:
+        return None
+    witness = witness_of(format)
+    zero_groups = 0 if values is None else count_zero_groups(values, witness.group_columns(shape[1]))
+    return Usage(witness.count_codes(state, shape), _count_scales(witness.scales(state)), zero_groups)
+
+
 def spread_of(format: Format, state: State, shape: tuple[int, int]) -> Spread:
     """The codes and scales of rows [rows, cols] = `shape` that `state` spells; an empty one of a format without codes."""
-    values = grid(format)
-    if values is None:
-        return Spread()
-    codes: Counter[float] = Counter()
-    for value, count in zip(values, witness_of(format).count_codes(state, shape), strict=True):
-        codes[value] += count  # -0 is 0
-    return Spread(codes=codes, scales=_count_scales(witness_of(format).scales(state)))
+    usage = usage_of(format, state, shape)
+    return usage.spread(format) if usage else Spread()
 
 
 @cache
@@ -78,14 +104,13 @@ def grid(format: Format) -> tuple[float, ...] | None:
     return witness_of(format).grid()
 
 
-def _count_scales(scales: torch.Tensor) -> Counter[int]:
-    """Scales by the floor of 4 log2 of their magnitude, but for zero."""
+def _count_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Scales by the floor of 4 log2 of their magnitude, but for zero: int64 [BINS], see ONE_BIN."""
     import torch
 
     counts = torch.zeros(BINS, dtype=torch.int64)
     COUNT_QUARTERS(scales.double().contiguous(), counts, scales.numel())
-    present = counts.nonzero().view(-1)
-    return Counter(dict(zip((present - ONE_BIN).tolist(), counts[present].tolist(), strict=True)))
+    return counts
 
 
 def count_zero_groups(values: torch.Tensor, size: int) -> int:

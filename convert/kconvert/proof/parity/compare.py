@@ -13,18 +13,19 @@ from dataclasses import dataclass, field, replace
 from kconvert.checkpoint.safetensors import Tensor
 from kconvert.checkpoint.source import Reader
 from kconvert.errors import counted
+from kconvert.formats import Format
 from kconvert.formats.nvfp4 import INPUTS, ONE, Nvfp4
 from kconvert.models.model import Weight
 from kconvert.models.sorting import Plain
-from kconvert.proof.parity.codes import GridUse, count_zero_groups, grid_use, spread_of
+from kconvert.proof.parity.codes import GridUse, Usage, grid_use, usage_of
 from kconvert.proof.parity.faults import fault_of, lost_signs
-from kconvert.proof.parity.metrics import Errors, Limits, Position, Spread, measure, same_bits, same_bytes
+from kconvert.proof.parity.metrics import Errors, Limits, Measured, Position, Spread, same_bits, same_bytes
 from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
 from kconvert.proof.parity.witnesses.ggml import BY_HEAD, CHANGED
 from kconvert.proof.parity.witnesses.registry import witness_of
 
-CHUNK_ELEMENTS = 1 << 21  # of a weight at a time
+CHUNK_ELEMENTS = 1 << 21  # of a weight that are read at a time
 CHUNK_BYTES = 4 << 20  # of another tensor at a time
 F32 = struct.Struct("<f")
 
@@ -120,26 +121,26 @@ def changes(comparisons: Iterable[Comparison]) -> Iterator[str]:
 
 @dataclass
 class _Figures:
-    """What has been measured of a weight."""
+    """What has been measured of a weight, piece by piece."""
 
-    errors: Errors = field(default_factory=Errors)
-    spread: Spread = field(default_factory=Spread)
-    zero_groups: int = 0
+    measured: Measured = field(default_factory=Measured)
+    usage: Usage | None = None
     changed: int = 0
     equal: bool = True
 
     def add(self, rows: Rows) -> None:
-        format, cols = rows.theirs.format, rows.theirs.cols
-        measured, by_sqnr = measure(rows.expected, rows.found, rows.first)
-        self.errors += measured
+        self.measured.add(rows.expected, rows.found, rows.first)
         self.equal &= same_bits(rows.expected.to(rows.found.dtype), rows.found)
-        self.spread += spread_of(format, rows.output, (rows.last - rows.first, cols)) + Spread(rows=by_sqnr)
-        if self.spread.codes:
-            self.zero_groups += count_zero_groups(rows.found, witness_of(format).group_columns(cols))
+        usage = usage_of(rows.theirs.format, rows.output, (rows.last - rows.first, rows.theirs.cols), rows.found)
+        self.usage = self.usage + usage if self.usage and usage else usage
 
-    @property
-    def use(self) -> GridUse | None:
-        return grid_use(self.spread, self.zero_groups) if self.spread.codes else None
+    def result(self, format: Format) -> tuple[Errors, Spread, GridUse | None]:
+        """Of the rows, which are in this format."""
+        errors, by_sqnr = self.measured.result()
+        if self.usage is None:
+            return errors, Spread(rows=by_sqnr), None
+        spread = self.usage.spread(format)
+        return errors, spread + Spread(rows=by_sqnr), grid_use(spread, self.usage.zero_groups)
 
 
 def compare_weights(
@@ -152,7 +153,7 @@ def compare_weights(
     thorough: bool,
     quickly: bool = True,
 ) -> tuple[Comparison, Spread]:
-    """Every row of the two, a chunk at a time; the first fault, and what was measured all the same.
+    """Every row of the two, a piece at a time; the first fault, and what was measured all the same.
 
     Figures are of all rows if `thorough` or held to limits, else of the first few, and of those that differ or may be infinite.
     What does not come out as expected is decoded again by the oracle, which has the last word; unless `quickly` all is.
@@ -162,11 +163,11 @@ def compare_weights(
     fault = _constant_fault(theirs, output) or _companion_fault(ours, theirs, source, output)
     fault = fault or (_input_fault(ours, theirs, source, output) if standard.exact else None)
     figures = _Figures()
-    for chunk in _chunks(ours, theirs, source, output, desk):
-        rows = replace(chunk, quickly=quickly)
+    for piece in _pieces(ours, theirs, source, output, desk):
+        rows = replace(piece, quickly=quickly)
         different = fault_of(rows, judge)
         if different and quickly:
-            rows = replace(chunk, quickly=False)
+            rows = replace(piece, quickly=False)
             different = fault_of(rows, judge)
         fault = fault or different
         changed = rows.changed if judge == "values" and not different else 0
@@ -176,29 +177,9 @@ def compare_weights(
             figures.add(rows)
         elif rows.first == 0:
             figures.add(rows.head())
-    fault = fault or _figures_fault(theirs, figures.errors, standard if judge == "limits" else None)
-    return _comparison(ours, theirs, judge, figures, fault), figures.spread
-
-
-def _chunks(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
-    unit = math.lcm(row_unit(ours), row_unit(theirs))
-    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
-    for first in range(0, ours.rows if ours.cols else 0, count):
-        last = min(first + count, ours.rows)
-        states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
-        yield Rows(ours, theirs, *states, first, last, desk)
-
-
-def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
-    """What is wrong with the values as a whole; they are held to the limits of `standard` if there is one."""
-    if errors.nonfinite:
-        return f"tensor {weight.tensors[0].name!r} has a value that is not finite"
-    missed = standard.limits_for(weight.format.label).missed(errors) if standard else None
-    return f"weight {weight.name!r} ({weight.format.label}): its {missed}{_at(errors.worst)}" if missed else None
-
-
-def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fault: str | None) -> Comparison:
-    return Comparison(
+    errors, spread, use = figures.result(theirs.format)
+    fault = fault or _figures_fault(theirs, errors, standard if judge == "limits" else None)
+    comparison = Comparison(
         name=theirs.name,
         role=ours.role,
         layer=ours.layer,
@@ -209,11 +190,29 @@ def _comparison(ours: Weight, theirs: Weight, judge: str, figures: _Figures, fau
         output_format=theirs.format.label,
         judged_by=judge,
         equal=figures.equal,
-        errors=figures.errors,
-        use=figures.use,
+        errors=errors,
+        use=use,
         fault=fault,
         changed=figures.changed,
     )
+    return comparison, spread
+
+
+def _pieces(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
+    unit = math.lcm(row_unit(ours), row_unit(theirs))
+    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
+    for first in range(0, ours.rows if ours.cols else 0, count):
+        last = min(first + count, ours.rows)
+        states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
+        yield from Rows(ours, theirs, *states, first, last, desk).pieces()
+
+
+def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
+    """What is wrong with the values as a whole; they are held to the limits of `standard` if there is one."""
+    if errors.nonfinite:
+        return f"tensor {weight.tensors[0].name!r} has a value that is not finite"
+    missed = standard.limits_for(weight.format.label).missed(errors) if standard else None
+    return f"weight {weight.name!r} ({weight.format.label}): its {missed}{_at(errors.worst)}" if missed else None
 
 
 def _at(worst: Position | None) -> str:

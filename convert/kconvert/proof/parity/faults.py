@@ -20,6 +20,8 @@ def fault_of(rows: Rows, judge: str) -> str | None:
 
     `judge` is what Standard.judge says. What gives back every value needs no other bytes, whichever they are.
     """
+    if judge == "bytes" and is_certain(rows):
+        return None
     renamed = rows.ours.format.label == rows.theirs.format.label
     if judge == "values" or (judge == "bytes" and (renamed or witness_of(rows.theirs.format).has_many_spellings)):
         if _values_right(rows):
@@ -29,17 +31,20 @@ def fault_of(rows: Rows, judge: str) -> str | None:
     return _byte_fault(rows) if judge == "bytes" else None
 
 
-def _values_right(rows: Rows) -> bool:
-    """Whether all values are the source's, but for signs that get lost and scales that the encoding has not, as planned.
+def is_certain(rows: Rows) -> bool:
+    """Whether the codes are right by what has been seen of such weights, so that nothing of the output need be decoded."""
+    if rows.kind in rows.desk.copied and rows.copied:
+        return True
+    return rows.quickly and rows.kind in rows.desk.known and _quickly_right(rows)
 
-    That codes and steps are the same is believed once values of such a weight have been.
-    """
-    copied = rows.quickly and witness_of(rows.theirs.format).copies(rows.output, rows.ours.format, rows.source)
-    if copied and rows.kind in rows.desk.copied:
+
+def _values_right(rows: Rows) -> bool:
+    """Whether all values are the source's, but for signs that get lost and scales that the encoding has not, as planned."""
+    if rows.copied and rows.kind in rows.desk.copied:
         return True
     right = rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows)
     right = right or (rows.planned is not None and same_bits(rows.planned, rows.found))
-    if copied and right:
+    if rows.copied and right:
         rows.desk.copied.add(rows.kind)
     return right
 
@@ -47,6 +52,8 @@ def _values_right(rows: Rows) -> bool:
 def lost_signs(rows: Rows) -> bool:
     """Whether what differs is the sign of zeros, and the output's encoding has none."""
     if not witness_of(rows.theirs.format).loses_signs or rows.same:
+        return False
+    if rows.copied and rows.kind in rows.desk.copied:
         return False
     found, expected = rows.found, rows.expected.to(rows.found.dtype)
     return not same_bits(expected, found) and same_bits(expected + 0, found + 0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -117,15 +117,77 @@ def measure(expected: torch.Tensor, found: torch.Tensor, first_row: int = 0) -> 
 
     `first_row` is the number of the first row in `Errors.worst`.
     """
+    measured = Measured()
+    measured.add(expected, found, first_row)
+    return measured.result()
 
-    figures, different = _row_figures(expected, found)
-    if bool(figures.isfinite().all()):
-        return _errors(expected, found, figures, different, first_row)
-    finite = expected.isfinite() & found.isfinite()
-    expected, found = expected.where(finite, 0.0), found.where(finite, 0.0)
-    errors, by_sqnr = _errors(expected, found, *_row_figures(expected, found), first_row)
-    rest = int(finite.logical_not().sum())
-    return replace(errors, elements=errors.elements - rest, nonfinite=rest), by_sqnr
+
+LOT = 1 << 14  # rows
+
+
+@dataclass
+class Measured:
+    """The errors of rows that come in pieces. They are those of all at once, to the bit, of up to LOT rows; the sums of more
+    are added up in lots of that, as far as pieces end there.
+
+    Figures of rows wait in one place: small pieces of memory that stay, among the large ones of values that go, would have the
+    heap grow with every weight.
+    """
+
+    errors: Errors = field(default_factory=Errors)
+    by_sqnr: Counter[int] = field(default_factory=Counter)
+    waiting: torch.Tensor | None = None  # f64 [5, LOT], see _row_figures
+    rows: int = 0  # that wait
+
+    def add(self, expected: torch.Tensor, found: torch.Tensor, first_row: int) -> None:
+        """Floats [rows, cols] of any dtype each, from `first_row` on."""
+        import torch
+
+        figures, different = _row_figures(expected, found)
+        nonfinite = 0
+        if not bool(figures.isfinite().all()):
+            finite = expected.isfinite() & found.isfinite()
+            expected, found = expected.where(finite, 0.0), found.where(finite, 0.0)
+            figures, different = _row_figures(expected, found)
+            nonfinite = int(finite.logical_not().sum())
+        elements = expected.numel() - nonfinite
+        position = None
+        if (worst := float(figures[4].max())) > self.errors.max_abs:
+            position = _position(expected, found, int(figures[4].argmax()), first_row)
+        self.errors += Errors(elements, different, nonfinite, max_abs=worst, worst=position)
+        figures, count = _with_scale(figures, found), len(found)
+        if self.rows + count > LOT:
+            self._settle()
+        if count > LOT:
+            self._sum(figures)
+            return
+        if self.waiting is None:
+            self.waiting = torch.empty(5, LOT, dtype=torch.float64)
+        self.waiting[:, self.rows : self.rows + count] = figures
+        self.rows += count
+
+    def result(self) -> tuple[Errors, Counter[int]]:
+        """Of all rows, and those that differ by SQNR in whole dB."""
+        self._settle()
+        return self.errors, self.by_sqnr
+
+    def _settle(self) -> None:
+        if self.waiting is not None and self.rows:
+            self._sum(self.waiting[:, : self.rows])
+            self.rows = 0
+
+    def _sum(self, figures: torch.Tensor) -> None:
+        import torch
+
+        signal, cross, noise, largest, worst = figures
+        self.errors += Errors(
+            signal=float(signal.sum()),
+            cross=float(cross.sum()),
+            noise=float(noise.sum()),
+            max_relative=float((worst / largest.clamp(min=NEGLIGIBLE)).max()),
+        )
+        ratios = 10 * torch.log10(signal.clamp(min=_TINY) / noise)[noise > 0]
+        self.by_sqnr.update(ratios.floor().clamp(LOWEST_DB, HIGHEST_DB).int().tolist())
 
 
 def _row_figures(expected: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -143,31 +205,20 @@ def _measure(expected: str, found: str) -> Loop:
     return Loop("figures", "measure", f"{expected}* {found}* f8* i8 i8")
 
 
-def _errors(
-    expected: torch.Tensor, found: torch.Tensor, figures: torch.Tensor, different: int, first_row: int
-) -> tuple[Errors, Counter[int]]:
+def _with_scale(figures: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """With the largest |a + e| of rows that should be zero in the place of their largest |a|."""
     import torch
 
-    signal, cross, noise, largest, worst = figures
+    largest = figures[3]
     if not bool(largest.all()):
-        largest = torch.where(largest == 0, found.double().abs().amax(-1), largest)
-    position = None
-    row = int(worst.argmax())
-    if worst[row]:
-        col = int((found[row].double() - expected[row].double()).abs().argmax())
-        position = Position(first_row + row, col, float(expected[row, col]), float(found[row, col]))
-    errors = Errors(
-        elements=expected.numel(),
-        different=different,
-        signal=float(signal.sum()),
-        cross=float(cross.sum()),
-        noise=float(noise.sum()),
-        max_abs=float(worst[row]),
-        max_relative=float((worst / largest.clamp(min=NEGLIGIBLE)).max()),
-        worst=position,
-    )
-    ratios = 10 * torch.log10(signal.clamp(min=_TINY) / noise)[noise > 0]
-    return errors, Counter(ratios.floor().clamp(LOWEST_DB, HIGHEST_DB).int().tolist())
+        figures[3] = torch.where(largest == 0, found.double().abs().amax(-1), largest)
+    return figures
+
+
+def _position(expected: torch.Tensor, found: torch.Tensor, row: int, first_row: int) -> Position:
+    """Where the largest error of this row is."""
+    col = int((found[row].double() - expected[row].double()).abs().argmax())
+    return Position(first_row + row, col, float(expected[row, col]), float(found[row, col]))
 
 
 def same_bits(expected: torch.Tensor, found: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kconvert.proof.parity.witnesses.base import State
 
 HEAD = 4  # rows
+PIECE_ELEMENTS = 1 << 19  # that are decoded at a time: what a process has in memory is a few times as much
 ASKED_ELEMENTS = 1 << 16  # of which the reference, which takes a hundred times as long, has the word
 Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
 
@@ -59,14 +61,26 @@ class Rows:
 
     def asked(self) -> Rows:
         """The first rows, ASKED_ELEMENTS or as many more as cannot be encoded without each other."""
-        unit = math.lcm(row_unit(self.ours), row_unit(self.theirs))
-        return self._start(max(1, ASKED_ELEMENTS // max(self.ours.cols, 1) // unit) * unit)
+        return self._start(self._whole(ASKED_ELEMENTS))
 
     def _start(self, rows: int) -> Rows:
-        last = min(self.first + rows, self.last)
+        return self._cut(self.first, min(self.first + rows, self.last))
+
+    def pieces(self) -> Iterator[Rows]:
+        """All of them, PIECE_ELEMENTS at a time or as many more as cannot be encoded without each other."""
+        count = self._whole(PIECE_ELEMENTS)
+        for first in range(self.first, self.last, count):
+            yield self._cut(first, min(first + count, self.last))
+
+    def _whole(self, elements: int) -> int:
+        """How many rows are so many elements, or one unit that can be decoded and encoded by itself."""
+        unit = math.lcm(row_unit(self.ours), row_unit(self.theirs))
+        return max(1, elements // max(self.ours.cols, 1) // unit) * unit
+
+    def _cut(self, first: int, last: int) -> Rows:
         sides = (self.ours, self.source), (self.theirs, self.output)
-        source, output = (_cut(weight, state, self.first, last) for weight, state in sides)
-        return replace(self, source=source, output=output, last=last)
+        source, output = (_cut(weight, state, self.first, first, last) for weight, state in sides)
+        return replace(self, source=source, output=output, first=first, last=last)
 
     @cached_property
     def same(self) -> bool:
@@ -74,6 +88,12 @@ class Rows:
         return self.ours.format == self.theirs.format and all(
             same_bits(self.source[suffix], tensor) for suffix, tensor in self.output.items()
         )
+
+    @cached_property
+    def copied(self) -> bool:
+        """Whether the output has the source's codes and steps, and so its values: believed once values of such a weight have
+        been seen to be the same, see Desk."""
+        return self.quickly and witness_of(self.theirs.format).copies(self.output, self.ours.format, self.source)
 
     @cached_property
     def expected(self) -> torch.Tensor:
@@ -141,15 +161,22 @@ def _head(weight: Weight) -> int:
     return math.ceil(HEAD / unit) * unit
 
 
-def _cut(weight: Weight, state: State, first: int, last: int) -> State:
-    """What `state`, which begins with row `first`, has of the rows before `last`."""
+def _cut(weight: Weight, state: State, begin: int, first: int, last: int) -> State:
+    """What `state`, which begins with row `begin`, has of rows `first` to `last`."""
     cut = dict(state)
     for part in weight.parts:
-        if part.constant is None and part.across:
-            start, stop = part.columns(weight.rows, first, last)
-            cut[part.suffix] = state[part.suffix][:, : stop - start]
-        elif part.constant is None and part.every is not None:
-            start, stop = part.span(weight.rows, first, last)
-            tensor = state[part.suffix]
-            cut[part.suffix] = tensor[: (stop - start) * len(tensor) // max(tensor.nbytes, 1)]
+        tensor = state.get(part.suffix)
+        if tensor is None or not tensor.nbytes:
+            continue
+        if part.across:
+            start, stop = (
+                place - part.columns(weight.rows, begin, begin)[0] for place in part.columns(weight.rows, first, last)
+            )
+            cut[part.suffix] = tensor[:, start:stop]
+        elif part.every is not None:
+            begun, _ = part.span(weight.rows, begin, begin)
+            start, stop = (
+                (place - begun) * len(tensor) // tensor.nbytes for place in part.span(weight.rows, first, last)
+            )
+            cut[part.suffix] = tensor[start:stop]
     return cut

@@ -17,6 +17,7 @@ DECODE_MXFP4 = Loop("e2m1", "decode_mxfp4", "u1* u1* u4* i8 i8")
 STEPS = Loop("e2m1", "nv_steps", "u1* f4* i8 f4 i8")
 WRONG_NVFP4 = Loop("e2m1", "wrong_nvfp4", "u4* u1* u1* f4* i8 i8 i8 f4 f4 i8 i8")
 WRONG_MXFP4 = Loop("e2m1", "wrong_mxfp4", "u4* u1* u1* f4* i8 i8 i8 i8")
+OTHER_STEPS = Loop("e2m1", "other_steps", "u1* u1* u1* i8 i8 i8 f4 i8")
 EXACT, AMAX, MSE = 0, 1, 2  # as the loops call them
 
 
@@ -66,6 +67,15 @@ def same_steps(one: torch.Tensor, two: torch.Tensor, packed: torch.Tensor) -> bo
     return sound and not bool((codes & 0x77).any())
 
 
+def same_as_powers(
+    powers: torch.Tensor, scale: torch.Tensor, packed: torch.Tensor, other: float, multiplies: bool
+) -> bool:
+    """`same_steps` of u8 exponents [rows, groups] and the steps_of e4m3 [rows, several times as many]."""
+    groups, parts = powers.numel(), scale.numel() // max(powers.numel(), 1)
+    tensors = powers.contiguous(), scale.contiguous(), packed.contiguous()
+    return not OTHER_STEPS(*tensors, groups, parts, packed.numel() // max(scale.numel(), 1), other, multiplies)
+
+
 def is_nvfp4_of(
     values: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, other: float, multiplies: bool, factor: float
 ) -> bool:
@@ -85,7 +95,7 @@ def is_mxfp4_of(values: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor)
     import torch
 
     rows, groups = scale.shape
-    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(groups)
+    tensors = _words(values), packed.contiguous(), scale.contiguous(), torch.empty(values.shape[1] // 2)
     pairs = values.shape[1] // max(groups, 1) // 2
     return any(not WRONG_MXFP4(*tensors, rows, groups, pairs, way) for way in (AMAX, EXACT, MSE))
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.proof.parity.metrics import same_bits
-from kconvert.proof.parity.quick.memory import largest, take
+from kconvert.proof.parity.quick.memory import take
 from kconvert.proof.parity.quick.native import Loop
 
 if TYPE_CHECKING:
     import torch
 
 DECODE = Loop("fp8", "decode", "u1* f4* u2* i8 i8 i8 i8 i8 i8")
+LARGEST = Loop("fp8", "largest", "u2* u2* i8 i8 i8 i8")
 WRONG = Loop("fp8", "wrong_codes", "u2* f4* u1* i8 i8 i8 i8 i8 i8")
 
 
@@ -43,6 +44,16 @@ def is_made_of(
     grid = _grid(values.shape, scale, block)
     steps = wanted.float().contiguous()
     return not WRONG(values, steps, codes.contiguous().view(torch.uint8), *grid)
+
+
+def largest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """bf16 [rows, cols] -> the largest magnitude in each block [height, width], bf16. By bits: NaN is above all."""
+    import torch
+
+    down, across = values.shape[0] // height, values.shape[1] // width
+    sizes = torch.empty(down, across, dtype=torch.bfloat16)
+    LARGEST(values, sizes, down, across, height, width)
+    return sizes
 
 
 def _grid(shape: torch.Size, scale: torch.Tensor, block: tuple[int, int] | None) -> tuple[int, ...]:

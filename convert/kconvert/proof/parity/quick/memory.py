@@ -25,21 +25,3 @@ def piece_rows(cols: int, height: int = 0) -> int:
     """How many rows of so many columns fit into a cache; of a block of `height` rows, a number that divides it."""
     most = max(1, PIECE_ELEMENTS // max(cols, 1))
     return next(count for count in range(min(most, height), 0, -1) if height % count == 0) if height else most
-
-
-def largest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """bf16 [rows, cols] -> the largest magnitude in each block [height, width], bf16.
-
-    Its bits are the larger of the largest as a signed integer, which is positive, and the largest as an unsigned one, which is
-    negative if any is, without its sign.
-    """
-    import numpy as np
-    import torch
-
-    rows, cols = values.shape
-    signed = values.view(torch.int16).numpy()
-    unsigned = signed.view(np.uint16)
-    if height > 1:
-        signed, unsigned = (bits.reshape(rows // height, height, cols).max(1) for bits in (signed, unsigned))
-    signed, unsigned = (bits.reshape(len(bits), cols // width, width).max(-1) for bits in (signed, unsigned))
-    return torch.from_numpy(np.maximum(signed, (unsigned & 0x7FFF).view(np.int16))).view(torch.bfloat16)

@@ -135,9 +135,9 @@ class AmxWitness(Witness[Amx]):
     def grid(self) -> tuple[float, ...]:
         return signed(self.format.bits)
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         counts = count_bytes(_of_shards(state, "weight"))
-        return nibbles(counts) if self.format.bits == 4 else counts.tolist()
+        return nibbles(counts) if self.format.bits == 4 else counts
 
     def scales(self, state: State) -> torch.Tensor:
         return _of_shards(state, "scale")

@@ -94,8 +94,8 @@ class Fp8Witness(Witness[Fp8]):
     def grid(self) -> tuple[float, ...]:
         return e4m3_values()
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
-        return count_bytes(state["weight"]).tolist()
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        return count_bytes(state["weight"])
 
     def scales(self, state: State) -> torch.Tensor:
         """f32, exact."""

@@ -66,12 +66,12 @@ class GptqWitness(Witness[Gptq]):
         half = 2 ** (self.format.bits - 1)
         return tuple(float(code) for code in range(-half, half))
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
 
         size = 2**self.format.bits
         counts = [torch.bincount(codes.flatten(), minlength=size) for _, codes in self._codes(state, shape)]
-        return torch.stack(counts).sum(0).tolist()
+        return torch.stack(counts).sum(0)
 
     def scales(self, state: State) -> torch.Tensor:
         return state["scales"].float()

@@ -52,12 +52,14 @@ class Int8Witness(Witness[Int8]):
     def grid(self) -> tuple[float, ...]:
         return signed(self.format.bits)
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
+        import torch
+
         counts = count_bytes(state["weight"])
         if self.format.paired:
             return nibbles(counts)
         half = 2 ** (self.format.bits - 1)
-        return [*counts[:half].tolist(), *counts[-half:].tolist()]
+        return torch.cat([counts[:half], counts[-half:]])
 
     def group_columns(self, cols: int) -> int:
         return self.format.group_size or cols

@@ -11,9 +11,10 @@ from kconvert.formats.engines.heads import Heads
 from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.engines.turns import Turns
 from kconvert.formats.mx import Mx
+from kconvert.formats.packed import Packed
 from kconvert.proof.parity.quick import mlx as quick
 from kconvert.proof.parity.quick.memory import piece_rows
-from kconvert.proof.parity.witnesses.base import State, Witness
+from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, nibbles
 from kconvert.proof.parity.witnesses.dense import DenseWitness
 from kconvert.proof.parity.witnesses.mx import MxWitness
 
@@ -48,6 +49,15 @@ class AffineWitness(Witness[Affine]):
         scales, biases = (state[suffix].float() for suffix in ("scales", "biases"))
         return quick.decode(state["weight"], scales, biases, cols, buffers)
 
+    def copies(self, found: State, source: Format, state: State) -> bool:
+        """Those of INT4, whose words are the same."""
+        if not isinstance(source, Packed) or not source.symmetric or source.ordered:
+            return False
+        if (source.bits, source.group_size) != (4, self.format.group_size) or self.format.bits != 4:
+            return False
+        sides = state["weight_packed"], state["weight_scale"], *(found[name] for name in ("weight", "scales", "biases"))
+        return quick.is_int4(*sides)
+
     def _codes(self, words: torch.Tensor) -> torch.Tensor:
         """int32 [rows, cols] of words [rows, n]."""
         import torch
@@ -62,10 +72,15 @@ class AffineWitness(Witness[Affine]):
     def grid(self) -> tuple[float, ...]:
         return tuple(float(code) for code in range(2**self.format.bits))
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
 
-        return torch.bincount(self._codes(state["weight"]).flatten(), minlength=2**self.format.bits).tolist()
+        bits, words, count = self.format.bits, state["weight"], piece_rows(shape[1])
+        if bits in (4, 8):
+            counts = count_bytes(words)
+            return nibbles(counts) if bits == 4 else counts
+        pieces = (self._codes(words[first : first + count]).flatten() for first in range(0, shape[0], count))
+        return torch.stack([torch.bincount(codes, minlength=2**bits) for codes in pieces]).sum(0)
 
     def scales(self, state: State) -> torch.Tensor:
         return state["scales"].float()

@@ -84,18 +84,14 @@ class MxWitness(Witness[Mx]):
         return state[self.format.codes_name].view(torch.uint8)
 
     def largest_step(self, state: State) -> torch.Tensor | None:
-        return self.quick_steps(state)
-
-    def quick_steps(self, state: State) -> torch.Tensor:
-        """`scales` as f32, by their bits."""
-        return quick.powers_of(state[self.format.scale_name])
+        return quick.powers_of(state[self.format.scale_name].amax().view(1))
 
     def grid(self) -> tuple[float, ...]:
         return E2M1 if self.format.bits == 4 else e4m3_values()
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         counts = count_bytes(state[self.format.codes_name])
-        return nibbles(counts) if self.format.bits == 4 else counts.tolist()
+        return nibbles(counts) if self.format.bits == 4 else counts
 
     def scales(self, state: State) -> torch.Tensor:
         return (state[self.format.scale_name].double() - 127).exp2()
@@ -117,7 +113,7 @@ class MxStackWitness(Witness[MxStack]):
     def grid(self) -> tuple[float, ...]:
         return E2M1
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         return nibbles(count_bytes(state["_blocks"]))
 
     def scales(self, state: State) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format, nvfp4
-from kconvert.formats.mx import GROUP as MX_GROUP
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.models.model import Weight
@@ -17,7 +16,7 @@ from kconvert.proof.parity import library
 from kconvert.proof.parity.metrics import same_bits
 from kconvert.proof.parity.quick import e2m1 as quick
 from kconvert.proof.parity.witnesses.base import State, Witness, count_bytes, in_pieces, nibbles, scheme, without_unused
-from kconvert.proof.parity.witnesses.mx import E2M1, MxWitness
+from kconvert.proof.parity.witnesses.mx import E2M1
 
 if TYPE_CHECKING:
     import torch
@@ -111,15 +110,17 @@ class Nvfp4Witness(Witness[Nvfp4]):
         """Those of MXFP4, each of whose scales is there twice, or of the other spelling; whatever the scale of zeros is."""
         import torch
 
+        own, other = (found[name] for name in nvfp4.NAMES[self.format.multiplies])
         if isinstance(source, Mx) and source.bits == 4:
-            codes, steps = state[source.codes_name], MxWitness(source).quick_steps(state)
-            steps = steps.repeat_interleave(MX_GROUP // nvfp4.GROUP, -1)
-        elif isinstance(source, Nvfp4):
-            codes, steps = state[nvfp4.NAMES[source.multiplies][0]], Nvfp4Witness(source).scales(state)
-        else:
-            return False
-        own = found[nvfp4.NAMES[self.format.multiplies][0]]
-        return same_bits(codes.view(torch.uint8), own) and quick.same_steps(steps, self.scales(found), own)
+            codes, powers = state[source.codes_name].view(torch.uint8), state[source.scale_name]
+            steps = powers, found["weight_scale"], own, float(other), self.format.multiplies
+            return same_bits(codes, own) and quick.same_as_powers(*steps)
+        if isinstance(source, Nvfp4):
+            codes = state[nvfp4.NAMES[source.multiplies][0]].view(torch.uint8)
+            return same_bits(codes, own) and quick.same_steps(
+                Nvfp4Witness(source).scales(state), self.scales(found), own
+            )
+        return False
 
     def largest_step(self, state: State) -> torch.Tensor | None:
         return self.scales(state)
@@ -136,7 +137,7 @@ class Nvfp4Witness(Witness[Nvfp4]):
     def grid(self) -> tuple[float, ...]:
         return E2M1
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         return nibbles(count_bytes(state[nvfp4.NAMES[self.format.multiplies][0]]))
 
     def scales(self, state: State) -> torch.Tensor:

@@ -108,15 +108,15 @@ class PackedWitness(Witness[Packed]):
         half = 2 ** (self.format.bits - 1)
         return tuple(float(code) for code in range(-half, half))
 
-    def count_codes(self, state: State, shape: tuple[int, int]) -> list[int]:
+    def count_codes(self, state: State, shape: tuple[int, int]) -> torch.Tensor:
         import torch
 
         bits, words = self.format.bits, state["weight_packed"]
         if shape[1] * bits % 32 == 0:
             counts = count_bytes(words)
-            return nibbles(counts) if bits == 4 else counts.tolist()
+            return nibbles(counts) if bits == 4 else counts
         codes = int_codes(self.format, words, shape).long() + 2 ** (bits - 1)
-        return torch.bincount(codes.view(-1), minlength=2**bits).tolist()
+        return torch.bincount(codes.view(-1), minlength=2**bits)
 
     def group_columns(self, cols: int) -> int:
         return self.format.group_size or cols

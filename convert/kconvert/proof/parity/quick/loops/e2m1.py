@@ -261,8 +261,25 @@ def _mx_best(values: Any, first: Any, pairs: Any, amax: Any) -> Any:
     return best
 
 
+@inline
+def _wrong_mx_codes(values: Any, packed: Any, scale: Any, room: Any, start: Any, groups: Any, pairs: Any) -> Any:
+    """Not zero where the codes of some groups, of which zeros are positive, are not the nearest."""
+    # A loop over the whole row takes longer vectors than those over groups.
+    for group in range(groups):
+        inverse = power(U(U(254) - U(scale[start + group])))
+        for j in range(group * pairs, group * pairs + pairs):
+            room[j] = inverse
+    differ = U(0)
+    for j in range(groups * pairs):
+        word = U(values[start * pairs + j])
+        one, two = round_e2m1(low_half(word) * room[j]), round_e2m1(high_half(word) * room[j])
+        differ = U(differ | U(U(one | U(two << U(4))) ^ U(packed[start * pairs + j])))
+    return differ
+
+
 def wrong_mxfp4(values: Any, packed: Any, scale: Any, room: Any, rows: Any, groups: Any, pairs: Any, way: Any) -> Any:
-    """Whether any group of bf16 [rows, groups, pairs, 2] has not the scale and the codes of the way. `room` is f32 [groups]."""
+    """Whether any group of bf16 [rows, groups, pairs, 2] has not the scale and the codes of the way. `room` is f32 [groups,
+    pairs]."""
     for row in range(rows):
         differ, start = U(0), row * groups
         for group in range(groups):
@@ -273,11 +290,33 @@ def wrong_mxfp4(values: Any, packed: Any, scale: Any, room: Any, rows: Any, grou
             differ = U(differ | U(U(own) ^ U(scale[start + group])))
         if differ:
             return 1  # with exponents of 254 at most the steps have an exact inverse
-        for group in range(groups):
-            first, exponent = (start + group) * pairs, U(scale[start + group])
-            signs = U(8) if way == EXACT and _are_codes(values, first, pairs, power(exponent)) else U(0)
-            inverse = power(U(U(254) - exponent))
-            differ = U(differ | _differ_by_power(values, first, pairs, inverse, packed, signs))
+        if way != EXACT:
+            differ = _wrong_mx_codes(values, packed, scale, room, start, groups, pairs)
+        else:
+            for group in range(groups):
+                first, exponent = (start + group) * pairs, U(scale[start + group])
+                signs = U(8) if _are_codes(values, first, pairs, power(exponent)) else U(0)
+                inverse = power(U(U(254) - exponent))
+                differ = U(differ | _differ_by_power(values, first, pairs, inverse, packed, signs))
         if differ:
             return 1
+    return 0
+
+
+def other_steps(
+    powers: Any, scale: Any, packed: Any, groups: Any, halves: Any, pairs: Any, other: Any, multiplies: Any
+) -> Any:
+    """Whether any of MXFP4's u8 exponents [groups] is another step than NVFP4's e4m3 scales [groups, halves] in its place; of
+    groups whose codes, u8 [groups, halves, pairs], are zeros both need only be positive and finite."""
+    for group in range(groups):
+        step = power(U(powers[group])) if powers[group] != np.uint8(255) else np.float32(np.inf)
+        for part in range(group * halves, group * halves + halves):
+            own = _nv_step(scale[part], other, multiplies)
+            if bits_of(own) == bits_of(step):
+                continue
+            used = not (np.float32(0) < own < np.float32(np.inf) and step < np.float32(np.inf))
+            for j in range(part * pairs, part * pairs + pairs):
+                used |= (packed[j] & np.uint8(0x77)) != np.uint8(0)
+            if used:
+                return 1
     return 0

@@ -52,6 +52,22 @@ def decode_affine(packed: Any, scale: Any, bias: Any, values: Any, groups: Any, 
     return 0
 
 
+def other_steps(packed: Any, scale: Any, steps: Any, biases: Any, groups: Any, half: Any) -> Any:
+    """Whether any of MLX's groups, bf16 steps and biases [groups], has not the values of INT4's with the same codes, u8
+    [groups, half], and bf16 scales; or perhaps not the signs of zeros. A bias of -8 steps takes away what is added to codes."""
+    for group in range(groups):
+        step = widen(scale[group])
+        if scale[group] != steps[group] or bits_of(step * np.float32(-8)) != bits_of(widen(biases[group])):
+            return 1
+        if scale[group] >= np.uint16(0x7C00):
+            return 1  # negative, or so large that a product may be infinite
+        if scale[group] == np.uint16(0):
+            for j in range(group * half, group * half + half):
+                if packed[j] & np.uint8(0x88) != np.uint8(0x88):
+                    return 1
+    return 0
+
+
 @inline
 def _widen_f16(f16: Any) -> Any:
     """The bits of a finite f16 -> those of an f32, exact: the multiplication mends the exponent, of subnormals too."""
