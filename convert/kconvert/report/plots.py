@@ -145,8 +145,9 @@ def code_bars(title: str, pairs: Sequence[Sequence[float]]) -> str:
 def excerpt(worst: Mapping[str, Any]) -> str:
     """The values on both sides around the worst element of a weight."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH / 2, 1.6), layout="constrained")
-        axes = figure.add_subplot()
+        # There are many of these, and to have matplotlib find the margins takes as long as to draw.
+        figure = Figure(figsize=(WIDTH / 2, 1.6))
+        axes = figure.add_axes((0.16, 0.27, 0.82, 0.56))
         columns = range(worst["first_col"], worst["first_col"] + len(worst["source_values"]))
         axes.axvspan(worst["col"] - 0.5, worst["col"] + 0.5, color=BAD, alpha=0.25, linewidth=0)
         axes.step(
@@ -154,7 +155,7 @@ def excerpt(worst: Mapping[str, Any]) -> str:
         )
         axes.step(columns, worst["output_values"], where="mid", color=SERIES[1], linewidth=1.2, label="output")
         axes.set_xlabel(f"column (row {worst['row']})")
-        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 0.95))
+        axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
         return _svg(figure)
 
