@@ -60,14 +60,9 @@ def check_no_adapter(listing: Listing, names: Collection[str]) -> None:
 
 def what_it_is(listing: Listing) -> str:
     """The rest of a sentence that begins with the directory, which holds no safetensors model."""
-    tellers = (_unfinished, _adapter_files, _publishers_files, _pipeline, _folders, _other_containers)
+    tellers = (_adapter_files, _publishers_files, _pipeline, _folders, _other_containers, _unfinished, _without_weights)
     said = (teller(listing) for teller in tellers)
     return next(filter(None, said), f"holds no safetensors files; {GIVE_SAFETENSORS}")
-
-
-def _unfinished(listing: Listing) -> str | None:
-    help = what_finishes(listing.root)
-    return f"is unfinished, it has no weights yet; {help}" if help else None
 
 
 def _adapter_files(listing: Listing) -> str | None:
@@ -114,6 +109,15 @@ def _other_containers(listing: Listing) -> str | None:
         for file in listing.files:
             if file.lower().endswith(suffix) and (suffix == ".distcp" or why_left_out(file) != TRAINING):
                 return f"holds no safetensors files, but {what} ({file}); {advice}"
+    return None
+
+
+def _unfinished(listing: Listing) -> str | None:
+    help = what_finishes(listing.root)
+    return f"is unfinished, it has no weights yet; {help}" if help else None
+
+
+def _without_weights(listing: Listing) -> str | None:
     if not listing.files:
         return "is empty, it holds no safetensors files; give the directory that holds the checkpoint's config.json"
     if {CONFIG_NAME, INDEX_NAME} & set(listing.top):
