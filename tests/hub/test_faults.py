@@ -279,6 +279,14 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub, remote, command, name, 
     assert hub.count("/api/") == 1
 
 
+def test_a_directory_that_is_not_there_is_said_to_be_none(hub, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    nowhere = f"my/out on {hub.url} (no directory here is called so): cannot find the commit"
+    assert nowhere in command.refused("launch", "my/out", "--engine", "vllm")
+    (tmp_path / "my/out").mkdir(parents=True)
+    assert nowhere.replace(" (no directory here is called so)", "") in command.refused("inspect", "hf://my/out")
+
+
 def test_offline_mode_is_one_sentence(hub, remote, command, monkeypatch):
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
     assert "HF_HUB_OFFLINE is set" in command.refused("inspect", remote)
