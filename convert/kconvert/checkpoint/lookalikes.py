@@ -17,6 +17,7 @@ ADAPTER_TENSOR = re.compile(r"(^|[._])lora_(a|b|embedding_a|embedding_b|magnitud
 CONSOLIDATED = re.compile(r"consolidated[.-].*", re.DOTALL)
 GIVE_SAFETENSORS = "give the directory of a safetensors checkpoint"
 SAVE_AS_SAFETENSORS = "load the model with transformers and save it with save_pretrained, which writes safetensors"
+OUTPUTS = (".gguf", ".kt")  # ends of files of what conversions make that is no safetensors model
 SHOWN = 3  # folders that a message lists
 
 # The end of a file's name -> what holds weights so, and what to do.
@@ -66,7 +67,7 @@ def what_it_is(listing: Listing) -> str:
 
 
 def _unfinished(listing: Listing) -> str | None:
-    help = what_finishes(listing.root)
+    help = None if any(file.endswith(OUTPUTS) for file in listing.files) else what_finishes(listing.root)
     return f"is unfinished, it has no weights yet; {help}" if help else None
 
 
