@@ -7,7 +7,7 @@ import os
 from kconvert.checkpoint.gguf_files import is_gguf, open_gguf
 from kconvert.checkpoint.source import Checkpoint, open_directory
 from kconvert.errors import KconvertError
-from kconvert.hub.ids import parse_hub_id
+from kconvert.hub.ids import check_address, parse_hub_id
 from kconvert.stores.urls import parse_store_url
 
 
@@ -27,6 +27,7 @@ def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -
     place = parse_hub_id(path)
     if place is None or os.path.lexists(path):
         return open_directory(path, revision)
+    check_address()
     from kconvert.hub.repository import open_repository
 
     return open_repository(place, revision)

@@ -1,11 +1,14 @@
 """Servers that are not there, want a key, have another model or hang; and addresses."""
 
+import socket
 import time
 
 import pytest
 from chat_server import Script, serving
 
+import kconvert
 from kconvert import CheckFailed, KconvertError
+from kconvert.chat import server
 from kconvert.chat.server import address
 
 pytest.importorskip("aiohttp")
@@ -80,3 +83,10 @@ def test_an_address_may_be_typed_short(typed, meant):
 def test_what_is_no_address_is_refused(typed):
     with pytest.raises(KconvertError, match="is no address of a server"):
         address(typed)
+
+
+def test_a_longer_timeout_is_not_advised_where_it_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(server, "LISTING", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(KconvertError) as found:
+        kconvert.smoke(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=60)
+    assert str(found.value).endswith("gave no whole answer within 0.3 s; is the server overloaded, or still loading?")

@@ -187,6 +187,8 @@ def test_checkpoints_in_several_folders_say_in_which(directory):
         ({"config.json": {}, "tokenizer.json": {}}, "only what lies beside them; fetch them"),
         ({"notes.txt": b""}, "holds no safetensors files; give the directory"),
         ({"model.gguf": b""}, "GGUF files, which are not converted (model.gguf)"),
+        ({"model.gguf": b"", ".kconvert/lock": b""}, "GGUF files, which are not converted (model.gguf)"),
+        ({".kconvert/lock": b"", "config.json": {}}, "is unfinished, it has no weights yet; run the conversion again"),
         ({"pytorch_model.bin": b"", "config.json": {}}, "pickled files, which may run code and are not read"),
         ({"weights.npz": b"", "config.json": {}}, "NumPy's archives"),
         ({"step_5/__0_0.distcp": b"", "step_5/.metadata": b""}, "distributed checkpoint"),

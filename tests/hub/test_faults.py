@@ -2,10 +2,14 @@
 
 import os
 import re
+import socket
 import time
 from email.utils import formatdate
 
 import pytest
+from huggingface_hub import constants
+
+from kconvert.checkpoint import remote as probing
 
 from .conftest import SHARDS
 from .faults import corrupt, cut, hang, reset, status
@@ -51,8 +55,6 @@ def test_the_clients_own_errors_are_known_whichever_http_library_it_has():
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(hub, remote, command, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.fail(SHARD, hang(0.6))
     command.ok("inspect", remote)
@@ -122,8 +124,6 @@ def test_a_senseless_retry_after_ends_in_a_wait_or_in_one_sentence(hub, remote, 
 
 
 def test_a_password_in_the_endpoint_is_not_shown(hub, remote, command, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "ENDPOINT", hub.url.replace("//", "//me:geheim@"))
     hub.fail("/api/", status(418), times=9)
     message = command.refused("inspect", remote)
@@ -205,8 +205,6 @@ def test_a_server_that_always_begins_anew_and_never_comes_further_is_given_up(hu
 
 
 def test_a_server_that_is_not_there_is_one_sentence(hub, remote, command, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "ENDPOINT", "http://me:geheim@127.0.0.1:9/hub")
     line = command.refused("inspect", remote)
     assert "HF_ENDPOINT is http://127.0.0.1:9/hub, where nobody takes connections (Connection refused)" in line
@@ -220,11 +218,10 @@ def test_a_server_that_is_not_there_is_one_sentence(hub, remote, command, monkey
         ("huggingface.co", "which is no address; one is like https://host"),
         ("http://[1", "which is no address"),
         ("http://127.0.0.1:port", "which is no address"),
+        ("http://hugging..face", "no host 'hugging..face' is known"),
     ],
 )
 def test_an_address_of_the_hub_that_is_mistyped_is_not_waited_for(hub, remote, command, monkeypatch, endpoint, words):
-    from huggingface_hub import constants
-
     from kconvert.hub import client
 
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -232,17 +229,42 @@ def test_an_address_of_the_hub_that_is_mistyped_is_not_waited_for(hub, remote, c
     assert words in command.refused("inspect", remote)
 
 
+@pytest.mark.parametrize("endpoint", ["http://[::1", "https://host:443443"])
+@pytest.mark.parametrize("arguments", [("inspect", "{remote}"), ("sample", "{directory}", "--push", "me/sample")])
+def test_no_client_is_needed_to_see_that_an_address_is_none(
+    command, monkeypatch, tmp_path, remote, endpoint, arguments
+):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)  # with which huggingface_hub cannot be imported
+    words = [word.format(remote=remote, directory=tmp_path / "sample") for word in arguments]
+    assert f"HF_ENDPOINT is {endpoint!r}, which is no address" in command.refused(*words)
+
+
 def test_a_host_that_never_answers_is_not_waited_for_long(hub, remote, command, monkeypatch):
-    import socket
-
-    from huggingface_hub import constants
-
-    from kconvert.checkpoint import remote as probing
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:8")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://mirror:8")
     monkeypatch.setattr(probing, "ANSWERS_IN", 0.1)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(2))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(2))
     assert "where nobody answered within" in command.refused("inspect", remote)
+
+
+@pytest.fixture
+def full():
+    """The port of a server that has taken all the connections it ever will: others wait."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, socket.create_connection(server.getsockname()):
+        yield server.getsockname()[1]
+
+
+def test_a_host_of_which_one_address_leads_nowhere_is_reached_by_the_other(hub, remote, command, monkeypatch, full):
+    known, port = socket.getaddrinfo, int(hub.url.rpartition(":")[2])
+    both = [*known("127.0.0.1", full, type=socket.SOCK_STREAM), *known("127.0.0.1", port, type=socket.SOCK_STREAM)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    monkeypatch.setattr(probing, "ANSWERS_IN", 0.5)
+    probing.check_endpoint("http://mirror", "HF_ENDPOINT")
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTP_PROXY"])
+def test_a_host_that_only_a_proxy_knows_is_left_to_it(monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    probing.check_endpoint(f"http://known-to-{variable}.invalid", "HF_ENDPOINT")
 
 
 @pytest.mark.parametrize(
@@ -257,9 +279,15 @@ def test_what_the_hub_does_not_have_is_one_sentence(hub, remote, command, name, 
     assert hub.count("/api/") == 1
 
 
-def test_offline_mode_is_one_sentence(hub, remote, command, monkeypatch):
-    from huggingface_hub import constants
+def test_a_directory_that_is_not_there_is_said_to_be_none(hub, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    nowhere = f"my/out on {hub.url} (no directory here is called so): cannot find the commit"
+    assert nowhere in command.refused("launch", "my/out", "--engine", "vllm")
+    (tmp_path / "my/out").mkdir(parents=True)
+    assert nowhere.replace(" (no directory here is called so)", "") in command.refused("inspect", "hf://my/out")
 
+
+def test_offline_mode_is_one_sentence(hub, remote, command, monkeypatch):
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
     assert "HF_HUB_OFFLINE is set" in command.refused("inspect", remote)
     assert hub.requests == []

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from kconvert.errors import KconvertError
 from kconvert.serving import experts, machine
+from kconvert.serving.memory import check_room
+from kconvert.serving.place import look_at
+from kconvert.serving.table import engines
 
 from .conftest import Made, command, refused, run, words_of
 
@@ -98,6 +102,8 @@ def test_numa_nodes_that_cannot_share_an_expert_are_refused_or_not_chosen(
     like: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "give --numa 4" in refused("launch", like(K2), "--engine", "ktransformers", "--numa", 5)
+    few = ("--numa", 5, "--cores", 3)
+    assert "give --numa 2" in refused("launch", like(K2), "--engine", "ktransformers", *few)  # each wants a core
     monkeypatch.setattr(experts, "numa_nodes", lambda: 7)
     assert words_of(command(like(K2), "--engine", "ktransformers"))["--kt-threadpool-count"] == "4"
 
@@ -122,6 +128,12 @@ def test_gpus_that_would_hold_the_weights_can_share_the_heads_too(like: Made) ->
     nbytes = sum(path.stat().st_size for path in like(K2).glob("*.safetensors"))
     line = refused("launch", like(K2), "--engine", "vllm", "--gpus", 1, "--gpu-memory", f"{nbytes * 2 // 5}B")
     assert "or 4 of this size" in line  # 3 have no use for 32 heads
+
+
+def test_more_gpus_than_can_share_the_heads_are_not_advised(like: Made) -> None:
+    contents = look_at(str(like(K2))).contents
+    with pytest.raises(KconvertError, match=r"takes 1\.111 TB for each of 1$"):
+        check_room(engines()["vllm"], contents, 10**12, 1, 10**9, None)
 
 
 def test_gpus_without_memory_are_a_wrong_option(like: Made) -> None:

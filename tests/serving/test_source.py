@@ -53,6 +53,12 @@ def test_a_source_on_the_hub_is_told_by_its_id_and_commit_without_a_look(amx: Pa
     assert flags["--tool-call-parser"] == "kimi_k2"
 
 
+def test_a_source_that_is_no_directory_is_said_to_be_looked_for_on_the_hub(amx: Path, like: Made) -> None:
+    said = "no directory here is called my/mistake: KTransformers is to look for it on the Hub"
+    assert said in run("launch", amx, "--engine", "ktransformers", "--source", "my/mistake").stderr
+    assert "on the Hub" not in run("launch", amx, "--engine", "ktransformers", "--source", like(K2)).stderr
+
+
 def test_other_engines_are_told_the_name_of_a_source_that_is_not_here(amx: Path, tmp_path: Path) -> None:
     moved = tmp_path / "amx"
     shutil.copytree(amx, moved)

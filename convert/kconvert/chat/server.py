@@ -103,9 +103,9 @@ class Server:
         try:
             return await asyncio.wait_for(asked, seconds)
         except asyncio.TimeoutError:
+            longer = " --timeout waits longer" if seconds == self._timeout else ""
             raise Unanswered(
-                f"{self.url} gave no whole answer within {seconds:g} s; is the server overloaded, or still loading? "
-                "--timeout waits longer"
+                f"{self.url} gave no whole answer within {seconds:g} s; is the server overloaded, or still loading?{longer}"
             ) from None
         except (OpenAIError, HTTPError, ClientError) as error:
             raise explained(error, self.url, self._has_key) from None

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -24,9 +26,10 @@ from kconvert.checkpoint.safetensors import Tensor, read_header
 from kconvert.checkpoint.source import Checkpoint, Reader, assemble
 from kconvert.errors import KconvertError
 
+T = TypeVar("T")
 CONNECTIONS = 16  # at a time, for headers: each takes longer to answer than to arrive
 FIRST_READ = (1 << 16, 1 << 21)  # at least and at most, of a header of unknown length
-ANSWERS_IN = 5.0  # seconds, whoever takes connections
+ANSWERS_IN = 10.0  # seconds, whoever takes connections, as for huggingface_hub; and as many to look up its name
 PORTS = {"http": 80, "https": 443}
 HEADER_TO_INDEX = 1.345  # bytes: a header says of a tensor dtype, shape and offsets, the index its file (K2: 1.34)
 
@@ -38,7 +41,16 @@ def check_endpoint(address: str, setting: str) -> None:
     What is mistyped never answers: the patience that outlasts a network's faults is not for that. Behind a proxy only this
     can tell.
     """
-    shown = re.sub("//[^/]*@", "//", address)  # there may be a password
+    scheme, host, port = parse_endpoint(address, setting)
+    if {scheme, "all"} & getproxies().keys() and not proxy_bypass(host):
+        return
+    fault = _why_unreachable(host, port)
+    if fault is not None:
+        raise KconvertError(f"{setting} is {_shown(address)}, where {fault}; set it right, or leave it out")
+
+
+def parse_endpoint(address: str, setting: str) -> tuple[str, str, int]:
+    """Scheme, host and port of an address that the user gave by `setting`; KconvertError where it has none."""
     try:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port or PORTS.get(parts.scheme)
@@ -46,32 +58,64 @@ def check_endpoint(address: str, setting: str) -> None:
         host = port = None
     if host is None or port is None:
         raise KconvertError(
-            f"{setting} is {shown!r}, which is no address; one is like https://host or http://host:port"
+            f"{setting} is {_shown(address)!r}, which is no address; one is like https://host or http://host:port"
         )
-    if parts.scheme in getproxies() and not proxy_bypass(host):
-        return
-    fault = _why_unreachable(host, port)
-    if fault is not None:
-        raise KconvertError(f"{setting} is {shown}, where {fault}; set it right, or leave it out")
+    return parts.scheme, host, port
+
+
+def _shown(address: str) -> str:
+    return re.sub("//[^/]*@", "//", address)  # there may be a password
 
 
 def _why_unreachable(host: str, port: int) -> str | None:
-    """Why no connection is to be had, or None; after ANSWERS_IN at the latest, which a resolver does not keep to by itself."""
-    faults: list[str | None] = []
+    """Why no connection is to be had, or None.
 
-    def connect() -> None:
+    All addresses of a host are tried at once: some may lead nowhere from here, as those of IPv6 where only IPv4 goes.
+    """
+    try:
+        found = _first([lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)])
+        if found is not None and _first([partial(_connect, *address) for address in found]):
+            return None
+    except (socket.gaierror, UnicodeError):
+        return f"no host {host!r} is known"
+    except OSError as error:
+        return f"nobody takes connections ({error.strerror or 'no answer in time'})"
+    return f"nobody answered within {ANSWERS_IN:.0f} seconds"
+
+
+def _connect(family: int, kind: int, protocol: int, _: str, address: Any) -> bool:
+    with socket.socket(family, kind, protocol) as line:
+        line.settimeout(ANSWERS_IN)
+        line.connect(address)
+    return True
+
+
+def _first(calls: Sequence[Callable[[], T]]) -> T | None:
+    """What the first call that succeeds returns, or else what the last one raises; None where they take longer than ANSWERS_IN.
+
+    A resolver keeps to no time: nobody waits for the threads.
+    """
+    ended: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
+    latest = time.monotonic() + ANSWERS_IN
+
+    def run(call: Callable[[], T]) -> None:
         try:
-            socket.create_connection((host, port), ANSWERS_IN).close()
-            faults.append(None)
-        except socket.gaierror:
-            faults.append(f"no host {host!r} is known")
-        except OSError as error:
-            faults.append(f"nobody takes connections ({error.strerror or 'no answer in time'})")
+            ended.put((call(), None))
+        except (OSError, UnicodeError) as error:
+            ended.put((None, error))
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(ANSWERS_IN)
-    return faults[0] if faults else f"nobody answered within {ANSWERS_IN:.0f} seconds"
+    for call in calls:
+        threading.Thread(target=run, args=(call,), daemon=True).start()
+    fault: Exception | None = None
+    for _ in calls:
+        try:
+            found, fault = ended.get(timeout=max(0.0, latest - time.monotonic()))
+        except Empty:
+            return None
+        if fault is None:
+            return found
+    assert fault is not None
+    raise fault
 
 
 class Sink(Protocol):

@@ -6,6 +6,7 @@ several lines and repeat URLs, which may be signed.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -38,6 +39,7 @@ T = TypeVar("T")
 HUB = "https://huggingface.co"
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 LONGEST_WAIT = 300.0  # seconds; a server that asks for more gets the run ended, its state is kept
+FIRST = "find the commit"  # what is done before anything else
 AGAIN = "run the same command again, a conversion goes on from what it has"
 LATER = AGAIN.replace("again", "again later")
 PASSING = (408, 429, 500, 502, 503, 504)
@@ -128,7 +130,8 @@ def transfer(
 def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
     """One sentence for whatever the client raised; nothing of the error's own text, which may hold signed URLs."""
     endpoint = re.sub("//[^/]*@", "//", constants.ENDPOINT)  # a mirror's may have a password
-    what = f"{place} on {endpoint}: cannot {doing}"
+    mistaken = "" if doing != FIRST or os.path.lexists(place.repo) else " (no directory here is called so)"
+    what = f"{place} on {endpoint}{mistaken}: cannot {doing}"
     status = _status(error)
     match error:
         case OfflineModeIsEnabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,3 +41,11 @@ def parse_destination(text: str) -> HubId | None:
     if not text.startswith(SCHEME) and (exists(text) or is_directory(Path(text).parent)):
         return None
     return parse_hub_id(text)
+
+
+def check_address() -> None:
+    """KconvertError where what is set for the Hub's address is none: with some the client cannot even be imported."""
+    if setting := os.environ.get("HF_ENDPOINT"):
+        from kconvert.checkpoint.remote import parse_endpoint
+
+        parse_endpoint(setting, "HF_ENDPOINT")

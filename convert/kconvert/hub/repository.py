@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 from kconvert.checkpoint.listing import FileStat, Listing
 from kconvert.checkpoint.remote import RemoteCheckpoint, Sink, assemble_remote, check_file_name
 from kconvert.errors import KconvertError
-from kconvert.hub.client import api, into_cache, patiently, transfer
+from kconvert.hub.client import FIRST, api, into_cache, patiently, transfer
 from kconvert.hub.digests import ContentDigest, matches
 from kconvert.hub.ids import HubId
 
@@ -71,7 +71,7 @@ class HubCheckpoint(RemoteCheckpoint):
 def open_repository(asked: HubId, revision: str | None = None) -> HubCheckpoint:
     """The checkpoint in a repository; `revision` goes before the one of the id. Raises KconvertError, see kconvert.address."""
     asked = HubId(asked.repo, revision or asked.revision)
-    info = patiently(asked, "find the commit", lambda: api().model_info(asked.repo, revision=asked.revision))
+    info = patiently(asked, FIRST, lambda: api().model_info(asked.repo, revision=asked.revision))
     if not info.sha:
         raise KconvertError(f"{asked} has no commits yet; name a repository with a checkpoint in it")
     place = HubId(asked.repo, info.sha)

@@ -17,7 +17,7 @@ from huggingface_hub.lfs import UploadInfo
 from kconvert.checkpoint.listing import FileStat
 from kconvert.checkpoint.side_files import is_stale
 from kconvert.errors import KconvertError
-from kconvert.hub.client import Patience, api, patiently
+from kconvert.hub.client import FIRST, Patience, api, patiently
 from kconvert.hub.digests import matches
 from kconvert.hub.front_matter import CARD
 from kconvert.hub.ids import HubId
@@ -97,7 +97,7 @@ def head(target: HubId) -> HubId | None:
         except RepositoryNotFoundError:
             return None
 
-    return patiently(target, "find the commit", look)
+    return patiently(target, FIRST, look)
 
 
 def contents(target: HubId) -> dict[str, FileStat]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kconvert.checkpoint.files import exists
 from kconvert.errors import KconvertError
-from kconvert.hub.ids import HubId, parse_destination, parse_hub_id
+from kconvert.hub.ids import HubId, check_address, parse_destination, parse_hub_id
 from kconvert.run.state.ranks import Rank
 from kconvert.stores.urls import StoreUrl, cache_directory, parse_store_url
 
@@ -43,6 +43,7 @@ class Delivery:
         if push is not None and (target := parse_hub_id(push)) is None:
             raise KconvertError(f"--push {push} is no repository of the Hub; name it as ORG/NAME")
         assert target is not None
+        check_address()
         if push is not None:
             return cls(Path(destination), target)
         from kconvert.hub.upload import workplace

@@ -78,7 +78,7 @@ def _nodes(engine: Engine, place: Place, output: Output, wishes: Wishes) -> int:
     if wishes.numa is not None and most not in possible:
         raise KconvertError(
             f"{engine.title} cannot split experts of a width of {contents.width} for {counted(most, 'NUMA node')}, in {unit}s; "
-            f"give --numa {max(possible, default=1)}"
+            f"give --numa {max((n for n in possible if n <= (wishes.cores or n)), default=1)}"
         )
     return max(possible, default=1)
 

@@ -68,6 +68,8 @@ def launch(place: Place, engine: str, wishes: Wishes | None = None, source: Plac
     shared = _on_the_gpus if "weights" not in served.flags else on_the_cpu
     experts = shared(served, place, model, output, cell, wishes)
     notes = [*filter(None, (served.note, served.streams if place.stored else "")), *experts.notes]
+    if wishes.source == model.address and model.root is None:  # nobody has looked whether it is there
+        notes.append(f"no directory here is called {model.address}: {served.title} is to look for it on the Hub")
     notes += _roomy(served, experts.room)
     return Launch(served, (*words, *experts.words, *wishes.more), cell.by, experts.room, notes)
 

@@ -50,11 +50,12 @@ def check_room(engine: Engine, contents: Contents, weights: int, gpus: int, memo
     room = Room(math.ceil(weights / gpus), usable, token_bytes(contents, gpus))
     have = f"{counted(gpus, 'GPU')} of {human(memory)}"
     if room.weights >= usable:
-        least, heads = math.ceil(weights / usable), contents.number("num_attention_heads") or 1
-        least = next((n for n in range(least, heads + 1) if heads % n == 0), least)
+        least, heads = math.ceil(weights / usable), contents.number("num_attention_heads")
+        able = least if heads is None else next((n for n in range(least, heads + 1) if heads % n == 0), None)
         raise KconvertError(
             f"{human(weights)} of weights do not fit into {have}, of which {engine.title} fills {engine.share:.0%}: that takes "
-            f"{human(weights / engine.share / gpus)} for each of {gpus}, or {least} of this size"
+            f"{human(weights / engine.share / gpus)} for each of {gpus}"
+            + ("" if able is None else f", or {able} of this size")
         )
     wanted = context or contents.number(*CONTEXT_KEYS) or 0
     if room.token and room.tokens < wanted:
