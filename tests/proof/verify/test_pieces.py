@@ -178,3 +178,6 @@ def test_the_largest_of_each_block_is_found_by_its_bits() -> None:
     expected = values.view(2, 4, 3, 4).abs().amax((1, 3))
     assert same_bits(largest(values, 4, 4), expected)
     assert torch.equal(largest(values, 1, 12), values.abs().amax(1, keepdim=True))
+    short = largest(values, 5, 7)
+    assert torch.equal(short[:, 1], torch.stack([values[:5, 7:].abs().amax(), values[5:, 7:].abs().amax()]))
+    assert torch.equal(short[:, 0], torch.stack([values[:5, :7].abs().amax(), values[5:, :7].abs().amax()]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 DECODE = Loop("fp8", "decode", "u1* f4* u2* i8 i8 i8 i8 i8 i8")
-LARGEST = Loop("fp8", "largest", "u2* u2* i8 i8 i8 i8")
+LARGEST = Loop("fp8", "largest", "u2* u2* i8 i8 i8 i8 i8 i8")
 WRONG = Loop("fp8", "wrong_codes", "u2* f4* u1* i8 i8 i8 i8 i8 i8")
 
 
@@ -31,8 +31,8 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | No
 def is_made_of(
     values: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None, powers: bool
 ) -> bool:
-    """Whether finite bf16 [rows, cols] of whole blocks, else with a scale for each row, become these codes and scales by the
-    usual rule, or by powers of two."""
+    """Whether finite bf16 [rows, cols] become these codes and scales, one for each block, else for each row, by the usual rule,
+    or by powers of two."""
     import torch
 
     from kconvert.formats.reference.fp8 import LARGEST, power_scale, rule_scale, store
@@ -50,9 +50,9 @@ def largest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """bf16 [rows, cols] -> the largest magnitude in each block [height, width], bf16. By bits: NaN is above all."""
     import torch
 
-    down, across = values.shape[0] // height, values.shape[1] // width
-    sizes = torch.empty(down, across, dtype=torch.bfloat16)
-    LARGEST(values, sizes, down, across, height, width)
+    rows, cols = values.shape
+    sizes = torch.empty(math.ceil(rows / height), math.ceil(cols / width), dtype=torch.bfloat16)
+    LARGEST(values, sizes, rows, cols, height, width, *sizes.shape)
     return sizes
 
 

@@ -38,15 +38,17 @@ def wrong_codes(
     return 0
 
 
-def largest(values: Any, sizes: Any, down: Any, across: Any, height: Any, width: Any) -> Any:
-    """The largest magnitude in each block of bf16 [down, height, across, width] -> bf16 [down, across]."""
+def largest(
+    values: Any, sizes: Any, rows: Any, cols: Any, height: Any, width: Any, down: Any, across: Any
+) -> Any:
+    """The largest magnitude in each block [height, width] of bf16 [rows, cols] -> bf16 [down, across]."""
     for block in range(down):
         for k in range(across):
             sizes[block * across + k] = np.uint16(0)
-        for row in range(block * height, block * height + height):
+        for row in range(block * height, min(rows, block * height + height)):
             for k in range(across):
-                first, size = (row * across + k) * width, np.uint16(0)
-                for i in range(first, first + width):
+                size = np.uint16(0)
+                for i in range(row * cols + k * width, row * cols + min(cols, k * width + width)):
                     size = max(size, np.uint16(values[i] & np.uint16(0x7FFF)))
                 sizes[block * across + k] = max(sizes[block * across + k], size)
     return 0
