@@ -27,7 +27,21 @@ from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.proof.verify import _open_output, _open_source
 from kconvert.targets.amx import AmxRecipe, plan_repack
 
-TARGETS = ["bf16", "fp8", "int8", "mxfp4", "mxfp8", "nvfp4", "nvfp4 of mxfp4", "mlx", "gguf", "AMXINT4", "AMXINT8"]
+TARGETS = [
+    "bf16",
+    "fp8",
+    "fp8 by mse",
+    "int8",
+    "mxfp4",
+    "mxfp8",
+    "mxfp8 by mse",
+    "nvfp4",
+    "nvfp4 of mxfp4",
+    "mlx",
+    "gguf",
+    "AMXINT4",
+    "AMXINT8",
+]
 Made = Callable[[str], tuple[Path, Path]]
 
 
@@ -38,10 +52,11 @@ def made(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def make(target: str) -> tuple[Path, Path]:
         to, _, other = target.partition(" of ")
-        source = make(other)[1] if other else int4
+        to, _, scales = to.partition(" by ")
+        source, recipe = make(other)[1] if other else int4, Recipe(to, scales=scales or "amax")
         if target not in outputs:
             outputs[target] = root / target.replace(" ", "-")
-            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, Recipe(to))
+            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, recipe)
             convert(work, outputs[target])
         return source, outputs[target]
 

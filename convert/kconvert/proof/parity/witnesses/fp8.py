@@ -82,7 +82,7 @@ class Fp8Witness(Witness[Fp8]):
         return self.has_reference and self.format.strategy != "tensor"
 
     def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
-        """By the usual rule, or if all scales that were found are powers of two, by that."""
+        """By the usual rule or of least squared error, or if all scales that were found are powers of two, by that rule."""
         import torch
 
         powers = bool((torch.frexp(self.scales(found)).mantissa == 0.5).all())
