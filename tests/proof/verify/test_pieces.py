@@ -52,11 +52,12 @@ def made(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def make(target: str) -> tuple[Path, Path]:
         to, _, other = target.partition(" of ")
-        to, _, scales = to.partition(" by ")
-        source, recipe = make(other)[1] if other else int4, Recipe(to, scales=scales or "amax")
+        to, scales = to.split(" by ") if " by " in to else (to, "amax")
+        source = make(other)[1] if other else int4
         if target not in outputs:
             outputs[target] = root / target.replace(" ", "-")
-            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, recipe)
+            amx = to.startswith("AMX")
+            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if amx else plan(source, Recipe(to, scales=scales))
             convert(work, outputs[target])
         return source, outputs[target]
 

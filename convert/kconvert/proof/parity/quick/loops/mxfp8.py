@@ -1,5 +1,7 @@
 """MXFP8: e4m3 codes, and the exponents of groups by the reference's rules.
 
+The exponent of least squared error is always that by amax: with one less amax itself is cut off, for smaller errors of what is
+too small to count, and with one more there is no code that is not there now.
 The size of a group is an argument though it never changes: of a loop of known length LLVM makes no vectors.
 """
 
@@ -9,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kconvert.formats.conventions import LARGEST_ERROR
 from kconvert.proof.parity.quick.loops.bits import (
     U,
     bits_of,
@@ -19,16 +20,12 @@ from kconvert.proof.parity.quick.loops.bits import (
     power,
     round_bf16,
     round_e4m3,
-    unit_of,
     widen,
     widen_e4m3,
 )
 
-EXACT, MSE = 0, 2  # ways to scales, beside that of amax
 LARGEST = 8  # the exponent of the largest code
-LAST = np.int32(254 - LARGEST)
 FRACTION, FRACTION_OF_448 = U(0x7FFFFF), U(0x600000)
-PLACES = np.float32(2.0**24)
 
 
 def decode(codes: Any, scale: Any, values: Any, room: Any, rows: Any, groups: Any, size: Any) -> Any:
@@ -72,31 +69,6 @@ def _is_lost(values: Any, first: Any, size: Any, exponent: Any) -> Any:
 
 
 @inline
-def _error(values: Any, first: Any, size: Any, exponent: Any, unit: Any) -> Any:
-    """The squared error of a group in fixed point, see reference.packed.squared_error."""
-    step, inverse, total = power(U(exponent)), power(U(U(254) - U(exponent))), np.int32(0)
-    for j in range(first, first + size):
-        magnitude = widen(np.uint16(values[j] & np.uint16(0x7FFF)))
-        error = min(abs((magnitude - widen(_served(magnitude, step, inverse))) * unit), np.float32(LARGEST_ERROR))
-        total = np.int32(total + np.int32(error * error * PLACES))
-    return total
-
-
-@inline
-def _best(values: Any, first: Any, size: Any, amax: Any) -> Any:
-    """The exponent of least squared error."""
-    rule, unit = mx_rule(amax, LARGEST), unit_of(amax)
-    best, least = rule, _error(values, first, size, rule, unit)
-    for offset in (-1, 1):
-        other = np.int32(rule + np.int32(offset))
-        if np.int32(0) <= other <= LAST:
-            error = _error(values, first, size, other, unit)
-            if error < least:
-                best, least = other, error
-    return best
-
-
-@inline
 def _exact(values: Any, first: Any, size: Any, amax: Any) -> Any:
     """The exponent by amax, or one less where only that brings back every value. That needs an amax of 448 times the lower
     scale: any other is more, and would be cut off."""
@@ -108,19 +80,16 @@ def _exact(values: Any, first: Any, size: Any, amax: Any) -> Any:
     return half if only_half else rule
 
 
-def wrong(values: Any, codes: Any, scale: Any, room: Any, rows: Any, groups: Any, size: Any, way: Any) -> Any:
-    """Whether any group of bf16 [rows, groups, size] has not the scale and the codes of the way. `room` is f32 [groups,
-    size]."""
+def wrong(values: Any, codes: Any, scale: Any, room: Any, rows: Any, groups: Any, size: Any, exact: Any) -> Any:
+    """Whether any group of bf16 [rows, groups, size] has not the scale by amax, or if `exact` by what comes back, and its
+    codes. `room` is f32 [groups, size]."""
     for row in range(rows):
         differ, start = U(0), row * groups * size
         for group in range(groups):
             room[group] = _amax(values, start + group * size, size)
         for group in range(groups):
             first, amax = start + group * size, room[group]
-            if way == MSE:
-                own = _best(values, first, size, amax)
-            else:
-                own = _exact(values, first, size, amax) if way == EXACT else mx_rule(amax, LARGEST)
+            own = _exact(values, first, size, amax) if exact else mx_rule(amax, LARGEST)
             differ = U(differ | U(U(own) ^ U(scale[row * groups + group])))
         if differ:
             return 1  # with exponents of 254 at most the steps have an exact inverse
