@@ -47,6 +47,7 @@ PAIRS = {
     "nvfp4-mse": ("sample", ["convert", "--to=nvfp4", "--scales=mse"]),
     "mxfp4": ("sample", ["convert", "--to=mxfp4"]),
     "mxfp4-mse": ("sample", ["convert", "--to=mxfp4", "--scales=mse"]),
+    "mxfp8": ("sample", ["convert", "--to=mxfp8"]),
     "nvfp4-kept": ("mxfp4", ["convert", "--to=nvfp4"]),
     "gguf": ("sample", ["convert", "--to=gguf"]),
     "mlx": ("sample", ["convert", "--to=mlx"]),

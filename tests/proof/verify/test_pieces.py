@@ -27,7 +27,21 @@ from kconvert.proof.parity.witnesses.registry import witness_of
 from kconvert.proof.verify import _open_output, _open_source
 from kconvert.targets.amx import AmxRecipe, plan_repack
 
-TARGETS = ["bf16", "fp8", "int8", "mxfp4", "mxfp8", "nvfp4", "nvfp4 of mxfp4", "mlx", "gguf", "AMXINT4", "AMXINT8"]
+TARGETS = [
+    "bf16",
+    "fp8",
+    "fp8 by mse",
+    "int8",
+    "mxfp4",
+    "mxfp8",
+    "mxfp8 by mse",
+    "nvfp4",
+    "nvfp4 of mxfp4",
+    "mlx",
+    "gguf",
+    "AMXINT4",
+    "AMXINT8",
+]
 Made = Callable[[str], tuple[Path, Path]]
 
 
@@ -38,10 +52,12 @@ def made(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def make(target: str) -> tuple[Path, Path]:
         to, _, other = target.partition(" of ")
+        to, scales = to.split(" by ") if " by " in to else (to, "amax")
         source = make(other)[1] if other else int4
         if target not in outputs:
             outputs[target] = root / target.replace(" ", "-")
-            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if to.startswith("AMX") else plan(source, Recipe(to))
+            amx = to.startswith("AMX")
+            work = plan_repack(inspect(source), AmxRecipe(to, 1)) if amx else plan(source, Recipe(to, scales=scales))
             convert(work, outputs[target])
         return source, outputs[target]
 
@@ -178,3 +194,6 @@ def test_the_largest_of_each_block_is_found_by_its_bits() -> None:
     expected = values.view(2, 4, 3, 4).abs().amax((1, 3))
     assert same_bits(largest(values, 4, 4), expected)
     assert torch.equal(largest(values, 1, 12), values.abs().amax(1, keepdim=True))
+    short = largest(values, 5, 7)
+    assert torch.equal(short[:, 1], torch.stack([values[:5, 7:].abs().amax(), values[5:, 7:].abs().amax()]))
+    assert torch.equal(short[:, 0], torch.stack([values[:5, :7].abs().amax(), values[5:, :7].abs().amax()]))

@@ -16,12 +16,14 @@ from click.testing import Result
 from kconvert import Recipe, convert, inspect, plan, verify
 from kconvert.checkpoint.buffers import Buffers
 from kconvert.formats import Format, nvfp4
+from kconvert.formats.conventions import FP8_DIVISORS
 from kconvert.formats.engines.amx import Amx
 from kconvert.formats.engines.mlx import Affine
 from kconvert.formats.fp8 import Fp8
 from kconvert.formats.mx import Mx
 from kconvert.formats.nvfp4 import Nvfp4
 from kconvert.formats.packed import Packed
+from kconvert.formats.reference import fp8 as reference_fp8
 from kconvert.models.model import Weight
 from kconvert.proof.parity import compare, faults
 from kconvert.proof.parity.metrics import same_bits
@@ -109,11 +111,13 @@ FP8_FORMATS = [
 ]
 POWERS = [Fp8(powers=True), Fp8(scale_name="scale", scale_dtype="F8_E8M0"), Fp8(scale_dtype="U8")]
 AMX_FORMATS = [Amx(bits, 2, split, mse) for bits in (4, 8) for split in ("rows", "cols") for mse in (False, True)]
+MX_FORMATS = [Mx(4), Mx(4, "F8_E8M0", codes_dtype="I8"), Mx(8), Mx(8, scale_name="weight_scale_inv")]
 # Which of the reference's encodings the quick way knows.
 KNOWN = [
     *((format, 0) for format in (*FP8_FORMATS, *POWERS, *AMX_FORMATS)),
-    *((format, 2) for format in FP8_FORMATS),  # scales that are powers of two, where nothing says so
-    *((format, which) for format in (Mx(4), Mx(4, "F8_E8M0", codes_dtype="I8")) for which in range(3)),
+    *((format, 1) for format in FP8_FORMATS),  # scales of least squared error
+    *((format, 2) for format in FP8_FORMATS),  # those that are powers of two, where nothing says so
+    *((format, which) for format in MX_FORMATS for which in range(3)),
     *((format, which) for format in (Nvfp4(), Nvfp4(True)) for which in range(2)),
 ]
 
@@ -142,7 +146,34 @@ def values_for(format: Format) -> torch.Tensor:
 
 @pytest.mark.parametrize(("format", "which"), KNOWN, ids=str)
 def test_what_the_reference_makes_is_known_and_every_byte_of_it_counts(format: Format, which: int) -> None:
-    values = values_for(format)
+    check_every_byte(format, which, values_for(format))
+
+
+@pytest.mark.parametrize(("format", "which"), [each for each in KNOWN if isinstance(each[0], Fp8)], ids=str)
+@pytest.mark.parametrize("shape", [(250, 640), (256, 600), (300, 601)], ids=str)
+def test_blocks_of_fp8_that_are_cut_off_at_an_edge_are_known_as_well(
+    format: Format, which: int, shape: tuple[int, int]
+) -> None:
+    check_every_byte(format, which, awkward(*shape))
+
+
+@pytest.mark.parametrize("divisor", range(1, len(FP8_DIVISORS)))
+@pytest.mark.parametrize("format", FP8_FORMATS, ids=str)
+def test_an_fp8_scale_that_another_beats_is_not_one_by_mse_though_its_codes_fit(format: Format, divisor: int) -> None:
+    assert isinstance(format, Fp8)
+    values = torch.randn(200, 300, generator=torch.Generator().manual_seed(divisor)).bfloat16()
+    found = encoded(format, values, 1)
+    assert is_made_of(format, values, found)
+    height, width = format.block_shape(*values.shape)
+    scale = found[format.scale_name].clone()
+    other = reference_fp8.rule_scale(values[:height, :width].float().abs().amax(), FP8_DIVISORS[divisor], scale.dtype)
+    codes = found["weight"].clone()
+    codes[:height, :width] = reference_fp8.encode_by_scale(values[:height, :width], other)
+    is_best, scale[0, 0] = bool(scale[0, 0] == other), other
+    assert is_made_of(format, values, {"weight": codes, format.scale_name: scale}) is is_best
+
+
+def check_every_byte(format: Format, which: int, values: torch.Tensor) -> None:
     found = encoded(format, values, which)
     assert is_made_of(format, values, found)
     generator = torch.Generator().manual_seed(0)
@@ -174,11 +205,8 @@ def test_amx_tiles_are_decoded_as_by_the_reference(format: Format) -> None:
 
 
 def test_what_the_quick_way_does_not_know_is_left_to_the_reference() -> None:
-    values = awkward(256, 600)
-    assert not is_made_of(Fp8(), values, encoded(Fp8(), values, 0))  # short blocks
     assert not witness_of(Packed(32)).judges_quickly
     assert not witness_of(Amx(4, mse=None)).judges_quickly
-    assert not witness_of(Mx(8)).judges_quickly
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
@@ -261,6 +289,46 @@ def test_every_e2m1_code_is_decoded_as_compressed_tensors_does(format: Format) -
         names, other = nvfp4.NAMES[format.multiplies], torch.tensor([0.0007 if format.multiplies else 1300.0])
         state = {names[0]: codes, "weight_scale": scale.view(torch.float8_e4m3fn), names[1]: other}
     assert same_bits(quickly(format, state, (200, 512)), decoded(format, state, (200, 512)))
+
+
+def test_every_code_of_mxfp8_with_every_scale_is_decoded_as_compressed_tensors_does() -> None:
+    codes = torch.arange(256 * 256).to(torch.uint8).view(torch.float8_e4m3fn).view(256, 256)
+    state = {"weight": codes, "weight_scale": torch.arange(256).to(torch.uint8).view(-1, 1).repeat(1, 8)}
+    found, expected = quickly(Mx(8), state, (256, 256)), decoded(Mx(8), state, (256, 256))
+    # There is more than one NaN, and torch itself has this one or that.
+    assert same_bits(found.where(~found.isnan(), 0.0), expected.where(~expected.isnan(), 0.0))
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("offset", [-1, 1])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["exact", "amax", "mse"])
+def test_an_mxfp8_scale_that_the_reference_would_not_take_is_not_known_though_its_codes_fit(
+    which: int, offset: int
+) -> None:
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(which)).bfloat16()
+    found = encoded(Mx(8), values, which)
+    assert is_made_of(Mx(8), values, found)
+    for group in (0, 301, 511):
+        scale, codes = found["weight_scale"].clone(), found["weight"].clone().view(-1, 32)
+        step = 2.0 ** (int(scale.view(-1)[group]) + offset - 127)
+        scale.view(-1)[group] += offset
+        codes[group] = reference_fp8.encode_by_scale(values.view(-1, 32)[group], torch.tensor(step))
+        damaged = {"weight": codes.view(64, 256), "weight_scale": scale}
+        assert not is_right(Mx(8), values, damaged)
+        assert not is_made_of(Mx(8), values, damaged)
+
+
+@pytest.mark.parametrize("low", [0.0, 2.0**-9], ids=["both scales serve", "only the lower scale serves"])
+def test_an_amax_of_448_has_the_lower_scale_in_mxfp8_only_where_it_alone_brings_back_every_value(low: float) -> None:
+    values = torch.zeros(4, 64)
+    values[:, 0], values[:, 1], values[1, 40] = 448, low, 3
+    values = (values * torch.tensor([[1.0], [2.0**-60], [2.0**60], [2.0**-120]])).bfloat16()
+    exact, by_amax = encoded(Mx(8), values, 0), encoded(Mx(8), values, 1)
+    assert same_bits(exact["weight_scale"], by_amax["weight_scale"]) is (low == 0)
+    assert is_made_of(Mx(8), values, exact)
+    assert is_made_of(Mx(8), values, by_amax)
+    mixed = {name: torch.cat([exact[name][:2], by_amax[name][2:]]) for name in exact}
+    assert is_made_of(Mx(8), values, mixed) is (low == 0)
 
 
 @pytest.mark.parametrize("wrong", ["everywhere", "after the first rows"])

@@ -82,14 +82,11 @@ class Fp8Witness(Witness[Fp8]):
         return self.has_reference and self.format.strategy != "tensor"
 
     def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
-        """By the usual rule, or if all scales that were found are powers of two, by that."""
+        """By the usual rule or of least squared error, or if all scales that were found are powers of two, by that rule."""
         import torch
 
-        block = self._block
-        if block is not None and (values.shape[0] % block[0] or values.shape[1] % block[1]):
-            return False
         powers = bool((torch.frexp(self.scales(found)).mantissa == 0.5).all())
-        return quick.is_made_of(values, found["weight"], found[self.format.scale_name], block, powers)
+        return quick.is_made_of(values, found["weight"], found[self.format.scale_name], self._block, powers)
 
     def grid(self) -> tuple[float, ...]:
         return e4m3_values()

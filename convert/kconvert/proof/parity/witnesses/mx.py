@@ -12,6 +12,7 @@ from kconvert.formats.stacks import MxStack
 from kconvert.models.model import Weight
 from kconvert.proof.parity import library
 from kconvert.proof.parity.quick import e2m1 as quick
+from kconvert.proof.parity.quick import mxfp8
 from kconvert.proof.parity.witnesses.base import (
     State,
     Witness,
@@ -25,6 +26,7 @@ from kconvert.proof.parity.witnesses.fp8 import e4m3_values
 if TYPE_CHECKING:
     import torch
 
+LARGEST = 0x7E  # which code of e4m3
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 COMPRESSORS = {4: ("mxfp4", "MXFP4PackedCompressor"), 8: ("mxfp8", "MXFP8QuantizationCompressor")}
 E2M1 = (*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES))
@@ -65,26 +67,29 @@ class MxWitness(Witness[Mx]):
             yield {self.format.codes_name: codes, self.format.scale_name: scale}
 
     def is_quick(self, cols: int) -> bool:
-        return self.format.bits == 4
+        return True
 
     def quick_values(self, state: State, cols: int, buffers: Buffers) -> torch.Tensor:
-        return quick.decode_mxfp4(self._pairs(state), state[self.format.scale_name], buffers)
+        decode = quick.decode_mxfp4 if self.format.bits == 4 else mxfp8.decode
+        return decode(*self._bytes(state), buffers)
 
     @property
     def judges_quickly(self) -> bool:
-        return self.has_reference and self.format.bits == 4
+        return self.has_reference
 
     def is_made_of(self, values: torch.Tensor, weight: Weight, first: int, found: State, buffers: Buffers) -> bool:
-        return quick.is_mxfp4_of(values, self._pairs(found), found[self.format.scale_name])
+        is_made_of = quick.is_mxfp4_of if self.format.bits == 4 else mxfp8.is_made_of
+        return is_made_of(values, *self._bytes(found))
 
-    def _pairs(self, state: State) -> torch.Tensor:
-        """The codes of MXFP4 as bytes of two, which MLX has four of in a word."""
+    def _bytes(self, state: State) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes as bytes, which MLX has four of in a word, and exponents."""
         import torch
 
-        return state[self.format.codes_name].view(torch.uint8)
+        return state[self.format.codes_name].view(torch.uint8), state[self.format.scale_name]
 
     def largest_step(self, state: State) -> torch.Tensor | None:
-        return quick.powers_of(state[self.format.scale_name].amax().view(1))
+        largest = quick.powers_of(state[self.format.scale_name].amax().view(1))
+        return largest if self.format.bits == 4 else largest * (e4m3_values()[LARGEST] / 16)
 
     def grid(self) -> tuple[float, ...]:
         return E2M1 if self.format.bits == 4 else e4m3_values()

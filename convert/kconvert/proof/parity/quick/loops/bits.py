@@ -1,4 +1,4 @@
-"""What the loops share: floats as bits, and the roundings of bf16, e4m3 and e2m1."""
+"""What the loops share: floats as bits, the roundings of bf16, e4m3 and e2m1, the exponents of MX."""
 
 from __future__ import annotations
 
@@ -95,18 +95,40 @@ def widen_e4m3(code: Any) -> Any:
 
 
 @inline
-def round_e4m3(value: Any) -> Any:
-    """f32 -> the bits of the nearest e4m3, half to even, 448 at most; not for NaN.
+def _cut_e4m3(value: Any) -> Any:
+    """The magnitude, 448 at most, and what is 2^20 times as large as its binade, so that the last place of their sum is that of
+    the code."""
+    size = U(min(U(bits_of(value) & MAGNITUDE), E4M3_LARGEST))
+    return float_of(size), float_of(U(U(max(U(size & INFINITE), E4M3_NORMAL)) + U(20 << 23)))
 
-    The sum with a number 2^20 times as large as the value's binade has its last place where the code has it.
-    """
-    bits = bits_of(value)
-    size = U(min(U(bits & MAGNITUDE), E4M3_LARGEST))
-    binade = U(max(U(size & INFINITE), E4M3_NORMAL))
-    large = float_of(U(binade + U(20 << 23)))
-    steps = U(bits_of(float_of(size) + large) - bits_of(large))
-    code = U(steps + U(U(binade - E4M3_NORMAL) >> U(20)))
-    return np.uint8(U(code | U(U(bits >> U(24)) & U(0x80))))
+
+@inline
+def nearest_e4m3(value: Any) -> Any:
+    """f32 -> the magnitude of the nearest e4m3, f32: half to even, 448 at most; not for NaN."""
+    size, large = _cut_e4m3(value)
+    return (size + large) - large
+
+
+@inline
+def round_e4m3(value: Any) -> Any:
+    """f32 -> the bits of the nearest e4m3, half to even, 448 at most; not for NaN."""
+    size, large = _cut_e4m3(value)
+    steps = U(bits_of(size + large) - bits_of(large))
+    code = U(steps + U(U(bits_of(large) - U(141 << 23)) >> U(20)))
+    return np.uint8(U(code | U(U(bits_of(value) >> U(24)) & U(0x80))))
+
+
+@inline
+def unit_of(amax: Any) -> Any:
+    """What makes values of this amax smaller than 2."""
+    return power(U(U(254) - U(bits_of(amax) >> U(23))))
+
+
+@inline
+def mx_rule(amax: Any, largest: Any) -> Any:
+    """The biased exponent of MX: that of amax, one more from a mantissa of 1.75 on, less that of the largest code."""
+    rule = min(np.int32(U(bits_of(amax) + U(1 << 21)) >> U(23)), np.int32(254))
+    return max(np.int32(rule - np.int32(largest)), np.int32(0))
 
 
 @inline

@@ -18,12 +18,14 @@ from kconvert.proof.parity.quick.loops.bits import (
     high_half,
     inline,
     low_half,
+    mx_rule,
     nearest_e2m1,
     power,
     round_bf16,
     round_e2m1,
     round_e4m3,
     round_pair,
+    unit_of,
     widen,
     widen_e2m1,
     widen_e4m3,
@@ -152,12 +154,6 @@ def _error(values: Any, first: Any, pairs: Any, step: Any, unit: Any, places: An
 
 
 @inline
-def _unit(amax: Any) -> Any:
-    """What makes values of this amax smaller than 2."""
-    return power(U(U(254) - U(bits_of(amax) >> U(23))))
-
-
-@inline
 def _nv_rule(amax: Any, factor: Any) -> Any:
     """The e4m3 scale of NVFP4 by amax."""
     return max(round_e4m3(amax / (np.float32(6) * factor)), np.uint8(1))
@@ -166,7 +162,7 @@ def _nv_rule(amax: Any, factor: Any) -> Any:
 @inline
 def _nv_best(values: Any, first: Any, pairs: Any, amax: Any, factor: Any) -> Any:
     """The e4m3 scale of NVFP4 of least squared error."""
-    rule, unit, places = np.int32(_nv_rule(amax, factor)), _unit(amax), np.float32(2.0**25)
+    rule, unit, places = np.int32(_nv_rule(amax, factor)), unit_of(amax), np.float32(2.0**25)
     best, least = rule, _error(values, first, pairs, widen_e4m3(np.uint8(rule)) * factor, unit, places)
     for offset in NVFP4_STEPS:
         other = np.int32(rule + np.int32(offset))
@@ -241,16 +237,9 @@ def wrong_nvfp4(
 
 
 @inline
-def _mx_rule(amax: Any) -> Any:
-    """The biased exponent of MXFP4: that of amax, one more from a mantissa of 1.75 on, less 2."""
-    rule = min(np.int32(U(bits_of(amax) + U(1 << 21)) >> U(23)), np.int32(254))
-    return max(np.int32(rule - np.int32(2)), np.int32(0))
-
-
-@inline
 def _mx_best(values: Any, first: Any, pairs: Any, amax: Any) -> Any:
     """The same of least squared error."""
-    rule, unit, places = _mx_rule(amax), _unit(amax), np.float32(2.0**24)
+    rule, unit, places = mx_rule(amax, 2), unit_of(amax), np.float32(2.0**24)
     best, least = rule, _error(values, first, pairs, power(U(rule)), unit, places)
     for offset in (-1, 1):
         other = np.int32(rule + np.int32(offset))
@@ -286,7 +275,7 @@ def wrong_mxfp4(values: Any, packed: Any, scale: Any, room: Any, rows: Any, grou
             room[group] = _amax(values, (start + group) * pairs, pairs)
         for group in range(groups):
             first = (start + group) * pairs
-            own = _mx_best(values, first, pairs, room[group]) if way == MSE else _mx_rule(room[group])
+            own = _mx_best(values, first, pairs, room[group]) if way == MSE else mx_rule(room[group], 2)
             differ = U(differ | U(U(own) ^ U(scale[start + group])))
         if differ:
             return 1  # with exponents of 254 at most the steps have an exact inverse
