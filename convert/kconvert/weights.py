@@ -216,8 +216,8 @@ class Slice:
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """What indexing the tensor gives; of a slice or a number in the first dimension only these rows are decoded."""
-        head, *rest = key if isinstance(key, tuple) else (key,)
-        if self.shape and isinstance(head, int):
+        head, *rest = key if isinstance(key, tuple) and key else (key,)
+        if self.shape and type(head) is int:  # a bool is an int, too, but a new dimension
             number = range(self.shape[0])[head]
             one = (0, *rest)
             return self.weights.rows(self.name, number, number + 1)[one]
