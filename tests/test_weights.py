@@ -100,7 +100,7 @@ def test_it_is_a_mapping_that_reads_nothing_until_it_is_asked(int4: Path, bf16: 
 
 
 @pytest.mark.parametrize(
-    "key", [slice(None), slice(3, 50), (slice(-9, None), slice(5, 9)), slice(0, 90, 7), 4, ..., (..., 3)]
+    "key", [slice(None), slice(3, 50), (slice(-9, None), slice(5, 9)), slice(0, 90, 7), 4, ..., (..., 3), (), True]
 )
 def test_slices_are_those_of_safetensors(weights: kconvert.Weights, bf16: Path, key: Any) -> None:
     mine = weights.get_slice(EXPERT)

@@ -145,7 +145,8 @@ def open(source: StrPath, revision: str | None = None, *, threads: int | None = 
 
     with _collector_paused():
         checkpoint = open_checkpoint(source, revision)
-        return Weights(checkpoint, decoded(understand(checkpoint)), threads)
+        model = understand(checkpoint)
+        return Weights(checkpoint, decoded(model), threads, model.layers)
 
 
 def pinned(source: StrPath, destination: StrPath, revision: str | None = None) -> str | None:

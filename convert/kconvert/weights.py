@@ -7,6 +7,7 @@ range of them is tiles of some steps.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,11 +74,15 @@ class Weights(Mapping[str, torch.Tensor]):
     is what loaders expect of safetensors. All of it from any thread, and in processes that are forked. Beside the tensors some
     megabytes a thread are in use.
 
+    `weights.layers` is the number of layers without MTP, infinite where config.json does not say it.
     Scales and shapes are looked at as they are read. A KconvertError says what is wrong with which tensor,
     in the words of a conversion. Files stay open until `close`, or the end of a `with` block.
     """
 
-    def __init__(self, checkpoint: Checkpoint, steps: Iterable[Step], threads: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, steps: Iterable[Step], threads: int | None = None, layers: float = math.inf
+    ) -> None:
+        self.layers = layers
         self._root = checkpoint.root
         self._reader = checkpoint.reader()
         self._tensors: dict[str, Stored] = {}
@@ -216,8 +221,8 @@ class Slice:
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """What indexing the tensor gives; of a slice or a number in the first dimension only these rows are decoded."""
-        head, *rest = key if isinstance(key, tuple) else (key,)
-        if self.shape and isinstance(head, int):
+        head, *rest = key if isinstance(key, tuple) and key else (key,)
+        if self.shape and type(head) is int:  # a bool is an int, too, but a new dimension
             number = range(self.shape[0])[head]
             one = (0, *rest)
             return self.weights.rows(self.name, number, number + 1)[one]

@@ -8,8 +8,9 @@ to rename the keys and to lose LoRA silently.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, wraps
+from threading import get_ident
 from typing import Any, SupportsIndex
 
 import torch
@@ -29,13 +30,13 @@ ORIGINAL = "_kconvert_original"
 @dataclass
 class Attached:
     """What a prepared module knows: where the parameters lie that it sees fake-quantised, what they were served as last, for
-    each the Linear whose weight must be quantised by the same number, where there is one, and whether it is at work."""
+    each the Linear whose weight must be quantised by the same number, where there is one, and in which threads it works."""
 
     state: State
     places: dict[str, Place]
     kept: dict[str, Kept]
     mates: dict[str, nn.Module]
-    at_work: bool = False
+    at_work: set[int] = field(default_factory=set)
 
     def served(self, module: nn.Module) -> Served:
         return Served(module, {parameter: self.serve(module, parameter) for parameter in self.places})
@@ -272,18 +273,20 @@ def _served_within(original: Any) -> type:
                 f"{original.__name__} has adapters on experts whose forward is wrapped (a device_map over several devices, or "
                 "expert parallelism), where their sum is not seen; train the weights themselves"
             )
-        before, attached.at_work = attached.at_work, attached.state.active
+        thread = get_ident()
+        if not attached.state.active or thread in attached.at_work:
+            return original.__call__(self, *args, **kwargs)
+        attached.at_work.add(thread)
         try:
             return original.__call__(self, *args, **kwargs)
         finally:
-            attached.at_work = before
-            if not before:
-                attached.end_forward()
+            attached.at_work.discard(thread)
+            attached.end_forward()
 
     def look_up(self: Any, name: str) -> Any:
         value = original.__getattr__(self, name)
         attached = attached_to(self)
-        if attached is None or not attached.at_work or name not in attached.places:
+        if attached is None or name not in attached.places or get_ident() not in attached.at_work:
             return value
         return attached.quantised(value, name)
 

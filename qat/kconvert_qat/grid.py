@@ -184,12 +184,18 @@ _fake_quantise.register_autograd(_backward, setup_context=_setup_context)
 class StraightThrough(torch.autograd.Function):
     """What was served before, as if it were made of the weight now: the values themselves, and `fake_quantise`'s gradient."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, served: torch.Tensor, group_size: int, convention: str, clip: bool
+        weight: torch.Tensor, served: torch.Tensor, group_size: int, convention: str, clip: bool
     ) -> torch.Tensor:
-        _setup_context(ctx, (weight, group_size, convention, clip), served)
         return served.view_as(served)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        weight, _, *options = inputs
+        _setup_context(ctx, (weight, *options), output)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:

@@ -118,7 +118,7 @@ def _load(model: nn.Module, source: str | os.PathLike[str], revision: str | None
         places = list(_places(model, weights))
         filled = {name for place in places for name in place.names}
         rest = {name: Lazy(weights.get_slice(name)) for name in weights if name not in filled}
-        _load_rest(base, rest, places, str(source), device)
+        _load_rest(base, rest, places, str(source), device, weights.layers)
         for place in places:
             place.fill(weights)
 
@@ -157,8 +157,13 @@ def _held(tensor: Any) -> tuple[torch.Tensor, int, int]:
     return tensor.to_local().detach(), offset[0], offset[0] + shape[0]
 
 
-def _load_rest(base: Any, rest: dict[str, Any], places: Iterable[Places], source: str, device: torch.device) -> None:
-    """Everything but the experts in `places`, which get their memory; KconvertError unless the names are the model's."""
+def _load_rest(
+    base: Any, rest: dict[str, Any], places: Iterable[Places], source: str, device: torch.device, layers: float
+) -> None:
+    """Everything but the experts in `places`, which get their memory; KconvertError unless the names are the model's.
+
+    The source has so many `layers`, without MTP.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -181,7 +186,7 @@ def _load_rest(base: Any, rest: dict[str, Any], places: Iterable[Places], source
         _make_room(place.weight, device)
         found.missing_keys.discard(place.weight.key)
     base._finalize_model_loading(base, options, found)
-    _check_names(found, base, source)
+    _check_names(found, base, source, layers)
     _restore(base, before)
 
 
@@ -228,10 +233,11 @@ def _check_values(found: Any, base: Any, source: str) -> None:
         raise KconvertError(f"{source} has {name!r} as {list(theirs)}, but the {model} as {list(mine)}")
 
 
-def _check_names(found: Any, base: Any, source: str) -> None:
+def _check_names(found: Any, base: Any, source: str, layers: float) -> None:
     """KconvertError unless every parameter got its value, and every value went to one; but for layers behind the last (MTP)."""
     model = plain_class(base).__name__
     last = getattr(base.config.get_text_config(), "num_hidden_layers", math.inf)
+    last = max(last, layers) if math.isfinite(layers) else last
     surplus = {name for name in found.unexpected_keys if max(map(int, LAYER.findall(name)), default=-1) < last}
     for names, fault in (
         (found.missing_keys, "lacks {}, which the {} has"),

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from kconvert.errors import KconvertError
 from kconvert_qat import QATConfig, at_step, detach, prepare
 from kconvert_qat.experts import find_experts
 from kconvert_qat.grid import fake_quantise
-from kconvert_qat.grids import fingerprints, serving
+from kconvert_qat.grids import fingerprints, kept, serving
 from kconvert_qat.grids.fingerprints import fingerprint
-from kconvert_qat.grids.kept import version_of
+from kconvert_qat.grids.kept import Kept, version_of
 
 
 @pytest.fixture
@@ -355,3 +357,41 @@ def test_the_version_of_a_weight_is_all_of_its_bits():
         changed.view(-1)[flat] *= -1
         assert version_of(changed, 0) != before
     assert version_of(weight.roll(64 * 64), 0) != before
+
+
+def test_the_version_of_a_weight_on_another_device_is_the_parameter_itself_while_others_are_alive():
+    one, other = (nn.Parameter(torch.empty(4, 64, 64, device="meta")) for _ in range(2))
+    assert version_of(one, 0) == version_of(one, 0)
+    assert version_of(one, 0) != version_of(other, 0)
+    assert version_of(one, 0) != version_of(one, 1)
+
+
+def test_a_thread_that_asks_while_another_one_makes_the_next_version_gets_that_version(monkeypatch):
+    values, of = [torch.tensor(0.0), torch.tensor(1.0)], Kept("served")
+    of.get(0, True, lambda: values[0])
+    seen = []
+
+    def reference(made):
+        if not seen:  # as if another thread ran in between
+            seen.append(None)
+            seen.append(of.get(1, True, lambda: values[1]))
+        return weakref.ref(made)
+
+    monkeypatch.setattr(kept, "weakref", SimpleNamespace(ref=reference))
+    assert of.get(1, True, lambda: values[1]) is values[1]
+    assert seen[1] is values[1]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "backward", "served", "codes"])
+def test_a_batch_may_be_mapped_over(tiny, keep):
+    model = tiny("qwen", dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    prepare(model, QATConfig(keep=keep))
+    down = model.model.layers[1].mlp.experts
+    attached = down.__dict__["_kconvert_qat"]
+    inputs = torch.randn(3, 5, 32)
+
+    def one(x):
+        return x[:, None] * attached.serve(down, "down_proj")[0]
+
+    assert torch.equal(torch.func.vmap(one)(inputs), torch.stack([one(x) for x in inputs]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -165,6 +166,21 @@ def test_another_models_checkpoint_is_one_sentence(made):
     other, _ = made("mixtral-mxfp4")
     with pytest.raises(KconvertError, match=r"but the Qwen3MoeForCausalLM as|of another model"):
         load(blank(load_model(plain, torch.bfloat16)), other)
+
+
+def test_a_model_with_fewer_layers_is_another_one_but_layers_behind_the_checkpoints_last_are_of_mtp(made, tmp_path):
+    source, plain = made("qwen-int4")
+    model = load_model(plain, torch.bfloat16)
+    model.config.num_hidden_layers -= 1
+    with pytest.raises(KconvertError, match=r"has 'model\.layers\.2\.\S*' and .* has no place"):
+        load(blank(model), source)
+    shutil.copytree(source, tmp_path / "mtp")
+    config = json.loads((tmp_path / "mtp" / "config.json").read_bytes())
+    config["num_hidden_layers"] -= 1
+    (tmp_path / "mtp" / "config.json").write_text(json.dumps(config))
+    shorter = blank(model)
+    load(shorter, tmp_path / "mtp")
+    assert torch.equal(shorter.model.layers[1].mlp.gate.weight, model.model.layers[1].mlp.gate.weight)
 
 
 def test_a_device_map_is_followed_and_one_that_names_the_disk_refused(made):

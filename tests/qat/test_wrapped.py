@@ -1,5 +1,7 @@
 """Experts whose forward somebody has wrapped before `prepare` are trained on the grid like others."""
 
+import threading
+
 import pytest
 import torch
 
@@ -92,3 +94,41 @@ def test_experts_that_other_ranks_hold_are_refused(module_list):
     module_list.experts[1] = None
     with pytest.raises(KconvertError, match="has None for experts that other ranks hold"):
         prepare(module_list)
+
+
+def test_a_thread_sees_the_grid_to_the_end_of_its_forward_whenever_others_end_theirs(tiny, ids):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    came, entered, left = (threading.Event() for _ in range(3))
+    found = []
+
+    class Meeting(ModelHook):
+        """The first thread waits in the experts until the second is there, which waits until the first has left."""
+
+        def pre_forward(self, module, *args, **kwargs):
+            if threading.current_thread().name == "first":
+                came.set()
+                entered.wait(60)
+            elif threading.current_thread().name == "second":
+                entered.set()
+                left.wait(60)
+            return args, kwargs
+
+    model = tiny("qwen")
+    add_hook_to_module(model.model.layers[1].mlp.experts, Meeting())
+    prepare(model)
+    wanted = model(ids).logits
+
+    def work(after):
+        found.append(model(ids).logits)
+        after()
+
+    first = threading.Thread(target=work, args=(left.set,), name="first")
+    second = threading.Thread(target=work, args=(lambda: None,), name="second")
+    first.start()
+    assert came.wait(60)
+    second.start()
+    first.join()
+    second.join()
+    assert len(found) == 2
+    assert all(torch.equal(logits, wanted) for logits in found)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdRef
 
 from kconvert_qat.config import BACKWARD
 from kconvert_qat.grids.fingerprints import fingerprint
@@ -28,17 +29,24 @@ if TYPE_CHECKING:
     from kconvert_qat.grids.codes import Codes
 
 
+class Made(NamedTuple):
+    """What was made for a version, as long as anybody holds it, and how often it had been written into. In one piece, as
+    another thread may ask at any moment."""
+
+    version: Hashable
+    writes: int
+    found: weakref.ref[torch.Tensor | Codes]
+
+
 class Kept:
     """What a weight was served as last: its values, or codes that make them. It is neither copied nor saved with its module,
     and let go of before an optimiser changes the weight, which takes memory of its own."""
 
     def __init__(self, keep: str) -> None:
         self._keep = keep
-        self._version: Hashable | None = None
         self._trains = False
         self._held: torch.Tensor | Codes | None = None
-        self._found: weakref.ref[torch.Tensor | Codes] | None = None  # as long as anybody holds it
-        self._writes = 0
+        self._last: Made | None = None
         self._is_kept = False  # beyond this forward
         self._in_forward = False
         self._passes = Passes()
@@ -51,15 +59,15 @@ class Kept:
     def get(self, version: Hashable, trains: bool, make: Callable[[], torch.Tensor | Codes]) -> torch.Tensor | Codes:
         """What was made for this version, if it is still there and nobody has written into it; else what `make` makes now.
         `trains`: an optimiser may change the weight."""
-        made = None if self._found is None else self._found()
-        is_same = version == self._version
-        if made is None or not is_same or made._version != self._writes:
+        last = self._last
+        made = None if last is None else last.found()
+        is_same = last is not None and version == last.version
+        if last is None or made is None or not is_same or made._version != last.writes:
             self._held = made = None  # before another one takes as much memory
             self._passes.made(is_same)
             self._is_kept = False
             made = make()
-            self._version, self._trains, self._writes = version, False, made._version
-            self._found = weakref.ref(made)
+            self._trains, self._last = False, Made(version, made._version, weakref.ref(made))
         elif not self._in_forward:
             self._passes.found()
         self._held, self._in_forward = made, True
@@ -68,10 +76,10 @@ class Kept:
 
     def end_forward(self) -> None:
         """What nobody else holds goes, unless it is kept."""
-        if self._in_forward and not self._is_kept and self._keep == BACKWARD and self._found is not None:
-            self._held = None
-            self._is_kept = self._passes.ended(self._found() is not None)
-            self._held = self._found() if self._is_kept else None
+        if self._in_forward and not self._is_kept and self._keep == BACKWARD and self._last is not None:
+            found, self._held = self._last.found, None
+            self._is_kept = self._passes.ended(found() is not None)
+            self._held = found() if self._is_kept else None
         self._in_forward = False
 
     def before_step(self) -> None:
@@ -140,7 +148,7 @@ def version_of(weight: torch.Tensor, step: int) -> Hashable | None:
         return fingerprint(weight)
     if not isinstance(weight, nn.Parameter) or weight.is_inference() or _may_be_sharded():
         return None
-    return weakref.ref(weight), weight.data_ptr(), weight._version, step
+    return WeakIdRef(weight), weight.data_ptr(), weight._version, step
 
 
 def _may_be_sharded() -> bool:
