@@ -46,7 +46,7 @@ def check_endpoint(address: str, setting: str) -> None:
         return
     fault = _why_unreachable(host, port)
     if fault is not None:
-        raise KconvertError(f"{setting} is {_shown(address)}, where {fault}; set it right, or leave it out")
+        raise KconvertError(f"{setting} is {without_password(address)}, where {fault}; set it right, or leave it out")
 
 
 def parse_endpoint(address: str, setting: str) -> tuple[str, str, int]:
@@ -58,13 +58,14 @@ def parse_endpoint(address: str, setting: str) -> tuple[str, str, int]:
         host = port = None
     if host is None or port is None:
         raise KconvertError(
-            f"{setting} is {_shown(address)!r}, which is no address; one is like https://host or http://host:port"
+            f"{setting} is {without_password(address)!r}, which is no address; one is like https://host or http://host:port"
         )
     return parts.scheme, host, port
 
 
-def _shown(address: str) -> str:
-    return re.sub("//[^/]*@", "//", address)  # there may be a password
+def without_password(address: str) -> str:
+    """As it may be shown."""
+    return re.sub("//[^/]*@", "//", address)
 
 
 def _why_unreachable(host: str, port: int) -> str | None:

@@ -7,7 +7,6 @@ several lines and repeat URLs, which may be signed.
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, logging, parse_ratelimit_headers
 
-from kconvert.checkpoint.remote import Sink, check_endpoint
+from kconvert.checkpoint.remote import Sink, check_endpoint, without_password
 from kconvert.errors import KconvertError
 from kconvert.hub.bodies import httpx, receive
 from kconvert.hub.ids import HubId
@@ -129,7 +128,7 @@ def transfer(
 
 def explain(error: Exception, place: HubId, doing: str) -> KconvertError:
     """One sentence for whatever the client raised; nothing of the error's own text, which may hold signed URLs."""
-    endpoint = re.sub("//[^/]*@", "//", constants.ENDPOINT)  # a mirror's may have a password
+    endpoint = without_password(constants.ENDPOINT)
     mistaken = "" if doing != FIRST or os.path.lexists(place.repo) else " (no directory here is called so)"
     what = f"{place} on {endpoint}{mistaken}: cannot {doing}"
     status = _status(error)

@@ -33,14 +33,14 @@ def fault_of(rows: Rows, judge: str) -> str | None:
 
 def is_certain(rows: Rows) -> bool:
     """Whether the codes are right by what has been seen of such weights, so that nothing of the output need be decoded."""
-    if rows.kind in rows.desk.copied and rows.copied:
+    if rows.surely_copied:
         return True
     return rows.quickly and rows.kind in rows.desk.known and _quickly_right(rows)
 
 
 def _values_right(rows: Rows) -> bool:
     """Whether all values are the source's, but for signs that get lost and scales that the encoding has not, as planned."""
-    if rows.copied and rows.kind in rows.desk.copied:
+    if rows.surely_copied:
         return True
     right = rows.same or same_bits(rows.expected.to(rows.found.dtype), rows.found) or lost_signs(rows)
     right = right or (rows.planned is not None and same_bits(rows.planned, rows.found))
@@ -51,9 +51,7 @@ def _values_right(rows: Rows) -> bool:
 
 def lost_signs(rows: Rows) -> bool:
     """Whether what differs is the sign of zeros, and the output's encoding has none."""
-    if not witness_of(rows.theirs.format).loses_signs or rows.same:
-        return False
-    if rows.copied and rows.kind in rows.desk.copied:
+    if not witness_of(rows.theirs.format).loses_signs or rows.same or rows.surely_copied:
         return False
     found, expected = rows.found, rows.expected.to(rows.found.dtype)
     return not same_bits(expected, found) and same_bits(expected + 0, found + 0)
@@ -80,11 +78,10 @@ def _byte_fault(rows: Rows) -> str | None:
     The quick way is believed once the reference has said the same of some rows of such a weight. Of several candidates of the
     reference the nearest was meant.
     """
-    if rows.quickly and _quickly_right(rows):
-        if rows.kind not in rows.desk.known and _is_a_candidate(rows.asked()):
-            rows.desk.known.add(rows.kind)
-        if rows.kind in rows.desk.known:
-            return None
+    known = rows.desk.known  # of these is_certain has judged before
+    if rows.quickly and rows.kind not in known and _quickly_right(rows) and _is_a_candidate(rows.asked()):
+        known.add(rows.kind)
+        return None
     differences = []
     for candidate in _candidates(rows):
         count, fault = _difference(rows.theirs, candidate, rows.output, rows.first)

@@ -91,9 +91,13 @@ class Rows:
 
     @cached_property
     def copied(self) -> bool:
-        """Whether the output has the source's codes and steps, and so its values: believed once values of such a weight have
-        been seen to be the same, see Desk."""
+        """Whether the output has the source's codes and steps, and so its values."""
         return self.quickly and witness_of(self.theirs.format).copies(self.output, self.ours.format, self.source)
+
+    @property
+    def surely_copied(self) -> bool:
+        """The same, which is believed once values of such a weight have been seen to be the same, see Desk."""
+        return self.kind in self.desk.copied and self.copied
 
     @cached_property
     def expected(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ MAGNITUDE = U(0x7FFFFFFF)
 INFINITE = U(0x7F800000)
 E4M3_LARGEST = U(0x43E00000)  # 448 as f32
 E4M3_NORMAL = U(121 << 23)  # 2^-6 as f32
+E4M3_AHEAD, E2M1_AHEAD = U(20 << 23), U(22 << 23)  # from a binade to that whose last place is the last of its codes
 E4M3_NAN = np.uint8(0x7F)
 ONE, SIX = U(127 << 23), U(0x40C00000)  # 1 and 6 as f32
 
@@ -95,24 +96,24 @@ def widen_e4m3(code: Any) -> Any:
 
 
 @inline
-def _cut_e4m3(value: Any) -> Any:
-    """The magnitude, 448 at most, and what is 2^20 times as large as its binade, so that the last place of their sum is that of
-    the code."""
-    size = U(min(U(bits_of(value) & MAGNITUDE), E4M3_LARGEST))
-    return float_of(size), float_of(U(U(max(U(size & INFINITE), E4M3_NORMAL)) + U(20 << 23)))
+def _cut(value: Any, largest: Any, normal: Any, ahead: Any) -> Any:
+    """The magnitude, `largest` at most, and what is so much larger than its binade, `normal` at least, that the last place of
+    their sum is that of the code."""
+    size = U(min(U(bits_of(value) & MAGNITUDE), largest))
+    return float_of(size), float_of(U(U(max(U(size & INFINITE), normal)) + ahead))
 
 
 @inline
 def nearest_e4m3(value: Any) -> Any:
     """f32 -> the magnitude of the nearest e4m3, f32: half to even, 448 at most; not for NaN."""
-    size, large = _cut_e4m3(value)
+    size, large = _cut(value, E4M3_LARGEST, E4M3_NORMAL, E4M3_AHEAD)
     return (size + large) - large
 
 
 @inline
 def round_e4m3(value: Any) -> Any:
     """f32 -> the bits of the nearest e4m3, half to even, 448 at most; not for NaN."""
-    size, large = _cut_e4m3(value)
+    size, large = _cut(value, E4M3_LARGEST, E4M3_NORMAL, E4M3_AHEAD)
     steps = U(bits_of(size + large) - bits_of(large))
     code = U(steps + U(U(bits_of(large) - U(141 << 23)) >> U(20)))
     return np.uint8(U(code | U(U(bits_of(value) >> U(24)) & U(0x80))))
@@ -141,22 +142,15 @@ def widen_e2m1(code: Any) -> Any:
 
 
 @inline
-def _cut_e2m1(value: Any) -> Any:
-    """The magnitude, 6 at most, and what is so much larger that the last place of their sum is that of the code."""
-    size = U(min(U(bits_of(value) & MAGNITUDE), SIX))
-    return float_of(size), float_of(U(U(max(U(size & INFINITE), ONE)) + U(22 << 23)))
-
-
-@inline
 def nearest_e2m1(value: Any) -> Any:
     """f32 -> the magnitude of the nearest e2m1, f32: half to even."""
-    size, large = _cut_e2m1(value)
+    size, large = _cut(value, SIX, ONE, E2M1_AHEAD)
     return (size + large) - large
 
 
 @inline
 def round_e2m1(value: Any) -> Any:
     """f32 -> the code of the nearest e2m1, u32. Zeros are positive; what is negative and rounds to zero is not."""
-    size, large = _cut_e2m1(value)
+    size, large = _cut(value, SIX, ONE, E2M1_AHEAD)
     steps = U(bits_of(size + large) - bits_of(large))
     return U(U(steps + U(U(bits_of(large) - U(149 << 23)) >> U(22))) | (U(8) if value < np.float32(0) else U(0)))
