@@ -2,8 +2,9 @@
 
 What bounds a conversion is looked for by trying: threads that read and write by turns, as kconvert's workers do, and one thread
 that keeps many requests in an io_uring; both with several sizes of requests, from huge aligned buffers past the page cache into
-a file that has its room already, up to the fsync. The best of them runs side by side with kconvert, pair by pair. Where fio is
-installed, its figure stands beside.
+a file that has its room already, up to the fsync. The best of them runs side by side with kconvert, pair by pair. Beside it
+stand threads that add something to every number on its way to the disk, which no conversion does with less, and fio's figure
+where it is installed.
 
     pip install liburing        # else threads alone
     python benchmarks/disk_limit.py [--job int4-to-bf16] [--model-gb 17]
@@ -42,6 +43,7 @@ from disk_speed import JOBS, command, source_of
 
 TARGET = 1.1
 MIB = 1 << 20
+TOUCHING = "threads-8x8-touching"
 WAYS = [f"{way}-{depth}x{size}" for way in ("threads", "uring") for depth, size in ((8, 4), (8, 8), (8, 16), (16, 8))]
 
 
@@ -86,7 +88,7 @@ def main() -> None:
     tried = {way: by(way).seconds for way in WAYS if way.startswith("threads") or has_uring()}
     table(["way, requests at a time x MiB", "wall time"], [[way, f"{seconds:.2f} s"] for way, seconds in tried.items()])
     best = min(tried, key=lambda way: tried[way])
-    results = alternate(options.runs, {"kconvert": convert, best: lambda: by(best)})
+    results = alternate(options.runs, {"kconvert": convert, best: lambda: by(best), TOUCHING: lambda: by(TOUCHING)})
     read, written = nbytes(tensor_files(source)), sizes[-1]
     rows = [
         [
@@ -98,11 +100,18 @@ def main() -> None:
     ]
     print(f"\nread {read / GB:.2f} GB, wrote {written / GB:.2f} GB, {options.runs} runs each: median (min-max)", end="")
     table(["", "wall time", "GB/s, read and written"], rows)
-    ratios = [ours.seconds / bare.seconds for ours, bare in zip(results["kconvert"], results[best], strict=True)]
-    print(f"kconvert / the best way, pair by pair: {spread(ratios)}  {verdict(median(ratios), TARGET)}")
+    for side, words in (
+        ("kconvert", f"  {verdict(median(ratios(results, 'kconvert', best)), TARGET)}"),
+        (TOUCHING, ""),
+    ):
+        print(f"{side} / the best way, pair by pair: {spread(ratios(results, side, best))}{words}")
     if shutil.which("fio"):
         print(fio(options.dir, read, written))
     machine(options.dir)
+
+
+def ratios(results: dict[str, list[Child]], side: str, other: str) -> list[float]:
+    return [one.seconds / two.seconds for one, two in zip(results[side], results[other], strict=True)]
 
 
 def has_uring() -> bool:
@@ -116,14 +125,17 @@ def has_uring() -> bool:
 
 def move(way: str, sources: list[Path], target: Path, size: int) -> None:
     """Read `sources` and write `size` bytes of anything to `target`."""
-    name, _, numbers = way.partition("-")
+    name, numbers, *touching = way.split("-")
     depth, mebibytes = map(int, numbers.split("x"))
     files = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in sources]
     out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o666)
     os.posix_fallocate(out, 0, size)
     pieces = cut(sources, size, mebibytes * MIB)
     buffers = [buffer(mebibytes * MIB) for _ in range(depth)]
-    (by_threads if name == "threads" else by_uring)(pieces, files, out, buffers)
+    if name == "threads":
+        by_threads(pieces, files, out, buffers, bool(touching))
+    else:
+        by_uring(pieces, files, out, buffers)
     os.fsync(out)
 
 
@@ -149,8 +161,10 @@ def buffer(size: int) -> mmap.mmap:
     return memory
 
 
-def by_threads(pieces: Iterator[Piece], files: list[int], out: int, buffers: list[mmap.mmap]) -> None:
+def by_threads(pieces: Iterator[Piece], files: list[int], out: int, buffers: list[mmap.mmap], touching: bool) -> None:
     lock = threading.Lock()
+    if touching:
+        import numpy as np
 
     def work(room: memoryview) -> None:
         while True:
@@ -159,6 +173,9 @@ def by_threads(pieces: Iterator[Piece], files: list[int], out: int, buffers: lis
             if piece is None:
                 return
             os.preadv(files[piece.file], [room[: piece.nbytes]], piece.start)
+            if touching:
+                numbers = np.frombuffer(room[: piece.written], np.uint16)
+                np.add(numbers, 1, out=numbers)
             os.pwrite(out, room[: piece.written], piece.at)
 
     workers = [threading.Thread(target=work, args=(memoryview(memory),)) for memory in buffers]

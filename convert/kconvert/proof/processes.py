@@ -6,22 +6,38 @@ import gc
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from kconvert.errors import KconvertError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
+Thing = TypeVar("Thing")
 SHARE = 256 << 20  # bytes to read that are worth a process
-WAITING = 2  # processes beyond the number of cores, as some wait for the disk
+WAITING = 1  # processes beyond the number of cores, as some wait for the disk in spite of one_ahead
 AHEAD = 1000  # answers that wait or are there while an earlier one is still being worked at
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def one_ahead(work: Callable[[int], Thing], count: int) -> Generator[Thing, None, None]:
+    """`work(0)` to `work(count - 1)`; while one is looked at a thread is at the next."""
+    from concurrent.futures import ThreadPoolExecutor  # here, as every command imports this module
+
+    if count < 2:
+        yield from map(work, range(count))
+        return
+    with ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(work, 0)
+        for number in range(1, count):
+            found, pending = pending.result(), thread.submit(work, number)
+            yield found
+        yield pending.result()
 
 
 def worthwhile(nbytes: int, cores: int | None = None) -> int:

@@ -66,9 +66,9 @@ def made(int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8 rows of these weights, or as many as belong together; 24 are read at a time."""
+    """Of 8 rows of these weights, or as many as belong together; 12 of BF16 are read at a time, and more of what is smaller."""
     monkeypatch.setattr(rows, "PIECE_ELEMENTS", 8 * 256)
-    monkeypatch.setattr(compare, "CHUNK_ELEMENTS", 24 * 256)
+    monkeypatch.setattr(compare, "CHUNK", 12 * 512)
 
 
 def codes_of(source: Path, output: Path) -> tuple[Path, Tensor]:

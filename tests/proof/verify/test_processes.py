@@ -17,7 +17,7 @@ import pytest
 from kconvert import verify
 from kconvert.errors import CheckFailed, KconvertError
 from kconvert.proof import processes
-from kconvert.proof.processes import SHARE, Crew, worthwhile
+from kconvert.proof.processes import SHARE, Crew, one_ahead, worthwhile
 
 
 @pytest.fixture
@@ -25,7 +25,6 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any work is worth two processes."""
     monkeypatch.setattr(processes, "SHARE", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: [0])
-    monkeypatch.setattr(processes, "WAITING", 1)
 
 
 @dataclass
@@ -143,3 +142,38 @@ def test_a_fault_is_found_by_several_processes(int4: Path, bf16_copy: Path, raw:
     checkpoint.save()
     with pytest.raises(CheckFailed, match=rf"{name}' differs at \[127, 255\]"):
         verify(int4, bf16_copy)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
+def test_what_comes_one_ahead_comes_in_order_and_no_sooner(count: int) -> None:
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        return number
+
+    for number in (found := one_ahead(work, count)):
+        time.sleep(0.01)
+        assert begun[number:] in ([number], [number, number + 1])  # the room of what is looked at stays as it is
+    assert begun == list(range(count))
+    assert next(found, None) is None
+
+
+def test_what_comes_one_ahead_has_ended_when_nobody_looks_any_more() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.05 * number)
+        done.append(number)
+
+    found = one_ahead(work, 3)
+    next(found)
+    found.close()
+    assert done == [0, 1]
+
+
+def test_a_fault_of_what_comes_one_ahead_comes_in_its_turn() -> None:
+    found = one_ahead(lambda number: 1 // (1 - number), 3)
+    assert next(found) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(found)

@@ -377,7 +377,7 @@ def test_the_quick_bytes_are_not_believed_before_the_reference_has_said_the_same
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that these weights have several."""
-    monkeypatch.setattr(compare, "CHUNK_ELEMENTS", 32 * 256)
+    monkeypatch.setattr(compare, "CHUNK", 16 * 512)
 
 
 @pytest.mark.usefixtures("small_chunks")

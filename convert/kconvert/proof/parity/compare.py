@@ -24,9 +24,9 @@ from kconvert.proof.parity.oracle import read_state, row_unit
 from kconvert.proof.parity.rows import Desk, Rows
 from kconvert.proof.parity.witnesses.ggml import BY_HEAD, CHANGED
 from kconvert.proof.parity.witnesses.registry import witness_of
+from kconvert.proof.processes import one_ahead
 
-CHUNK_ELEMENTS = 1 << 21  # of a weight that are read at a time
-CHUNK_BYTES = 4 << 20  # of another tensor at a time
+CHUNK = 3 << 19  # bytes that are read at a time, of whichever side has more
 F32 = struct.Struct("<f")
 
 # What a weight may lose of the values that it was made of, by the first word of its format: SQNR a few dB under what scales by
@@ -200,11 +200,19 @@ def compare_weights(
 
 def _pieces(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
     unit = math.lcm(row_unit(ours), row_unit(theirs))
-    count = max(unit, CHUNK_ELEMENTS // max(ours.cols, 1) // unit * unit)
-    for first in range(0, ours.rows if ours.cols else 0, count):
-        last = min(first + count, ours.rows)
-        states = read_state(ours, source, first, last, desk.ours), read_state(theirs, output, first, last, desk.theirs)
-        yield from Rows(ours, theirs, *states, first, last, desk).pieces()
+    row = max(sum(part.nbytes for part in weight.parts) for weight in (ours, theirs)) / max(ours.rows, 1)
+    count = max(unit, int(CHUNK / max(row, 1)) // unit * unit)
+    firsts = range(0, ours.rows if ours.cols else 0, count)
+    across = any(part.across for weight in (ours, theirs) for part in weight.parts)  # which stays for the next rows
+
+    def read(number: int) -> Rows:
+        first, last = firsts[number], min(firsts[number] + count, ours.rows)
+        mine, yours = desk.rooms[0 if across else number % 2]
+        states = read_state(ours, source, first, last, mine), read_state(theirs, output, first, last, yours)
+        return Rows(ours, theirs, *states, first, last, desk)
+
+    for rows in map(read, range(len(firsts))) if across else one_ahead(read, len(firsts)):
+        yield from rows.pieces()
 
 
 def _figures_fault(weight: Weight, errors: Errors, standard: Standard | None) -> str | None:
@@ -281,8 +289,8 @@ def _inverse(scale: bytes) -> bytes:
 def compare_plain(ours: Plain, theirs: Plain, source: Reader, output: Reader, desk: Desk) -> str | None:
     """Where the bytes of a tensor that is no Linear differ; None when they do not."""
     a, b = ours.tensor, theirs.tensor
-    for start in range(0, a.nbytes, CHUNK_BYTES):
-        size = min(CHUNK_BYTES, a.nbytes - start)
+    for start in range(0, a.nbytes, CHUNK):
+        size = min(CHUNK, a.nbytes - start)
         one = desk.ours.fetch(source, "plain", a.file, a.start + start, size)
         two = desk.theirs.fetch(output, "plain", b.file, b.start + start, size)
         if not same_bytes(one.ctypes.data, two.ctypes.data, size):

@@ -28,11 +28,12 @@ Kind: TypeAlias = tuple[Format, Format, int]  # of both sides, and the columns
 
 
 class Desk:
-    """A process's memory for the two sides, and the kinds of weights of which the quick way has been seen to decode the output,
-    to know the bytes, and to know codes that were copied."""
+    """A process's memory for the two sides, rooms into which these are read by turns, and the kinds of weights of which the
+    quick way has been seen to decode the output, to know the bytes, and to know codes that were copied."""
 
     def __init__(self) -> None:
         self.ours, self.theirs = Buffers(), Buffers()
+        self.rooms = (Buffers(), Buffers()), (Buffers(), Buffers())
         self.decoded: set[Kind] = set()
         self.known: set[Kind] = set()
         self.copied: set[Kind] = set()
