@@ -124,7 +124,7 @@ def test_downloads_go_on_while_shards_are_converted(hub, remote, command, tmp_pa
 
 @pytest.mark.parametrize("options", [(), GENEROUS], ids=["cached", "within a budget"])
 def test_a_killed_run_goes_on_inside_a_half_fetched_file(hub, remote, command, whole, tree, tmp_path, weights, options):
-    hub.speed = 2_000_000
+    hub.speed = 500_000  # so that a file takes seconds: none is to be finished between a look at it and the kill
     arguments = ("int4-to-bf16", remote, tmp_path / "dst", *SHARDS, *options)
     sizes = {content.size for content in hub.repos[remote].head().values()}
 
