@@ -25,6 +25,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any work is worth two processes."""
     monkeypatch.setattr(processes, "SHARE", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: [0])
+    monkeypatch.setattr(processes, "WAITING", 1)
 
 
 @dataclass

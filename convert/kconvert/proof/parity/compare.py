@@ -200,8 +200,8 @@ def compare_weights(
 
 def _pieces(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: Desk) -> Iterator[Rows]:
     unit = math.lcm(row_unit(ours), row_unit(theirs))
-    row = max(sum(part.nbytes for part in weight.parts) for weight in (ours, theirs)) / max(ours.rows, 1)
-    count = max(unit, int(CHUNK / max(row, 1)) // unit * unit)
+    row_bytes = max(sum(part.nbytes for part in weight.parts) for weight in (ours, theirs)) / max(ours.rows, 1)
+    count = max(unit, int(CHUNK / max(row_bytes, 1)) // unit * unit)
     firsts = range(0, ours.rows if ours.cols else 0, count)
     across = any(part.across for weight in (ours, theirs) for part in weight.parts)  # which stays for the next rows
 
