@@ -84,6 +84,16 @@ def test_code_that_does_not_load_and_folders_that_take_none_leave_it_to_numba(
     assert decoded().equal(first)
 
 
+def test_a_compiler_that_is_killed_is_told_in_a_sentence_and_not_run_again_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        native, "python", lambda code: ["sh", "-c", "echo LLVM ERROR: no such instruction >&2; kill -6 $$"]
+    )
+    with pytest.raises(KconvertError, match=r"integers\.decode .*\(signal 6: LLVM ERROR: no such instruction\)"):
+        decoded()
+
+
 def test_what_could_not_be_kept_leaves_no_part_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> int:
         with self.open("wb") as file:

@@ -211,10 +211,15 @@ def test_the_operator_is_sound_by_torchs_own_check(grid, convention):
 
 
 def quantised(model, grid, convention):
-    """A copy whose expert matrices are the grid's values, one by one; gate and up by the larger of their magnitudes."""
+    """A copy whose expert matrices are the grid's values, one by one; gate and up by the larger of their magnitudes.
+
+    They lie in memory as prepared modules have them, by output: on CPUs without AVX-512 torch's sums depend on that.
+    """
     model = copy.deepcopy(model)
     for weight in find_experts(model):
         data = weight.tensor.data
+        if weight.transposed:
+            data = weight.tensor.data = data.mT.contiguous().mT
         for expert in range(len(data) if weight.stacked else 1):
             matrices = [weight.matrix(data, expert, piece) for piece in weight.pieces]
             pair = torch.cat(matrices)

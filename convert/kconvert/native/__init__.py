@@ -160,4 +160,7 @@ def _let_keep(loop: Loop, path: Path) -> None:
 
     work = python(f"from kconvert.native.compiling import Loop, keep; keep({loop!r}, {str(path)!r})")
     settings = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
-    subprocess.run(work, capture_output=True, check=False, env=settings)
+    ended = subprocess.run(work, capture_output=True, check=False, env=settings, text=True, errors="replace")
+    if ended.returncode < 0:  # as it would end this process, too
+        about = f"signal {-ended.returncode}: {ended.stderr.strip().rpartition(chr(10))[2] or 'it said nothing'}"
+        raise KconvertError(f"numba cannot compile {loop.module}.{loop.name} on this machine ({about})")

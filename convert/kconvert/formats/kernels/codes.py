@@ -92,7 +92,7 @@ def look_up(
     """Sixteen values of tile f32 or bf16 [rows, groups, g] from `i` on, as decode_group has them rounded to bf16, by a table.
 
     The codes are in words [lines, n] from `place` on: u8 have two, the lower nibble first, u32 one from `shift` on. Only where
-    LOOKS_UP.
+    LOOKS_UP; elsewhere it does nothing, as its callers are compiled there, too, without that instruction.
     """
     streamed, narrow = words.dtype == types.uint8, tile.dtype == types.uint16
 
@@ -105,6 +105,8 @@ def look_up(
             pointer = cgutils.get_item_pointer(context, builder, signature.args[array], struct, indices)
             return builder.bitcast(pointer, kind.as_pointer())
 
+        if not LOOKS_UP:
+            return context.get_dummy_value()
         stored = builder.load(vector(2, PAIR if streamed else CODES, line, place), align=1)
         if streamed:
             stored = builder.shuffle_vector(stored, stored, ir.Constant(CODES, [WORD(k // 8) for k in range(NIBBLES)]))
