@@ -3,8 +3,9 @@
 What bounds a conversion is looked for by trying: threads that read and write by turns, as kconvert's workers do, and one thread
 that keeps many requests in an io_uring; both with several sizes of requests, from huge aligned buffers past the page cache into
 a file that has its room already, up to the fsync. The best of them runs side by side with kconvert, pair by pair. Beside it
-stand threads that add something to every number on its way to the disk, which no conversion does with less, and fio's figure
-where it is installed.
+stand threads that add something to every number on its way to the disk, which no conversion does with less, the best while
+another process adds to numbers in its cache, or all over memory, through which all of it has to pass, and fio's figure where it
+is installed.
 
     pip install liburing        # else threads alone
     python benchmarks/disk_limit.py [--job int4-to-bf16] [--model-gb 17]
@@ -15,9 +16,11 @@ from __future__ import annotations
 import mmap
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -44,6 +47,7 @@ from disk_speed import JOBS, command, source_of
 TARGET = 1.1
 MIB = 1 << 20
 TOUCHING = "touching-8x8"
+BESIDE = {"its cache": 1 << 16, "memory": 1 << 26}  # bytes that another process adds to meanwhile
 WAYS = [f"{way}-{depth}x{size}" for way in ("threads", "uring") for depth, size in ((8, 4), (8, 8), (8, 16), (16, 8))]
 
 
@@ -64,7 +68,10 @@ def main() -> None:
     parser.add_argument(
         "--move", nargs=4, metavar=("WAY", "SRC", "DST", "BYTES"), help="what a child of this script does"
     )
+    parser.add_argument("--add", type=int, metavar="BYTES", help="what another child does, to numbers of so many bytes")
     options = parser.parse_args()
+    if options.add:
+        add(options.add)
     if options.move:
         way, source, target, size = options.move
         move(way, tensor_files(Path(source)), Path(target), int(size))
@@ -83,12 +90,21 @@ def main() -> None:
         remove(moved)
         return result
 
+    def beside(size: int) -> Child:
+        with subprocess.Popen([sys.executable, __file__, "--add", str(size)]) as other:
+            result = by(best)
+            other.kill()
+        return result
+
     sizes: list[int] = []
     convert()
-    tried = {way: by(way).seconds for way in WAYS if way.startswith("threads") or has_uring()}
+    ways = [way for way in WAYS if way.startswith("threads")] if not has_uring() else WAYS
+    tried = {way: by(way).seconds for way in ways}
     table(["way, requests at a time x MiB", "wall time"], [[way, f"{seconds:.2f} s"] for way, seconds in tried.items()])
     best = min(tried, key=lambda way: tried[way])
-    results = alternate(options.runs, {"kconvert": convert, best: lambda: by(best), TOUCHING: lambda: by(TOUCHING)})
+    others = {f"{best} beside {where}": partial(beside, size) for where, size in BESIDE.items()}
+    sides = {"kconvert": convert, best: partial(by, best), TOUCHING: partial(by, TOUCHING), **others}
+    results = alternate(options.runs, sides)
     read, written = nbytes(tensor_files(source)), sizes[-1]
     rows = [
         [
@@ -100,9 +116,10 @@ def main() -> None:
     ]
     print(f"\nread {read / GB:.2f} GB, wrote {written / GB:.2f} GB, {options.runs} runs each: median (min-max)", end="")
     table(["", "wall time", "GB/s, read and written"], rows)
-    ours, touched = (ratios(results[side], results[best]) for side in ("kconvert", TOUCHING))
+    ours = ratios(results["kconvert"], results[best])
     print(f"kconvert / the best way, pair by pair: {spread(ours)}  {verdict(median(ours), TARGET)}")
-    print(f"{TOUCHING} / the best way, pair by pair: {spread(touched)}")
+    for side in (TOUCHING, *others):
+        print(f"{side} / the best way, pair by pair: {spread(ratios(results[side], results[best]))}")
     if shutil.which("fio"):
         print(fio(options.dir, read, written))
     machine(options.dir)
@@ -112,13 +129,22 @@ def ratios(ours: list[Child], theirs: list[Child]) -> list[float]:
     return [one.seconds / two.seconds for one, two in zip(ours, theirs, strict=True)]
 
 
+def add(size: int) -> None:
+    """To numbers of so many bytes, a part at a time, until this process is killed."""
+    import numpy as np
+
+    numbers = np.zeros((size // BESIDE["its cache"], BESIDE["its cache"] // 2), np.uint16)
+    while True:
+        for part in numbers:
+            np.add(part, 1, out=part)
+
+
 def has_uring() -> bool:
-    try:
-        import liburing  # noqa: F401
-    except ImportError:
-        print("io_uring is left out: pip install liburing")
-        return False
-    return True
+    """Whether it is installed and runs: its wheel has instructions that not every processor has."""
+    asked = subprocess.run([sys.executable, "-c", "import liburing; liburing.Ring()"], capture_output=True, check=False)
+    if asked.returncode:
+        print("io_uring is left out: pip install liburing, on a processor with AVX-512")
+    return not asked.returncode
 
 
 def move(way: str, sources: list[Path], target: Path, size: int) -> None:

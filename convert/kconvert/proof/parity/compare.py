@@ -203,15 +203,15 @@ def _pieces(ours: Weight, theirs: Weight, source: Reader, output: Reader, desk: 
     row_bytes = max(sum(part.nbytes for part in weight.parts) for weight in (ours, theirs)) / max(ours.rows, 1)
     count = max(unit, int(CHUNK / max(row_bytes, 1)) // unit * unit)
     firsts = range(0, ours.rows if ours.cols else 0, count)
-    across = any(part.across for weight in (ours, theirs) for part in weight.parts)  # which stays for the next rows
 
     def read(number: int) -> Rows:
         first, last = firsts[number], min(firsts[number] + count, ours.rows)
-        mine, yours = desk.rooms[0 if across else number % 2]
-        states = read_state(ours, source, first, last, mine), read_state(theirs, output, first, last, yours)
-        return Rows(ours, theirs, *states, first, last, desk)
+        mine, yours = desk.rooms[number % 2]
+        wanted = read_state(ours, source, first, last, mine, desk.ours)
+        found = read_state(theirs, output, first, last, yours, desk.theirs)
+        return Rows(ours, theirs, wanted, found, first, last, desk)
 
-    for rows in map(read, range(len(firsts))) if across else one_ahead(read, len(firsts)):
+    for rows in one_ahead(read, len(firsts)):
         yield from rows.pieces()
 
 

@@ -46,14 +46,17 @@ def independent_values(weight: Weight, reader: Reader, first: int, last: int) ->
     return decoded(weight.format, state, (stop - start, weight.cols))[first - start : last - start]
 
 
-def read_state(weight: Weight, reader: Reader, first: int, last: int, buffers: Buffers | None = None) -> State:
+def read_state(
+    weight: Weight, reader: Reader, first: int, last: int, buffers: Buffers | None = None, whole: Buffers | None = None
+) -> State:
     """The tensors that these rows of `weight` need, but for constants; `first` is a multiple of row_unit(weight).
 
-    They lie in `buffers`, new ones by default, until something else is read into these.
+    They lie in `buffers`, new ones by default, until something else is read into these. What lies across is read as a whole,
+    which stays in `whole`, by default the same, for the next rows.
     """
     buffers = buffers or Buffers()
     return {
-        part.suffix: _rows(weight, index, reader, first, last, buffers)
+        part.suffix: _rows(weight, index, reader, first, last, (whole or buffers) if part.across else buffers)
         for index, part in enumerate(weight.parts)
         if part.constant is None
     }
@@ -104,7 +107,7 @@ def _rows(weight: Weight, index: int, reader: Reader, first: int, last: int, buf
 def _columns(
     weight: Weight, part: Part, tensor: Tensor, reader: Reader, first: int, last: int, buffers: Buffers
 ) -> torch.Tensor:
-    """_rows of a part that lies across, all of which stays in memory for the next rows."""
+    """_rows of a part that lies across."""
     import torch
 
     dtype = getattr(torch, TORCH_DTYPES[part.dtype])
