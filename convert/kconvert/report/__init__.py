@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,11 @@ def check_report_path(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise KconvertError(f"{path} is neither .html nor .json; a report is one of the two, by its name")
     if path.suffix == ".html":
-        try:
-            import jinja2  # noqa: F401
-            import matplotlib  # noqa: F401
-        except ImportError as error:
+        # Not by importing them: whoever verifies starts processes before it draws, which would all have a part of that.
+        for name in filterfalse(find_spec, ("jinja2", "matplotlib")):
             raise KconvertError(
-                f"an HTML report needs {error.name}; pip install 'kconvert-toolkit[report]', or write the report as .json"
-            ) from None
+                f"an HTML report needs {name}; pip install 'kconvert-toolkit[report]', or write the report as .json"
+            )
     if not path.absolute().parent.is_dir():
         raise KconvertError(f"{path} cannot be written, there is no directory {path.absolute().parent}; make it")
     try:
