@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gptq_packing import Tensors, make
 
-from kconvert import KconvertError, Recipe, convert, plan, verify
+from kconvert import KconvertError, Recipe, convert, inspect, plan, verify
 from kconvert.formats import gptq
 from kconvert.formats.gptq import Gptq, turn
 from kconvert.formats.reference import gptq as reference
+from kconvert.proof.parity import compare, rows
 
 
 def bits_of(values: torch.Tensor) -> torch.Tensor:
@@ -124,6 +127,29 @@ def test_a_code_at_the_zero_point_of_a_negative_scale_is_minus_zero(write: Any, 
     becomes(
         write({f"a.{suffix}": t for suffix, t in tensors.items()}, table), {"a.weight": -torch.zeros(32, 64).bfloat16()}
     )
+
+
+@pytest.mark.parametrize("dialect", ["gptq", "awq"])
+def test_a_wrong_value_is_found_wherever_rows_are_read_of_what_lies_across(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dialect: str
+) -> None:
+    """The next rows are read while the last are compared, all of them out of the same words."""
+    quantization, spelling = DIALECTS[dialect]
+    weights = {module: make(64, 128 + 32 * k, 32, 4, spelling)[0] for k, module in enumerate(("a", "b"))}
+    tensors = {name: tensor for module, parts in weights.items() for name, tensor in named(parts, module).items()}
+    source, output = write(tensors, quantization), tmp_path / "out"
+    convert(plan(source, Recipe("bf16")), output)
+    monkeypatch.setattr(rows, "PIECE_ELEMENTS", 8 * 128)
+    monkeypatch.setattr(compare, "CHUNK", 16 * 256)
+    verify(source, output)
+    for tensor in inspect(output).checkpoint.tensors.values():
+        for place in (0, tensor.nbytes // 2, tensor.nbytes - 1):
+            with (output / tensor.file).open("r+b") as file:
+                right = os.pread(file.fileno(), 1, tensor.start + place)
+                os.pwrite(file.fileno(), bytes([right[0] ^ 1]), tensor.start + place)
+                (fault,) = verify(source, output, keep_going=True).faults
+                os.pwrite(file.fileno(), right, tensor.start + place)
+            assert f"{tensor.name!r} differs at [{place // 2 // tensor.shape[1]}, " in fault
 
 
 def test_modules_of_other_bits_are_found_by_dynamic(write: Any, becomes: Any) -> None:

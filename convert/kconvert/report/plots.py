@@ -56,6 +56,7 @@ STYLE: Any = {  # matplotlib's type lists every key
 }
 LEAST_RANGE = 3.0  # dB from one end of a heat map's colours to the other: less is no difference worth a colour
 WIDTH = 7.2  # inches; pictures scale down with the page
+COLUMNS = 3  # of a legend
 
 
 def heat_map(
@@ -72,8 +73,8 @@ def heat_map(
     for (row, col), cell in cells.items():
         values[rows[row], cols[col]] = math.inf if cell["sqnr"] is None else cell["sqnr"]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, min(4.5, 1.1 + 0.16 * len(rows))), layout="constrained")
-        axes = figure.add_subplot()
+        longest = max(len(str(row)) for row in rows)
+        axes = _axes(min(4.5, 1.1 + 0.16 * len(rows)), left=0.45 + 0.08 * longest, right=0.85)
         colours = mpl.colormaps["viridis"].with_extremes(over=GOOD, bad="none")
         shown = np.ma.masked_invalid(np.where(np.isposinf(values), 1e9, values))
         mesh = axes.pcolormesh(shown, cmap=colours, norm=mpl.colors.Normalize(*ends))
@@ -86,8 +87,10 @@ def heat_map(
             if cell["faults"]:
                 axes.plot(cols[col] + 0.5, rows[row] + 0.5, "x", color="#ff3b30", markersize=5, markeredgewidth=1.6)
         if np.isfinite(values).any():
-            figure.colorbar(mesh, ax=axes, label="SQNR, dB", extend="max" if np.isposinf(values).any() else "neither")
-        return _svg(figure)
+            beside = axes.inset_axes((1.03, 0, 0.025, 1))
+            extend = "max" if np.isposinf(values).any() else "neither"
+            axes.figure.colorbar(mesh, cax=beside, label="SQNR, dB", extend=extend)
+        return _svg(axes.figure)
 
 
 def ends_of(cells: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -112,8 +115,7 @@ def _ticks(places: Mapping[Any, int]) -> tuple[list[float], list[str]]:
 def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[float]]], width: float) -> str:
     """Shares by value, a line for each of `series` {label: [[lower bound, count], ...]}; bins of `width`."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.4), layout="constrained")
-        axes = figure.add_subplot()
+        axes = _axes(2.4, above=math.ceil(len(series) / COLUMNS))
         for (label, pairs), colour in zip(series.items(), _cycle(SERIES), strict=False):
             total = sum(count for _, count in pairs)
             found = {round(value / width): count / total for value, count in pairs}
@@ -123,29 +125,38 @@ def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[fl
             axes.stairs(heights, edges, color=colour, label=label, linewidth=1.4)
         axes.set(title=title, xlabel=xlabel, ylabel="%")
         axes.grid(axis="y")
-        axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-        return _svg(figure)
+        axes.legend(ncols=COLUMNS, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        return _svg(axes.figure)
 
 
 def code_bars(title: str, pairs: Sequence[Sequence[float]]) -> str:
     """How often each code occurs, in percent, in the order of their values."""
     total = sum(count for _, count in pairs) or 1
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-        axes = figure.add_subplot()
+        axes = _axes(2.2)
         axes.bar(range(len(pairs)), [100 * count / total for _, count in pairs], width=0.85, color=SERIES[0])
         axes.set(title=title, xlabel="code", ylabel="%")
         step = max(1, math.ceil(len(pairs) / 16))
         shown = range(len(pairs) // 2 % step, len(pairs), step)  # zero among them
         axes.set_xticks(list(shown), [f"{float(f'{pairs[place][0]:.2g}'):g}" for place in shown])
         axes.grid(axis="y")
-        return _svg(figure)
+        return _svg(axes.figure)
+
+
+def _axes(height: float, above: int = 1, left: float = 0.55, right: float = 0.1) -> Any:
+    """The axes of a picture so many inches high, with room for so many lines of a title or legend above them, and so many
+    inches on either side.
+
+    To have matplotlib find the margins takes as long as to draw.
+    """
+    below, top = 0.45, 0.1 + 0.2 * above
+    across, up = WIDTH - left - right, height - below - top
+    return Figure(figsize=(WIDTH, height)).add_axes((left / WIDTH, below / height, across / WIDTH, up / height))
 
 
 def excerpt(worst: Mapping[str, Any]) -> str:
     """The values on both sides around the worst element of a weight."""
     with mpl.rc_context(STYLE):
-        # There are many of these, and to have matplotlib find the margins takes as long as to draw.
         figure = Figure(figsize=(WIDTH / 2, 1.6))
         axes = figure.add_axes((0.16, 0.27, 0.82, 0.56))
         columns = range(worst["first_col"], worst["first_col"] + len(worst["source_values"]))
