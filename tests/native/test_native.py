@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -84,14 +85,19 @@ def test_code_that_does_not_load_and_folders_that_take_none_leave_it_to_numba(
     assert decoded().equal(first)
 
 
-def test_a_compiler_that_is_killed_is_told_in_a_sentence_and_not_run_again_here(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(
-        native, "python", lambda code: ["sh", "-c", "echo LLVM ERROR: no such instruction >&2; kill -6 $$"]
-    )
+def killed(by: int) -> object:
+    return lambda code: ["sh", "-c", f"echo LLVM ERROR: no such instruction >&2; kill -{by} $$"]
+
+
+def test_a_compiler_that_crashes_is_told_in_a_sentence_and_not_run_again_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "python", killed(by=signal.SIGABRT))
     with pytest.raises(KconvertError, match=r"integers\.decode .*\(signal 6: LLVM ERROR: no such instruction\)"):
         decoded()
+
+
+def test_a_compiler_that_ctrl_c_ends_has_not_crashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "python", killed(by=signal.SIGINT))
+    assert decoded()[0] == -8
 
 
 def test_what_could_not_be_kept_leaves_no_part_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

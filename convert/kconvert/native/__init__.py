@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ from kconvert.native.base import NONE, SYMBOL, Loop, features, machine, read
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+# What ends a compiler that cannot go on; other signals come from a person.
+CRASHES = {signal.SIGABRT, signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGKILL}
 
 
 class Package:
@@ -161,6 +165,6 @@ def _let_keep(loop: Loop, path: Path) -> None:
     work = python(f"from kconvert.native.compiling import Loop, keep; keep({loop!r}, {str(path)!r})")
     settings = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
     ended = subprocess.run(work, capture_output=True, check=False, env=settings, text=True, errors="replace")
-    if ended.returncode < 0:  # as it would end this process, too
+    if -ended.returncode in CRASHES:  # as it would end this process, too
         about = f"signal {-ended.returncode}: {ended.stderr.strip().rpartition(chr(10))[2] or 'it said nothing'}"
         raise KconvertError(f"numba cannot compile {loop.module}.{loop.name} on this machine ({about})")
