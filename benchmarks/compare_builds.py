@@ -80,7 +80,16 @@ PACKED = {
 SIZES = {"layers": 3, "experts": 4, "hidden": 256, "moe-intermediate": 256, "vocab": 256, "heads": 4}
 MORE_SIZES = {"dense-layers": 1, "intermediate": 512, "q-rank": 64, "kv-rank": 32}  # which not every family has
 THOROUGH = ("kimi-k2-thinking", "gpt-oss", "deepseek-v3")  # whose outputs are all verified, and converted back
-VOLATILE = {"kconvert", "plan", "seconds", "bytes_per_second", "peak_memory_bytes", "free_disk_bytes", "written_by"}
+VOLATILE = {
+    "kconvert",
+    "plan",
+    "seconds",
+    "bytes_per_second",
+    "peak_memory_bytes",
+    "free_disk_bytes",
+    "written_by",
+    "bound_by",
+}
 
 CHILD = """
 import contextlib, io, json, sys
