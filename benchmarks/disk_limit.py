@@ -92,13 +92,14 @@ def main() -> None:
 
     def beside(size: int) -> Child:
         with subprocess.Popen([sys.executable, __file__, "--add", str(size)]) as other:
-            result = by(best)
-            other.kill()
-        return result
+            try:
+                return by(best)
+            finally:
+                other.kill()
 
     sizes: list[int] = []
     convert()
-    ways = [way for way in WAYS if way.startswith("threads")] if not has_uring() else WAYS
+    ways = WAYS if has_uring() else [way for way in WAYS if way.startswith("threads")]
     tried = {way: by(way).seconds for way in ways}
     table(["way, requests at a time x MiB", "wall time"], [[way, f"{seconds:.2f} s"] for way, seconds in tried.items()])
     best = min(tried, key=lambda way: tried[way])

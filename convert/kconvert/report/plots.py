@@ -56,7 +56,7 @@ STYLE: Any = {  # matplotlib's type lists every key
 }
 LEAST_RANGE = 3.0  # dB from one end of a heat map's colours to the other: less is no difference worth a colour
 WIDTH = 7.2  # inches; pictures scale down with the page
-COLUMNS = 3  # of a legend
+LEGEND_COLUMNS = 3
 
 
 def heat_map(
@@ -115,7 +115,7 @@ def _ticks(places: Mapping[Any, int]) -> tuple[list[float], list[str]]:
 def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[float]]], width: float) -> str:
     """Shares by value, a line for each of `series` {label: [[lower bound, count], ...]}; bins of `width`."""
     with mpl.rc_context(STYLE):
-        axes = _axes(2.4, above=math.ceil(len(series) / COLUMNS))
+        axes = _axes(2.4, above=math.ceil(len(series) / LEGEND_COLUMNS))
         for (label, pairs), colour in zip(series.items(), _cycle(SERIES), strict=False):
             total = sum(count for _, count in pairs)
             found = {round(value / width): count / total for value, count in pairs}
@@ -125,7 +125,7 @@ def histogram(title: str, xlabel: str, series: Mapping[str, Sequence[Sequence[fl
             axes.stairs(heights, edges, color=colour, label=label, linewidth=1.4)
         axes.set(title=title, xlabel=xlabel, ylabel="%")
         axes.grid(axis="y")
-        axes.legend(ncols=COLUMNS, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        axes.legend(ncols=LEGEND_COLUMNS, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         return _svg(axes.figure)
 
 
